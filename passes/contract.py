@@ -1,0 +1,133 @@
+"""What a pass is, what it is given and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Fact
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes."""
+
+    step: str
+    nodes_changed: int
+    seconds: float
+    peak_mib: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Journal:
+    """What happened: one entry per pass, in order. Passes add notes through `PassContext.note`."""
+
+    entries: list[JournalEntry] = field(default_factory=list)
+    pending: dict[str, Any] = field(default_factory=dict)
+
+    def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
+        """Append the entry of a pass that has ended, with the notes it left."""
+        self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
+        self.pending = {}
+
+
+class ProgressReporter(Protocol):
+    """How long steps show that they advance; `fxquant.report.progress` has the rich one."""
+
+    def track(self, label: str, total: int) -> ProgressTask:
+        """Begin a step of `total` units."""
+
+
+class ProgressTask(Protocol):
+    """One running step."""
+
+    def advance(self, units: int = 1) -> None:
+        """Say that `units` more are done."""
+
+    def close(self) -> None:
+        """End the step."""
+
+
+class SilentTask:
+    """A step nobody watches."""
+
+    def advance(self, units: int = 1) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class SilentProgress:
+    """Shows nothing; the default."""
+
+    def track(self, label: str, total: int) -> SilentTask:
+        """Begin a step nobody watches."""
+        return SilentTask()
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every pass is given.
+
+    images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
+    batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
+    float rounding. seed: of every random draw. progress: where long steps report. journal: where notes go.
+    """
+
+    images_bchw: torch.Tensor | None = None
+    batch_size: int = 8
+    seed: int = 0
+    progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
+    journal: Journal = field(default_factory=Journal, compare=False, repr=False)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The calibration images; raises CalibrationError when the context has none."""
+        if self.images_bchw is None:
+            raise CalibrationError(
+                "this pass needs calibration images and the context has none: PassContext(images_bchw=...)"
+            )
+        return self.images_bchw
+
+    def batches(self, label: str) -> Iterator[torch.Tensor]:
+        """Calibration images in batches of `batch_size`, with progress shown under `label`."""
+        batches = self.images.split(self.batch_size)
+        task = self.progress.track(label, len(batches))
+        for batch in batches:
+            yield batch
+            task.advance()
+        task.close()
+
+    def note(self, **notes: Any) -> None:
+        """Leave notes (JSON values) in the journal entry of the running pass."""
+        self.journal.pending.update(notes)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after.
+    """
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """Facts that must hold before the pass runs."""
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Facts that hold after the pass has run."""
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """Facts that no longer hold after the pass has run."""
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Change the graph module in place and return the number of nodes changed."""
