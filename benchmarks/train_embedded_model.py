@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--matrix-learning-rate", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -71,39 +72,45 @@ def main() -> None:
     x_train, y_train = embedded.normalize(train_images), torch.from_numpy(train_labels.astype(np.int64))
     x_test, y_test = embedded.normalize(test_images), torch.from_numpy(test_labels.astype(np.int64))
 
+    chosen = np.sort(np.random.default_rng(options.seed).choice(len(train_images), CALIBRATION_COUNT, replace=False))
+    np.savez_compressed(embedded.CALIBRATION, images=train_images[chosen], labels=train_labels[chosen])
+    np.savez_compressed(embedded.TEST, images=test_images[:TEST_COUNT], labels=test_labels[:TEST_COUNT])
+
     model = embedded.build().train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=options.learning_rate
-    )
+    # Muon on the blocks' matrices learns this small model several times faster than AdamW alone.
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("blocks")]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and name.startswith("blocks"))]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=options.matrix_learning_rate, weight_decay=0.02),
+        torch.optim.AdamW(others, lr=options.learning_rate, weight_decay=0.02),
+    ]
     steps = len(x_train) // options.batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=steps * options.epochs, pct_start=0.15
-    )
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            o, o.param_groups[0]["lr"], total_steps=steps * options.epochs, pct_start=0.05, cycle_momentum=False
+        )
+        for o in optimizers
+    ]
     for epoch in range(options.epochs):
         start, total = time.time(), 0.0
         order = torch.randperm(len(x_train), generator=generator)
         for step in range(steps):
             index = order[step * options.batch : (step + 1) * options.batch]
             loss = cross_entropy(model(augment(x_train[index], generator)), y_train[index], label_smoothing=0.05)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             total += loss.item()
         model.eval()
         correct = count_correct(model, x_test, y_test)
+        embedded.FOLDER.mkdir(exist_ok=True)
+        save_file(model.state_dict(), embedded.WEIGHTS)
         model.train()
         print(f"epoch {epoch}: loss {total / steps:.4f}, test {correct / 100:.2f} %, {time.time() - start:.0f} s", flush=True)
 
     model.eval()
-    embedded.FOLDER.mkdir(exist_ok=True)
-    save_file(model.state_dict(), embedded.WEIGHTS)
-    chosen = np.sort(np.random.default_rng(options.seed).choice(len(train_images), CALIBRATION_COUNT, replace=False))
-    np.savez_compressed(embedded.CALIBRATION, images=train_images[chosen], labels=train_labels[chosen])
-    np.savez_compressed(embedded.TEST, images=test_images[:TEST_COUNT], labels=test_labels[:TEST_COUNT])
     shipped = count_correct(model, x_test[:TEST_COUNT], y_test[:TEST_COUNT])
     card = {
         "float_top1_shipped": 100 * shipped / TEST_COUNT,

@@ -30,7 +30,7 @@ def normalize(images_nhw: np.ndarray) -> torch.Tensor:
 def build() -> VisionTransformer:
     """The architecture with random weights."""
     return VisionTransformer(
-        img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=6, num_heads=3, mlp_ratio=4
+        img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=6, num_heads=3, weight_init="jax"
     )
 
 

@@ -1,0 +1,191 @@
+"""Quantizer families: for a tensor's statistics and a width, the candidates worth trying, as level tables.
+
+A family turns (statistics, bits) into `Proposals`: level and threshold tables of C candidates, and a builder that
+makes the quantizer of the chosen one. The search (search.py) evaluates every table exactly, whatever the family, so a
+new quantizer joins by giving its levels.
+
+Sources: symmetric candidates, 100 equal steps of (0, 1.2 max|X| / 2^(b-1)] (MPTQ-ViT, section 4); OPT-m (eq. 6-8);
+V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fxquant.quantizers.histogram import Array, SortedMoments
+from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer, magnitudes
+from fxquant.quantizers.uniform import UniformQuantizer
+
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration learns of one activation.
+
+    moments: of its values (for O-2SF: of the values divided by `channel_factor`). minimum, maximum: over all values.
+    mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low). channel_factor: float32 (channels,),
+    powers of two, or None.
+    """
+
+    moments: SortedMoments
+    minimum: float
+    maximum: float
+    mean_image_minimum: float
+    channel_factor: torch.Tensor | None = None
+
+    @property
+    def largest_magnitude(self) -> float:
+        """max |x|; never zero."""
+        return max(abs(self.minimum), abs(self.maximum), 1e-12)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """C candidates: ascending levels (C, L), decision thresholds (C, L-1) and the quantizer of candidate i."""
+
+    levels: Array
+    thresholds: Array
+    build: Callable[[int], Quantizer]
+
+
+Family = Callable[[Statistics, int], Proposals]
+
+
+def midpoints(levels: Array) -> Array:
+    """Thresholds of nearest-level rounding."""
+    return np.asarray((levels[:, 1:] + levels[:, :-1]) / 2)
+
+
+def symmetric(statistics: Statistics, bits: int) -> Proposals:
+    """Symmetric uniform, 100 scales."""
+    scales = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1) * np.arange(1, STEPS + 1) / STEPS
+    levels = scales[:, None] * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+
+    def build(index: int) -> Quantizer:
+        scale = torch.tensor(scales[index], dtype=torch.float32)
+        factor = statistics.channel_factor
+        return UniformQuantizer(bits, scale if factor is None else scale * factor)
+
+    return Proposals(levels, midpoints(levels), build)
+
+
+def symmetric_min_max(statistics: Statistics, bits: int) -> Proposals:
+    """Symmetric uniform, the scale that just covers the largest magnitude; nothing to search."""
+    scales = np.array([statistics.largest_magnitude / (2 ** (bits - 1) - 1)])
+    levels = scales[:, None] * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return Proposals(levels, midpoints(levels), lambda index: UniformQuantizer(bits, float(scales[index])))
+
+
+def asymmetric(statistics: Statistics, bits: int) -> Proposals:
+    """Asymmetric uniform with an integer zero-point: both ends of the range shrink independently, 20 x 20 pairs."""
+    shrink = np.linspace(0.05, 1.0, 20)
+    low, high = np.meshgrid(min(statistics.minimum, 0.0) * shrink, max(statistics.maximum, 0.0) * shrink)
+    top = 2**bits - 1
+    scales = np.maximum(high - low, statistics.largest_magnitude * 1e-6).ravel() / top
+    zeros = np.clip(np.rint(-low.ravel() / scales), 0, top)
+    levels = scales[:, None] * (np.arange(top + 1) - zeros[:, None])
+    return Proposals(
+        levels, midpoints(levels), lambda index: UniformQuantizer(bits, float(scales[index]), int(zeros[index]))
+    )
+
+
+def opt_m(statistics: Statistics, bits: int) -> Proposals:
+    """OPT-m: m1 from the range (eq. 7), every m0 < m1 (eq. 8) with 100 base scales each, chosen jointly."""
+    x_up = max(statistics.moments.quantile(0.9995), 1e-12)
+    small_max, large_max = magnitudes(bits, negative=True)
+    x_low = min(statistics.mean_image_minimum, -1e-12)
+    shift_large = round(math.log2((x_up / large_max) / (-x_low / max(small_max, 1))))
+    shift_large = min(max(shift_large, 1), 16)
+    # The paper's (0, 1.2 max|X| / 2^(b-1)] steps are for a scale that covers the large region; s0 is 2^m1 times finer.
+    bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + shift_large) * np.arange(1, STEPS + 1) / STEPS
+    pairs = [(base, small) for small in range(shift_large) for base in bases]
+    return _regions(pairs, shift_large, bits, negative=True)
+
+
+def twin_gelu(statistics: Statistics, bits: int) -> Proposals:
+    """V-2SF post-GELU: a signed small region and a positive large one 2^3 coarser."""
+    bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + 3) * np.arange(1, STEPS + 1) / STEPS
+    # Small tensors of large outliers want a base scale well above the covering one divided by 8.
+    bases = np.concatenate([bases, bases * 8])
+    return _regions([(base, 0) for base in bases], 3, bits, negative=True)
+
+
+def twin_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """V-2SF post-Softmax: two unsigned regions, the large one 2^m coarser, m from 1 to 8 by search."""
+    top = statistics.largest_magnitude / (2 ** (bits - 1) - 1)
+    tables = []
+    for shift in range(1, 9):
+        bases = top / 2**shift * np.linspace(0.1, 1.2, STEPS // 4)
+        tables.append(_regions([(base, 0) for base in bases], shift, bits, negative=False))
+    levels = np.concatenate([table.levels for table in tables])
+    thresholds = np.concatenate([table.thresholds for table in tables])
+    each = len(tables[0].levels)
+    return Proposals(levels, thresholds, lambda index: tables[index // each].build(index % each))
+
+
+def log2(statistics: Statistics, bits: int) -> Proposals:
+    """Powers of two below a searched largest value, and zero."""
+    scales = statistics.largest_magnitude * np.exp2(-np.arange(0, 3, 0.05))
+    zero = 2**bits - 1
+    exponents = np.arange(zero - 1, -1, -1)
+    levels = np.concatenate([np.zeros((len(scales), 1)), scales[:, None] * np.exp2(-exponents)], axis=1)
+    thresholds = scales[:, None] * np.exp2(-(np.append(exponents, 0)[:-1] + 0.5))
+    return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
+
+
+def _regions(pairs: list[tuple[float, int]], shift_large: int, bits: int, negative: bool) -> Proposals:
+    small_max, large_max = magnitudes(bits, negative)
+    bases = np.array([base for base, _ in pairs])
+    steps = np.array([2.0**small for _, small in pairs])
+    small = steps[:, None] * np.arange(0, small_max + 1)
+    large = np.broadcast_to(2.0**shift_large * np.arange(0, large_max + 1), (len(pairs), large_max + 1))
+    # Large levels below the small region's top are never used: the boundary lies above it.
+    large = np.where(large > small[:, -1:], large, small[:, -1:])
+    below = np.broadcast_to(np.arange(-small_max, 0.0), (len(pairs), small_max)) if negative else small[:, :0]
+    levels = bases[:, None] * np.concatenate([below, small, large], axis=1)
+
+    def build(index: int) -> Quantizer:
+        base, shift_small = pairs[index]
+        return ShiftedRegionsQuantizer(bits, float(base), shift_small, shift_large, negative)
+
+    return Proposals(levels, midpoints(levels), build)
+
+
+FAMILIES: dict[str, Family] = {
+    "symmetric": symmetric,
+    "symmetric-min-max": symmetric_min_max,
+    "asymmetric": asymmetric,
+    "opt-m": opt_m,
+    "twin-gelu": twin_gelu,
+    "twin-softmax": twin_softmax,
+    "log2": log2,
+    "o-2sf": symmetric,
+}
+
+
+def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch.Tensor:
+    """O-2SF: group channels by largest magnitude (1-D k-means), and give each group a power of two.
+
+    channel_magnitude: float (channels,). Returns float32 (channels,): 1 for the group of smallest magnitude, and
+    2^round(log2(centre / smallest centre)) for the others.
+    """
+    magnitude = channel_magnitude.double().clamp_min(1e-12)
+    centres = torch.quantile(magnitude, torch.linspace(0, 1, clusters, dtype=torch.float64))
+    for _ in range(100):
+        nearest = (magnitude[:, None] - centres).abs().argmin(1)
+        moved = torch.stack(
+            [magnitude[nearest == k].mean() if (nearest == k).any() else centres[k] for k in range(clusters)]
+        )
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    shift = torch.log2(centres / centres.min()).round()
+    return torch.exp2(shift[nearest]).float()

@@ -1,0 +1,41 @@
+"""Logarithmic quantization of post-Softmax values: x^ = d 2^-k, k = round(-log2(x / d)).
+
+Codes 0 .. 2^b-2 are exponents, code 2^b-1 is zero (FQ-ViT's log-int-softmax keeps no zero; without one, the thousands
+of near-zero attention values of a row add up). Values are powers of two times d: an integer GEMM with shifts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+
+class Log2Quantizer(Quantizer):
+    """Powers of two below `scale` (float32 scalar d, the largest value represented), and zero."""
+
+    kind = "log2"
+
+    def __init__(self, bits: int, scale: Tensor | float) -> None:
+        super().__init__(bits)
+        self.scale: Tensor
+        self.register_buffer("scale", as_scale(scale))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Exponents, int32 in 0 .. 2^bits-1, the last one meaning zero."""
+        zero = 2**self.bits - 1
+        ratio = (x.float() / self.scale).clamp_min(2.0 ** -(zero + 1))
+        return torch.round(-torch.log2(ratio)).clamp(0, zero).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of exponents, float32."""
+        value = torch.exp2(-codes.float()) * self.scale
+        return torch.where(codes == 2**self.bits - 1, 0.0, value)
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> Log2Quantizer:
+        """From bits."""
+        return cls(int(arguments["bits"]), 1.0)

@@ -1,0 +1,119 @@
+"""Observers: identity nodes on the edges that will be quantized, and the statistics they gather.
+
+An observer marks *that* an edge is quantized and *which family* of quantizer it gets; `Calibrate` feeds it. It keeps
+streamed statistics only, never activations.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import CalibrationError
+from fxquant.quantizers.families import Statistics, outlier_factors
+from fxquant.quantizers.histogram import Bfloat16Histogram
+
+
+class Edge(StrEnum):
+    """What flows over an observed edge; decides which family of quantizer fits."""
+
+    POST_GELU = "post_gelu"
+    POST_SOFTMAX = "post_softmax"
+    POST_LAYER_NORM = "post_layer_norm"
+    SOFTMAX_INPUT = "softmax_input"
+    LAYER_NORM_INPUT = "layer_norm_input"
+    IMAGE = "image"
+    OTHER = "other"
+
+
+class Observer(nn.Module):
+    """Passes its input through. `update` gathers what the quantizer families ask for.
+
+    family: key of `families.FAMILIES`, or None where the edge stays float (its linear layer still needs the Gram
+    matrix). edge: what flows here. gram: whether to gather the Gram matrix of the inputs.
+    """
+
+    def __init__(self, family: str | None, edge: Edge, gram: bool) -> None:
+        super().__init__()
+        self.family, self.edge, self.keeps_gram = family, edge, gram
+        self.release()
+
+    def release(self) -> None:
+        """Forget all statistics and free their memory."""
+        self.histogram: Bfloat16Histogram | None = None
+        self.minimum, self.maximum = float("inf"), float("-inf")
+        self.image_minimum_sum, self.images = 0.0, 0
+        self.channel_magnitude: Tensor | None = None
+        self.channel_factor: Tensor | None = None
+        self.gram: Tensor | None = None
+        self.output_weight: Tensor | None = None
+        self.token_weight_sum = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity."""
+        return x
+
+    def measure_channels(self, x: Tensor) -> None:
+        """First phase of O-2SF: largest magnitude per channel (last dimension) of x."""
+        magnitude = x.detach().abs().reshape(-1, x.shape[-1]).amax(0)
+        previous = self.channel_magnitude
+        self.channel_magnitude = magnitude if previous is None else torch.maximum(previous, magnitude)
+
+    def settle_channels(self) -> None:
+        """End of the first phase of O-2SF: group channels."""
+        if self.channel_magnitude is not None:
+            self.channel_factor = outlier_factors(self.channel_magnitude)
+
+    def update(self, x: Tensor, weight: Tensor | None) -> None:
+        """Add one batch of values x (B, ...) and, under the Hessian-guided metric, their weights h (same shape)."""
+        x = x.detach()
+        per_image = x.reshape(len(x), -1).amin(1)
+        self.minimum = min(self.minimum, float(per_image.min()))
+        self.maximum = max(self.maximum, float(x.max()))
+        self.image_minimum_sum += float(per_image.double().sum())
+        self.images += len(x)
+        if self.family is None:
+            return
+        if self.channel_factor is not None:
+            x = x / self.channel_factor
+            weight = None if weight is None else weight * self.channel_factor.square()
+        if self.histogram is None:
+            self.histogram = Bfloat16Histogram()
+        self.histogram.update(x, weight)
+
+    def update_gram(self, rows_ti: Tensor, gradient_to: Tensor | None) -> None:
+        """Add one batch to G = sum a_t x_t x_t^T. rows_ti: inputs as (tokens, in); gradient_to: dL/dO (tokens, out)."""
+        rows = rows_ti.detach()
+        if gradient_to is None:
+            token_weight = torch.ones(len(rows))
+        else:
+            squared = gradient_to.detach().square()
+            token_weight = squared.mean(1)
+            total = squared.sum(0).double()
+            self.output_weight = total if self.output_weight is None else self.output_weight + total
+        self.token_weight_sum += float(token_weight.double().sum())
+        product = (rows * token_weight[:, None]).T @ rows
+        self.gram = product if self.gram is None else self.gram + product
+
+    def channel_weight(self) -> Tensor | None:
+        """b_o (out,), float32: how much more than average the loss cares for each output channel; None if unknown."""
+        if self.output_weight is None:
+            return None
+        return (self.output_weight / max(self.token_weight_sum, 1e-300)).float()
+
+    def statistics(self) -> Statistics:
+        """What the families see. Raises CalibrationError when the observer has seen nothing."""
+        if self.histogram is None or not self.images:
+            raise CalibrationError(f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales")
+        moments = self.histogram.finish()
+        factor = self.channel_factor
+        low, high = self.minimum, self.maximum
+        if factor is not None:
+            low, high = float(moments.values[0]), float(moments.values[-1])
+        return Statistics(moments, low, high, self.image_minimum_sum / self.images, factor)
+
+    def extra_repr(self) -> str:
+        """Family and edge."""
+        return f"{self.family}, {self.edge}"

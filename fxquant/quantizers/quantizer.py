@@ -1,0 +1,74 @@
+"""What a quantizer is: codes in, codes out, and the JSON from which it can be rebuilt without executing code.
+
+A quantizer is a small `nn.Module` that is not changed after it is built: its numbers are buffers, so it moves with
+`.to`, is saved with the state dict and copied with the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import ArtefactError
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers: `quantize` to integer codes, `dequantize` back, `forward` does both (simulation)."""
+
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Quantizer]]] = {}
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Quantizer._kinds[cls.kind] = cls
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of x, int32, same shape; every code fits in `bits` bits (signed or unsigned, as the kind says)."""
+        raise NotImplementedError(f"{type(self).__name__} has no quantize")
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of int32 codes, float32, same shape."""
+        raise NotImplementedError(f"{type(self).__name__} has no dequantize")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize: the values that low-bit execution would compute with; dtype of x."""
+        return self.dequantize(self.quantize(x)).to(x.dtype)
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with the state dict, rebuild this quantizer: `kind` and constructor arguments."""
+        return {"kind": self.kind, "bits": self.bits}
+
+    def extra_repr(self) -> str:
+        """Kind and bits."""
+        return f"{self.kind}, bits={self.bits}"
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Quantizer:
+        """Build an empty quantizer of a known kind from `settings()`; numbers arrive with the state dict.
+
+        Raises ArtefactError for an unknown kind or settings that do not fit it.
+        """
+        arguments = dict(settings)
+        kind = arguments.pop("kind", None)
+        if kind not in Quantizer._kinds:
+            raise ArtefactError(f"unknown quantizer kind {kind!r}: this version knows {sorted(Quantizer._kinds)}")
+        try:
+            return Quantizer._kinds[kind].empty(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ArtefactError(f"settings of quantizer kind {kind!r} do not fit: {settings}: {error}") from error
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> Quantizer:
+        """A quantizer with placeholder numbers, ready for `load_state_dict`."""
+        raise NotImplementedError(f"{cls.__name__} has no empty")
+
+
+def as_scale(value: Tensor | float) -> Tensor:
+    """A scale as a float32 tensor that is never zero, so that division is safe."""
+    return torch.as_tensor(value, dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny * 1e6)

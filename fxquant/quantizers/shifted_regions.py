@@ -1,0 +1,76 @@
+"""Regions whose scales are powers of two apart: OPT-m, and TSPTQ-ViT's V-2SF for post-GELU and post-Softmax values.
+
+Negative values use scale s0, small positive ones s1 = s0 2^m0, large positive ones s2 = s0 2^m1 (MPTQ-ViT, eq. 6).
+With b bits, one region bit and one sign bit: negative and small magnitudes up to 2^(b-2)-1, large up to 2^(b-1)-1.
+
+- OPT-m: m0 and m1 from the data. - V-2SF post-GELU: m0 = 0, m1 = 3 (large scale fixed at 8 times the small one).
+- V-2SF post-Softmax: no negative values, so the sign bit is free: small and large magnitudes up to 2^(b-1)-1.
+
+All levels are integers times s0. A value takes the nearest level; the paper decides by the truncated code instead,
+which is never closer (a value just under the boundary is clipped to the last small level even where the first large
+one is nearer).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+
+class ShiftedRegionsQuantizer(Quantizer):
+    """Three regions with scales scale, scale * 2^shift_small and scale * 2^shift_large.
+
+    scale: float32 scalar s0. `negative`: whether codes are kept for negative values (a sign bit).
+    """
+
+    kind = "shifted-regions"
+
+    def __init__(
+        self, bits: int, scale: Tensor | float, shift_small: int, shift_large: int, negative: bool = True
+    ) -> None:
+        super().__init__(bits)
+        self.scale: Tensor
+        self.register_buffer("scale", as_scale(scale))
+        self.shift_small, self.shift_large, self.negative = shift_small, shift_large, negative
+        self.small_max, self.large_max = magnitudes(bits, negative)
+        self.small_step, self.large_step = 2**shift_small, 2**shift_large
+        small_top = self.small_max * self.small_step
+        large_first = (small_top // self.large_step + 1) * self.large_step
+        self.boundary = (small_top + large_first) / 2
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Integer multiples of the scale s0, int32; one of at most 2^bits values."""
+        units = x.float() * (1 / self.scale)
+        floor = -self.small_max if self.negative else 0
+        small = torch.round(units * (1 / self.small_step)).clamp(0, self.small_max) * self.small_step
+        large = torch.round(units * (1 / self.large_step)).clamp(0, self.large_max) * self.large_step
+        positive = torch.where(units < self.boundary, small, large)
+        if not self.negative:
+            return positive.to(torch.int32)
+        return torch.where(units < 0, torch.round(units).clamp(floor, 0), positive).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of multiples of s0, float32."""
+        return codes * self.scale
+
+    def settings(self) -> dict[str, Any]:
+        """Kind, bits, shifts and sign."""
+        shifts = {"shift_small": self.shift_small, "shift_large": self.shift_large}
+        return {**super().settings(), **shifts, "negative": self.negative}
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> ShiftedRegionsQuantizer:
+        """From bits, shifts and sign."""
+        shifts = int(arguments["shift_small"]), int(arguments["shift_large"])
+        if not 0 <= shifts[0] <= shifts[1] <= 24:
+            raise ValueError(f"shifts {shifts} are not 0 <= small <= large <= 24")
+        return cls(int(arguments["bits"]), 1.0, *shifts, bool(arguments["negative"]))
+
+
+def magnitudes(bits: int, negative: bool) -> tuple[int, int]:
+    """Largest magnitude of the small (and negative) region and of the large region, in units of their scales."""
+    return 2 ** (bits - 2 if negative else bits - 1) - 1, 2 ** (bits - 1) - 1

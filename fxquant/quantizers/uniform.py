@@ -1,0 +1,71 @@
+"""Uniform quantization: equally spaced levels, x^ = s (clamp(round(x / s) + z, q_min, q_max) - z).
+
+Symmetric: z = 0, codes -2^(b-1) .. 2^(b-1)-1 (MPTQ-ViT, eq. 2-3). Asymmetric: an integer zero-point z, codes
+0 .. 2^b-1. The scale is one number, or one per channel (weights: per output channel; O-2SF: per input channel).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+
+class UniformQuantizer(Quantizer):
+    """Symmetric (no zero_point) or asymmetric uniform quantizer.
+
+    scale: float32, shape () or broadcastable to the input; zero_point: int32 of the same shape, or None.
+    """
+
+    kind = "uniform"
+
+    def __init__(self, bits: int, scale: Tensor | float, zero_point: Tensor | int | None = None) -> None:
+        super().__init__(bits)
+        self.scale: Tensor
+        self.zero_point: Tensor | None
+        self.register_buffer("scale", as_scale(scale))
+        zero = None if zero_point is None else torch.as_tensor(zero_point, dtype=torch.int32)
+        self.register_buffer("zero_point", zero)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero is code zero."""
+        return self.zero_point is None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of x, int32."""
+        codes = torch.round(x.float() * (1 / self.scale))
+        if self.zero_point is not None:
+            codes = codes + self.zero_point
+        return codes.clamp(*self.code_range).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of codes, float32."""
+        centred = codes if self.zero_point is None else codes - self.zero_point
+        return centred * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same values as quantize then dequantize; one fused kernel when the scale is a single number."""
+        if self.scale.ndim or x.dtype != torch.float32:
+            return super().forward(x)
+        zero = torch.zeros((), dtype=torch.int32, device=x.device) if self.zero_point is None else self.zero_point
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero, *self.code_range)
+
+    def settings(self) -> dict[str, Any]:
+        """Kind, bits, symmetry and the shape of the scale."""
+        return {**super().settings(), "symmetric": self.symmetric, "shape": list(self.scale.shape)}
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> UniformQuantizer:
+        """From bits, symmetric and shape."""
+        shape = [int(size) for size in arguments["shape"]]
+        zero = None if arguments["symmetric"] else torch.zeros(shape, dtype=torch.int32)
+        return cls(int(arguments["bits"]), torch.ones(shape), zero)

@@ -1,0 +1,114 @@
+"""A pipeline: an immutable sequence of passes, checked when it is built, run on a copy.
+
+    pipeline = mptq_vit("W4A4").without(FoldSqb)
+    graph_module = pipeline.run(trace(model, example), PassContext(images))
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from fxquant.errors import PipelineError
+from fxquant.graph.annotation import Fact, declare, facts_of
+from fxquant.graph.verifier import verify
+from passes.contract import Pass, PassContext
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order. `assumes`: facts of the graph it will be given.
+
+    Raises PipelineError when a pass requires a fact that nothing before it provides.
+    """
+
+    passes: tuple[Pass, ...]
+    assumes: frozenset[Fact] = frozenset({Fact.TRACED})
+
+    def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (Fact.TRACED,)) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
+        object.__setattr__(self, "assumes", frozenset(assumes))
+        known = self.assumes
+        for index, step in enumerate(self.passes):
+            missing = sorted(step.requires - known)
+            if missing:
+                raise PipelineError(
+                    f"pass {index} {step!r} requires {', '.join(map(repr, missing))}, which no earlier pass provides; "
+                    f"known there: {', '.join(repr(str(fact)) for fact in sorted(known)) or 'nothing'}"
+                )
+            known = (known - step.breaks) | step.provides
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Facts that hold after the last pass."""
+        known = self.assumes
+        for step in self.passes:
+            known = (known - step.breaks) | step.provides
+        return known
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __getitem__(self, index: slice) -> Pipeline:
+        """A slice of the passes; what the passes before it provide is assumed."""
+        start, _, _ = index.indices(len(self.passes))
+        before = Pipeline(self.passes[:start], self.assumes)
+        return Pipeline(self.passes[index], before.provides)
+
+    def position(self, kind: type) -> int:
+        """Index of the first pass of this kind; raises PipelineError when there is none."""
+        for index, step in enumerate(self.passes):
+            if isinstance(step, kind):
+                return index
+        raise PipelineError(f"no {kind.__name__} in this pipeline: {[type(step).__name__ for step in self.passes]}")
+
+    def before(self, kind: type, *new: Pass) -> Pipeline:
+        """With passes inserted before the first of this kind."""
+        index = self.position(kind)
+        return Pipeline((*self.passes[:index], *new, *self.passes[index:]), self.assumes)
+
+    def after(self, kind: type, *new: Pass) -> Pipeline:
+        """With passes inserted after the first of this kind."""
+        index = self.position(kind) + 1
+        return Pipeline((*self.passes[:index], *new, *self.passes[index:]), self.assumes)
+
+    def replace(self, kind: type, new: Pass) -> Pipeline:
+        """With the first pass of this kind replaced."""
+        index = self.position(kind)
+        return Pipeline((*self.passes[:index], new, *self.passes[index + 1 :]), self.assumes)
+
+    def without(self, kind: type) -> Pipeline:
+        """Without any pass of this kind; raises PipelineError when there is none."""
+        self.position(kind)
+        return Pipeline((step for step in self.passes if not isinstance(step, kind)), self.assumes)
+
+    def run(self, graph_module: GraphModule, context: PassContext) -> GraphModule:
+        """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
+
+        Raises PipelineError when the graph lacks a fact this pipeline assumes, VerificationError when a pass did not
+        establish what it provides.
+        """
+        missing = sorted(self.assumes - facts_of(graph_module))
+        if missing:
+            raise PipelineError(
+                f"the graph given lacks {', '.join(map(repr, missing))}: make it with fxquant.trace, or run the passes "
+                f"that provide them first"
+            )
+        graph_module = copy.deepcopy(graph_module)
+        for step in self.passes:
+            start = time.perf_counter()
+            changed = step.apply(graph_module, context)
+            declare(graph_module, step.provides, step.breaks)
+            for fact in sorted(step.provides):
+                verify(graph_module, fact)
+            peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
+        return graph_module
