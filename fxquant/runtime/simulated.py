@@ -1,0 +1,118 @@
+"""Simulated execution: nodes whose operands pass through quantizers, computed in float on the exact low-bit values.
+
+Weights are held as integer codes (int8) with per-channel scales, the form the artefact packs; their float values are
+derived, never saved. "Simulated" means: right numbers, float speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxquant.quantizers.quantizer import Quantizer
+
+
+class QuantizedWeightModule(nn.Module):
+    """Shared part of linear and convolution: weight codes, bias, input quantizer.
+
+    weight: the float weight that is quantized by `weight_quantizer`, or kept when that is None. bias: float (out,) or
+    None. input_quantizer: None where the input stays float.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
+    ) -> None:
+        super().__init__()
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.bias: Tensor | None
+        self.weight_codes: Tensor | None
+        self.weight: Tensor
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        codes = None if weight_quantizer is None else quantize_rows(weight, weight_quantizer)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight", weight.detach().clone(), persistent=codes is None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive the float weight from the codes again; needed after codes or scales were loaded."""
+        if self.weight_codes is not None and self.weight_quantizer is not None:
+            rows = self.weight_quantizer.dequantize(self.weight_codes.flatten(1).to(torch.int32))
+            self.weight = rows.reshape(self.weight_codes.shape).to(self.weight.dtype)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input as the multiplication sees it."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def extra_repr(self) -> str:
+        """Shape of the weight."""
+        return f"weight {tuple(self.weight.shape)}"
+
+
+def quantize_rows(weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """Codes of a weight (out, ...) under a quantizer whose scale is per output channel: int8, shape of the weight."""
+    return quantizer.quantize(weight.detach().flatten(1)).to(torch.int8).reshape(weight.shape)
+
+
+class QuantizedLinear(QuantizedWeightModule):
+    """y = Q(x) Q(W)^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        return functional.linear(self.quantized_input(x), self.weight, self.bias)
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing beyond the tensors."""
+        return {}
+
+
+class QuantizedConv2d(QuantizedWeightModule):
+    """Convolution of Q(x) with Q(W). geometry: stride, padding, dilation, groups of the original."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_quantizer: Quantizer | None,
+        input_quantizer: Quantizer | None,
+        geometry: dict[str, Any],
+    ) -> None:
+        self.geometry = geometry
+        super().__init__(weight, bias, weight_quantizer, input_quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in, H, W) to (B, out, H', W')."""
+        return functional.conv2d(self.quantized_input(x), self.weight, self.bias, **self.geometry)
+
+    def settings(self) -> dict[str, Any]:
+        """The geometry."""
+        return dict(self.geometry)
+
+
+class QuantizedMatmul(nn.Module):
+    """Product of two quantized activations."""
+
+    def __init__(self, left_quantizer: Quantizer | None, right_quantizer: Quantizer | None) -> None:
+        super().__init__()
+        self.left_quantizer, self.right_quantizer = left_quantizer, right_quantizer
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """left (..., n, d) times right (..., d, m)."""
+        left = left if self.left_quantizer is None else self.left_quantizer(left)
+        right = right if self.right_quantizer is None else self.right_quantizer(right)
+        return torch.matmul(left, right)
+
+
+class QuantizedInput(nn.Module):
+    """A module (Softmax, LayerNorm) computed on its quantized input."""
+
+    def __init__(self, inner: nn.Module, input_quantizer: Quantizer) -> None:
+        super().__init__()
+        self.inner, self.input_quantizer = inner, input_quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """inner(Q(x))."""
+        result: Tensor = self.inner(self.input_quantizer(x))
+        return result

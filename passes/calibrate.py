@@ -1,0 +1,177 @@
+"""Calibrate: run the calibration images through the graph and let every observer see its edge, batch by batch.
+
+Under the Hessian-guided metric each batch is also run backward, from the cross-entropy against labels drawn from the
+model's own output (no labels needed; see quantizers/search.py). Only one batch of activations is alive at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.quantizers.observers import Observer
+from passes.contract import PassContext
+from passes.insert_observers import observers_of
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Gather statistics in every observer.
+
+    gradient: also gather the Hessian-guided weights, at the price of a backward pass. labels: "sampled" draws a class
+    from the model's output distribution (an unbiased Fisher estimate), "arg-max" takes its prediction.
+    """
+
+    gradient: bool = True
+    labels: Literal["sampled", "arg-max"] = "sampled"
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Fill the observers; returns how many. Raises CalibrationError for non-finite activations."""
+        watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
+        observers = [observer for found in watched.values() for _, observer in found]
+        for observer in observers:
+            observer.release()
+        grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
+        if grouped:
+            self._measure_channels(graph_module, context, grouped)
+        generator = torch.Generator().manual_seed(context.seed)
+        recorder = _Recorder(graph_module, set(watched))
+        for batch in context.batches("calibrating"):
+            with torch.set_grad_enabled(self.gradient):
+                output = recorder.run(batch.clone().requires_grad_(self.gradient))
+                gradients = self._gradients(output, recorder, generator) if self.gradient else {}
+            with torch.no_grad():
+                for node, found in watched.items():
+                    _update(graph_module, node, found, recorder.inputs[node], gradients.get(node))
+            recorder.forget()
+        return len(observers)
+
+    def _measure_channels(
+        self, graph_module: GraphModule, context: PassContext, grouped: dict[Node, list[tuple[int, Observer]]]
+    ) -> None:
+        recorder = _Recorder(graph_module, set(grouped))
+        with torch.no_grad():
+            for batch in context.batches("finding outlier channels"):
+                recorder.run(batch)
+                for node, found in grouped.items():
+                    for index, observer in found:
+                        observer.measure_channels(recorder.inputs[node][index])
+                recorder.forget()
+        for found in grouped.values():
+            for _, observer in found:
+                observer.settle_channels()
+
+    def _gradients(self, output: Any, recorder: _Recorder, generator: torch.Generator) -> dict[Node, Tensor]:
+        logits = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise CalibrationError(
+                "the Hessian-guided metric needs class scores (B, classes) as the model's output; "
+                'this model gives something else: use SearchScales(metric="mse") and Calibrate(gradient=False)'
+            )
+        if not bool(torch.isfinite(logits).all()):
+            raise CalibrationError("the model's output on a calibration batch is not finite")
+        probabilities = logits.detach().float().softmax(1)
+        if self.labels == "sampled":
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        else:
+            labels = probabilities.argmax(1)
+        loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        nodes = list(recorder.differentiated)
+        found = torch.autograd.grad(loss, [recorder.differentiated[node] for node in nodes], allow_unused=True)
+        return {
+            node: torch.zeros_like(recorder.differentiated[node]) if gradient is None else gradient
+            for node, gradient in zip(nodes, found, strict=True)
+        }
+
+
+class _Recorder(Interpreter):
+    """Keeps inputs of watched nodes for one batch, and the tensors whose gradients their metric needs."""
+
+    def __init__(self, graph_module: GraphModule, watched: set[Node]) -> None:
+        super().__init__(graph_module)
+        self.watched = watched
+        self.inputs: dict[Node, tuple[Tensor, ...]] = {}
+        self.differentiated: dict[Node, Tensor] = {}
+
+    def forget(self) -> None:
+        self.inputs, self.differentiated = {}, {}
+
+    def run_node(self, node: Node) -> Any:
+        if node not in self.watched:
+            return super().run_node(node)
+        arguments, _ = self.fetch_args_kwargs_from_env(node)
+        self.inputs[node] = tuple(arguments)
+        result = super().run_node(node)
+        role = annotation_of(node).role
+        self.differentiated[node] = arguments[0] if role in (Role.SOFTMAX, Role.LAYER_NORM) else result
+        return result
+
+
+def _update(
+    graph_module: GraphModule,
+    node: Node,
+    found: list[tuple[int, Observer]],
+    inputs: tuple[Tensor, ...],
+    gradient: Tensor | None,
+) -> None:
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    for index, observer in found:
+        weight = None if gradient is None else input_weight(module, inputs, index, gradient)
+        observer.update(inputs[index], weight)
+        if observer.keeps_gram and module is not None:
+            rows = weight_rows(module, inputs[index])
+            if rows is not None:
+                observer.update_gram(rows, None if gradient is None else gradient_rows(module, gradient))
+
+
+def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, gradient: Tensor) -> Tensor:
+    """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
+
+    gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm. Returns the input's shape.
+    """
+    squared = gradient.square()
+    if isinstance(module, nn.Linear):
+        return squared @ module.weight.square()
+    if isinstance(module, nn.Conv2d):
+        span = [(size - 1) * step for size, step in zip(squared.shape[2:], module.stride, strict=True)]
+        reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = [0, 0] if isinstance(module.padding, str) else list(module.padding)
+        full = [x.shape for x in inputs][0][2:]
+        missing = [f - (s + r - 2 * p) for f, s, r, p in zip(full, span, reach, padding, strict=True)]
+        return functional.conv_transpose2d(
+            squared, module.weight.square(), None, module.stride, padding, missing, module.groups, module.dilation
+        )
+    if module is None:
+        left, right = inputs[0], inputs[1]
+        if index == 0:
+            return squared @ right.square().transpose(-1, -2)
+        return left.square().transpose(-1, -2) @ squared
+    return squared
+
+
+def weight_rows(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The inputs as rows (tokens, in) that the flattened weight (out, in) multiplies; None for grouped convolution."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    if isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module.padding, str):
+        columns = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return None
+
+
+def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
+    """dL/dO as rows (tokens, out)."""
+    if isinstance(module, nn.Conv2d):
+        return gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
+    return gradient.reshape(-1, gradient.shape[-1])

@@ -1,0 +1,158 @@
+"""FoldSqb: move difficulty from post-LayerNorm activations into the weights that read them, exactly (SQ-b).
+
+    Y W^T + b = ((Y - mu) / eps) (eps W)^T + b + mu W^T                                   (MPTQ-ViT, eq. 4-5)
+
+with mu_j = mean(Y_j) and eps_j = (max|Y_j - mu_j| / max|W_:j|)^0.5, both folded: gamma / eps and (beta - mu) / eps into
+the LayerNorm, W diag(eps) and b + W mu into every linear layer that reads it. In real numbers nothing changes.
+
+Switches reproduce the paper's Tables 2, 5 and 6: SmoothQuant is mu="none"; Outlier Suppression+ is
+eps="outlier-suppression+", mu="midrange". Where zeros are padded between norm and layer (Swin), a shift would have to
+be padded in too, so mu is left out there and only eps is folded. Not done: folds through anything but data movement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxquant.graph.annotation import Fact
+from fxquant.graph.channel_paths import ChannelPath, channel_paths
+from fxquant.quantizers.uniform import UniformQuantizer
+from passes.contract import PassContext
+
+EPSILON_RANGE = (1e-4, 1e4)
+
+
+@dataclass(frozen=True)
+class FoldSqb:
+    """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
+
+    eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
+    quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits: width at which
+    "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not idempotent: the second
+    time balances what the first has left.
+    """
+
+    eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"
+    mu: Literal["mean", "midrange", "none"] = "mean"
+    search_bits: int = 4
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Fold in place; returns the number of LayerNorms and linear layers changed."""
+        paths = channel_paths(graph_module, context.images)
+        modules = dict(graph_module.named_modules())
+        counts = _uses(graph_module)
+        refused, groups = {}, {}
+        for norm, path in paths.items():
+            reason = path.refusal or _shared(norm, path, counts)
+            if reason is None and path.consumers:
+                groups[norm] = path
+            elif reason is not None:
+                refused[norm.name] = reason
+        statistics = _OutputStatistics(graph_module, groups, keep_rows=self.eps == "outlier-suppression+")
+        with torch.no_grad():
+            for batch in context.batches("measuring LayerNorm outputs"):
+                statistics.run(batch)
+        for norm, path in groups.items():
+            linears = [modules[str(node.target)] for node in path.consumers]
+            self._fold(modules[str(norm.target)], linears, statistics.channels[norm], path.padded)
+        context.note(folded=[norm.name for norm in groups], refused=refused)
+        return len(groups) + sum(len(path.consumers) for path in groups.values())
+
+    def _fold(self, norm: nn.LayerNorm, linears: list[nn.Linear], seen: _Channels, padded: bool) -> None:
+        mu = {"mean": seen.mean, "midrange": (seen.minimum + seen.maximum) / 2, "none": torch.zeros_like(seen.mean)}[
+            "none" if padded else self.mu
+        ]
+        reach = torch.maximum((seen.maximum - mu).abs(), (seen.minimum - mu).abs())
+        weights = torch.cat([linear.weight.detach().double() for linear in linears])
+        eps = self._epsilon(reach, mu, weights, seen)
+        dtype = linears[0].weight.dtype
+        gamma = torch.ones_like(mu) if norm.weight is None else norm.weight.detach().double()
+        beta = torch.zeros_like(mu) if norm.bias is None else norm.bias.detach().double()
+        norm.elementwise_affine = True
+        norm.weight = nn.Parameter((gamma / eps).to(dtype), requires_grad=False)
+        norm.bias = nn.Parameter(((beta - mu) / eps).to(dtype), requires_grad=False)
+        for linear in linears:
+            weight = linear.weight.detach().double()
+            bias = 0.0 if linear.bias is None else linear.bias.detach().double()
+            linear.weight = nn.Parameter((weight * eps).to(dtype), requires_grad=False)
+            linear.bias = nn.Parameter((bias + weight @ mu).to(dtype), requires_grad=False)
+
+    def _epsilon(self, reach: Tensor, mu: Tensor, weights: Tensor, seen: _Channels) -> Tensor:
+        if self.eps == "none":
+            return torch.ones_like(reach)
+        if self.eps == "sq-b":
+            largest = weights.abs().amax(0)
+            eps = (reach / largest.clamp_min(1e-30)).sqrt()
+            # A channel that is constant, or that no row reads, has nothing to balance.
+            eps = torch.where((reach > 0) & (largest > 0), eps, 1.0)
+            return eps.clamp(*EPSILON_RANGE)
+        rows = seen.rows - mu
+        target = rows @ weights.T
+        best, best_error = torch.ones_like(reach), torch.inf
+        for t in float(reach.max()) * torch.linspace(0.02, 1.0, 50):
+            eps = (reach / t).clamp(1.0, EPSILON_RANGE[1])
+            smoothed, scaled = rows / eps, weights * eps
+            top = 2 ** (self.search_bits - 1) - 1
+            x = UniformQuantizer(self.search_bits, smoothed.abs().max() / top)(smoothed)
+            w = UniformQuantizer(self.search_bits, scaled.abs().amax(1, keepdim=True) / top)(scaled)
+            error = float((x @ w.T - target).square().sum())
+            if error < best_error:
+                best, best_error = eps, error
+        return best
+
+
+class _Channels:
+    """Streamed per-channel statistics of one LayerNorm's output, float64 (channels,)."""
+
+    def __init__(self, keep_rows: bool) -> None:
+        self.minimum = self.maximum = self.mean = torch.empty(0)
+        self.rows = torch.empty(0)
+        self.keep_rows, self.count = keep_rows, 0
+
+    def update(self, y: Tensor) -> None:
+        rows = y.detach().reshape(-1, y.shape[-1]).double()
+        low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
+        kept = rows[:: max(1, len(rows) // 128)][:128] if self.keep_rows else self.rows
+        if not self.count:
+            self.minimum, self.maximum, self.mean, self.rows = low, high, mean, kept
+        else:
+            self.minimum, self.maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
+            self.mean = self.mean + (mean - self.mean) * (len(rows) / (self.count + len(rows)))
+            self.rows = torch.cat([self.rows, kept]) if self.keep_rows else self.rows
+        self.count += len(rows)
+
+
+class _OutputStatistics(Interpreter):
+    def __init__(self, graph_module: GraphModule, groups: dict[Node, ChannelPath], keep_rows: bool) -> None:
+        super().__init__(graph_module)
+        self.channels = {norm: _Channels(keep_rows) for norm in groups}
+
+    def run_node(self, node: Node) -> Tensor:
+        result: Tensor = super().run_node(node)
+        if node in self.channels:
+            self.channels[node].update(result)
+        return result
+
+
+def _uses(graph_module: GraphModule) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return counts
+
+
+def _shared(norm: Node, path: ChannelPath, counts: dict[str, int]) -> str | None:
+    for node in (norm, *path.consumers):
+        if counts[str(node.target)] > 1:
+            return f"module {node.target} is called {counts[str(node.target)]} times"
+    return None

@@ -1,0 +1,137 @@
+"""InsertObservers: decide what is quantized and with which family, and put an observer on each such edge.
+
+A linear or convolution node gets one on its input, a matmul one on each operand; under the fully quantized protocol
+softmax and LayerNorm get one on their input as well (MPTQ-ViT, Table 3). Which family an edge gets follows from what
+flows over it: post-GELU values, post-Softmax values, everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import PatternError
+from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.observers import Edge, Observer
+from passes.contract import PassContext
+
+_SHAPE_ONLY = frozenset("view reshape permute transpose contiguous flatten select unsqueeze squeeze".split())
+
+
+@dataclass(frozen=True)
+class InsertObservers:
+    """Put observers on the edges to quantize. Each field names a family of `families.FAMILIES`.
+
+    post_gelu, post_softmax: for values coming straight from GELU or softmax. image: for the patch embedding's input,
+    None leaves it float. softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes
+    the model fully quantized. other: everything else.
+    """
+
+    post_gelu: str = "opt-m"
+    post_softmax: str = "twin-softmax"
+    other: str = "symmetric"
+    image: str | None = "symmetric"
+    softmax_input: str | None = None
+    layer_norm_input: str | None = None
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED})
+
+    def __post_init__(self) -> None:
+        chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)
+        unknown = [family for family in chosen if family is not None and family not in FAMILIES]
+        if unknown:
+            raise PatternError(f"no quantizer family is called {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Insert the observers (replacing earlier ones); returns how many."""
+        remove_observers(graph_module)
+        count = 0
+        for node in nodes_with_role(graph_module):
+            role = annotation_of(node).role
+            operands = 2 if role in (Role.QK, Role.AV) else 1
+            for index in range(operands):
+                source = node.args[index]
+                if not isinstance(source, Node) or role is Role.GELU:
+                    continue
+                edge = edge_of(node, source)
+                family = self.family_of(edge)
+                if family is None and not (role and role.has_weight):
+                    continue
+                _insert(graph_module, node, index, Observer(family, edge, gram=bool(role and role.has_weight)))
+                count += 1
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return count
+
+    def family_of(self, edge: Edge) -> str | None:
+        """The family for an edge; None where it stays float."""
+        families = {
+            Edge.POST_GELU: self.post_gelu,
+            Edge.POST_SOFTMAX: self.post_softmax,
+            Edge.IMAGE: self.image,
+            Edge.SOFTMAX_INPUT: self.softmax_input,
+            Edge.LAYER_NORM_INPUT: self.layer_norm_input,
+        }
+        return families.get(edge, self.other)
+
+
+def edge_of(node: Node, source: Node) -> Edge:
+    """What flows from source into node, looking through operations that only change shape."""
+    role = annotation_of(node).role
+    if role is Role.SOFTMAX:
+        return Edge.SOFTMAX_INPUT
+    if role is Role.LAYER_NORM:
+        return Edge.LAYER_NORM_INPUT
+    while source.op == "call_method" and source.target in _SHAPE_ONLY and isinstance(source.args[0], Node):
+        source = source.args[0]
+    if source.op == "placeholder":
+        return Edge.IMAGE
+    produced = {Role.GELU: Edge.POST_GELU, Role.SOFTMAX: Edge.POST_SOFTMAX, Role.LAYER_NORM: Edge.POST_LAYER_NORM}
+    producer = annotation_of(source).role
+    return produced.get(producer, Edge.OTHER) if producer else Edge.OTHER
+
+
+def observer_nodes(graph_module: GraphModule) -> list[Node]:
+    """All observer nodes, in graph order."""
+    modules = dict(graph_module.named_modules())
+    return [n for n in graph_module.graph.nodes if n.op == "call_module" and isinstance(modules[n.target], Observer)]
+
+
+def observers_of(graph_module: GraphModule, node: Node) -> list[tuple[int, Observer]]:
+    """Observers on the node's inputs: (argument index, observer)."""
+    modules: dict[str, nn.Module] = dict(graph_module.named_modules())
+    found = []
+    for index, source in enumerate(node.args):
+        if isinstance(source, Node) and source.op == "call_module":
+            module = modules[str(source.target)]
+            if isinstance(module, Observer):
+                found.append((index, module))
+    return found
+
+
+def remove_observers(graph_module: GraphModule) -> int:
+    """Take every observer out again; returns how many there were."""
+    nodes = observer_nodes(graph_module)
+    for node in nodes:
+        node.replace_all_uses_with(node.args[0])
+        graph_module.graph.erase_node(node)
+        graph_module.delete_submodule(str(node.target))
+    if nodes:
+        graph_module.recompile()
+    return len(nodes)
+
+
+def _insert(graph_module: GraphModule, node: Node, index: int, observer: Observer) -> None:
+    source = node.args[index]
+    name = f"observer_{annotation_of(node).layer.replace('.', '_')}_{index}"
+    graph_module.add_submodule(name, observer)
+    with graph_module.graph.inserting_before(node):
+        observed = graph_module.graph.call_module(name, (source,))
+    observed.meta["tensor_meta"] = source.meta.get("tensor_meta") if isinstance(source, Node) else None
+    node.update_arg(index, observed)

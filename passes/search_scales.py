@@ -1,0 +1,93 @@
+"""SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
+
+Metrics: "hessian" (PTQ4ViT's, with the gradient done right), "mse" (squared error of the tensor itself), "min-max"
+(no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
+the noise power that sensitivities and allocators read; then the observers' statistics are released.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.search import WEIGHT_RATIOS, search_activation, search_weight
+from passes.contract import PassContext
+from passes.insert_observers import observers_of
+
+
+@dataclass(frozen=True)
+class SearchScales:
+    """Search scales at all candidate widths.
+
+    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_statistics: keep the observers' statistics,
+    so that another search can follow without calibrating again.
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    metric: Literal["hessian", "mse", "min-max"] = "hessian"
+    keep_statistics: bool = False
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """Bits allocated before; and, unless statistics are kept, the calibration."""
+        return frozenset({Fact.BITS_ALLOCATED} if self.keep_statistics else {Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+
+    def __post_init__(self) -> None:
+        if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
+            raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Search every observed node; returns how many nodes were given candidates."""
+        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        task = context.progress.track("searching scales", len(nodes))
+        for node in nodes:
+            found = observers_of(graph_module, node)
+            annotate(
+                node,
+                weight_candidates=self._weight(graph_module, node, found[0][1]),
+                activation_candidates=tuple(self._activation(o) for _, o in found if o.family is not None),
+            )
+            if not self.keep_statistics:
+                for _, observer in found:
+                    observer.release()
+            task.advance()
+        task.close()
+        return len(nodes)
+
+    def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
+        statistics = observer.statistics()
+        weighted = self.metric == "hessian"
+        if weighted and not statistics.moments.weighted:
+            raise CalibrationError(
+                'SearchScales(metric="hessian") needs gradients, and Calibrate(gradient=False) gathered none'
+            )
+        name = str(observer.family)
+        if self.metric == "min-max" and name == "symmetric":
+            name = "symmetric-min-max"
+        return search_activation(statistics, FAMILIES[name], self.bits, observer.images, weighted)
+
+    def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
+        if node.op != "call_module" or not observer.keeps_gram:
+            return ()
+        module = graph_module.get_submodule(str(node.target))
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            return ()
+        hessian = self.metric == "hessian"
+        return search_weight(
+            module.weight.flatten(1),
+            self.bits,
+            max(observer.images, 1),
+            observer.gram if hessian else None,
+            observer.channel_weight() if hessian else None,
+            (1.0,) if self.metric == "min-max" else WEIGHT_RATIOS,
+        )

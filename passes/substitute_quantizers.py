@@ -1,0 +1,83 @@
+"""SubstituteQuantizers: replace every node that has bits by one that computes with them (simulated execution).
+
+Reads the annotations only; takes the observers out. A node keeps its name, place and annotation, so the printed graph
+shows where the bits went. Not done here: integer execution (Lower).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import PatternError
+from fxquant.graph.annotation import Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
+from passes.contract import PassContext
+from passes.insert_observers import observers_of, remove_observers
+
+
+@dataclass(frozen=True)
+class SubstituteQuantizers:
+    """Put the chosen quantizers into the graph."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.CALIBRATED, Fact.SCALES_SEARCHED})
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Substitute in place; returns the number of nodes that now compute in low bits."""
+        changed = 0
+        for node in nodes_with_role(graph_module):
+            annotation = annotation_of(node)
+            if annotation.weight_bits is None and annotation.activation_bits is None:
+                continue
+            places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
+            replacement = _quantized(graph_module, node, annotation, places)
+            _replace(graph_module, node, replacement)
+            changed += 1
+        remove_observers(graph_module)
+        graph_module.delete_all_unused_submodules()
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return changed
+
+
+def chosen(candidates: tuple[Candidate, ...], bits: int | None) -> Candidate | None:
+    """The candidate of this width; None when there are no candidates or no bits."""
+    return next((candidate for candidate in candidates if candidate.bits == bits), None)
+
+
+def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
+    weight = chosen(annotation.weight_candidates, annotation.weight_bits)
+    inputs: dict[int, Quantizer] = {}
+    for place, candidates in zip(places, annotation.activation_candidates, strict=True):
+        candidate = chosen(candidates, annotation.activation_bits)
+        if candidate is not None:
+            inputs[place] = candidate.quantizer
+    weight_quantizer = None if weight is None else weight.quantizer
+    if node.op != "call_module":
+        return QuantizedMatmul(inputs.get(0), inputs.get(1))
+    module = graph_module.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear(module.weight, module.bias, weight_quantizer, inputs.get(0))
+    if isinstance(module, nn.Conv2d):
+        geometry: dict[str, Any] = {
+            "stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups
+        }  # fmt: skip
+        return QuantizedConv2d(module.weight, module.bias, weight_quantizer, inputs.get(0), geometry)
+    if 0 in inputs:
+        return QuantizedInput(module, inputs[0])
+    raise PatternError(f"node {node.name} has bits but no quantizer fits a {type(module).__name__}")
+
+
+def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:
+    name = f"{annotation_of(node).layer}"
+    if node.op == "call_module":
+        shared = [other for other in graph_module.graph.nodes if other.op == "call_module" and other.target == node.target]
+        name = str(node.target) if len(shared) == 1 else f"{node.target}_{node.name}"
+    graph_module.add_submodule(name, replacement)
+    node.op, node.target = "call_module", name
