@@ -1,0 +1,247 @@
+"""One form for every operation that later passes look for, whatever way the model's authors wrote it.
+
+After `normalize`, whatever the source said:
+
+- linear and convolution are `call_module` of `nn.Linear` / `nn.Conv*d`, also where the model called `F.linear` with a
+  parameter of its own; softmax is `nn.Softmax`, GELU is `nn.GELU`, layer norm is `nn.LayerNorm`;
+- a product of two activations is `call_function torch.matmul`;
+- fused attention is written out as matmul, softmax, matmul;
+- operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code.
+
+A new module takes the place of the module it came from (`blocks.3.attn.qkv`, `blocks.3.norm1`) where nothing else lives
+there, else it is a child of it (`blocks.3.attn.softmax`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn import functional
+
+MATMULS = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
+SOFTMAXES = {functional.softmax, torch.softmax, "softmax"}
+CONVOLUTIONS: dict[Any, type[nn.Module]] = {
+    functional.conv1d: nn.Conv1d,
+    functional.conv2d: nn.Conv2d,
+    functional.conv3d: nn.Conv3d,
+}
+
+
+def normalize(graph_module: GraphModule) -> GraphModule:
+    """The same computation in the one form described above; parameters that nothing uses are dropped.
+
+    Expects a graph recorded by `ShapeTracer` with `tensor_meta` on its nodes; raises nothing of its own.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        rewrite = _rewrite_of(node)
+        if rewrite is not None:
+            rewrite(graph_module, node)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return GraphModule(graph_module, graph, class_name=graph_module._get_name())
+
+
+def _rewrite_of(node: Node) -> Callable[[GraphModule, Node], None] | None:
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if node.target in MATMULS:
+        return _rewrite_matmul
+    if node.target in SOFTMAXES:
+        return _rewrite_softmax
+    if node.target in CONVOLUTIONS:
+        return _rewrite_convolution
+    return _REWRITES.get(node.target)  # type: ignore[arg-type]
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
+    """The tensor behind a `get_attr` node, None for anything else."""
+    if not isinstance(value, Node) or value.op != "get_attr":
+        return None
+    owner, _, name = str(value.target).rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)  # type: ignore[no-any-return]
+
+
+def scope_of(node: Node) -> str:
+    """Path of the module whose code made the node, "" for the model itself."""
+    return next(reversed(node.meta.get("nn_module_stack", {"": None})))
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Shape of the tensor a node holds, None where it holds something else."""
+    found = value.meta.get("tensor_meta") if isinstance(value, Node) else None
+    return tuple(found.shape) if isinstance(found, TensorMetadata) else None
+
+
+def _replace(node: Node, replacement: Node) -> None:
+    """Let the replacement take the node's users and where it came from."""
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in node.meta:
+            replacement.meta[key] = node.meta[key]
+    node.replace_all_uses_with(replacement)
+    node.graph.erase_node(node)
+
+
+def _call_module(graph_module: GraphModule, node: Node, home: str, stem: str, module: nn.Module) -> None:
+    """Replace the node by a call of `module` on its first input, placed at `home` if free, else at `home.stem`."""
+    taken = {n.target for n in node.graph.nodes if n.op == "call_module"} | {
+        str(n.target).rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr" and set(n.users) - {node}
+    }
+    present = dict(graph_module.named_modules())
+    is_free = bool(home) and home not in taken and not (home in present and list(present[home].children()))
+    path = home if is_free else f"{home}.{stem}".lstrip(".")
+    while not is_free and path in present:
+        path += "_"
+    graph_module.add_submodule(path, module.eval().requires_grad_(False))
+    with node.graph.inserting_before(node):
+        _replace(node, node.graph.call_module(path, (argument(node, 0, "input"),)))
+
+
+def _home_of_weight(node: Node, weight: Node, default: str) -> tuple[str, str]:
+    """Where the module made from a weight belongs: the weight's owner, and the name of a child if that is taken."""
+    owner, _, name = str(weight.target).rpartition(".")
+    stem = name.removesuffix("weight").rstrip("_")
+    return owner, default if not stem or stem.startswith("constant") else stem
+
+
+def _rewrite_matmul(graph_module: GraphModule, node: Node) -> None:
+    with node.graph.inserting_before(node):
+        _replace(node, node.graph.call_function(torch.matmul, node.args[:2] or tuple(node.kwargs.values())))
+
+
+def _rewrite_softmax(graph_module: GraphModule, node: Node) -> None:
+    if argument(node, 3, "dtype") is None:
+        _call_module(graph_module, node, scope_of(node), "softmax", nn.Softmax(argument(node, 1, "dim", -1)))
+
+
+def _rewrite_gelu(graph_module: GraphModule, node: Node) -> None:
+    _call_module(graph_module, node, scope_of(node), "act", nn.GELU(node.kwargs.get("approximate", "none")))  # type: ignore[arg-type]
+
+
+def _rewrite_linear(graph_module: GraphModule, node: Node) -> None:
+    weight, bias = (argument(node, 1, "weight"), argument(node, 2, "bias"))
+    weight_oc_ic, bias_oc = constant_of(graph_module, weight), constant_of(graph_module, bias)
+    if weight_oc_ic is None or (bias is not None and bias_oc is None):
+        return
+    channels_out, channels_in = weight_oc_ic.shape
+    linear = nn.Linear(channels_in, channels_out, bias=bias_oc is not None, device="meta")
+    _set_parameters(linear, weight_oc_ic, bias_oc)
+    _call_module(graph_module, node, *_home_of_weight(node, weight, "linear"), linear)
+
+
+def _rewrite_convolution(graph_module: GraphModule, node: Node) -> None:
+    weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
+    kernel, bias_oc = constant_of(graph_module, weight), constant_of(graph_module, bias)
+    if kernel is None or (bias is not None and bias_oc is None):
+        return
+    groups = argument(node, 6, "groups", 1)
+    convolution = CONVOLUTIONS[node.target](
+        kernel.shape[1] * groups,
+        kernel.shape[0],
+        tuple(kernel.shape[2:]),
+        stride=argument(node, 3, "stride", 1),
+        padding=argument(node, 4, "padding", 0),
+        dilation=argument(node, 5, "dilation", 1),
+        groups=groups,
+        bias=bias_oc is not None,
+        device="meta",
+    )
+    _set_parameters(convolution, kernel, bias_oc)
+    _call_module(graph_module, node, *_home_of_weight(node, weight, "conv"), convolution)
+
+
+def _rewrite_layer_norm(graph_module: GraphModule, node: Node) -> None:
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    weight_c, bias_c = constant_of(graph_module, weight), constant_of(graph_module, bias)
+    if (weight is None) != (weight_c is None) or (bias is None) != (bias_c is None):
+        return
+    norm = nn.LayerNorm(
+        argument(node, 1, "normalized_shape"),
+        eps=argument(node, 4, "eps", 1e-5),
+        elementwise_affine=weight_c is not None,
+        bias=bias_c is not None,
+        device="meta",
+    )
+    _set_parameters(norm, weight_c, bias_c)
+    home = _home_of_weight(node, weight, "norm") if weight is not None else (scope_of(node), "norm")
+    _call_module(graph_module, node, *home, norm)
+
+
+def _set_parameters(module: nn.Module, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            setattr(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
+
+
+def _rewrite_fused_attention(graph_module: GraphModule, node: Node) -> None:
+    """softmax(q k^T * scale + mask) v, written out."""
+    query, key, value = node.args[:3]
+    mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
+    shape = shape_of(query)
+    mask_tensor = constant_of(graph_module, mask)
+    unsupported = shape is None or is_causal or node.kwargs.get("enable_gqa") or (mask is not None and mask_tensor is None)
+    if unsupported or (mask_tensor is not None and mask_tensor.dtype == torch.bool):
+        return
+    scale = node.kwargs.get("scale")
+    graph = node.graph
+    with graph.inserting_before(node):
+        scaled = graph.call_function(operator.mul, (query, scale if scale is not None else 1 / math.sqrt(shape[-1])))
+        scores = graph.call_function(torch.matmul, (scaled, graph.call_method("transpose", (key, -2, -1))))
+        scores = scores if mask is None else graph.call_function(operator.add, (scores, mask))
+        softmax = graph.call_function(torch.softmax, (scores, -1))
+        product = graph.call_function(torch.matmul, (softmax, value))
+    for made in (scaled, scores, softmax):
+        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    _replace(node, product)
+    _rewrite_softmax(graph_module, softmax)
+
+
+def _drop(graph_module: GraphModule, node: Node) -> None:
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+
+
+def _drop_dropout(graph_module: GraphModule, node: Node) -> None:
+    if argument(node, 2, "training", True) is False or argument(node, 1, "p", 0.5) == 0:
+        _drop(graph_module, node)
+
+
+def _drop_empty_padding(graph_module: GraphModule, node: Node) -> None:
+    if not any(argument(node, 1, "pad")):
+        _drop(graph_module, node)
+
+
+def _drop_whole_slice(graph_module: GraphModule, node: Node) -> None:
+    """x[:, :56, :56] of an x that has 56 rows and 56 columns; the batch must be taken whole."""
+    source, index = node.args
+    if not isinstance(index, tuple) or shape_of(node) is None or shape_of(node) != shape_of(source):
+        return
+    is_whole = index[0] == slice(None) and all(isinstance(i, slice) and i.step in (None, 1) for i in index)
+    if is_whole:
+        _drop(graph_module, node)
+
+
+_REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {
+    functional.linear: _rewrite_linear,
+    functional.gelu: _rewrite_gelu,
+    functional.layer_norm: _rewrite_layer_norm,
+    torch.layer_norm: _rewrite_layer_norm,
+    functional.scaled_dot_product_attention: _rewrite_fused_attention,
+    functional.dropout: _drop_dropout,
+    functional.pad: _drop_empty_padding,
+    operator.getitem: _drop_whole_slice,
+}
