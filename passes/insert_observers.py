@@ -53,21 +53,28 @@ class InsertObservers:
         remove_observers(graph_module)
         count = 0
         for node in nodes_with_role(graph_module):
-            role = annotation_of(node).role
-            operands = 2 if role in (Role.QK, Role.AV) else 1
-            for index in range(operands):
-                source = node.args[index]
-                if not isinstance(source, Node) or role is Role.GELU:
-                    continue
-                edge = edge_of(node, source)
-                family = self.family_of(edge)
-                if family is None and not (role and role.has_weight):
-                    continue
-                _insert(graph_module, node, index, Observer(family, edge, gram=bool(role and role.has_weight)))
+            has_weight = _has_weight(node)
+            for index, edge, family in self.plan(node):
+                _insert(graph_module, node, index, Observer(family, edge, gram=has_weight))
                 count += 1
         graph_module.graph.lint()
         graph_module.recompile()
         return count
+
+    def plan(self, node: Node) -> list[tuple[int, Edge, str | None]]:
+        """Inputs of the node that get an observer: argument index, what flows there, family (None: stays float)."""
+        role = annotation_of(node).role
+        if role is None or role is Role.GELU:
+            return []
+        planned = []
+        for index in range(2 if role.is_matmul else 1):
+            source = node.args[index]
+            if isinstance(source, Node):
+                edge = edge_of(node, source)
+                family = self.family_of(edge)
+                if family is not None or role.has_weight:
+                    planned.append((index, edge, family))
+        return planned
 
     def family_of(self, edge: Edge) -> str | None:
         """The family for an edge; None where it stays float."""
@@ -79,6 +86,11 @@ class InsertObservers:
             Edge.LAYER_NORM_INPUT: self.layer_norm_input,
         }
         return families.get(edge, self.other)
+
+
+def _has_weight(node: Node) -> bool:
+    role = annotation_of(node).role
+    return role is not None and role.has_weight
 
 
 def edge_of(node: Node, source: Node) -> Edge:

@@ -1,0 +1,167 @@
+"""AllocateBits: turn the candidates on the graph into a cost table, let an allocator choose, annotate the choice.
+
+The table's cost of a tensor at a width is the predicted loss SearchScales found; costs of tensors add up. Which
+allocator, which budget and which layers are pinned are the pass's options. Not done here: changing any module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch.fx import GraphModule, Node
+
+from allocators.allocation import Allocation
+from allocators.allocator import Allocator
+from allocators.budget import Budget
+from allocators.cost_table import CostTable
+from allocators.milp import Milp
+from allocators.overrides import Bits
+from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.quantizers.observers import Edge
+from passes.contract import PassContext
+from passes.insert_observers import observers_of
+
+ALLOCATION = "fxquant_allocation"
+COST_TABLE = "fxquant_cost_table"
+
+
+@dataclass(frozen=True)
+class AllocateBits:
+    """Choose bits within a budget.
+
+    budget: see `Budget`. allocator: `Milp()`, `Greedy()`, `Uniform()` or any other `Allocator`. overrides: pairs
+    (layer name, role or glob; bits or (weight bits, activation bits)), later ones win. first_last_bits: pin the patch
+    embedding's weight and the head to this width; None lets the allocator decide, as ViT papers do. image_bits: width
+    of the patch embedding's input where it is quantized at all; images come in 8 bits, so it is not counted in the
+    mean activation bits.
+    """
+
+    budget: Budget
+    allocator: Allocator = Milp()
+    overrides: tuple[tuple[str, Bits], ...] = ()
+    first_last_bits: int | None = None
+    image_bits: int = 8
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Annotate bits; returns the number of nodes annotated.
+
+        Raises InfeasibleBudgetError, OverrideError, or SensitivityError for a score that is not a number.
+        """
+        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        table = self.cost_table(graph_module, nodes)
+        allocation = self.allocator.allocate(table, self.budget)
+        images = image_readers(graph_module, nodes)
+        for row, node in enumerate(nodes):
+            annotation = annotation_of(node)
+            image = annotation.activation_candidates and node in images
+            activation_bits = self.image_bits if image else allocation.activation_bits.get(annotation.layer)
+            pinned = int(table.allowed_weight[row].sum()) <= 1 or int(table.allowed_activation[row].sum()) <= 1
+            annotate(
+                node,
+                weight_bits=allocation.weight_bits.get(annotation.layer),
+                activation_bits=activation_bits,
+                pinned=pinned,
+            )
+        graph_module.meta[ALLOCATION], graph_module.meta[COST_TABLE] = allocation, table
+        context.note(
+            status=allocation.status,
+            solver=allocation.solver,
+            predicted_loss=allocation.objective,
+            binding=list(allocation.binding),
+            usage=allocation.usage,
+        )
+        return len(nodes)
+
+    def cost_table(self, graph_module: GraphModule, nodes: Sequence[Node]) -> CostTable:
+        """The allocation problem of these nodes, with overrides and policies applied."""
+        annotations = [annotation_of(node) for node in nodes]
+        images = image_readers(graph_module, nodes)
+        counted = [
+            0 if node in images or not annotation.activation_candidates else annotation.activation_elements
+            for node, annotation in zip(nodes, annotations, strict=True)
+        ]
+        weights = [annotation.weight_candidates for annotation in annotations]
+        activations = [annotation.activation_candidates for annotation in annotations]
+        bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
+        return self.table(
+            annotations,
+            counted,
+            bits,
+            weight=[_scores((found,), bits) for found in weights],
+            activation=[_scores(found, bits) for found in activations],
+        )
+
+    def table(
+        self,
+        annotations: Sequence[Annotation],
+        activation_elements: Sequence[int],
+        bits: tuple[int, ...],
+        weight: Sequence[Scores],
+        activation: Sequence[Scores],
+    ) -> CostTable:
+        """A cost table from scores per layer: (losses, SQNR in dB), one number per width."""
+        everything = np.ones((len(annotations), len(bits)), dtype=bool)
+        table = CostTable(
+            layers=tuple(annotation.layer for annotation in annotations),
+            roles=tuple(str(annotation.role) for annotation in annotations),
+            weight_elements=np.array([annotation.parameters for annotation in annotations]),
+            activation_elements=np.array(activation_elements),
+            macs=np.array([annotation.macs for annotation in annotations]),
+            weight_bits=bits,
+            activation_bits=bits,
+            weight_cost=np.array([losses for losses, _ in weight]),
+            activation_cost=np.array([losses for losses, _ in activation]),
+            weight_sqnr_db=np.array([sqnr for _, sqnr in weight]),
+            activation_sqnr_db=np.array([sqnr for _, sqnr in activation]),
+            allowed_weight=everything,
+            allowed_activation=everything,
+        )
+        roles = {str(annotation.role) for annotation in annotations}
+        pins: dict[str, Bits] = {}
+        if self.first_last_bits is not None:
+            ends = (Role.PATCH_EMBED, Role.HEAD)
+            pins = {str(role): self.first_last_bits for role in ends if str(role) in roles}
+        return table.override({**pins, **dict(self.overrides)})
+
+
+Scores = tuple[list[float], list[float]]
+
+
+def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...]) -> Scores:
+    """Summed loss and joint SQNR in dB of operands that share one width, for each width."""
+    if not any(operands):
+        return [0.0] * len(bits), [0.0] * len(bits)
+    losses, sqnr = [], []
+    for column in range(len(bits)):
+        chosen = [candidates[column] for candidates in operands]
+        losses.append(sum(candidate.loss for candidate in chosen))
+        # Operands differ in scale, so each counts by its own ratio; their mean noise-to-signal ratio is the layer's.
+        ratio = float(np.mean([candidate.noise / max(candidate.signal, 1e-30) for candidate in chosen]))
+        sqnr.append(-10 * math.log10(max(ratio, 1e-30)))
+    return losses, sqnr
+
+
+def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:
+    """Nodes whose input is the image itself."""
+    return {
+        node for node in nodes if any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))
+    }
+
+
+def allocation_of(graph_module: GraphModule) -> Allocation | None:
+    """The allocation AllocateBits made, None before."""
+    found = graph_module.meta.get(ALLOCATION)
+    return found if isinstance(found, Allocation) else None
+
+
+def normalized_overrides(overrides: Mapping[str, Bits] | None) -> tuple[tuple[str, Bits], ...]:
+    """Overrides as the hashable pairs the pass keeps; roles may be given as `Role`."""
+    return tuple((str(pattern), bits) for pattern, bits in (overrides or {}).items())

@@ -1,0 +1,44 @@
+"""CheckBudget: refuse an unreachable budget or a mistaken override before any image is touched.
+
+Needs roles only: the least any allocation can use follows from element counts and the candidate widths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.quantizers.observers import Edge
+from passes.allocate_bits import AllocateBits
+from passes.contract import PassContext
+from passes.insert_observers import InsertObservers
+
+
+@dataclass(frozen=True)
+class CheckBudget:
+    """Check the budget of an AllocateBits against what InsertObservers will quantize at these candidate widths."""
+
+    allocate: AllocateBits
+    insert: InsertObservers
+    bits: tuple[int, ...]
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
+        annotations, elements = [], []
+        for node in nodes_with_role(graph_module):
+            planned = self.insert.plan(node)
+            if planned:
+                annotations.append(annotation_of(node))
+                counted = any(family is not None and edge is not Edge.IMAGE for _, edge, family in planned)
+                elements.append(annotation_of(node).activation_elements if counted else 0)
+        nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
+        table = self.allocate.table(annotations, elements, self.bits, nothing, nothing)
+        table.check_feasible(self.allocate.budget)
+        return 0
