@@ -1,0 +1,1 @@
+"""Bit allocation as numbers: a `CostTable` and a `Budget` in, an `Allocation` out; no torch, no graphs."""

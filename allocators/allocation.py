@@ -1,0 +1,149 @@
+"""The answer of an allocator: bits by layer, what they cost and use, and how good the answer is known to be.
+
+Deliberately not done: scales and quantizers, which belong to the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, get_args
+
+from allocators.budget import QUANTITIES, Budget
+from allocators.cost_table import Assignment, CostTable
+from fxquant.errors import ArtefactError, BudgetError
+
+Status = Literal["optimal", "feasible", "heuristic"]
+"""Proven within the solver's gap; found by a solver but not proven; found by a rule that proves nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """Bits by layer; equality ignores the time it took.
+
+    Attributes:
+        weight_bits: bits of the layers that have quantized weights.
+        activation_bits: bits of the layers whose input is quantized.
+        objective: summed predicted loss.
+        usage: the four QUANTITIES, averaged as the budget asks.
+        budget: what was asked.
+        status: "optimal", "feasible" or "heuristic".
+        gap: (objective - bound) / objective, or `None` when no bound is known.
+        binding: budgeted quantities into which no one-step upgrade of any layer fits.
+        solver: what found it.
+        seconds: wall time, s.
+    """
+
+    weight_bits: dict[str, int]
+    activation_bits: dict[str, int]
+    objective: float
+    usage: dict[str, float]
+    budget: Budget
+    status: Status
+    gap: float | None
+    binding: tuple[str, ...]
+    solver: str
+    seconds: float = field(compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        table: CostTable,
+        assignment: Assignment,
+        budget: Budget,
+        *,
+        status: Status,
+        gap: float | None,
+        solver: str,
+        seconds: float,
+    ) -> Self:
+        """The allocation that an assignment of `table` stands for."""
+        bits = [
+            {layer: int(width) for layer, width in zip(table.layers, row, strict=True) if width}
+            for row in table.bits(assignment)
+        ]
+        return cls(
+            weight_bits=bits[0],
+            activation_bits=bits[1],
+            objective=table.objective(assignment),
+            usage=table.usage(assignment, budget),
+            budget=budget,
+            status=status,
+            gap=gap,
+            binding=_binding(table, assignment, budget),
+            solver=solver,
+            seconds=seconds,
+        )
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal allocation."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ArtefactError: the text is not JSON, or not an allocation; the message names the field.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ArtefactError(f"not an allocation: the text is not JSON ({error})") from error
+        names = {item.name for item in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise ArtefactError(f"not an allocation: it must be an object with the fields {', '.join(sorted(names))}")
+        try:
+            values["budget"] = Budget.from_dict(values["budget"])
+        except (BudgetError, TypeError, AttributeError) as error:
+            raise ArtefactError(f"not an allocation: bad field 'budget' ({error})") from error
+        for name, valid in _VALID.items():
+            if not valid(values[name]):
+                raise ArtefactError(f"not an allocation: bad field {name!r}, found {values[name]!r}")
+        return cls(**values | {"binding": tuple(values["binding"])})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_widths(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(width) is int and width > 0 for width in value.values())
+
+
+def _is_usage(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == set(QUANTITIES) and all(map(_is_number, value.values()))
+
+
+_VALID = {
+    "weight_bits": _is_widths,
+    "activation_bits": _is_widths,
+    "objective": _is_number,
+    "usage": _is_usage,
+    "status": lambda value: value in get_args(Status),
+    "gap": lambda value: value is None or _is_number(value),
+    "binding": lambda value: isinstance(value, list) and all(item in QUANTITIES for item in value),
+    "solver": lambda value: isinstance(value, str),
+    "seconds": _is_number,
+}
+
+
+def _binding(table: CostTable, assignment: Assignment, budget: Budget) -> tuple[str, ...]:
+    """The budgeted quantities that some one-step upgrade would raise, and that none can raise within the limit."""
+    usage = table.usage(assignment, budget)
+    fits: dict[str, list[bool]] = {quantity: [] for quantity in budget.limits}
+    for row, side in enumerate(table.operands):
+        for layer in range(len(table.layers)):
+            wider = side.columns(layer)
+            wider = wider[wider > assignment[row, layer]]
+            if not wider.size:
+                continue
+            upgraded = assignment.copy()
+            upgraded[row, layer] = wider[0]
+            raised = table.usage(upgraded, budget)
+            exceeded = budget.exceeded(raised)
+            for quantity in budget.limits:
+                if raised[quantity] > usage[quantity]:
+                    fits[quantity].append(quantity not in exceeded)
+    return tuple(quantity for quantity, fit in fits.items() if fit and not any(fit))

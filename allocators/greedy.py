@@ -1,0 +1,125 @@
+"""Greedy mixed precision: start at the widest and keep lowering the tensor that can best afford it.
+
+    SQNR_b(X) = 10 log10(sum X^2 / sum (X - Q_b(X))^2)    (MPTQ-ViT, equation 9)
+    alpha_l = SQNR_{b-1}(X_l) * log(numel(X_l))           (MPTQ-ViT, equation 10)
+
+Weights first, then activations (or the reverse), each until its quantities meet the budget; a heap keeps the largest
+alpha on top, O(widths * layers * log layers). Bytes count with the weights. Bit operations, which the paper does not
+budget, come last: whichever tensor has the largest alpha is lowered until they are met.
+Deliberately not done: looking at costs, or raising a tensor again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from allocators.allocation import Allocation
+from allocators.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.cost_table import Assignment, CostTable
+from allocators.meter import FloatArray
+
+_LARGEST_SQNR_DB: Final = 1e3
+"""Stands for an infinite SQNR (an exact representation), so that infinity times log(1) stays a number."""
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """MPTQ-ViT's Greedy MP.
+
+    Args:
+        metric: "sqnr-numel" is equation 10; "sqnr" leaves the logarithm out (the paper's ablation).
+        order: which operand is lowered first; the other only shares bit operations with it.
+        minimum_bits: no tensor goes below, unless it is allowed nothing else.
+    """
+
+    metric: Literal["sqnr-numel", "sqnr"] = "sqnr-numel"
+    order: Literal["weights-first", "activations-first"] = "weights-first"
+    minimum_bits: int = 2
+
+    def allocate(self, table: CostTable, budget: Budget) -> Allocation:
+        """The greedy bits; a quantity without a limit leaves its tensors at the widest.
+
+        Raises:
+            InfeasibleBudgetError: the budget is not met even with everything at its lowest.
+        """
+        started_s = time.perf_counter()
+        assignment = self.assign(table, budget)
+        return Allocation.of(
+            table,
+            assignment,
+            budget,
+            status="heuristic",
+            gap=None,
+            solver="greedy",
+            seconds=time.perf_counter() - started_s,
+        )
+
+    def assign(self, table: CostTable, budget: Budget) -> Assignment:
+        """The columns of the greedy bits, int64 [2, L]."""
+        table = table.at_least(self.minimum_bits)
+        table.check_feasible(budget)
+        descent = _Descent(table, budget, [self._alpha(table, row) for row in (0, 1)])
+        phases = [((0,), ("mean_weight_bits", "weight_bytes")), ((1,), ("mean_activation_bits",))]
+        if self.order == "activations-first":
+            phases.reverse()
+        for rows, quantities in [*phases, ((0, 1), ("bit_operations",))]:
+            descent.lower(rows, quantities)
+        return descent.assignment
+
+    def _alpha(self, table: CostTable, row: int) -> FloatArray:
+        """Alpha of moving to each column, float64 [L, C]."""
+        side = table.operands[row]
+        sqnr_db = np.clip(side.sqnr_db, -_LARGEST_SQNR_DB, _LARGEST_SQNR_DB)
+        return sqnr_db * np.log(np.maximum(side.elements, 1))[:, None] if self.metric == "sqnr-numel" else sqnr_db
+
+
+class _Descent:
+    """An assignment on its way down, with its usage kept up to date."""
+
+    def __init__(self, table: CostTable, budget: Budget, alphas: list[FloatArray]) -> None:
+        self.assignment = table.highest()
+        self._operands = table.operands
+        self._columns = [
+            [side.columns(layer).tolist() for layer in range(len(table.layers))] for side in self._operands
+        ]
+        self._alphas = alphas
+        self._meter = table.meter(budget)
+        self._limits = np.array([budget.limits.get(quantity, np.inf) for quantity in QUANTITIES]) * (1 + TOLERANCE)
+        self._usage = np.array(list(table.usage(self.assignment, budget).values()))
+
+    def lower(self, rows: Iterable[int], quantities: Iterable[str]) -> None:
+        """Lower the tensors of `rows`, largest alpha first, until all `quantities` are within their limits."""
+        watched = [QUANTITIES.index(quantity) for quantity in quantities]
+        heap = [entry for row in rows for layer in range(len(self._columns[row])) for entry in self._next(row, layer)]
+        heapq.heapify(heap)
+        while heap and (self._usage[watched] > self._limits[watched]).any():
+            _, row, layer, column = heapq.heappop(heap)
+            before = self._use(layer)
+            old = self.assignment[row, layer]
+            self.assignment[row, layer] = column
+            change = self._use(layer) - before
+            if not change[watched].any():
+                self.assignment[row, layer] = old
+                continue
+            self._usage += change
+            for entry in self._next(row, layer):
+                heapq.heappush(heap, entry)
+
+    def _next(self, row: int, layer: int) -> list[tuple[float, int, int, int]]:
+        """The heap entry of a tensor's next lower allowed column, if it has one; ties go to the earlier layer."""
+        columns = self._columns[row][layer]
+        place = columns.index(self.assignment[row, layer])
+        if place == 0:
+            return []
+        column = columns[place - 1]
+        return [(-float(self._alphas[row][layer, column]), row, layer, column)]
+
+    def _use(self, layer: int) -> FloatArray:
+        bits = [side.bits_at(self.assignment[row, layer : layer + 1]) for row, side in enumerate(self._operands)]
+        return self._meter.use(layer, bits[0], bits[1])[:, 0]

@@ -1,0 +1,73 @@
+"""What bits use: mean weight bits, mean activation bits, weight bytes and bit operations, in the order of QUANTITIES.
+
+    BOPs = sum_l MACs_l * b_W * b_A    (the cost that Mix-QViT equalises in its "*" rows)
+
+An attention matmul has no weight: both its operands take the activation's bits. A float operand counts 32 bits.
+Deliberately not done: the bytes of scales and zero points, and the cost of layers without MACs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from allocators.budget import QUANTITIES, Budget
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+FLOAT_BITS = 32
+
+
+class Meter(NamedTuple):
+    """Turns bits into usage; 0 bits stand for an operand that is absent or stays float.
+
+    Attributes:
+        rates: float64 [4, L], whole numbers: what one bit of a layer adds (one bit squared for bit operations).
+        divisors: float64 [4]: usage = sum of rate * bits / divisor.
+        matmul: bool [L]: both operands are activations.
+    """
+
+    rates: FloatArray
+    divisors: FloatArray
+    matmul: BoolArray
+
+    @classmethod
+    def of(
+        cls,
+        weight_elements: IntArray,
+        activation_elements: IntArray,
+        macs: IntArray,
+        matmul: BoolArray,
+        budget: Budget | None,
+    ) -> Meter:
+        """The meter of a table, averaging as `budget` asks (by elements without one)."""
+        means = (budget.weight_mean, budget.activation_mean) if budget else ("elements", "elements")
+        shares = [
+            np.sign(elements) if mean == "layers" else elements
+            for elements, mean in zip((weight_elements, activation_elements), means, strict=True)
+        ]
+        rates = np.stack([*shares, weight_elements, macs]).astype(np.float64)
+        divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0])
+        return cls(rates, divisors, matmul)
+
+    def use(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
+        """What a layer (or a slice of them) adds to each quantity, float64 [4, ...]; the bits broadcast."""
+        return self._raw(layer, weight_bits, activation_bits) / self.divisors.reshape(-1, 1)
+
+    def total(self, weight_bits: IntArray, activation_bits: IntArray) -> dict[str, float]:
+        """The usage of all layers together; both bits are int64 [L]; divided last, so whole bits stay whole."""
+        sums = self._raw(slice(None), weight_bits, activation_bits).sum(axis=1) / self.divisors
+        return dict(zip(QUANTITIES, sums.tolist(), strict=True))
+
+    def _raw(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
+        activation_operand = np.where(activation_bits > 0, activation_bits, FLOAT_BITS)
+        weight_operand = np.where(weight_bits > 0, weight_bits, FLOAT_BITS)
+        weight_operand = np.where(self.matmul[layer], activation_operand, weight_operand)
+        rates = self.rates[:, layer].reshape(4, -1)
+        bits = np.stack([weight_bits, activation_bits, weight_bits, weight_operand * activation_operand])
+        raw: FloatArray = rates * bits
+        return raw

@@ -1,0 +1,227 @@
+"""The optimal allocation by integer programming: one binary variable per layer and (W bits, A bits) pair.
+
+    minimise  sum_lp cost_lp x_lp
+    so that   sum_p x_lp = 1 for every layer l,    sum_lp usage_qlp x_lp <= budget_q for every budgeted quantity q
+
+LampQ's integer program ("Iterative bit update"), in one-hot form. Pairs of widths keep bit operations linear.
+What the solver sees is small and well scaled: costs count from each layer's minimum in units of greedy's excess, usage
+from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats in
+every respect, is left out.
+Deliberately not done: interactions between layers (a quadratic objective).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import mip
+import numpy as np
+
+from allocators.allocation import Allocation
+from allocators.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.cost_table import Assignment, Choices, CostTable
+from allocators.greedy import Greedy
+from allocators.meter import BoolArray, FloatArray, IntArray
+from fxquant.errors import BudgetError
+
+_NEGLIGIBLE: Final = 1e-12
+"""A scaled coefficient below this is written as zero."""
+
+_ROUNDING_RETRIES: Final = 3
+"""How often headroom is tightened when the solver's own tolerance lets a budget slip."""
+
+
+@dataclass(frozen=True)
+class Milp:
+    """Bits that minimise the summed cost within a budget, by CBC through python-mip; never worse than `Greedy`.
+
+    Args:
+        time_limit_s: wall time given to the solver, s; the best answer so far is returned when it runs out.
+        relative_gap: stop when the objective is proven within this fraction of the optimum.
+        tie_weights_and_activations: give both operands of a layer the same bits.
+        threads: solver threads; more than one may make the choice among equal optima vary.
+        seed: the solver's seed.
+
+    Raises:
+        BudgetError: an option is out of range.
+    """
+
+    time_limit_s: float = 60.0
+    relative_gap: float = 1e-6
+    tie_weights_and_activations: bool = False
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not self.time_limit_s > 0 or not 0 <= self.relative_gap < 1 or self.threads < 1:
+            raise BudgetError(f"time_limit_s > 0, 0 <= relative_gap < 1 and threads >= 1 are needed, found {self}")
+
+    def allocate(self, table: CostTable, budget: Budget) -> Allocation:
+        """The best bits of every layer, "optimal" when proven within `relative_gap`, else "feasible".
+
+        Raises:
+            InfeasibleBudgetError: no allocation meets the budget (known exactly, before solving).
+            OverrideError: operands are tied and a layer has no common width.
+        """
+        started_s = time.perf_counter()
+        table.check_feasible(budget, tied=self.tie_weights_and_activations)
+        best = self._start(table, budget)
+        program = _Program.of(table, budget, best, tied=self.tie_weights_and_activations)
+        bound = program.floor
+        if program.excess > self.relative_gap * table.objective(best):
+            best, bound = self._improve(table, budget, program, best, started_s)
+        objective = table.objective(best)
+        gap = max(0.0, objective - bound) / objective if objective > 0 else 0.0
+        return Allocation.of(
+            table,
+            best,
+            budget,
+            status="optimal" if gap <= self.relative_gap else "feasible",
+            gap=gap,
+            solver="milp-cbc",
+            seconds=time.perf_counter() - started_s,
+        )
+
+    def _start(self, table: CostTable, budget: Budget) -> Assignment:
+        """The best assignment known before solving: that of the cheapest greedy rule, tied if need be."""
+        candidates = [
+            Greedy(metric, order, minimum_bits=1).assign(table, budget)
+            for metric in ("sqnr-numel", "sqnr")
+            for order in ("weights-first", "activations-first")
+        ]
+        if self.tie_weights_and_activations:
+            candidates = [_tied(table, assignment) for assignment in candidates] + [table.lowest(tied=True)]
+        feasible = [assignment for assignment in candidates if not budget.exceeded(table.usage(assignment, budget))]
+        return min(feasible, key=table.objective)
+
+    def _improve(
+        self, table: CostTable, budget: Budget, program: _Program, best: Assignment, started_s: float
+    ) -> tuple[Assignment, float]:
+        """The solver's assignment where it beats `best`, and a lower bound on every objective."""
+        bound = program.floor
+        headroom = 1.0
+        for attempt in range(_ROUNDING_RETRIES):
+            remaining_s = self.time_limit_s - (time.perf_counter() - started_s)
+            if remaining_s <= 0:
+                break
+            found, proven = self._solve(program, headroom, remaining_s)
+            if attempt == 0:
+                bound = max(bound, program.floor + program.excess * proven)
+            if found is None:
+                break
+            if not budget.exceeded(table.usage(found, budget)):
+                return min(best, found, key=table.objective), bound
+            headroom -= 10.0 ** (attempt - 6)
+        return best, bound
+
+    def _solve(self, program: _Program, headroom: float, seconds: float) -> tuple[Assignment | None, float]:
+        """One run of the solver: the columns it found, if any, and its bound in scaled units."""
+        model = mip.Model(sense=mip.MINIMIZE, solver_name=mip.CBC)
+        model.verbose = 0
+        model.threads = self.threads
+        model.seed = self.seed
+        model.max_mip_gap = self.relative_gap
+        model.max_mip_gap_abs = max(1e-10, self.relative_gap * program.floor / program.excess)
+        picks = [[model.add_var(var_type=mip.BINARY) for _ in layer.cost] for layer in program.layers]
+        for row in picks:
+            model += mip.xsum(row) == 1
+        for quantity in range(program.layers[0].usage.shape[0]):
+            usage = (layer.usage[quantity] for layer in program.layers)
+            model += _weighted(picks, usage) <= headroom
+        model.objective = _weighted(picks, (layer.cost for layer in program.layers))
+        model.start = [(row[layer.start], 1.0) for row, layer in zip(picks, program.layers, strict=True)]
+        status = model.optimize(max_seconds=seconds)
+        if status not in (mip.OptimizationStatus.OPTIMAL, mip.OptimizationStatus.FEASIBLE):
+            return None, 0.0
+        chosen = [int(np.argmax([pick.x for pick in row])) for row in picks]
+        columns = [layer.columns[:, index] for layer, index in zip(program.layers, chosen, strict=True)]
+        return np.stack(columns, axis=1), float(model.objective_bound)
+
+
+class _Layer(NamedTuple):
+    """The pairs of one layer that can be part of a better answer.
+
+    Attributes:
+        columns: int64 [2, P].
+        cost: float64 [P], scaled.
+        usage: float64 [Q, P], scaled; Q budgeted quantities.
+        start: the pair that stands for the known answer.
+    """
+
+    columns: IntArray
+    cost: FloatArray
+    usage: FloatArray
+    start: int
+
+
+class _Program(NamedTuple):
+    """The scaled integer program: objective = floor + excess * scaled objective.
+
+    Attributes:
+        floor: sum of each layer's least cost.
+        excess: the known answer's objective above the floor.
+        layers: one entry per layer.
+    """
+
+    floor: float
+    excess: float
+    layers: list[_Layer]
+
+    @classmethod
+    def of(cls, table: CostTable, budget: Budget, known: Assignment, *, tied: bool) -> _Program:
+        """The program that asks for anything better than `known`."""
+        choices = [table.choices(layer, budget, tied=tied) for layer in range(len(table.layers))]
+        rows = [QUANTITIES.index(quantity) for quantity in budget.limits]
+        floor = float(sum(layer.cost.min() for layer in choices))
+        excess = table.objective(known) - floor
+        least = np.sum([layer.usage[rows].min(axis=1) for layer in choices], axis=0)
+        limits = np.array(list(budget.limits.values()))
+        headroom = np.maximum(limits * (1 + TOLERANCE) - least, TOLERANCE * limits)
+        layers = [_scaled(layer, known[:, index], rows, excess, headroom) for index, layer in enumerate(choices)]
+        return cls(floor, excess, layers)
+
+
+def _scaled(choices: Choices, known: IntArray, rows: list[int], excess: float, headroom: FloatArray) -> _Layer:
+    """One layer's pairs in scaled units, without those that cannot help."""
+    cost = (choices.cost - choices.cost.min()) / excess if excess > 0 else np.zeros_like(choices.cost)
+    usage = choices.usage[rows]
+    usage = (usage - usage.min(axis=1, keepdims=True)) / headroom[:, None]
+    start = int(np.flatnonzero((choices.columns == known[:, None]).all(axis=0))[0])
+    worth = np.vstack([cost, usage])
+    no_worse_than_start: BoolArray = np.all(worth <= worth[:, [start]], axis=0)
+    fits = np.all(worth <= 1 + TOLERANCE, axis=0) | no_worse_than_start
+    kept = np.flatnonzero(fits & ~_dominated(worth))
+    scaled = np.where(worth < _NEGLIGIBLE, 0.0, worth)[:, kept]
+    return _Layer(choices.columns[:, kept], scaled[0], scaled[1:], int(no_worse_than_start[kept].argmax()))
+
+
+def _dominated(worth: FloatArray) -> BoolArray:
+    """Which columns of [K, P] another column beats or equals in every row; of equal columns the last (widest) stays."""
+    no_worse = (worth[:, :, None] <= worth[:, None, :]).all(axis=0)
+    equal = no_worse & no_worse.T
+    later = np.tril(np.ones_like(equal), k=-1)
+    return np.asarray((no_worse & (~equal | later)).any(axis=0))
+
+
+def _weighted(picks: list[list[mip.Var]], weights: Iterable[FloatArray]) -> mip.LinExpr:
+    """Sum of weight * pick over layers and pairs."""
+    return mip.xsum(
+        float(weight) * pick
+        for row, values in zip(picks, weights, strict=True)
+        for pick, weight in zip(row, values, strict=True)
+    )
+
+
+def _tied(table: CostTable, assignment: Assignment) -> Assignment:
+    """The widest tied pair of every layer that is no wider than `assignment`, or else its lowest tied pair."""
+    bits = table.bits(assignment)
+    chosen = []
+    for layer in range(len(table.layers)):
+        pairs = table.choices(layer, tied=True)
+        within = np.flatnonzero((pairs.bits <= bits[:, [layer]]).all(axis=0))
+        chosen.append(pairs.columns[:, within[-1] if within.size else 0])
+    return np.stack(chosen, axis=1)
