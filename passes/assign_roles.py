@@ -1,0 +1,90 @@
+"""Write on every node what it does (qkv, fc1, softmax, ...), its public name and what it costs.
+
+Patterns decide, not names (`fxquant.graph.pattern`). Multiply-accumulates, for one image: every output element of a
+linear or a convolution costs weight elements / output channels, every output element of a matmul costs the length of
+the summed axis. Not counted: norms, softmax, activations, biases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare
+from fxquant.graph.kind import tensor_inputs
+from fxquant.graph.normalization import scope_of
+from fxquant.graph.roles import find_roles
+from passes.contract import PassContext
+
+
+@dataclass(frozen=True)
+class AssignRoles:
+    """Annotate role, layer, block, parameters, macs and activation elements.
+
+    Idempotent. Notes `unmatched`: [{"node", "reason"}], operations that look like part of a pattern but are not.
+    """
+
+    requires = frozenset({Fact.TRACED})
+    provides = frozenset({Fact.ROLES_ASSIGNED})
+    breaks: frozenset[Fact] = frozenset()
+
+    def apply(self, graph_module: fx.GraphModule, context: PassContext) -> int:
+        """Annotate in place; returns the number of nodes that have a role."""
+        roles = find_roles(graph_module)
+        batch_size = next(n for n in graph_module.graph.nodes if n.op == "placeholder").meta["tensor_meta"].shape[0]
+        names: Counter[str] = Counter()
+        for node in graph_module.graph.nodes:
+            role = roles.role.get(node.name)
+            if role is None:
+                if annotation_of(node).role is not None:
+                    annotate(node, role=None, layer="", block=None, parameters=0, macs=0, activation_elements=0)
+                continue
+            name = _public_name(node, role)
+            names[name] += 1
+            parameters = _weight_elements(graph_module, node) if role.has_weight else 0
+            annotate(
+                node,
+                role=role,
+                layer=name if names[name] == 1 else f"{name}_{names[name] - 1}",
+                block=roles.block.get(node.name),
+                parameters=parameters,
+                macs=_macs(node, role, parameters, batch_size),
+                activation_elements=sum(_elements(source, batch_size) for source in _quantizable_inputs(node, role)),
+            )
+        context.note(unmatched=[{"node": failure.node, "reason": failure.reason} for failure in roles.failures])
+        declare(graph_module, self.provides, self.breaks)
+        return len(roles.role)
+
+
+def _public_name(node: fx.Node, role: Role) -> str:
+    """The module's path; for a function, the path of the module that calls it and the role."""
+    return str(node.target) if node.op == "call_module" else f"{scope_of(node)}.{role}".lstrip(".")
+
+
+def _weight_elements(graph_module: fx.GraphModule, node: fx.Node) -> int:
+    weight: Any = graph_module.get_submodule(str(node.target)).weight
+    return int(weight.numel())
+
+
+def _quantizable_inputs(node: fx.Node, role: Role) -> list[fx.Node]:
+    """Both operands of a matmul (twice the same node counts twice), the one input of anything else."""
+    return [arg for arg in node.args[:2] if isinstance(arg, fx.Node)] if role.is_matmul else list(tensor_inputs(node))[:1]
+
+
+def _elements(node: fx.Node, batch_size: int) -> int:
+    """Elements the node holds for one image; constants are the same for every image."""
+    elements = int(node.meta["tensor_meta"].shape.numel())
+    return elements if elements % batch_size or node.op == "get_attr" else elements // batch_size
+
+
+def _macs(node: fx.Node, role: Role, parameters: int, batch_size: int) -> int:
+    if role.has_weight:
+        module: Any = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+        channels = getattr(module, "out_features", None) or module.out_channels
+        return _elements(node, batch_size) * parameters // channels
+    if role.is_matmul:
+        return _elements(node, batch_size) * int(node.args[0].meta["tensor_meta"].shape[-1])  # type: ignore[union-attr]
+    return 0
