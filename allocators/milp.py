@@ -30,8 +30,17 @@ from fxquant.errors import BudgetError
 _NEGLIGIBLE: Final = 1e-12
 """A scaled coefficient below this is written as zero."""
 
-_ROUNDING_RETRIES: Final = 3
-"""How often headroom is tightened when the solver's own tolerance lets a budget slip."""
+_RUNS: Final = 8
+"""How often the solver runs at most."""
+
+_SLIP: Final = 2e-6
+"""What the headroom loses when the solver's answer slips over the budget."""
+
+_OBJECTIVE_SCALE: Final = 1e3
+"""What the excess counts for in the solver's objective: CBC passes over improvements below 1e-5."""
+
+_SOLVER_TOLERANCE: Final = 1e-9
+"""Feasibility, optimality and integrality tolerances of the solver, in scaled units."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Milp:
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The best bits of every layer, "optimal" when proven within `relative_gap`, else "feasible".
 
+        CBC reports its answer as its bound once it stops within `relative_gap`, so a gap of 0 means "within it".
+
         Raises:
             InfeasibleBudgetError: no allocation meets the budget (known exactly, before solving).
             OverrideError: operands are tied and a layer has no common width.
@@ -70,10 +81,7 @@ class Milp:
         started_s = time.perf_counter()
         table.check_feasible(budget, tied=self.tie_weights_and_activations)
         best = self._start(table, budget)
-        program = _Program.of(table, budget, best, tied=self.tie_weights_and_activations)
-        bound = program.floor
-        if program.excess > self.relative_gap * table.objective(best):
-            best, bound = self._improve(table, budget, program, best, started_s)
+        best, bound = self._improve(table, budget, best, started_s)
         objective = table.objective(best)
         gap = max(0.0, objective - bound) / objective if objective > 0 else 0.0
         return Allocation.of(
@@ -99,23 +107,32 @@ class Milp:
         return min(feasible, key=table.objective)
 
     def _improve(
-        self, table: CostTable, budget: Budget, program: _Program, best: Assignment, started_s: float
+        self, table: CostTable, budget: Budget, best: Assignment, started_s: float
     ) -> tuple[Assignment, float]:
-        """The solver's assignment where it beats `best`, and a lower bound on every objective."""
-        bound = program.floor
+        """The solver's assignment where it beats `best`, and a lower bound on every objective.
+
+        The solver's tolerances are absolute, so it runs again in finer units while its answer more than halves the
+        excess, and with less headroom when rounding let its answer slip over the budget.
+        """
         headroom = 1.0
-        for attempt in range(_ROUNDING_RETRIES):
+        bound = 0.0
+        for _ in range(_RUNS):
+            program = _Program.of(table, budget, best, tied=self.tie_weights_and_activations)
+            bound = max(bound, program.floor)
             remaining_s = self.time_limit_s - (time.perf_counter() - started_s)
-            if remaining_s <= 0:
+            if program.excess <= self.relative_gap * table.objective(best) or remaining_s <= 0:
                 break
             found, proven = self._solve(program, headroom, remaining_s)
-            if attempt == 0:
+            if headroom == 1.0:
                 bound = max(bound, program.floor + program.excess * proven)
             if found is None:
                 break
-            if not budget.exceeded(table.usage(found, budget)):
-                return min(best, found, key=table.objective), bound
-            headroom -= 10.0 ** (attempt - 6)
+            if budget.exceeded(table.usage(found, budget)):
+                headroom -= _SLIP
+                continue
+            best = min(best, found, key=table.objective)
+            if table.objective(best) - program.floor > program.excess / 2:
+                break
         return best, bound
 
     def _solve(self, program: _Program, headroom: float, seconds: float) -> tuple[Assignment | None, float]:
@@ -124,22 +141,23 @@ class Milp:
         model.verbose = 0
         model.threads = self.threads
         model.seed = self.seed
+        model.infeas_tol = model.opt_tol = model.integer_tol = _SOLVER_TOLERANCE
         model.max_mip_gap = self.relative_gap
-        model.max_mip_gap_abs = max(1e-10, self.relative_gap * program.floor / program.excess)
+        model.max_mip_gap_abs = max(1e-10, _OBJECTIVE_SCALE * self.relative_gap * program.floor / program.excess)
         picks = [[model.add_var(var_type=mip.BINARY) for _ in layer.cost] for layer in program.layers]
         for row in picks:
             model += mip.xsum(row) == 1
         for quantity in range(program.layers[0].usage.shape[0]):
             usage = (layer.usage[quantity] for layer in program.layers)
             model += _weighted(picks, usage) <= headroom
-        model.objective = _weighted(picks, (layer.cost for layer in program.layers))
+        model.objective = _weighted(picks, (_OBJECTIVE_SCALE * layer.cost for layer in program.layers))
         model.start = [(row[layer.start], 1.0) for row, layer in zip(picks, program.layers, strict=True)]
         status = model.optimize(max_seconds=seconds)
         if status not in (mip.OptimizationStatus.OPTIMAL, mip.OptimizationStatus.FEASIBLE):
             return None, 0.0
         chosen = [int(np.argmax([pick.x for pick in row])) for row in picks]
         columns = [layer.columns[:, index] for layer, index in zip(program.layers, chosen, strict=True)]
-        return np.stack(columns, axis=1), float(model.objective_bound)
+        return np.stack(columns, axis=1), float(model.objective_bound) / _OBJECTIVE_SCALE
 
 
 class _Layer(NamedTuple):
