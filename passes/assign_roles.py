@@ -61,7 +61,9 @@ class AssignRoles:
 
 def _public_name(node: fx.Node, role: Role) -> str:
     """The module's path; for a function, the path of the module that calls it and the role."""
-    return str(node.target) if node.op == "call_module" else f"{scope_of(node)}.{role}".lstrip(".")
+    if node.op == "call_module":
+        return str(node.target)
+    return scope_of(node) if role is Role.GELU else f"{scope_of(node)}.{role}".lstrip(".")
 
 
 def _weight_elements(graph_module: fx.GraphModule, node: fx.Node) -> int:
@@ -71,7 +73,9 @@ def _weight_elements(graph_module: fx.GraphModule, node: fx.Node) -> int:
 
 def _quantizable_inputs(node: fx.Node, role: Role) -> list[fx.Node]:
     """Both operands of a matmul (twice the same node counts twice), the one input of anything else."""
-    return [arg for arg in node.args[:2] if isinstance(arg, fx.Node)] if role.is_matmul else list(tensor_inputs(node))[:1]
+    if role.is_matmul:
+        return [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
+    return list(tensor_inputs(node))[:1]
 
 
 def _elements(node: fx.Node, batch_size: int) -> int:
@@ -84,7 +88,7 @@ def _macs(node: fx.Node, role: Role, parameters: int, batch_size: int) -> int:
     if role.has_weight:
         module: Any = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
         channels = getattr(module, "out_features", None) or module.out_channels
-        return _elements(node, batch_size) * parameters // channels
+        return _elements(node, batch_size) * parameters // int(channels)
     if role.is_matmul:
         return _elements(node, batch_size) * int(node.args[0].meta["tensor_meta"].shape[-1])  # type: ignore[union-attr]
     return 0

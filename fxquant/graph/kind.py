@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
-
-import operator
 
 import torch
 from torch import fx, nn
@@ -79,4 +78,8 @@ def is_quick_gelu(node: fx.Node) -> bool:
         return False
     sigmoid = node.args[1]
     inner = sigmoid.args[0] if isinstance(sigmoid, fx.Node) and sigmoid.target in _SIGMOIDS else None
-    return isinstance(inner, fx.Node) and inner.target in _PRODUCTS and set(inner.args) == {node.args[0], _QUICK_GELU_SLOPE}
+    return (
+        isinstance(inner, fx.Node)
+        and inner.target in _PRODUCTS
+        and set(inner.args) == {node.args[0], _QUICK_GELU_SLOPE}
+    )

@@ -37,7 +37,7 @@ CONVOLUTIONS: dict[Any, type[nn.Module]] = {
 def normalize(graph_module: GraphModule) -> GraphModule:
     """The same computation in the one form described above; parameters that nothing uses are dropped.
 
-    Expects a graph recorded by `ShapeTracer` with `tensor_meta` on its nodes; raises nothing of its own.
+    Expects a graph recorded by `ShapeTracer`, which notes the shapes it saw; raises nothing of its own.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -45,10 +45,7 @@ def normalize(graph_module: GraphModule) -> GraphModule:
         if rewrite is not None:
             rewrite(graph_module, node)
     graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    return GraphModule(graph_module, graph, class_name=graph_module._get_name())
+    return GraphModule(graph_module, graph, class_name=type(graph_module).__name__.removesuffix("Impl"))
 
 
 def _rewrite_of(node: Node) -> Callable[[GraphModule, Node], None] | None:
@@ -60,7 +57,7 @@ def _rewrite_of(node: Node) -> Callable[[GraphModule, Node], None] | None:
         return _rewrite_softmax
     if node.target in CONVOLUTIONS:
         return _rewrite_convolution
-    return _REWRITES.get(node.target)  # type: ignore[arg-type]
+    return _REWRITES.get(node.target)
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -78,7 +75,7 @@ def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
 
 def scope_of(node: Node) -> str:
     """Path of the module whose code made the node, "" for the model itself."""
-    return next(reversed(node.meta.get("nn_module_stack", {"": None})))
+    return str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
@@ -93,7 +90,11 @@ def _replace(node: Node, replacement: Node) -> None:
         if key in node.meta:
             replacement.meta[key] = node.meta[key]
     node.replace_all_uses_with(replacement)
+    constants = [source for source in node.all_input_nodes if source.op == "get_attr"]
     node.graph.erase_node(node)
+    for constant in constants:
+        if not constant.users:
+            node.graph.erase_node(constant)
 
 
 def _call_module(graph_module: GraphModule, node: Node, home: str, stem: str, module: nn.Module) -> None:
@@ -102,9 +103,10 @@ def _call_module(graph_module: GraphModule, node: Node, home: str, stem: str, mo
         str(n.target).rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr" and set(n.users) - {node}
     }
     present = dict(graph_module.named_modules())
-    is_free = bool(home) and home not in taken and not (home in present and list(present[home].children()))
+    place = present.get(home, nn.Module())
+    is_free = bool(home) and home not in taken and not list(place.children())
     path = home if is_free else f"{home}.{stem}".lstrip(".")
-    while not is_free and path in present:
+    while not is_free and hasattr(place, path.rpartition(".")[2]):
         path += "_"
     graph_module.add_submodule(path, module.eval().requires_grad_(False))
     with node.graph.inserting_before(node):
@@ -193,7 +195,9 @@ def _rewrite_fused_attention(graph_module: GraphModule, node: Node) -> None:
     mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
     shape = shape_of(query)
     mask_tensor = constant_of(graph_module, mask)
-    unsupported = shape is None or is_causal or node.kwargs.get("enable_gqa") or (mask is not None and mask_tensor is None)
+    if shape is None:
+        return
+    unsupported = is_causal or node.kwargs.get("enable_gqa") or (mask is not None and mask_tensor is None)
     if unsupported or (mask_tensor is not None and mask_tensor.dtype == torch.bool):
         return
     scale = node.kwargs.get("scale")

@@ -110,7 +110,7 @@ def walk(
 
 def match_attention(graph: nx.DiGraph, softmax: str) -> Attention | Failure:
     """The attention around a softmax node, or why there is none."""
-    after = walk(graph, graph.successors(softmax), graph.successors, frozenset({Kind.MATMUL}), frozenset({Kind.SUM}))
+    after = walk(graph, graph.successors(softmax), graph.successors, frozenset({Kind.MATMUL}))
     after = after if after.reached else _through_head_mixing(graph, after, graph.successors)
     if not after.reached:
         return Failure(softmax, f"softmax feeds no matmul (its output goes to {_listed(after.stopped)})")
@@ -127,8 +127,11 @@ def match_attention(graph: nx.DiGraph, softmax: str) -> Attention | Failure:
         qkv = sorted({*qkv, *(name for name in before.stopped if graph.nodes[name]["kind"] in _LAYERS)})
     if not qkv:
         return Failure(qk or av, f"no linear before the operands of '{qk or av}'")
-    proj = walk(graph, graph.successors(av), graph.successors, _LAYERS).reached
-    return Attention(softmax, qk, av, tuple(qkv), tuple(proj))
+    proj = walk(graph, graph.successors(av), graph.successors, _LAYERS)
+    factors = [name for name in proj.stopped if graph.nodes[name]["kind"] is Kind.MATMUL]  # q (k^T v), as in CoaT
+    if not proj.reached and factors:
+        proj = walk(graph, graph.successors(factors[0]), graph.successors, _LAYERS)
+    return Attention(softmax, qk, av, tuple(qkv), tuple(proj.reached))
 
 
 def _sources(graph: nx.DiGraph, operands: Iterable[str]) -> list[str]:
@@ -177,7 +180,7 @@ def match_mlp(graph: nx.DiGraph, activation: str) -> Mlp | Failure:
     if activation not in nx.ancestors(graph, fc2[0]) or not set(before.reached) <= set(fc1):
         return Failure(activation, f"'{fc2[0]}' is not fed by the activation alone")
     if kinds != {Kind.LINEAR} and not all(_is_expansion(graph, name, fc2[0]) for name in fc1):
-        return Failure(activation, f"'{fc1[0]}' and '{fc2[0]}' are convolutions, not an MLP of 1x1 kernels that expands")
+        return Failure(activation, f"'{fc1[0]}' and '{fc2[0]}' are convolutions, not 1x1 kernels that expand")
     return Mlp(activation, tuple(fc1), tuple(fc2))
 
 
@@ -199,16 +202,22 @@ def match_reduction(graph: nx.DiGraph, linear: str) -> Failure | None:
     node: fx.Node = graph.nodes[linear]["node"]
     source = next(iter(tensor_inputs(node)))
     shape = source.meta["tensor_meta"].shape
-    seen, queue = set(), [source.name]
+    seen: set[str] = set()
+    queue = [source.name]
     while queue:
         name = queue.pop()
-        meta, kind = graph.nodes[name]["node"].meta["tensor_meta"], graph.nodes[name]["kind"]
-        width = meta.shape[-1] if hasattr(meta, "shape") and len(meta.shape) >= 3 else 0
-        if width and width < shape[-1] and shape[-1] % width == 0 and meta.shape.numel() == shape.numel():
-            return None
-        if name not in seen and kind in (Kind.OTHER, Kind.LAYER_NORM):
-            queue += graph.predecessors(name)
+        if name in seen:
+            continue
         seen.add(name)
+        kind = graph.nodes[name]["kind"]
+        if kind in (Kind.OTHER, Kind.LAYER_NORM):
+            queue += graph.predecessors(name)
+            continue
+        narrow = graph.nodes[name]["node"].meta["tensor_meta"].shape
+        width = narrow[1 if kind in (Kind.CONV, Kind.DEPTHWISE) else -1]
+        is_multiple = width < shape[-1] and shape[-1] % width == 0
+        if len(narrow) >= 3 and is_multiple and narrow.numel() // width > shape.numel() // shape[-1]:
+            return None
     return Failure(linear, "neither in attention nor in an MLP, and its input is not gathered from narrower tokens")
 
 

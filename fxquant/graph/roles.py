@@ -1,4 +1,4 @@
-"""All roles of a graph at once: every pattern applied, every layer given a role, every near-miss kept with its reason."""
+"""All roles of a graph at once: every layer is given a role, every near-miss is kept with its reason."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def find_roles(graph_module: fx.GraphModule) -> Roles:
 def _matches(graph: nx.DiGraph, roles: Roles) -> list[Attention | Mlp]:
     """Attentions and MLPs in graph order; attention first, so that its linears are no MLP's."""
     attentions = [match_attention(graph, name) for name, kind in graph.nodes(data="kind") if kind is Kind.SOFTMAX]
-    found: list[Attention | Mlp] = [match for match in attentions if isinstance(match, Attention)]
+    by_product = {match.av: match for match in reversed(attentions) if isinstance(match, Attention)}
+    found: list[Attention | Mlp] = list(by_product.values())  # softmaxes that are blended (ConViT) are one attention
     roles.failures += [match for match in attentions if isinstance(match, Failure)]
     in_attention = {name for match in found if isinstance(match, Attention) for name in (*match.qkv, *match.proj)}
     taken: set[str] = set()
@@ -82,12 +83,13 @@ def _matches(graph: nx.DiGraph, roles: Roles) -> list[Attention | Mlp]:
 
 
 def _assign(roles: Roles, match: Attention | Mlp, block: int) -> None:
+    pairs: list[tuple[str | None, Role]]
     if isinstance(match, Attention):
         pairs = [(match.softmax, Role.SOFTMAX), (match.qk, Role.QK), (match.av, Role.AV)]
         pairs += [(name, Role.QKV) for name in match.qkv]
         pairs += [(name, Role.PROJ) for name in match.proj[:1]]
     else:
-        pairs = [(name, Role.FC1) for name in match.fc1] + [(name, Role.FC2) for name in match.fc2]
+        pairs = [*((name, Role.FC1) for name in match.fc1), *((name, Role.FC2) for name in match.fc2)]
     for name, role in pairs:
         if name is not None and name not in roles.role:
             roles.role[name] = role

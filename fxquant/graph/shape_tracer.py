@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import Attribute
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
@@ -51,17 +52,38 @@ class BatchProxy(fx.Proxy):
             raise fx.proxy.TraceError("len() of a tensor whose first axis is the batch")
         return lengths[0]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """x[:, 1:] = y, recorded as a new tensor that this name stands for from here on; other views keep the old."""
+        index = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) for part in index):
+            raise fx.proxy.TraceError("assignment into a tensor is traced for slices only")
+        changed = _assign(self, index, value, 0)
+        self.node, self.batch_values = changed.node, changed.batch_values
+
+
+def _assign(target: Any, index: tuple[slice, ...], value: Any, axis: int) -> Any:
+    """`target` with target[index] = value, from the outermost sliced axis inwards."""
+    while index and index[0] == slice(None):
+        index, axis = index[1:], axis + 1
+    if not index:
+        return value
+    part = index[0]
+    inner = _assign(target[(slice(None),) * axis + (part,)], index[1:], value, axis + 1)
+    start, stop, step = part.indices(target.shape[axis])
+    return torch.slice_scatter(target, inner, axis, start, stop, step)
+
 
 class ConstantProxy(BatchProxy):
     """A tensor known during the trace; it becomes a `get_attr` node only where it meets an activation."""
 
     def __init__(self, tensor: torch.Tensor, tracer: ShapeTracer) -> None:
+        """The proxy of a tensor."""
         self.batch_values = (tensor, tensor)
         self.tracer = tracer
         self._node: fx.Node | None = None
 
     @property
-    def node(self) -> fx.Node:
+    def node(self) -> fx.Node:  # type: ignore[override]
         """The `get_attr` node, created on first use."""
         if self._node is None:
             self._node = self.tracer.create_arg(self.batch_values[0])  # type: ignore[assignment]
@@ -76,6 +98,7 @@ class ShapeTracer(fx.Tracer):
     """
 
     def __init__(self, example_bchw: torch.Tensor) -> None:
+        """A tracer for one trace."""
         super().__init__(autowrap_modules=())
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._example_bchw = example_bchw
@@ -149,18 +172,20 @@ class ShapeTracer(fx.Tracer):
         if kind in ("call_function", "call_method") and not _varies((args, kwargs)):
             return self._constant(self._evaluate(kind, target, args, kwargs, 0))
         first, second = (self._evaluate(kind, target, args, kwargs, index) for index in range(2))
-        if not _is_aggregate(first) and not isinstance(first, torch.Tensor) and first == second:
+        if _is_known(first, second):
             return first
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        proxy.batch_values = (first, second)
+        proxy.batch_values = (first, second)  # type: ignore[attr-defined]
+        if isinstance(first, torch.Tensor):
+            proxy.node.meta["tensor_meta"] = _extract_tensor_metadata(first)
         if _is_aggregate(first) and len(first) == len(second):
             getters = [self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(first))]
             return getters if isinstance(first, list) else tuple(getters)
         return proxy
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         """Iterate over the first axis where its length is known."""
-        return iter([obj[i] for i in range(len(obj))])  # type: ignore[arg-type, index]
+        return iter([obj[i] for i in range(len(obj))])  # type: ignore[index]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Truth of a value that depends on the batch or on activations: not traceable."""
@@ -187,8 +212,11 @@ class ShapeTracer(fx.Tracer):
 
     def _constant(self, value: Any) -> Any:
         """The value with its tensors as constants of the graph."""
-        return map_aggregate(value, lambda item: ConstantProxy(item, self) if isinstance(item, torch.Tensor) else item)
 
+        def enter(item: Any) -> Any:
+            return ConstantProxy(item, self) if isinstance(item, torch.Tensor) else item
+
+        return map_aggregate(value, enter)
 
 
 def _at_batch(arguments: Any, index: int) -> Any:
@@ -225,6 +253,10 @@ def _constant_names() -> Iterator[str]:
     yield from (f"constant_{index}" for index in count(1))
 
 
+def _is_known(first: Any, second: Any) -> bool:
+    """Whether a value is the same at both batch sizes; tensors, alone or in a container, never are."""
+    return not isinstance(first, (torch.Tensor, tuple, list)) and bool(first == second)
+
+
 def _is_aggregate(value: Any) -> bool:
     return type(value) in (tuple, list, torch.Size)
-

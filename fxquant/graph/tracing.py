@@ -53,10 +53,9 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         expected = _run_eagerly(root, example_bchw)
         for module in root.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                setattr(module, "fused_attn", False)  # noqa: B010
         graph_module, tracer = _record(root, example_bchw)
         coverage = _coverage(root, graph_module, tracer, minimum_coverage)
-        _propagate_shapes(graph_module, example_bchw)
         graph_module = normalize(graph_module)
         _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
         _propagate_shapes(graph_module, example_bchw)
@@ -126,7 +125,7 @@ def _known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
         if isinstance(size, tuple) and len(size) == 2 and isinstance(projection, nn.Conv2d):
             return (projection.in_channels, *size)
     configuration = getattr(model, "default_cfg", None)
-    return tuple(configuration["input_size"]) if isinstance(configuration, dict) and "input_size" in configuration else None
+    return tuple(configuration["input_size"]) if configuration and "input_size" in configuration else None
 
 
 def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule, ShapeTracer]:
@@ -153,9 +152,7 @@ def _where(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno} in {frame.name}: `{frame.line}`"
 
 
-def _coverage(
-    root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float
-) -> float:
+def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float) -> float:
     """Share of weight elements that are visible; weights inside composite leaves are hidden."""
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
     hidden: dict[str, int] = {}
@@ -176,7 +173,7 @@ def _coverage(
         listed = ", ".join(f"'{p}' ({type(root.get_submodule(p)).__name__}, {hidden[p]} elements)" for p in biggest)
         raise CoverageError(
             f"the graph shows {seen / total:.1%} of {total} weight elements, {minimum_coverage:.1%} are required; "
-            f"hidden inside {listed}: write these modules out with nn.Linear and torch.matmul, or lower minimum_coverage"
+            f"hidden inside {listed}: write them out with nn.Linear and torch.matmul, or lower minimum_coverage"
         )
     return seen / total
 
@@ -213,5 +210,6 @@ def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor,
         if not difference <= tolerance:
             raise TraceError(
                 f"the traced graph differs from the model by {difference:.3g} at batch size {batch_size} "
-                f"(tolerance {tolerance:.3g}): its forward depends on the batch size, on randomness or on a state"
+                f"(tolerance {tolerance:.3g}): its forward depends on the batch size, on randomness or on a state, "
+                "or it changes tensors in place"
             )
