@@ -116,7 +116,7 @@ def _assign_rest(graph: nx.DiGraph, roles: Roles, name: str, kind: Kind) -> None
         roles.failures += [failure] if failure else []
     elif kind in (Kind.CONV, Kind.DEPTHWISE):
         roles.role[name] = Role.LINEAR
-    elif kind is Kind.MATMUL:
+    elif kind is Kind.MATMUL and all(failure.node != name for failure in roles.failures):
         roles.failures.append(Failure(name, "the matmul is neither before nor after a softmax"))
 
 

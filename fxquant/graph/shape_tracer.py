@@ -185,7 +185,7 @@ class ShapeTracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Iterate over the first axis where its length is known."""
-        return iter([obj[i] for i in range(len(obj))])  # type: ignore[index]
+        return iter([obj[i] for i in range(len(obj))])
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Truth of a value that depends on the batch or on activations: not traceable."""
@@ -224,7 +224,7 @@ def _at_batch(arguments: Any, index: int) -> Any:
 
     def value_of(argument: Any) -> Any:
         if isinstance(argument, Attribute):
-            return getattr(argument.root.batch_values[index], argument.attr)
+            return getattr(argument.root.batch_values[index], argument.attr)  # type: ignore[index]
         return argument.batch_values[index] if isinstance(argument, BatchProxy) else argument
 
     return map_aggregate(arguments, value_of)
