@@ -16,7 +16,7 @@ import numpy as np
 
 from allocators.budget import Budget
 from allocators.feasibility import infeasibility
-from allocators.meter import BoolArray, FloatArray, IntArray, Meter
+from allocators.meter import FLOAT_BITS, BoolArray, FloatArray, IntArray, Meter
 from allocators.overrides import Bits, restrict
 from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError, SensitivityError
 
@@ -89,6 +89,7 @@ class CostTable:
         activation_sqnr_db: float64 [L, A].
         allowed_weight: bool [L, W]: candidates left by the policies and overrides.
         allowed_activation: bool [L, A].
+        fixed_activation_bits: int64 [L]: bits of an input outside the allocation; 32, float, where not given.
 
     Raises:
         SensitivityError: a shape is wrong, or a cost or SQNR is NaN, infinite or negative (an SQNR may be infinite
@@ -109,6 +110,7 @@ class CostTable:
     activation_sqnr_db: FloatArray
     allowed_weight: BoolArray
     allowed_activation: BoolArray
+    fixed_activation_bits: IntArray | None = None
 
     def __post_init__(self) -> None:
         """Copy, check and lock every array."""
@@ -120,6 +122,9 @@ class CostTable:
         if len(self.roles) != count:
             raise SensitivityError(f"roles must have one entry per layer ({count}), found {len(self.roles)}")
         self._lock("macs", (count,), np.int64)
+        if self.fixed_activation_bits is None:
+            object.__setattr__(self, "fixed_activation_bits", np.full(count, FLOAT_BITS))
+        self._lock("fixed_activation_bits", (count,), np.int64)
         for side, widths in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if not widths or widths[0] < 1 or any(low >= high for low, high in itertools.pairwise(widths)):
                 raise SensitivityError(f"{side}_bits must be positive and ascending, found {widths}")
@@ -176,7 +181,8 @@ class CostTable:
     def meter(self, budget: Budget | None = None) -> Meter:
         """What bits use, averaged as `budget` asks (by elements without one)."""
         matmul = np.isin(self.roles, MATMUL_ROLES)
-        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, budget)
+        fixed = np.asarray(self.fixed_activation_bits)
+        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, fixed, budget)
 
     def bits(self, assignment: Assignment) -> IntArray:
         """Weight bits and activation bits of an assignment, int64 [2, L]; 0 where a layer has none."""

@@ -2,7 +2,8 @@
 
     BOPs = sum_l MACs_l * b_W * b_A    (the cost that Mix-QViT equalises in its "*" rows)
 
-An attention matmul has no weight: both its operands take the activation's bits. A float operand counts 32 bits.
+An attention matmul has no weight: both its operands take the activation's bits. An operand that is not allocated counts
+32 bits, as float does, or what the table says of it (an image comes in 8 bits).
 Deliberately not done: the bytes of scales and zero points, and the cost of layers without MACs.
 """
 
@@ -29,11 +30,13 @@ class Meter(NamedTuple):
         rates: float64 [4, L], whole numbers: what one bit of a layer adds (one bit squared for bit operations).
         divisors: float64 [4]: usage = sum of rate * bits / divisor.
         matmul: bool [L]: both operands are activations.
+        fixed_bits: int64 [L]: bits of an activation that is not allocated.
     """
 
     rates: FloatArray
     divisors: FloatArray
     matmul: BoolArray
+    fixed_bits: IntArray
 
     @classmethod
     def of(
@@ -42,6 +45,7 @@ class Meter(NamedTuple):
         activation_elements: IntArray,
         macs: IntArray,
         matmul: BoolArray,
+        fixed_bits: IntArray,
         budget: Budget | None,
     ) -> Meter:
         """The meter of a table, averaging as `budget` asks (by elements without one)."""
@@ -52,7 +56,7 @@ class Meter(NamedTuple):
         ]
         rates = np.stack([*shares, weight_elements, macs]).astype(np.float64)
         divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0])
-        return cls(rates, divisors, matmul)
+        return cls(rates, divisors, matmul, fixed_bits)
 
     def use(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
         """What a layer (or a slice of them) adds to each quantity, float64 [4, ...]; the bits broadcast."""
@@ -64,7 +68,7 @@ class Meter(NamedTuple):
         return dict(zip(QUANTITIES, sums.tolist(), strict=True))
 
     def _raw(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
-        activation_operand = np.where(activation_bits > 0, activation_bits, FLOAT_BITS)
+        activation_operand = np.where(activation_bits > 0, activation_bits, self.fixed_bits[layer])
         weight_operand = np.where(weight_bits > 0, weight_bits, FLOAT_BITS)
         weight_operand = np.where(self.matmul[layer], activation_operand, weight_operand)
         rates = self.rates[:, layer].reshape(4, -1)

@@ -18,6 +18,7 @@ from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
+from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
@@ -94,6 +95,7 @@ class AllocateBits:
         return self.table(
             annotations,
             counted,
+            [self.image_bits if node in images and found else FLOAT_BITS for node, found in zip(nodes, activations, strict=True)],
             bits,
             weight=[_scores((found,), bits) for found in weights],
             activation=[_scores(found, bits) for found in activations],
@@ -103,11 +105,15 @@ class AllocateBits:
         self,
         annotations: Sequence[Annotation],
         activation_elements: Sequence[int],
+        fixed_activation_bits: Sequence[int],
         bits: tuple[int, ...],
         weight: Sequence[Scores],
         activation: Sequence[Scores],
     ) -> CostTable:
-        """A cost table from scores per layer: (losses, SQNR in dB), one number per width."""
+        """A cost table from scores per layer: (losses, SQNR in dB), one number per width.
+
+        fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float.
+        """
         everything = np.ones((len(annotations), len(bits)), dtype=bool)
         table = CostTable(
             layers=tuple(annotation.layer for annotation in annotations),
@@ -123,6 +129,7 @@ class AllocateBits:
             activation_sqnr_db=np.array([sqnr for _, sqnr in activation]),
             allowed_weight=everything,
             allowed_activation=everything,
+            fixed_activation_bits=np.array(fixed_activation_bits),
         )
         roles = {str(annotation.role) for annotation in annotations}
         pins: dict[str, Bits] = {}

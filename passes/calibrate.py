@@ -1,7 +1,10 @@
 """Calibrate: run the calibration images through the graph and let every observer see its edge, batch by batch.
 
-Under the Hessian-guided metric each batch is also run backward, from the cross-entropy against labels drawn from the
-model's own output (no labels needed; see quantizers/search.py). Only one batch of activations is alive at a time.
+Under the Hessian-guided metric each batch is also run backward. No labels are needed: the metric wants the Fisher
+matrix of the model's own output distribution p, J^T (diag(p) - p p^T) J with J = d logits / d activation, and any
+logit gradient v with E[v v^T] = diag(p) - p p^T estimates it. Drawing a label y from p and taking v = p - e_y is one
+(the cross-entropy's); for a confident model it is rarely large and mostly zero. v = sqrt(p) * r - p (sqrt(p) . r) with
+random signs r has the same mean and far less variance. Only one batch of activations is alive at a time.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from passes.insert_observers import observers_of
 class Calibrate:
     """Gather statistics in every observer.
 
-    gradient: also gather the Hessian-guided weights, at the price of a backward pass. labels: "sampled" draws a class
-    from the model's output distribution (an unbiased Fisher estimate), "arg-max" takes its prediction.
+    gradient: also gather the Hessian-guided weights, at the price of a backward pass. fisher: the logit gradient to
+    start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max" (its
+    prediction taken for the label; biased, vanishes for confident models).
     """
 
     gradient: bool = True
-    labels: Literal["sampled", "arg-max"] = "sampled"
+    fisher: Literal["signs", "sampled", "arg-max"] = "signs"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
@@ -81,18 +85,26 @@ class Calibrate:
             )
         if not bool(torch.isfinite(logits).all()):
             raise CalibrationError("the model's output on a calibration batch is not finite")
-        probabilities = logits.detach().float().softmax(1)
-        if self.labels == "sampled":
-            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        else:
-            labels = probabilities.argmax(1)
-        loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        cotangent = self._logit_gradient(logits.detach().float().softmax(1), generator)
         nodes = list(recorder.differentiated)
-        found = torch.autograd.grad(loss, [recorder.differentiated[node] for node in nodes], allow_unused=True)
+        tensors = [recorder.differentiated[node] for node in nodes]
+        found = torch.autograd.grad(logits, tensors, cotangent.to(logits.dtype), allow_unused=True)
         return {
             node: torch.zeros_like(recorder.differentiated[node]) if gradient is None else gradient
             for node, gradient in zip(nodes, found, strict=True)
         }
+
+
+    def _logit_gradient(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
+        if self.fisher == "signs":
+            signs = torch.randint(0, 2, probabilities.shape, generator=generator) * 2.0 - 1.0
+            spread = probabilities.sqrt() * signs
+            return spread - probabilities * spread.sum(1, keepdim=True)
+        if self.fisher == "sampled":
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        else:
+            labels = probabilities.argmax(1)
+        return probabilities - functional.one_hot(labels, probabilities.shape[1])
 
 
 class _Recorder(Interpreter):

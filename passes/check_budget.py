@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
+from allocators.meter import FLOAT_BITS
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.quantizers.observers import Edge
 from passes.allocate_bits import AllocateBits
@@ -31,14 +32,15 @@ class CheckBudget:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
-        annotations, elements = [], []
+        annotations, elements, fixed = [], [], []
         for node in nodes_with_role(graph_module):
             planned = self.insert.plan(node)
             if planned:
                 annotations.append(annotation_of(node))
-                counted = any(family is not None and edge is not Edge.IMAGE for _, edge, family in planned)
-                elements.append(annotation_of(node).activation_elements if counted else 0)
+                quantized = [edge for _, edge, family in planned if family is not None]
+                elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
+                fixed.append(self.allocate.image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
         nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
-        table = self.allocate.table(annotations, elements, self.bits, nothing, nothing)
+        table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)
         table.check_feasible(self.allocate.budget)
         return 0
