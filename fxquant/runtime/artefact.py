@@ -53,6 +53,7 @@ def save(
     module, for what a file cannot hold.
     """
     document, tensors = graph_to_json(graph_module)
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     graph_text = untrusted.to_json(document, "the graph")
     texts = {
         "card": untrusted.to_json(_of_type(card, dict, "card"), "the card"),

@@ -46,7 +46,7 @@ def pack_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _in_order(content: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in random order; equal models make equal files."""
+    """The file with sorted metadata: safetensors writes them in random order, and equal models make equal files."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -94,9 +94,9 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises ArtefactError where the file cannot be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # False, not an OSError, for names the system refuses
         raise ArtefactError(f"{path} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ArtefactError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:

@@ -79,7 +79,7 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
         nodes.append(_node_from_json(record, position, graph, nodes))
         if nodes[-1].op == "get_attr":
             path = str(nodes[-1].target)
-            contents[path] = _attribute(path, contents, tensors, record)
+            contents.setdefault(path, _constant(path, tensors, record))
     _check_structure(nodes, contents)
     graph_module = _assemble(graph, contents, check_identifier(field(document, "class", str, "the graph"), "class"))
     try:
@@ -93,9 +93,11 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
 
 
 def _assemble(graph: Graph, contents: dict[str, Any], class_name: str) -> GraphModule:
-    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    root = nn.Module()
     try:
-        graph_module = GraphModule({path: contents[path] for path in used}, graph, class_name=class_name)
+        for path in sorted(contents, key=lambda path: (isinstance(contents[path], Tensor), path.count("."))):
+            _place(root, path, contents[path])
+        graph_module = GraphModule(root, graph, class_name=class_name)
         graph_module.graph.lint()
     # Clashing paths (a tensor where a module must be), reserved names in the signature: the file is at fault.
     except Exception as error:
@@ -103,11 +105,20 @@ def _assemble(graph: Graph, contents: dict[str, Any], class_name: str) -> GraphM
     return graph_module
 
 
-def _attribute(path: str, contents: dict[str, Any], tensors: Mapping[str, Tensor], record: Any) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    inside = contents.get(owner)
-    if isinstance(inside, nn.Module) and name in inside.state_dict():
-        return take(inside.state_dict(), name)
+def _place(owner: nn.Module, path: str, content: nn.Module | Tensor) -> None:
+    """Put a module or tensor at its path; a tensor that a module there already has stays the module's."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(content, nn.Module):
+        owner.add_module(last, content)
+    elif last not in owner._parameters and last not in owner._buffers:
+        owner.register_buffer(last, content)
+
+
+def _constant(path: str, tensors: Mapping[str, Tensor], record: Any) -> Tensor:
     tensor = take(tensors, path)
     if "shape" in record and tuple(tensor.shape) != tuple(record["shape"]):
         raise ArtefactError(f"tensor '{path}' has shape {tuple(tensor.shape)}, its node says {record['shape']}")
@@ -166,7 +177,7 @@ def _node_from_json(record: Any, position: int, graph: Graph, nodes: list[Node])
         stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
         node.meta["tensor_meta"] = TensorMetadata(shape, dtype, False, stride, None, False, {})
     if "notes" in record:
-        annotate(node, **_notes(record["notes"], where))
+        annotate(node, **_notes(field(record, "notes", dict, where), where))
     return node
 
 
