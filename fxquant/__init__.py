@@ -1,0 +1,65 @@
+"""fxquant: mixed-precision post-training quantization of Vision Transformers on torch.fx.
+
+    quantized = fxquant.compile(model, "W4A4", calibration=images)
+
+Names are resolved on first use, so importing one pass does not import the whole house.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from allocators.budget import Budget
+    from fxquant.compile import Compiled, compile, load
+    from fxquant.graph.tracing import trace
+    from passes.contract import PassContext
+    from passes.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Budget", "Compiled", "PassContext", "Pipeline", "compile", "load", "trace"]
+
+_HOMES = {
+    "Budget": "allocators.budget",
+    "Compiled": "fxquant.compile",
+    "PassContext": "passes.contract",
+    "Pipeline": "passes.pipeline",
+    "compile": "fxquant.compile",
+    "load": "fxquant.compile",
+    "trace": "fxquant.graph.tracing",
+}
+
+
+def _refuse_shadowed_packages() -> None:
+    """Say so when a folder called `passes` or `allocators` hides ours.
+
+    Raises ImportError naming the folder that shadows them.
+    """
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    for name in ("passes", "allocators"):
+        spec = find_spec(name)
+        places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+        if not any((place / "py.typed").exists() for place in places):
+            where = ", ".join(map(str, places)) or (spec.origin if spec else None) or "nowhere"
+            raise ImportError(
+                f"fxquant needs its own top-level package {name!r}, but that name resolves to {where}; "
+                f"rename or move that folder, or take it off sys.path"
+            )
+
+
+_refuse_shadowed_packages()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

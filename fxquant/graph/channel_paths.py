@@ -19,8 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 _METHODS = frozenset(
-    "view reshape permute transpose contiguous flatten unflatten roll mean unsqueeze squeeze clone select "
-    "narrow expand swapaxes movedim".split()
+    ["view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "roll", "mean", "unsqueeze", "squeeze", "clone", "select", "narrow", "expand", "swapaxes", "movedim"]
 )
 _FUNCTIONS = frozenset(
     {

@@ -1,0 +1,215 @@
+"""The one call: a model and a budget in, a quantized model out.
+
+    quantized = fxquant.compile(model, "W4A4", calibration=images)
+    print(quantized.report())
+    quantized.save("model.fxq")
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from os import PathLike
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from allocators.allocation import Allocation
+from allocators.allocator import Allocator
+from allocators.overrides import Bits
+from fxquant.errors import ArtefactError, CalibrationError
+from fxquant.graph import pattern
+from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.tracing import trace
+from fxquant.report.tables import Report
+from fxquant.runtime import artefact
+from fxquant.runtime.layer_row import LayerRow
+from passes.allocate_bits import allocation_of
+from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
+from passes.pipeline import Pipeline
+from passes.recipes import recipe as recipe_named
+from passes.substitute_quantizers import chosen
+
+
+class Compiled(nn.Module):
+    """A quantized model: call it like the original.
+
+    graph_module: the annotated graph that runs. allocation: bits by layer and how they were found. journal: one entry
+    per pass. layers: one row per quantized layer. card: the protocol (data, policies, what stays float, versions).
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        allocation: Allocation | None,
+        journal: Journal,
+        layers: list[LayerRow],
+        card: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
+        self.eval()
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """Float (B, C, H, W) images to what the original model returns for them."""
+        result: Tensor = self.graph_module(images_bchw)
+        return result
+
+    def report(self) -> Report:
+        """Tables per layer and in total; print it, or take `.to_dict()`."""
+        return Report(self.layers, self.allocation, self.journal, self.card)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The annotated graph, one networkx node per graph node."""
+        return pattern.to_networkx(self.graph_module)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the artefact: one file, packed weights, no code. Raises ArtefactError."""
+        card = {**self.card, "layers": [row.to_dict() for row in self.layers]}
+        journal = [asdict(entry) for entry in self.journal.entries]
+        allocation = None if self.allocation is None else self.allocation.to_json()
+        artefact.save(path, self.graph_module, card=card, allocation_json=allocation, journal=journal)
+
+
+def load(path: str | PathLike[str]) -> Compiled:
+    """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
+
+    Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another version.
+    """
+    found = artefact.load(path)
+    card = dict(found.card)
+    rows = card.pop("layers", None)
+    if not isinstance(rows, list):
+        raise ArtefactError(f"{path} has no list of layers in its card")
+    try:
+        entries = [JournalEntry(**entry) for entry in found.journal]
+    except TypeError as error:
+        raise ArtefactError(f"the journal of {path} does not fit: {error}") from error
+    allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
+    layers = [LayerRow.from_dict(row) for row in rows]
+    return Compiled(found.graph_module, allocation, Journal(entries), layers, card)
+
+
+def compile(
+    model: nn.Module,
+    budget: Any,
+    *,
+    calibration: Tensor,
+    recipe: str | Pipeline = "mptq_vit",
+    allocator: Allocator | None = None,
+    overrides: Mapping[str, Bits] | None = None,
+    first_last_bits: int | None = None,
+    fully_quantized: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: ProgressReporter | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
+
+    budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
+    the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which then brings its
+    own budget and options. allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.mptq_vit`.
+    seed: of every random draw. batch_size: images per calibration step, bounds memory. card: entries to add to the
+    protocol card, for example the data's name.
+
+    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError.
+    """
+    check_images(calibration)
+    if isinstance(recipe, Pipeline):
+        pipeline = recipe
+    else:
+        options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}
+        pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
+    context = PassContext(calibration, batch_size, seed, progress or SilentProgress())
+    traced = trace(model, calibration[:2])
+    quantized = pipeline.run(traced, context)
+    protocol = protocol_card(model, calibration, pipeline, quantized, context)
+    return Compiled(
+        quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}
+    )
+
+
+def check_images(images: Tensor, minimum: int = 1) -> None:
+    """Raise CalibrationError unless images are a finite float (N, C, H, W) tensor with N >= minimum."""
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        shape = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found {shape}")
+    if not images.is_floating_point():
+        raise CalibrationError(
+            f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
+        )
+    if len(images) < minimum:
+        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bool(bad.any()):
+        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")
+
+
+def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
+    """One row per node that has bits, in graph order."""
+    rows = []
+    for node in nodes_with_role(graph_module):
+        annotation = annotation_of(node)
+        if annotation.weight_bits is None and annotation.activation_bits is None:
+            continue
+        weight = chosen(annotation.weight_candidates, annotation.weight_bits)
+        found = [chosen(group, annotation.activation_bits) for group in annotation.activation_candidates]
+        inputs = [candidate for candidate in found if candidate is not None]
+        ratio = sum(c.noise / max(c.signal, 1e-30) for c in inputs) / max(len(inputs), 1)
+        rows.append(
+            LayerRow(
+                layer=annotation.layer,
+                role=str(annotation.role),
+                block=annotation.block,
+                weight_bits=annotation.weight_bits,
+                activation_bits=annotation.activation_bits,
+                parameters=annotation.parameters,
+                macs=annotation.macs,
+                activation_elements=annotation.activation_elements,
+                weight_sqnr_db=None if weight is None else _decibel(weight.noise / max(weight.signal, 1e-30)),
+                activation_sqnr_db=_decibel(ratio) if inputs else None,
+                predicted_loss=sum(c.loss for c in (*inputs, *([weight] if weight else []))),
+                weight_quantizer=None if weight is None else weight.quantizer.kind,
+                activation_quantizer=" x ".join(dict.fromkeys(c.quantizer.kind for c in inputs)) or None,
+                execution="simulated",
+                pinned=annotation.pinned,
+            )
+        )
+    return rows
+
+
+def _decibel(ratio: float) -> float:
+    return -10 * math.log10(max(ratio, 1e-30))
+
+
+def protocol_card(
+    model: nn.Module, calibration: Tensor, pipeline: Pipeline, graph_module: GraphModule, context: PassContext
+) -> dict[str, Any]:
+    """How the numbers came about, as JSON values."""
+    quantized = {annotation_of(n).role for n in nodes_with_role(graph_module) if annotation_of(n).activation_bits}
+    float_parts = [str(role) for role in (Role.SOFTMAX, Role.GELU, Role.LAYER_NORM) if role not in quantized]
+    bits_by_role = {
+        str(role): sorted({annotation_of(n).weight_bits or 32 for n in nodes_with_role(graph_module, role)})
+        for role in (Role.PATCH_EMBED, Role.HEAD)
+    }
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "calibration_images": len(calibration),
+        "image_shape": list(calibration.shape[1:]),
+        "labels_used": False,
+        "seed": context.seed,
+        "pipeline": [repr(step) for step in pipeline],
+        "stays_float": [*float_parts, "residual additions"],
+        "first_last_weight_bits": bits_by_role,
+        "execution": "simulated",
+        "coverage": float(graph_module.meta.get("coverage", math.nan)),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
+    }

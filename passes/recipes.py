@@ -1,0 +1,115 @@
+"""Recipes: pipelines that put published systems together, each one expression to read, slice and change.
+
+    pipeline = mptq_vit("W4A4")                                # MPTQ-ViT with the integer program
+    pipeline = mptq_vit("W4A4", allocator=Greedy())            # exactly as published
+    pipeline = pipeline.without(FoldSqb)                       # an ablation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from allocators.allocator import Allocator
+from allocators.budget import Budget
+from allocators.milp import Milp
+from allocators.overrides import Bits
+from allocators.uniform import Uniform
+from fxquant.errors import PipelineError
+from passes.allocate_bits import AllocateBits, normalized_overrides
+from passes.assign_roles import AssignRoles
+from passes.calibrate import Calibrate
+from passes.check_budget import CheckBudget
+from passes.contract import Pass
+from passes.fold_sqb import FoldSqb
+from passes.insert_observers import InsertObservers
+from passes.pipeline import Pipeline
+from passes.search_scales import SearchScales
+from passes.substitute_quantizers import SubstituteQuantizers
+
+CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+def mptq_vit(
+    budget: Any,
+    *,
+    allocator: Allocator | None = None,
+    overrides: Mapping[str, Bits] | None = None,
+    first_last_bits: int | None = None,
+    fully_quantized: bool = False,
+    fold: Pass | None = None,
+    bits: tuple[int, ...] = CANDIDATE_BITS,
+) -> Pipeline:
+    """MPTQ-ViT: SQ-b, OPT-m after GELU, two-scaled softmax, Hessian-guided scales, mixed bits.
+
+    budget: anything `Budget.parse` takes. allocator: `Milp()` by default, `Greedy()` is the paper's. fully_quantized:
+    softmax and LayerNorm compute on quantized inputs too (the paper's Table 3), LayerNorm's with O-2SF. fold: FoldSqb
+    with other switches. Others: see AllocateBits.
+    """
+    insert = InsertObservers(**_norm_inputs(fully_quantized))
+    allocate = AllocateBits(
+        Budget.parse(budget), allocator or Milp(), normalized_overrides(overrides), first_last_bits
+    )
+    return _assemble(insert, allocate, SearchScales(bits), Calibrate(), fold or FoldSqb())
+
+
+def tsptq_vit(
+    budget: Any,
+    *,
+    allocator: Allocator | None = None,
+    overrides: Mapping[str, Bits] | None = None,
+    first_last_bits: int | None = None,
+    fully_quantized: bool = False,
+    bits: tuple[int, ...] = CANDIDATE_BITS,
+) -> Pipeline:
+    """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
+    insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(fully_quantized))
+    allocate = AllocateBits(
+        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits
+    )
+    return _assemble(insert, allocate, SearchScales(bits), Calibrate())
+
+
+def naive_min_max(
+    budget: Any,
+    *,
+    allocator: Allocator | None = None,
+    overrides: Mapping[str, Bits] | None = None,
+    first_last_bits: int | None = None,
+    fully_quantized: bool = False,
+    bits: tuple[int, ...] = CANDIDATE_BITS,
+) -> Pipeline:
+    """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
+    norms = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
+    insert = InsertObservers(post_gelu="symmetric", post_softmax="symmetric", **norms)
+    allocate = AllocateBits(
+        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits
+    )
+    return _assemble(insert, allocate, SearchScales(bits, metric="min-max"), Calibrate(gradient=False))
+
+
+RECIPES: dict[str, Callable[..., Pipeline]] = {
+    "mptq_vit": mptq_vit,
+    "tsptq_vit": tsptq_vit,
+    "naive_min_max": naive_min_max,
+}
+
+
+def recipe(name: str) -> Callable[..., Pipeline]:
+    """The recipe of this name; raises PipelineError listing the known ones."""
+    if name not in RECIPES:
+        raise PipelineError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _assemble(
+    insert: InsertObservers, allocate: AllocateBits, search: SearchScales, calibrate: Calibrate, *fold: Pass
+) -> Pipeline:
+    check = CheckBudget(allocate, insert, search.bits)
+    return Pipeline(
+        [AssignRoles(), check, *fold, insert, calibrate, search, allocate, SubstituteQuantizers()]
+    )
+
+
+def _norm_inputs(fully_quantized: bool) -> dict[str, str]:
+    return {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
