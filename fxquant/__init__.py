@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.budget import Budget
-    from fxquant.compile import Compiled, compile, load
+    from fxquant.compiler import Compiled, compile, load
     from fxquant.graph.tracing import trace
     from passes.contract import PassContext
     from passes.pipeline import Pipeline
@@ -22,11 +22,11 @@ __all__ = ["Budget", "Compiled", "PassContext", "Pipeline", "compile", "load", "
 
 _HOMES = {
     "Budget": "allocators.budget",
-    "Compiled": "fxquant.compile",
+    "Compiled": "fxquant.compiler",
     "PassContext": "passes.contract",
     "Pipeline": "passes.pipeline",
-    "compile": "fxquant.compile",
-    "load": "fxquant.compile",
+    "compile": "fxquant.compiler",
+    "load": "fxquant.compiler",
     "trace": "fxquant.graph.tracing",
 }
 
