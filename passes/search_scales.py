@@ -17,7 +17,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.observers import Observer
-from fxquant.quantizers.search import WEIGHT_RATIOS, search_activation, search_weight
+from fxquant.quantizers.search import search_activation, search_weight
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
@@ -89,5 +89,5 @@ class SearchScales:
             max(observer.images, 1),
             observer.gram if hessian else None,
             observer.channel_weight() if hessian else None,
-            (1.0,) if self.metric == "min-max" else WEIGHT_RATIOS,
+            search=self.metric != "min-max",
         )

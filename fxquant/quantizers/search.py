@@ -22,7 +22,8 @@ from fxquant.graph.annotation import Candidate
 from fxquant.quantizers.families import Family, Statistics
 from fxquant.quantizers.uniform import UniformQuantizer
 
-WEIGHT_RATIOS = tuple(np.linspace(0.25, 1.05, 33))
+COARSE_RATIOS = tuple(np.linspace(0.3, 1.1, 9))
+FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
 
 
 def search_activation(
@@ -50,12 +51,14 @@ def search_weight(
     images: int,
     gram_ii: Tensor | None = None,
     channel_weight_o: Tensor | None = None,
-    ratios: Sequence[float] = WEIGHT_RATIOS,
+    *,
+    search: bool = True,
 ) -> tuple[Candidate, ...]:
     """The best symmetric per-output-channel scales at each width.
 
     weight_oi: float (out, in). gram_ii: G above, float (in, in); None for plain squared error of the weight.
-    channel_weight_o: b_o, float (out,). ratios: candidate scales relative to the one that just covers each channel.
+    channel_weight_o: b_o, float (out,). Candidates are scales relative to the one that just covers each channel: nine
+    coarse ratios, then steps around each channel's best. search: False takes the covering scale.
     """
     weight = weight_oi.detach().float()
     scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
@@ -63,17 +66,25 @@ def search_weight(
     signal = float(weight.double().square().sum())
     found = []
     for width in bits:
-        best_error = torch.full((len(weight),), torch.inf)
-        best_scale = covering[:, 0] / (2 ** (width - 1) - 1)
-        for ratio in ratios:
-            scale = covering * (ratio / (2 ** (width - 1) - 1))
-            error = UniformQuantizer(width, scale).dequantize(UniformQuantizer(width, scale).quantize(weight)) - weight
-            cost = error.square().sum(1) if gram_ii is None else ((error @ gram_ii) * error).sum(1)
-            better = cost < best_error
-            best_error = torch.where(better, cost, best_error)
-            best_scale = torch.where(better, scale[:, 0], best_scale)
-        quantizer = UniformQuantizer(width, best_scale[:, None])
+        unit = covering / (2 ** (width - 1) - 1)
+        best = torch.ones(len(weight), 1)
+        cost = _weight_costs(weight, best * unit, width, gram_ii)
+        for steps in (COARSE_RATIOS, FINE_STEPS) if search else ():
+            centre = torch.zeros_like(best) if steps is COARSE_RATIOS else best.clone()
+            for step in steps:
+                ratio = centre + step
+                challenger = _weight_costs(weight, ratio * unit, width, gram_ii)
+                better = challenger < cost
+                cost = torch.where(better, challenger, cost)
+                best = torch.where(better[:, None], ratio, best)
+        quantizer = UniformQuantizer(width, best * unit)
         noise = float((quantizer(weight) - weight).double().square().sum())
-        loss = 0.5 * float((best_error.clamp_min(0) * scaling).double().sum()) / images
+        loss = 0.5 * float((cost.clamp_min(0) * scaling).double().sum()) / images
         found.append(Candidate(width, quantizer, loss, noise, signal))
     return tuple(found)
+
+
+def _weight_costs(weight: Tensor, scale: Tensor, width: int, gram: Tensor | None) -> Tensor:
+    """Cost of each output channel (out,) under per-channel scales (out, 1)."""
+    error = UniformQuantizer(width, scale)(weight).sub_(weight)
+    return error.square().sum(1) if gram is None else (error @ gram).mul_(error).sum(1)

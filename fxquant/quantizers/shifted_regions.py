@@ -44,18 +44,23 @@ class ShiftedRegionsQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Integer multiples of the scale s0, int32; one of at most 2^bits values."""
-        units = x.float() * (1 / self.scale)
-        floor = -self.small_max if self.negative else 0
-        small = torch.round(units * (1 / self.small_step)).clamp(0, self.small_max) * self.small_step
-        large = torch.round(units * (1 / self.large_step)).clamp(0, self.large_max) * self.large_step
-        positive = torch.where(units < self.boundary, small, large)
-        if not self.negative:
-            return positive.to(torch.int32)
-        return torch.where(units < 0, torch.round(units).clamp(floor, 0), positive).to(torch.int32)
+        return self._multiples(x).to(torch.int32)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of multiples of s0, float32."""
         return codes * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same values as quantize then dequantize, without the detour over int32."""
+        return self._multiples(x).mul_(self.scale).to(x.dtype)
+
+    def _multiples(self, x: Tensor) -> Tensor:
+        # In place wherever possible: fresh memory costs more here than arithmetic.
+        units = x.float() * (1 / self.scale)
+        small = (units * (1 / self.small_step)).round_().clamp_(0, self.small_max).mul_(self.small_step)
+        large = (units * (1 / self.large_step)).round_().clamp_(0, self.large_max).mul_(self.large_step)
+        multiples = torch.where(units < self.boundary, small, large)
+        return multiples.add_(units.round_().clamp_(-self.small_max, 0)) if self.negative else multiples
 
     def settings(self) -> dict[str, Any]:
         """Kind, bits, shifts and sign."""
