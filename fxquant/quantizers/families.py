@@ -137,7 +137,7 @@ def log2(statistics: Statistics, bits: int) -> Proposals:
     zero = 2**bits - 1
     exponents = np.arange(zero - 1, -1, -1)
     levels = np.concatenate([np.zeros((len(scales), 1)), scales[:, None] * np.exp2(-exponents)], axis=1)
-    thresholds = scales[:, None] * np.exp2(-(np.append(exponents, 0)[:-1] + 0.5))
+    thresholds = scales[:, None] * np.exp2(-(exponents + 0.5))
     return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
 
 

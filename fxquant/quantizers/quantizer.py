@@ -22,6 +22,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
+        if not 1 <= bits <= 16:
+            raise ValueError(f"a quantizer has 1 to 16 bits, not {bits}")
         self.bits = bits
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -60,7 +62,7 @@ class Quantizer(nn.Module):
             raise ArtefactError(f"unknown quantizer kind {kind!r}: this version knows {sorted(Quantizer._kinds)}")
         try:
             return Quantizer._kinds[kind].empty(**arguments)
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"settings of quantizer kind {kind!r} do not fit: {settings}: {error}") from error
 
     @classmethod

@@ -38,9 +38,10 @@ def search_activation(
     for width in bits:
         proposals = family(statistics, width)
         plain, sensitive = statistics.moments.errors(proposals.levels, proposals.thresholds)
-        objective = sensitive if weighted else plain
+        # A tensor the loss does not depend on has weights of zero; it still gets the scale that fits it best.
+        objective = sensitive if weighted and sensitive.any() else plain
         best = int(objective.argmin())
-        loss = 0.5 * float(objective[best]) / images
+        loss = 0.5 * float((sensitive if weighted else plain)[best]) / images
         found.append(Candidate(width, proposals.build(best), loss, float(plain[best]), statistics.moments.signal))
     return tuple(found)
 
@@ -61,6 +62,7 @@ def search_weight(
     coarse ratios, then steps around each channel's best. search: False takes the covering scale.
     """
     weight = weight_oi.detach().float()
+    gram = None if gram_ii is None else gram_ii.float()
     scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
     covering = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
     signal = float(weight.double().square().sum())
@@ -68,12 +70,12 @@ def search_weight(
     for width in bits:
         unit = covering / (2 ** (width - 1) - 1)
         best = torch.ones(len(weight), 1)
-        cost = _weight_costs(weight, best * unit, width, gram_ii)
+        cost = _weight_costs(weight, best * unit, width, gram)
         for steps in (COARSE_RATIOS, FINE_STEPS) if search else ():
             centre = torch.zeros_like(best) if steps is COARSE_RATIOS else best.clone()
             for step in steps:
                 ratio = centre + step
-                challenger = _weight_costs(weight, ratio * unit, width, gram_ii)
+                challenger = _weight_costs(weight, ratio * unit, width, gram)
                 better = challenger < cost
                 cost = torch.where(better, challenger, cost)
                 best = torch.where(better[:, None], ratio, best)

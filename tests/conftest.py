@@ -1,4 +1,4 @@
-"""Small models run fastest on one thread, most of all where cores are shared."""
+"""All tests run on one thread: small models run fastest so, most of all where cores are shared."""
 
 from collections.abc import Iterator
 

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.errors import ArtefactError
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.uniform import UniformQuantizer
+from tests.quantizers.by_hand import statistics_of
+
+QUANTIZERS = {
+    "symmetric": UniformQuantizer(4, 0.13),
+    "per channel": UniformQuantizer(5, torch.rand(6, 1) + 0.1),
+    "asymmetric": UniformQuantizer(3, 0.21, 5),
+    "asymmetric per channel": UniformQuantizer(3, torch.rand(40) + 0.1, torch.arange(40, dtype=torch.int32) % 8),
+    "opt-m": ShiftedRegionsQuantizer(4, 0.05, 3, 5),
+    "twin-softmax": ShiftedRegionsQuantizer(4, 0.01, 0, 4, negative=False),
+    "log2": Log2Quantizer(4, 0.9),
+}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+class TestEveryKind:
+    def test_settings_and_state_dict_rebuild_it(self, quantizer: Quantizer, x: Tensor) -> None:
+        rebuilt = Quantizer.from_settings(quantizer.settings())
+        rebuilt.load_state_dict(quantizer.state_dict())
+        assert type(rebuilt) is type(quantizer)
+        assert torch.equal(rebuilt(x), quantizer(x))
+        assert torch.equal(rebuilt.quantize(x), quantizer.quantize(x))
+        assert rebuilt.settings() == quantizer.settings()
+
+    def test_forward_is_quantize_then_dequantize(self, quantizer: Quantizer, x: Tensor) -> None:
+        codes = quantizer.quantize(x)
+        assert codes.dtype == torch.int32
+        assert torch.equal(quantizer(x), quantizer.dequantize(codes))
+        assert len(codes.unique()) <= 2**quantizer.bits
+
+    def test_levels_stay_where_they_are(self, quantizer: Quantizer, x: Tensor) -> None:
+        once = quantizer(x)
+        assert torch.allclose(quantizer(once), once, rtol=1e-6)
+
+    def test_keeps_dtype_and_shape(self, quantizer: Quantizer, x: Tensor) -> None:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            quantized = quantizer(x.to(dtype))
+            assert quantized.dtype == dtype
+            assert quantized.shape == x.shape
+
+    def test_empty_input(self, quantizer: Quantizer, x: Tensor) -> None:
+        assert quantizer(x[:, :0] if quantizer.settings().get("shape") != [40] else x[:0]).numel() == 0
+
+    def test_copies_are_independent(self, quantizer: Quantizer, x: Tensor) -> None:
+        duplicate = copy.deepcopy(quantizer)
+        duplicate.scale *= 2
+        assert not torch.equal(duplicate(x), quantizer(x))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    scale=st.floats(1e-20, 1e10),
+    zero=st.none() | st.integers(0, 255),
+    values=st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=10),
+)
+def test_fused_uniform_forward_equals_codes_and_back(
+    bits: int, scale: float, zero: int | None, values: list[float]
+) -> None:
+    quantizer = UniformQuantizer(bits, scale, None if zero is None else zero % 2**bits)
+    x = torch.tensor(values)
+    assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_far_outside_an_all_zero_calibration_are_clipped_to_their_own_side(family: str) -> None:
+    quantizer = FAMILIES[family](statistics_of(torch.zeros(2, 8)), 4).build(0)
+    found = quantizer(torch.tensor([1e30, 3e4, 0.0, -3e4, -1e30]))
+    assert (found[:2] >= 0).all()
+    assert found[2] == 0
+    assert (found[3:] <= 0).all()
+    assert (found.abs() < 1e-10).all()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"kind": "unheard of"},
+        {},
+        {"kind": "uniform", "bits": 4},
+        {"kind": "uniform", "bits": "four", "symmetric": True, "shape": []},
+        {"kind": "shifted-regions", "bits": 4, "shift_small": 6, "shift_large": 2, "negative": True},
+        {"kind": "shifted-regions", "bits": 4, "shift_small": 0, "shift_large": 99, "negative": True},
+        {"kind": "log2"},
+        {"kind": "log2", "bits": 99},
+        {"kind": "uniform", "bits": 0, "symmetric": True, "shape": []},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(ArtefactError):
+        Quantizer.from_settings(broken)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.search import COARSE_RATIOS, search_weight
+from fxquant.quantizers.uniform import UniformQuantizer
+
+
+def rows_and_weight() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator)
+    rows = torch.randn(300, 64, generator=generator) @ mixing
+    return rows, torch.randn(20, 64, generator=generator)
+
+
+def costs(weight: Tensor, quantized: Tensor, rows: Tensor | None) -> Tensor:
+    """||(Q(W) - W) X||^2 of each output channel on real rows X; the weight's own error without rows."""
+    error = (quantized - weight).double()
+    return (error if rows is None else error @ rows.double().T).square().sum(1)
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_weight_scales_against_a_plain_loop_over_real_rows(with_rows: bool) -> None:
+    samples, weight = rows_and_weight()
+    rows = samples if with_rows else None
+    covering = weight.abs().amax(1, keepdim=True)
+    for found in search_weight(weight, (2, 3, 4, 6), 10, samples.T @ samples if with_rows else None):
+
+        def tried(ratios: list[float], bits: int = found.bits) -> Tensor:
+            scales = [covering * (ratio / (2 ** (bits - 1) - 1)) for ratio in ratios]
+            return torch.stack([costs(weight, UniformQuantizer(bits, s)(weight), rows) for s in scales]).amin(0)
+
+        reached = costs(weight, found.quantizer(weight), rows)
+        assert (reached <= tried([1.0, *COARSE_RATIOS]) * (1 + 1e-4)).all()
+        assert float(reached.sum()) <= 1.25 * float(tried(list(np.linspace(0.2, 1.2, 201))).sum())
+        assert found.loss == pytest.approx(0.5 * float(reached.sum()) / 10, rel=1e-3)
+        assert found.noise == pytest.approx(float(costs(weight, found.quantizer(weight), None).sum()), rel=1e-5)
+        assert found.signal == pytest.approx(float(weight.double().square().sum()))
+
+
+def test_channel_weights_scale_the_loss_and_leave_the_choice() -> None:
+    rows, weight = rows_and_weight()
+    gram = rows.T @ rows
+    (plain,) = search_weight(weight, (4,), 10, gram)
+    (doubled,) = search_weight(weight, (4,), 10, gram, torch.full((20,), 2.0))
+    assert torch.equal(plain.quantizer(weight), doubled.quantizer(weight))
+    assert doubled.loss == pytest.approx(2 * plain.loss)
+
+
+def test_a_weight_the_loss_does_not_depend_on_keeps_a_scale_that_covers_it() -> None:
+    _, weight = rows_and_weight()
+    (found,) = search_weight(weight, (4,), 10, torch.zeros(64, 64), torch.ones(20))
+    (covering,) = search_weight(weight, (4,), 10, search=False)
+    assert torch.equal(found.quantizer(weight), covering.quantizer(weight))
+    assert found.loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_float_dtype(dtype: torch.dtype) -> None:
+    rows, weight = rows_and_weight()
+    (found,) = search_weight(weight.to(dtype), (6,), 10, (rows.T @ rows).to(dtype), torch.ones(20, dtype=dtype))
+    assert found.noise < 1e-2 * found.signal
+
+
+def test_min_max_ratio_covers_every_channel() -> None:
+    _, weight = rows_and_weight()
+    (found,) = search_weight(weight, (5,), 1, search=False)
+    assert torch.allclose(found.quantizer.scale, weight.abs().amax(1, keepdim=True) / 15)
+
+
+def test_a_channel_of_zeros_stays_zero() -> None:
+    rows, weight = rows_and_weight()
+    weight[2] = 0
+    (found,) = search_weight(weight, (4,), 1, rows.T @ rows)
+    assert not found.quantizer(weight)[2].any()
+    assert bool(torch.isfinite(found.quantizer(weight)).all())
