@@ -26,6 +26,7 @@ from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.tracing import trace
+from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
 from fxquant.runtime.layer_row import LayerRow
@@ -68,6 +69,10 @@ class Compiled(nn.Module):
     def to_networkx(self) -> networkx.DiGraph:
         """The annotated graph, one networkx node per graph node."""
         return pattern.to_networkx(self.graph_module)
+
+    def draw(self, path: str | PathLike[str]) -> None:
+        """Draw the bits: blocks by roles as `.svg`, the graph as Graphviz `.dot`. Raises ArtefactError."""
+        write_picture(path, self.graph_module, title=str(self.card.get("model", "")))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artefact: one file, packed weights, no code. Raises ArtefactError."""

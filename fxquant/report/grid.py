@@ -1,0 +1,94 @@
+"""Blocks by roles: the shape in which a transformer's bits are read at one glance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from fxquant.graph.annotation import Annotation, Role, annotation_of, nodes_with_role
+from fxquant.runtime.layer_row import LayerRow
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One layer in the grid: its name, where it stands, its bits (None where float or absent) and its elements."""
+
+    layer: str
+    role: str
+    block: int | None
+    weight_bits: int | None
+    activation_bits: int | None
+    parameters: int = 0
+    activation_elements: int = 0
+
+    @classmethod
+    def of(cls, found: Annotation | LayerRow) -> Tile:
+        """The tile of a row, or of a node's annotation."""
+        bits = found.weight_bits, found.activation_bits
+        return cls(found.layer, str(found.role), found.block, *bits, found.parameters, found.activation_elements)
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether anything of the layer is quantized."""
+        return self.weight_bits is not None or self.activation_bits is not None
+
+    @property
+    def label(self) -> str:
+        """`4/5` for weight and activation bits, `-` for what the layer does not have."""
+        return "/".join("-" if bits is None else str(bits) for bits in (self.weight_bits, self.activation_bits))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tiles by (block, role); several where a block has several layers of a role; `outside`: layers of no block."""
+
+    blocks: tuple[int, ...]
+    roles: tuple[str, ...]
+    tiles: dict[tuple[int, str], list[Tile]] = field(default_factory=dict)
+    outside: tuple[Tile, ...] = ()
+
+    def at(self, block: int, role: str) -> list[Tile]:
+        """The tiles of one cell, in graph order; empty where the block has no such layer."""
+        return self.tiles.get((block, role), [])
+
+
+def tiles_of(source: GraphModule | Sequence[LayerRow]) -> list[Tile]:
+    """Tiles of an annotated graph or of its rows, in graph order; layers without bits are left out."""
+    if isinstance(source, GraphModule):
+        tiles = [Tile.of(annotation_of(node)) for node in nodes_with_role(source)]
+    else:
+        tiles = [Tile.of(row) for row in source]
+    return [tile for tile in tiles if tile.has_bits]
+
+
+def grid_of(tiles: Iterable[Tile]) -> Grid:
+    """Arrange tiles; roles are columns in the order in which they first appear."""
+    tiles = list(tiles)
+    cells: dict[tuple[int, str], list[Tile]] = {}
+    for tile in tiles:
+        if tile.block is not None:
+            cells.setdefault((tile.block, tile.role), []).append(tile)
+    return Grid(
+        blocks=tuple(sorted({block for block, _ in cells})),
+        roles=tuple(dict.fromkeys(role for _, role in cells)),
+        tiles=cells,
+        outside=tuple(tile for tile in tiles if tile.block is None),
+    )
+
+
+def mean_weight_bits(tiles: Iterable[Tile]) -> float | None:
+    """Mean bits per quantized weight; None without any."""
+    return _mean((tile.weight_bits, tile.parameters) for tile in tiles)
+
+
+def mean_activation_bits(tiles: Iterable[Tile]) -> float | None:
+    """Mean bits per quantized activation, None without any; the image is not counted, it comes in 8 bits."""
+    return _mean((t.activation_bits, t.activation_elements) for t in tiles if t.role != Role.PATCH_EMBED)
+
+
+def _mean(pairs: Iterable[tuple[int | None, int]]) -> float | None:
+    found = [(bits, elements) for bits, elements in pairs if bits is not None]
+    elements = sum(count for _, count in found)
+    return sum(bits * count for bits, count in found) / elements if elements else None

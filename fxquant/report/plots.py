@@ -1,0 +1,66 @@
+"""Plots that need matplotlib, the extra `plots`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fxquant.errors import ArtefactError, MissingExtraError
+from fxquant.runtime.container import write_file
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class PlotPoint:
+    """One compiled model: its line, its mean bits over weights and activations, its top-1 (%) and standard error."""
+
+    line: str
+    mean_bits: float
+    top1: float
+    standard_error: float = 0.0
+
+
+def check_plot(path: str | PathLike[str]) -> None:
+    """Fail early: raises MissingExtraError without matplotlib, ArtefactError for a suffix it is not asked to write."""
+    _pyplot_free_figure()
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ArtefactError(f"{path}: a plot ends in one of {', '.join(_SUFFIXES)}")
+
+
+def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_top1: float | None = None) -> None:
+    """Accuracy over mean bits, one line per `PlotPoint.line`, float32 as a dashed line; written in one step.
+
+    Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
+    """
+    check_plot(path)
+    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for marker, line in zip("os^Dvph*" * 4, dict.fromkeys(point.line for point in points), strict=False):
+        found = sorted((point for point in points if point.line == line), key=lambda point: point.mean_bits)
+        bits, top1 = [point.mean_bits for point in found], [point.top1 for point in found]
+        axes.errorbar(
+            bits, top1, [point.standard_error for point in found], marker=marker, markersize=5, capsize=2, label=line
+        )
+    if float_top1 is not None:
+        axes.axhline(float_top1, color="0.3", linestyle="--", linewidth=1, label=f"float32, {float_top1:.1f} %")
+    axes.set_xlabel("mean bits (weights and activations)")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_file(Path(path), content.getvalue())
+
+
+def _pyplot_free_figure() -> Any:
+    """matplotlib's Figure, without pyplot and its display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib: pip install 'fxquant[plots]'") from error
+    return Figure

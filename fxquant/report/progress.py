@@ -1,0 +1,79 @@
+"""Progress bars for long steps, on stderr; nothing at all where stderr is no terminal.
+
+    with RichProgress() as progress:
+        fxquant.compile(model, "W4A4", calibration=images, progress=progress)
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class RichProgress:
+    """A `ProgressReporter`: a bar per running step, with elapsed and remaining time, gone when the step ends.
+
+    console: where to draw, stderr by default. Use it in a `with` statement, so that an error leaves no bar behind.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        label = TextColumn("{task.description}")
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._running: set[TaskID] = set()
+
+    def track(self, label: str, total: int) -> RichTask:
+        """Begin a step of `total` units."""
+        if not self._running:
+            self._bars.start()
+        task = self._bars.add_task(label, total=total)
+        self._running.add(task)
+        return RichTask(self, task)
+
+    def advance(self, task: TaskID, units: int) -> None:
+        """Say that `units` more of a step are done."""
+        self._bars.advance(task, units)
+
+    def end(self, task: TaskID) -> None:
+        """Take a step's bar away; the display stops with the last one."""
+        if task not in self._running:
+            return
+        self._running.discard(task)
+        self._bars.remove_task(task)
+        if not self._running:
+            self._bars.stop()
+
+    def __enter__(self) -> RichProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in list(self._running):
+            self.end(task)
+
+
+class RichTask:
+    """One running step of a `RichProgress`."""
+
+    def __init__(self, owner: RichProgress, task: TaskID) -> None:
+        self._owner, self._task = owner, task
+
+    def advance(self, units: int = 1) -> None:
+        """Say that `units` more are done."""
+        self._owner.advance(self._task, units)
+
+    def close(self) -> None:
+        """End the step; closing twice does nothing."""
+        self._owner.end(self._task)
