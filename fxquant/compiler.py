@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
-from fxquant.errors import ArtefactError, CalibrationError
+from fxquant.errors import ArtefactError, CalibrationError, PipelineError
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.tracing import trace
@@ -101,6 +101,7 @@ def load(path: str | PathLike[str]) -> Compiled:
     return Compiled(found.graph_module, allocation, Journal(entries), layers, card)
 
 
+@torch.inference_mode(False)
 def compile(
     model: nn.Module,
     budget: Any,
@@ -124,10 +125,16 @@ def compile(
     seed: of every random draw. batch_size: images per calibration step, bounds memory. card: entries to add to the
     protocol card, for example the data's name.
 
-    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError.
+    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError or
+    PipelineError.
     """
     check_images(calibration)
     if isinstance(recipe, Pipeline):
+        if allocator is not None or overrides or first_last_bits is not None or fully_quantized:
+            raise PipelineError(
+                "a Pipeline as recipe brings its own allocator, overrides, first_last_bits and fully_quantized: set "
+                "them on its passes, or name a recipe"
+            )
         pipeline = recipe
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}

@@ -94,7 +94,6 @@ class Calibrate:
             for node, gradient in zip(nodes, found, strict=True)
         }
 
-
     def _logit_gradient(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
         if self.fisher == "signs":
             signs = torch.randint(0, 2, probabilities.shape, generator=generator) * 2.0 - 1.0
@@ -125,6 +124,9 @@ class _Recorder(Interpreter):
         arguments, _ = self.fetch_args_kwargs_from_env(node)
         self.inputs[node] = tuple(arguments)
         result = super().run_node(node)
+        if torch.is_grad_enabled() and not result.requires_grad:
+            # Computed from constants only, as an attention pool's query is; its error still moves the output.
+            result = result.requires_grad_()
         role = annotation_of(node).role
         self.differentiated[node] = arguments[0] if role in (Role.SOFTMAX, Role.LAYER_NORM) else result
         return result
@@ -139,6 +141,9 @@ def _update(
 ) -> None:
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     for index, observer in found:
+        if not bool(torch.isfinite(inputs[index]).all()):
+            layer = annotation_of(node).layer
+            raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
         weight = None if gradient is None else input_weight(module, inputs, index, gradient)
         observer.update(inputs[index], weight)
         if observer.keeps_gram and module is not None:
@@ -156,14 +161,13 @@ def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: in
     if isinstance(module, nn.Linear):
         return squared @ module.weight.square()
     if isinstance(module, nn.Conv2d):
-        span = [(size - 1) * step for size, step in zip(squared.shape[2:], module.stride, strict=True)]
-        reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = [0, 0] if isinstance(module.padding, str) else list(module.padding)
-        full = [x.shape for x in inputs][0][2:]
-        missing = [f - (s + r - 2 * p) for f, s, r, p in zip(full, span, reach, padding, strict=True)]
-        return functional.conv_transpose2d(
-            squared, module.weight.square(), None, module.stride, padding, missing, module.groups, module.dilation
-        )
+        # The transpose of a convolution with W^2 is that convolution's derivative, whatever its geometry.
+        with torch.enable_grad():
+            x = torch.zeros_like(inputs[0], requires_grad=True)
+            product = functional.conv2d(
+                x, module.weight.square(), None, module.stride, module.padding, module.dilation, module.groups
+            )
+            return torch.autograd.grad(product, x, squared)[0]
     if module is None:
         left, right = inputs[0], inputs[1]
         if index == 0:

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from allocators.meter import FLOAT_BITS
+from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.quantizers.observers import Edge
 from passes.allocate_bits import AllocateBits
@@ -32,6 +33,7 @@ class CheckBudget:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
+        image_bits = self.allocate.image_bits
         annotations, elements, fixed = [], [], []
         for node in nodes_with_role(graph_module):
             planned = self.insert.plan(node)
@@ -39,7 +41,12 @@ class CheckBudget:
                 annotations.append(annotation_of(node))
                 quantized = [edge for _, edge, family in planned if family is not None]
                 elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
-                fixed.append(self.allocate.image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
+                fixed.append(image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
+        if image_bits in fixed and image_bits not in self.bits:
+            raise OverrideError(
+                f"image_bits={image_bits} is not among the candidate bits {self.bits}: choose one of these, or leave the "
+                f"image in float with InsertObservers(image=None)"
+            )
         nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
         table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)
         table.check_feasible(self.allocate.budget)

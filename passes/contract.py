@@ -87,6 +87,11 @@ class PassContext:
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for a batch size below 1."""
+        if self.batch_size < 1:
+            raise CalibrationError(f"batch_size is {self.batch_size}, and a batch has at least one image")
+
     @property
     def images(self) -> torch.Tensor:
         """The calibration images; raises CalibrationError when the context has none."""
@@ -98,7 +103,7 @@ class PassContext:
 
     def batches(self, label: str) -> Iterator[torch.Tensor]:
         """Calibration images in batches of `batch_size`, with progress shown under `label`."""
-        batches = self.images.split(self.batch_size)
+        batches = torch.split(self.images, self.batch_size)
         task = self.progress.track(label, len(batches))
         for batch in batches:
             yield batch

@@ -7,6 +7,7 @@ flows over it: post-GELU values, post-Softmax values, everything else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,7 @@ class InsertObservers:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
 
     def __post_init__(self) -> None:
         chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)
@@ -50,22 +51,27 @@ class InsertObservers:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Insert the observers (replacing earlier ones); returns how many."""
-        remove_observers(graph_module)
+        earlier = _detach_observers(graph_module)
         count = 0
         for node in nodes_with_role(graph_module):
             has_weight = _has_weight(node)
             for index, edge, family in self.plan(node):
-                _insert(graph_module, node, index, Observer(family, edge, gram=has_weight))
+                _insert(graph_module, node, index, Observer(family, edge, gram=has_weight), earlier)
                 count += 1
+        _erase(graph_module, earlier.values())
         graph_module.graph.lint()
         graph_module.recompile()
         return count
 
     def plan(self, node: Node) -> list[tuple[int, Edge, str | None]]:
-        """Inputs of the node that get an observer: argument index, what flows there, family (None: stays float)."""
+        """Inputs of the node that get an observer: argument index, what flows there, family (None: stays float).
+
+        Raises PatternError for a convolution that does not pad with zeros.
+        """
         role = annotation_of(node).role
         if role is None or role is Role.GELU:
             return []
+        _refuse_padding_mode(node)
         planned = []
         for index in range(2 if role.is_matmul else 1):
             source = node.args[index]
@@ -86,6 +92,14 @@ class InsertObservers:
             Edge.LAYER_NORM_INPUT: self.layer_norm_input,
         }
         return families.get(edge, self.other)
+
+
+def _refuse_padding_mode(node: Node) -> None:
+    graph_module = node.graph.owning_module
+    module = graph_module.get_submodule(str(node.target)) if graph_module and node.op == "call_module" else None
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros":
+        raise PatternError(f"convolution {node.target} pads with {mode!r}; only padding_mode='zeros' can be quantized")
 
 
 def _has_weight(node: Node) -> bool:
@@ -129,21 +143,36 @@ def observers_of(graph_module: GraphModule, node: Node) -> list[tuple[int, Obser
 
 def remove_observers(graph_module: GraphModule) -> int:
     """Take every observer out again; returns how many there were."""
-    nodes = observer_nodes(graph_module)
+    detached = _detach_observers(graph_module)
+    _erase(graph_module, detached.values())
+    if detached:
+        graph_module.recompile()
+    return len(detached)
+
+
+def _detach_observers(graph_module: GraphModule) -> dict[str, Node]:
+    """Let the readers of every observer read its source instead; returns the observer nodes by target."""
+    detached = {str(node.target): node for node in observer_nodes(graph_module)}
+    for node in detached.values():
+        node.replace_all_uses_with(node.all_input_nodes[0])
+    return detached
+
+
+def _erase(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
     for node in nodes:
-        node.replace_all_uses_with(node.args[0])
         graph_module.graph.erase_node(node)
         graph_module.delete_submodule(str(node.target))
-    if nodes:
-        graph_module.recompile()
-    return len(nodes)
 
 
-def _insert(graph_module: GraphModule, node: Node, index: int, observer: Observer) -> None:
+def _insert(graph_module: GraphModule, node: Node, index: int, observer: Observer, earlier: dict[str, Node]) -> None:
+    """Put the observer on one input; the node that an earlier one had there is used again, so names stay."""
     source = node.args[index]
     name = f"observer_{annotation_of(node).layer.replace('.', '_')}_{index}"
     graph_module.add_submodule(name, observer)
-    with graph_module.graph.inserting_before(node):
-        observed = graph_module.graph.call_module(name, (source,))
+    observed = earlier.pop(name, None)
+    if observed is None:
+        observed = graph_module.graph.create_node("call_module", name)
+    observed.args = (source,)
+    node.prepend(observed)
     observed.meta["tensor_meta"] = source.meta.get("tensor_meta") if isinstance(source, Node) else None
     node.update_arg(index, observed)

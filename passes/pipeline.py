@@ -35,11 +35,11 @@ class Pipeline:
         object.__setattr__(self, "assumes", frozenset(assumes))
         known = self.assumes
         for index, step in enumerate(self.passes):
-            missing = sorted(step.requires - known)
+            missing = step.requires - known
             if missing:
                 raise PipelineError(
-                    f"pass {index} {step!r} requires {', '.join(map(repr, missing))}, which no earlier pass provides; "
-                    f"known there: {', '.join(repr(str(fact)) for fact in sorted(known)) or 'nothing'}"
+                    f"pass {index} {step!r} requires {_listed(missing)}, which no earlier pass provides; "
+                    f"known there: {_listed(known) or 'nothing'}"
                 )
             known = (known - step.breaks) | step.provides
 
@@ -96,10 +96,10 @@ class Pipeline:
         Raises PipelineError when the graph lacks a fact this pipeline assumes, VerificationError when a pass did not
         establish what it provides.
         """
-        missing = sorted(self.assumes - facts_of(graph_module))
+        missing = self.assumes - facts_of(graph_module)
         if missing:
             raise PipelineError(
-                f"the graph given lacks {', '.join(map(repr, missing))}: make it with fxquant.trace, or run the passes "
+                f"the graph given lacks {_listed(missing)}: make it with fxquant.trace, or run the passes "
                 f"that provide them first"
             )
         graph_module = copy.deepcopy(graph_module)
@@ -112,3 +112,7 @@ class Pipeline:
             peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
         return graph_module
+
+
+def _listed(facts: Iterable[Fact]) -> str:
+    return ", ".join(f"'{fact}'" for fact in sorted(facts))

@@ -48,7 +48,7 @@ def mptq_vit(
     """
     insert = InsertObservers(**_norm_inputs(fully_quantized))
     allocate = AllocateBits(
-        Budget.parse(budget), allocator or Milp(), normalized_overrides(overrides), first_last_bits
+        Budget.parse(budget), allocator or Milp(), normalized_overrides(overrides), first_last_bits, max(bits)
     )
     return _assemble(insert, allocate, SearchScales(bits), Calibrate(), fold or FoldSqb())
 
@@ -65,7 +65,7 @@ def tsptq_vit(
     """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
     insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(fully_quantized))
     allocate = AllocateBits(
-        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits
+        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits, max(bits)
     )
     return _assemble(insert, allocate, SearchScales(bits), Calibrate())
 
@@ -83,7 +83,7 @@ def naive_min_max(
     norms = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
     insert = InsertObservers(post_gelu="symmetric", post_softmax="symmetric", **norms)
     allocate = AllocateBits(
-        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits
+        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits, max(bits)
     )
     return _assemble(insert, allocate, SearchScales(bits, metric="min-max"), Calibrate(gradient=False))
 
