@@ -32,16 +32,21 @@ def write_picture(path: str | PathLike[str], source: GraphModule | Sequence[Laye
 
     Raises ArtefactError for another suffix, for DOT without a graph, and where the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".svg":
+    if check_picture(path) == ".svg":
         text = to_svg(source, title)
-    elif suffix == ".dot" and isinstance(source, GraphModule):
+    elif isinstance(source, GraphModule):
         text = to_dot(source)
-    elif suffix == ".dot":
-        raise ArtefactError(f"{path}: a DOT picture needs the graph module, rows hold no edges; write .svg")
     else:
-        raise ArtefactError(f"{path}: a picture ends in .svg or .dot, not {suffix or 'nothing'!r}")
+        raise ArtefactError(f"{path}: a DOT picture needs the graph module, rows hold no edges; write .svg")
     write_file(Path(path), text.encode())
+
+
+def check_picture(path: str | PathLike[str]) -> str:
+    """The suffix; raises ArtefactError unless it is .svg or .dot."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".svg", ".dot"):
+        raise ArtefactError(f"{path}: a picture ends in .svg or .dot, not in {suffix or 'nothing'!r}")
+    return suffix
 
 
 def to_svg(source: GraphModule | Sequence[LayerRow], title: str = "") -> str:

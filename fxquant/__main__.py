@@ -1,0 +1,5 @@
+"""`python -m fxquant`."""
+
+from fxquant.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`.
+
+Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fxquant import __version__
+from fxquant.commands.compile_model import compile_model
+from fxquant.commands.demo import demo
+from fxquant.commands.evaluate_model import evaluate_model
+from fxquant.commands.inspect_artefact import inspect_artefact
+from fxquant.commands.sweep_budgets import sweep_budgets
+from fxquant.errors import FxQuantError
+
+
+class _Commands(TyperGroup):
+    """Commands whose typed errors become one line on stderr and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except FxQuantError as error:
+            from fxquant.commands.console import fail
+
+            fail(str(error))
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Mixed-precision post-training quantization of Vision Transformers."""
+
+
+app.command("demo")(demo)
+app.command("compile")(compile_model)
+app.command("inspect")(inspect_artefact)
+app.command("evaluate")(evaluate_model)
+app.command("sweep")(sweep_budgets)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,75 @@
+"""`fxquant compile`: a model and a budget in, an artefact out."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxquant.commands import options as o
+
+
+def compile_model(
+    model: o.Model,
+    budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", ...')],
+    calibration: o.Calibration = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    model_option: o.ModelOption = None,
+    images: o.Images = 32,
+    recipe: o.Recipe = "mptq_vit",
+    allocator: o.AllocatorName = None,
+    override: o.Override = None,
+    first_last_bits: o.FirstLastBits = None,
+    fully_quantized: o.FullyQuantized = False,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = 8,
+    out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Report to write as JSON.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg or .dot.")] = None,
+    image_size: o.ImageSize = None,
+    crop_pct: o.CropPct = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    interpolation: o.Interpolation = None,
+    json: o.Json = False,
+) -> None:
+    """Quantize a Vision Transformer within a budget."""
+    from allocators.budget import Budget
+    from fxquant.commands.console import emit, say, show
+    from fxquant.compiler import compile
+    from fxquant.report.picture import check_picture
+    from fxquant.report.progress import RichProgress
+    from fxquant.runtime.container import write_file
+
+    wanted, chosen, overrides = Budget.parse(budget), o.allocator_named(allocator), o.parse_overrides(override)
+    o.check_output(out, report, picture)
+    if picture is not None:
+        check_picture(picture)
+    named = o.named_model(model, weights, num_classes, model_option)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
+    data = "embedded" if calibration is None else calibration.name
+    card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
+    with RichProgress() as progress:
+        quantized = compile(
+            named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
+            first_last_bits=first_last_bits, fully_quantized=fully_quantized, seed=seed, batch_size=batch_size,
+            progress=progress, card=card,
+        )  # fmt: skip
+    summary = quantized.report()
+    if out is not None:
+        quantized.save(out)
+        say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
+    if report is not None:
+        write_file(report, json_text.dumps(summary.to_dict(), indent=2).encode())
+    if picture is not None:
+        quantized.draw(picture)
+    if json:
+        emit(summary.to_dict())
+    else:
+        show(summary)
+    if out is None:
+        say("nothing was kept: give --out FILE.fxq to write the artefact")

@@ -1,0 +1,58 @@
+"""`fxquant evaluate`: top-1 of an artefact or a float model on labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxquant.commands import options as o
+
+
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help='An artefact (.fxq), a timm architecture, or "embedded".')],
+    data: o.Data = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    model_option: o.ModelOption = None,
+    limit: o.Limit = None,
+    batch_size: o.BatchSize = 64,
+    image_size: o.ImageSize = None,
+    crop_pct: o.CropPct = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    interpolation: o.Interpolation = None,
+    json: o.Json = False,
+) -> None:
+    """Measure top-1 accuracy, with the number of images and the standard error."""
+    from fxquant.commands.console import emit, show
+    from fxquant.compiler import load
+    from fxquant.data import Preprocessing
+    from fxquant.errors import DataError
+    from fxquant.evaluation import evaluate
+    from fxquant.report.progress import RichProgress
+
+    runs: Any
+    if model.endswith(".fxq") or Path(model).is_file():
+        if weights is not None or num_classes is not None or model_option:
+            raise DataError(f"{model} is an artefact, which brings its own weights: leave model options out")
+        runs = load(model)
+        is_embedded = runs.card.get("model") == "embedded"
+        if "preprocessing" not in runs.card:
+            raise DataError(
+                f"{model} does not say how its images were preprocessed: compile it with `fxquant compile`, or pass "
+                f'card={{"preprocessing": Preprocessing(...).to_dict()}} to fxquant.compile'
+            )
+        preprocessing = Preprocessing.from_dict(runs.card["preprocessing"])
+    else:
+        named = o.named_model(model, weights, num_classes, model_option)
+        runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
+    preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)
+    images = o.test_data(data, preprocessing, is_embedded)
+    with RichProgress() as progress:
+        accuracy = evaluate(runs, images, batch_size=batch_size, limit=limit, progress=progress)
+    if json:
+        emit({"model": model, "data": images.name, **accuracy.to_dict(), "preprocessing": preprocessing.to_dict()})
+    else:
+        show(f"top-1 {accuracy} on {images.name}")

@@ -1,0 +1,72 @@
+"""`fxquant inspect`: what an artefact holds, without loading its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxquant.commands.options import Json
+
+if TYPE_CHECKING:
+    from fxquant.report.tables import Report
+
+
+def inspect_artefact(
+    artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
+    layers: Annotated[bool, typer.Option("--layers", help="With the table of all layers.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="With the annotated graph, which loads the model.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg; .dot loads it.")] = None,
+    json: Json = False,
+) -> None:
+    """Show how an artefact came about, its bits and where its bytes go."""
+    from fxquant.commands.console import emit, show
+    from fxquant.compiler import load
+    from fxquant.graph.printer import format_graph
+    from fxquant.report.picture import check_picture, write_picture
+    from fxquant.runtime.artefact import size_breakdown
+
+    report, sizes = report_of(artefact), size_breakdown(artefact)
+    needs_graph = graph or (picture is not None and picture.suffix.lower() == ".dot")
+    graph_module = load(artefact).graph_module if needs_graph else None
+    if picture is not None:
+        check_picture(picture)
+        title = str(report.card.get("model", ""))
+        write_picture(picture, report.layers if graph_module is None else graph_module, title)
+    text = format_graph(graph_module) if graph and graph_module is not None else None
+    if json:
+        emit({**report.to_dict(), "sizes": sizes, **({} if text is None else {"graph": text.splitlines()})})
+        return
+    show(report if layers else report.brief())
+    show("\nBytes in the file")
+    for name, size in sizes.items():
+        show(f"  {name.replace('_', ' '):<20} {size:>13,}")
+    if text is not None:
+        show(f"\nGraph\n{text}")
+
+
+def report_of(path: Path) -> Report:
+    """The report of an artefact, from its texts alone. Raises ArtefactError."""
+    from allocators.allocation import Allocation
+    from fxquant.errors import ArtefactError
+    from fxquant.report.tables import Report
+    from fxquant.runtime.artefact import inspect_card
+    from fxquant.runtime.container import decompress, read_texts
+    from fxquant.runtime.layer_row import LayerRow
+    from fxquant.runtime.untrusted import from_json
+    from passes.contract import Journal, JournalEntry
+
+    card, texts = inspect_card(path), read_texts(path)
+    rows = card.pop("layers", None)
+    if not isinstance(rows, list):
+        raise ArtefactError(f"{path} has no list of layers in its card: it was not written by Compiled.save")
+    allocation = None
+    if "allocation" in texts:
+        allocation = Allocation.from_json(decompress(texts["allocation"], f"the allocation of {path}"))
+    what = f"the journal of {path}"
+    try:
+        entries = [JournalEntry(**entry) for entry in from_json(decompress(texts["journal"], what), list, what)]
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(f"{what} does not fit: {error}") from error
+    return Report([LayerRow.from_dict(row) for row in rows], allocation, Journal(entries), card)

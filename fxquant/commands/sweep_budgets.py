@@ -1,0 +1,119 @@
+"""`fxquant sweep`: accuracy over budgets; calibrates and searches once a recipe, and goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxquant.commands import options as o
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fxquant.evaluation import Accuracy
+    from fxquant.report.render import Page
+    from fxquant.sweep import Sweep
+
+
+def sweep_budgets(
+    model: o.Model,
+    budgets: Annotated[str, typer.Option(help='Separated by commas, or by ";" where a budget has commas.')],
+    calibration: o.Calibration = None,
+    data: o.Data = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    model_option: o.ModelOption = None,
+    images: o.Images = 32,
+    recipe: Annotated[str, typer.Option(help="One or more of mptq_vit, tsptq_vit, naive_min_max.")] = "mptq_vit",
+    allocator: Annotated[str | None, typer.Option(help="One or more of milp, greedy, uniform.")] = None,
+    first_last_bits: o.FirstLastBits = None,
+    fully_quantized: o.FullyQuantized = False,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = 8,
+    limit: o.Limit = None,
+    results: Annotated[Path | None, typer.Option(help="JSON file of results; points already in it are kept.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
+    image_size: o.ImageSize = None,
+    crop_pct: o.CropPct = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    interpolation: o.Interpolation = None,
+    json: o.Json = False,
+) -> None:
+    """Measure accuracy over budgets, recipes and allocators."""
+    from allocators.budget import Budget
+    from fxquant.commands.console import emit, show
+    from fxquant.evaluation import evaluate
+    from fxquant.report.plots import check_plot
+    from fxquant.report.progress import RichProgress
+    from fxquant.sweep import Prepared, Results, signature, sweep
+
+    wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
+    allocators = [o.allocator_named(name.strip()) for name in allocator.split(",")] if allocator else [None]
+    o.check_output(results, plot)
+    if plot is not None:
+        check_plot(plot)
+    kept = Results(results)
+    named = o.named_model(model, weights, num_classes, model_option)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    tested = o.test_data(data, preprocessing, model == "embedded")
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
+    card = {**named.card, "preprocessing": preprocessing.to_dict()}
+    options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}
+    settings = signature(named.model, found, card, options, seed, batch_size, tested.name, tested.count, limit)
+    with RichProgress() as progress:
+        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, **options}
+        prepared = {
+            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common)
+            for name in map(str.strip, recipe.split(","))
+        }
+
+        def measure(runs: nn.Module, label: str) -> Accuracy:
+            return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")
+
+        done = sweep(prepared, wanted, allocators, measure, kept, settings)
+    if plot is not None:
+        _plot(plot, done)
+    if json:
+        emit({"model": model, "data": tested.name, "baseline": done.baseline, "points": done.points})
+    else:
+        show(_page(model, done))
+
+
+def _page(model: str, done: Sweep) -> Page:
+    from fxquant.report.render import Page
+    from fxquant.report.sections import Cell, Table
+
+    columns = ("recipe", "allocator", "budget", "top-1 %", "+/-", "W bits", "A bits", "MB", "BOPs G")
+    first = done.points[0]
+    rows = [
+        ("float32", "", "", *_accuracy(done.baseline), "32", "32",
+         f"{first['float_bytes'] / 1e6:.3f}", f"{first['float_bit_operations'] / 1e9:.3f}")
+    ]  # fmt: skip
+    for point in done.points:
+        means = [point["mean_weight_bits"], point["mean_activation_bits"]]
+        bits = ["-" if mean is None else f"{mean:.3f}" for mean in means]
+        sizes = f"{point['model_bytes'] / 1e6:.3f}", f"{point['bit_operations'] / 1e9:.3f}"
+        names = point["recipe"], point["allocator"], point["budget"]
+        rows.append((*names, *_accuracy(point["accuracy"]), *bits, *sizes))
+    cells = tuple(tuple(map(Cell, row)) for row in rows)
+    title = f"Accuracy of {model} over budgets ({done.baseline['count']:,} images)"
+    return Page(Table(title, columns, cells, frozenset({0, 1, 2})))
+
+
+def _accuracy(found: dict[str, Any]) -> tuple[str, str]:
+    return f"{found['top1']:.2f}", f"{found['standard_error']:.2f}"
+
+
+def _plot(path: Path, done: Sweep) -> None:
+    from fxquant.report.plots import PlotPoint, plot_accuracy
+
+    points = []
+    for point in done.points:
+        means = [bits for bits in (point["mean_weight_bits"], point["mean_activation_bits"]) if bits is not None]
+        line = f"{point['recipe']}, {point['allocator']}"
+        accuracy = point["accuracy"]
+        points.append(PlotPoint(line, sum(means) / len(means), accuracy["top1"], accuracy["standard_error"]))
+    plot_accuracy(path, points, done.baseline["top1"])

@@ -1,0 +1,84 @@
+"""Top-1 accuracy over batches of labelled images, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.data import ImageData
+from fxquant.errors import ModelError
+from passes.contract import ProgressReporter, SilentProgress
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of `count` images were classified correctly."""
+
+    correct: int
+    count: int
+
+    @property
+    def top1(self) -> float:
+        """Percent correct."""
+        return 100 * self.correct / self.count
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `top1` over the choice of images, in points: 100 sqrt(p (1 - p) / n)."""
+        share = self.correct / self.count
+        return 100 * math.sqrt(share * (1 - share) / self.count)
+
+    def __str__(self) -> str:
+        """`91.55 % +/- 0.62 (1,831 of 2,000)`."""
+        return f"{self.top1:.2f} % +/- {self.standard_error:.2f} ({self.correct:,} of {self.count:,})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "top1": self.top1,
+            "standard_error": self.standard_error,
+            "correct": self.correct,
+            "count": self.count,
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: ProgressReporter | None = None,
+    label: str = "evaluating",
+) -> Accuracy:
+    """Top-1 of a model in eval mode; memory holds one batch.
+
+    Raises DataError without labels or with labels beyond the model's classes, ModelError for outputs that are not
+    class scores (B, classes).
+    """
+    data.check_labels()
+    total = data.count if limit is None else min(limit, data.count)
+    task = (progress or SilentProgress()).track(label, -(-total // batch_size))
+    correct = count = 0
+    for images, labels in data.batches(batch_size, limit):
+        assert labels is not None  # check_labels has seen to it
+        scores = _scores(model(images))
+        if count == 0:
+            data.check_labels(scores.shape[1])
+        correct += int(torch.eq(scores.argmax(1), labels).sum())
+        count += len(images)
+        task.advance()
+    task.close()
+    return Accuracy(correct, count)
+
+
+def _scores(output: Any) -> torch.Tensor:
+    scores = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
+        raise ModelError("accuracy needs class scores (B, classes), and the model's output is something else")
+    return scores

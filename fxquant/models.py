@@ -1,0 +1,139 @@
+"""Models by name with weights from a local file: timm's architectures and the embedded model; nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fxquant import embedded
+from fxquant.data import EMBEDDED, Preprocessing
+from fxquant.errors import DataError, ModelError
+
+EMBEDDED_NAME = "embedded"
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model in eval mode, where its weights come from (a file's name, "embedded" or "random") and what it eats."""
+
+    model: nn.Module
+    name: str
+    weights: str
+    preprocessing: Preprocessing
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nobody trained these weights, so that accuracy means nothing."""
+        return self.weights == RANDOM
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Entries for the protocol card."""
+        return {"model": self.name, "weights": self.weights, "preprocessing": self.preprocessing.to_dict()}
+
+
+def load_model(
+    name: str, weights: str | PathLike[str] | None = None, num_classes: int | None = None, **options: Any
+) -> NamedModel:
+    """A timm architecture, or "embedded".
+
+    weights: .safetensors, or a state dict saved by torch.save (read without running code); None leaves them random.
+    num_classes, options: for `timm.create_model` (img_size, in_chans, ...). Weights must fit exactly.
+
+    Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file.
+    """
+    if name == EMBEDDED_NAME:
+        if num_classes is not None or options:
+            raise ModelError("the embedded model is what it is: it takes no num_classes and no other options")
+        if weights is None:
+            return NamedModel(embedded.load_model(), name, EMBEDDED_NAME, EMBEDDED)
+        model: nn.Module = embedded.build()
+        preprocessing = EMBEDDED
+    else:
+        model = _create(name, num_classes, options)
+        preprocessing = Preprocessing.of(model)
+    if weights is None:
+        return NamedModel(model.eval(), name, RANDOM, preprocessing)
+    load_weights(model, Path(weights))
+    return NamedModel(model.eval(), name, Path(weights).name, preprocessing)
+
+
+def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*timm.list_models(), EMBEDDED_NAME], n=4)
+        raise ModelError(f"no timm model is called {name!r}; close names: {', '.join(close) or 'none'}")
+    given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
+    torch.manual_seed(0)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **given)
+    except Exception as error:  # whatever a constructor raises for an option it does not take
+        raise ModelError(f"{name} cannot be built with {given}: {error}") from error
+    return model
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Put a file's tensors into the model, strictly. Raises DataError or ModelError naming the first five misfits."""
+    found = {key.removeprefix("module."): tensor for key, tensor in read_state(file).items()}
+    expected = model.state_dict()
+    misfits = [f"{key} is missing" for key in expected if key not in found]
+    misfits += [f"{key} is not in the model" for key in found if key not in expected]
+    misfits += [
+        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in expected.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    if misfits:
+        more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise ModelError(
+            f"{file} does not fit the model: {'; '.join(misfits[:5])}{more}. Check the model's name and num_classes"
+        )
+    model.load_state_dict(found)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors or a torch state dict, also one under "state_dict" or "model".
+
+    Raises DataError.
+    """
+    if not file.is_file():
+        raise DataError(f"weights {file} are not there, or not a file")
+    try:
+        if file.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise DataError(f"weights {file} are not a whole safetensors file: {error}") from error
+    except Exception as error:  # torch.load raises whatever the bytes provoke
+        raise DataError(
+            f"weights {file} cannot be read as a state dict of plain tensors: {str(error).splitlines()[0]}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"weights {file} hold no state dict: save one with torch.save(model.state_dict(), path)")
+    return dict(content)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`img_size=96` as ("img_size", 96); values are JSON where they can be, else text. Raises ModelError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise ModelError(f"a model option reads name=value, such as img_size=96; found {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

@@ -1,0 +1,88 @@
+"""Sections as plain text, the same at every terminal width, or in a rich console, coloured by bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fxquant.report.palette import colour, text_colour
+from fxquant.report.sections import Lines, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+class Document:
+    """Something made of sections: print it, or give it to a rich console."""
+
+    def sections(self) -> list[Lines | Table]:
+        """The pieces in reading order."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Plain text: no colour, no dependence on the terminal."""
+        return "\n\n".join(plain(section) for section in self.sections())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Colour by bits; a table wider than the terminal comes as plain text, which can be scrolled or cut."""
+        for section in self.sections():
+            yield from _rich(section, options.max_width)
+
+
+class Page(Document):
+    """A document of given sections."""
+
+    def __init__(self, *sections: Lines | Table) -> None:
+        self._sections = list(sections)
+
+    def sections(self) -> list[Lines | Table]:
+        """The pieces in reading order."""
+        return self._sections
+
+
+def plain(section: Lines | Table) -> str:
+    """One piece as text; columns are as wide as their widest cell."""
+    if isinstance(section, Lines):
+        width = max((len(label) for label, _ in section.lines), default=0)
+        lines = [f"  {label:<{width}}  {text}" if label else f"  {text}" for label, text in section.lines]
+        return "\n".join([section.title, *lines])
+    texts = [section.columns, *(tuple(cell.text for cell in row) for row in section.rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(section.columns))]
+    lines = ["  ".join(_padded(text, widths[i], i in section.left) for i, text in enumerate(row)) for row in texts]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([section.title, *(f"  {line.rstrip()}" for line in (lines[0], rule, *lines[1:]))])
+
+
+def _padded(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
+
+
+def _rich(section: Lines | Table, width: int) -> Iterator[RenderableType]:
+    text = plain(section)
+    if isinstance(section, Table) and max(map(len, text.splitlines())) <= width:
+        yield Text(section.title, style="bold")
+        yield _rich_table(section)
+        return
+    title, _, body = text.partition("\n")
+    yield Text(title, style="bold")
+    yield Text(f"{body}\n", no_wrap=isinstance(section, Table), overflow="ignore")
+
+
+def _rich_table(section: Table) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for index, column in enumerate(section.columns):
+        table.add_column(column, justify="left" if index in section.left else "right", no_wrap=True)
+    for row in section.rows:
+        table.add_row(*(Text(cell.text, style=_style(cell.bits)) for cell in row))
+    return table
+
+
+def _style(bits: int | None) -> str:
+    if bits is None:
+        return ""
+    background = colour(bits)
+    return f"{text_colour(background)} on {background}"

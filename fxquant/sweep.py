@@ -1,0 +1,195 @@
+"""Many budgets, one calibration: everything before AllocateBits runs once, and each point starts from a copy.
+
+    prepared = Prepared(model, calibration, recipe="mptq_vit")
+    for budget in ("W8A8", "W4A4"):
+        quantized = prepared.compile(budget)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from allocators.allocator import Allocator
+from allocators.budget import Budget
+from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
+from fxquant.errors import DataError
+from fxquant.evaluation import Accuracy
+from fxquant.graph.tracing import trace
+from fxquant.runtime.container import write_file
+from passes.allocate_bits import AllocateBits, allocation_of
+from passes.assign_roles import AssignRoles
+from passes.check_budget import CheckBudget
+from passes.contract import Journal, PassContext, ProgressReporter, SilentProgress
+from passes.pipeline import Pipeline
+from passes.recipes import recipe as recipe_named
+
+
+class Prepared:
+    """A model calibrated and searched once, to be compiled for any number of budgets and allocators.
+
+    options: of the recipe (overrides, first_last_bits, fully_quantized, ...). What `compile` returns equals what
+    `fxquant.compile` returns for the same budget, allocator and options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Tensor,
+        *,
+        recipe: str = "mptq_vit",
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: ProgressReporter | None = None,
+        card: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        check_images(calibration)
+        self.model, self.calibration, self.card = model, calibration, dict(card or {})
+        self._recipe, self._options = recipe_named(recipe), options
+        self._context = PassContext(calibration, batch_size, seed, progress or SilentProgress())
+
+    def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
+        """The whole pipeline of one point."""
+        return self._recipe(budget, allocator=allocator, **self._options)
+
+    @cached_property
+    def _traced(self) -> GraphModule:
+        return trace(self.model, self.calibration[:2])
+
+    @cached_property
+    def _with_roles(self) -> GraphModule:
+        return Pipeline([AssignRoles()]).run(self._traced, PassContext())
+
+    def check(self, budget: Any, allocator: Allocator | None = None) -> None:
+        """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
+        for step in self.pipeline(budget, allocator):
+            if isinstance(step, CheckBudget):
+                step.apply(self._with_roles, PassContext())
+
+    @cached_property
+    def _searched(self) -> GraphModule:
+        """The graph as it is before bits are allocated; no budget has any say in it."""
+        pipeline = self.pipeline("W8A8").without(CheckBudget)
+        return pipeline[: pipeline.position(AllocateBits)].run(self._traced, self._context)
+
+    def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
+        """The model quantized within one budget; calibrates on the first call only."""
+        self.check(budget, allocator)
+        pipeline = self.pipeline(budget, allocator)
+        searched = self._searched
+        context = replace(self._context, journal=Journal(list(self._context.journal.entries)))
+        quantized = pipeline[pipeline.position(AllocateBits) :].run(searched, context)
+        card = protocol_card(self.model, self.calibration, pipeline, quantized, context)
+        return Compiled(
+            quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
+        )
+
+
+def signature(*values: Any) -> str:
+    """A digest of JSON values, tensors and modules: equal settings have equal signatures, across processes."""
+    total = hashlib.sha256()
+    for value in values:
+        if isinstance(value, nn.Module):
+            for name, tensor in sorted(value.state_dict().items()):
+                total.update(f"{name}{signature(tensor)}".encode())
+        elif isinstance(value, Tensor):
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            total.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            total.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return total.hexdigest()[:16]
+
+
+class Results:
+    """Points of a sweep, kept in a JSON file after every one, so that a sweep that stopped goes on where it was.
+
+    path: None keeps them in memory only. Raises DataError where the file is not one of results.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.points: dict[str, dict[str, Any]] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            content = json.loads(path.read_text())
+            self.points = {point["signature"]: point for point in content["points"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} holds no sweep results ({error!r}): give another file, or remove it") from error
+
+    def point(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The point of this signature: the one kept, else a new one, which is kept at once."""
+        if key not in self.points:
+            self.points[key] = {**make(), "signature": key}
+            self._write()
+        return self.points[key]
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write_file(self.path, json.dumps({"points": list(self.points.values())}, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracy over budgets. baseline: accuracy of the float model; points: JSON values, one per model compiled."""
+
+    baseline: dict[str, Any]
+    points: list[dict[str, Any]]
+
+
+def sweep(
+    prepared: Mapping[str, Prepared],
+    budgets: Sequence[Budget],
+    allocators: Sequence[Allocator | None],
+    measure: Callable[[nn.Module, str], Accuracy],
+    results: Results,
+    settings: str,
+) -> Sweep:
+    """Compile and measure every recipe at every budget with every allocator; what `results` has is not done again.
+
+    prepared: by recipe. allocators: None for the recipe's own. measure: accuracy of a model, shown under a label.
+    settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
+    before anything is calibrated. Raises as `fxquant.compile` does.
+    """
+    planned = [(name, each, b, a) for name, each in prepared.items() for b in budgets for a in allocators]
+    keys = [signature(settings, [repr(step) for step in each.pipeline(b, a)]) for _, each, b, a in planned]
+    for key, (_, each, budget, allocator) in zip(keys, planned, strict=True):
+        if key not in results.points:
+            each.check(budget, allocator)
+    model = next(iter(prepared.values())).model
+    baseline = results.point(signature(settings, "float32"), lambda: {"accuracy": measure(model, "float32").to_dict()})
+    points = [
+        results.point(key, partial(_point, name, each, budget, allocator, measure))
+        for key, (name, each, budget, allocator) in zip(keys, planned, strict=True)
+    ]
+    return Sweep(baseline["accuracy"], points)
+
+
+def _point(
+    recipe: str,
+    prepared: Prepared,
+    budget: Budget,
+    allocator: Allocator | None,
+    measure: Callable[[nn.Module, str], Accuracy],
+) -> dict[str, Any]:
+    compiled = prepared.compile(budget, allocator)
+    allocation = compiled.allocation
+    totals = compiled.report().totals
+    return {
+        "recipe": recipe,
+        "allocator": "none" if allocation is None else allocation.solver,
+        "status": "none" if allocation is None else allocation.status,
+        "budget": str(budget),
+        "accuracy": measure(compiled, f"{recipe} at {budget}").to_dict(),
+        **totals.to_dict(),
+    }
