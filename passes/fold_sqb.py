@@ -31,7 +31,8 @@ EPSILON_RANGE = (1e-4, 1e4)
 class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
-    eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
+    strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
+    into the weights. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
     quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits: width at which
     "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not idempotent: the second
     time balances what the first has left.
@@ -39,6 +40,7 @@ class FoldSqb:
 
     eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"
     mu: Literal["mean", "midrange", "none"] = "mean"
+    strength: float = 0.5
     search_bits: int = 4
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
@@ -91,7 +93,7 @@ class FoldSqb:
             return torch.ones_like(reach)
         if self.eps == "sq-b":
             largest = weights.abs().amax(0)
-            eps = (reach / largest.clamp_min(1e-30)).sqrt()
+            eps = reach.pow(self.strength) / largest.clamp_min(1e-30).pow(1 - self.strength)
             # A channel that is constant, or that no row reads, has nothing to balance.
             eps = torch.where((reach > 0) & (largest > 0), eps, 1.0)
             return eps.clamp(*EPSILON_RANGE)

@@ -29,7 +29,7 @@ class InsertObservers:
 
     post_gelu, post_softmax: for values coming straight from GELU or softmax. image: for the patch embedding's input,
     None leaves it float. softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes
-    the model fully quantized. other: everything else.
+    the model fully quantized. other: everything else. roles: only nodes of these roles are quantized; None means all.
     """
 
     post_gelu: str = "opt-m"
@@ -38,6 +38,7 @@ class InsertObservers:
     image: str | None = "symmetric"
     softmax_input: str | None = None
     layer_norm_input: str | None = None
+    roles: tuple[Role, ...] | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
@@ -69,7 +70,7 @@ class InsertObservers:
         Raises PatternError for a convolution that does not pad with zeros.
         """
         role = annotation_of(node).role
-        if role is None or role is Role.GELU:
+        if role is None or role is Role.GELU or (self.roles is not None and role not in self.roles):
             return []
         _refuse_padding_mode(node)
         planned = []

@@ -20,7 +20,7 @@ from passes.allocate_bits import AllocateBits, normalized_overrides
 from passes.assign_roles import AssignRoles
 from passes.calibrate import Calibrate
 from passes.check_budget import CheckBudget
-from passes.contract import Pass
+from passes.compensate_weights import CompensateWeights
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
@@ -37,20 +37,44 @@ def mptq_vit(
     overrides: Mapping[str, Bits] | None = None,
     first_last_bits: int | None = None,
     fully_quantized: bool = False,
-    fold: Pass | None = None,
+    fold: FoldSqb | None = FoldSqb(),
     bits: tuple[int, ...] = CANDIDATE_BITS,
 ) -> Pipeline:
     """MPTQ-ViT: SQ-b, OPT-m after GELU, two-scaled softmax, Hessian-guided scales, mixed bits.
 
     budget: anything `Budget.parse` takes. allocator: `Milp()` by default, `Greedy()` is the paper's. fully_quantized:
     softmax and LayerNorm compute on quantized inputs too (the paper's Table 3), LayerNorm's with O-2SF. fold: FoldSqb
-    with other switches. Others: see AllocateBits.
+    with other switches, or None. bits: candidate widths. overrides, first_last_bits: see AllocateBits.
     """
-    insert = InsertObservers(**_norm_inputs(fully_quantized))
-    allocate = AllocateBits(
-        Budget.parse(budget), allocator or Milp(), normalized_overrides(overrides), first_last_bits, max(bits)
+    allocate = _allocate(budget, allocator or Milp(), overrides, first_last_bits)
+    return _assemble(fold, InsertObservers(**_norm_inputs(fully_quantized)), Calibrate(), SearchScales(bits), allocate)
+
+
+def mptq_vit_plus(
+    budget: Any,
+    *,
+    allocator: Allocator | None = None,
+    overrides: Mapping[str, Bits] | None = None,
+    first_last_bits: int | None = None,
+    fully_quantized: bool = False,
+    fold: FoldSqb | None = FoldSqb(strength=0.8),
+    bits: tuple[int, ...] = CANDIDATE_BITS,
+) -> Pipeline:
+    """MPTQ-ViT with what measurably helped: a stronger fold, and weights rounded with GPTQ's compensation.
+
+    Options: see `mptq_vit`.
+    """
+    search = SearchScales(bits, keep_statistics=True)
+    pipeline = mptq_vit(
+        budget,
+        allocator=allocator,
+        overrides=overrides,
+        first_last_bits=first_last_bits,
+        fully_quantized=fully_quantized,
+        fold=fold,
+        bits=bits,
     )
-    return _assemble(insert, allocate, SearchScales(bits), Calibrate(), fold or FoldSqb())
+    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
 
 
 def tsptq_vit(
@@ -60,14 +84,16 @@ def tsptq_vit(
     overrides: Mapping[str, Bits] | None = None,
     first_last_bits: int | None = None,
     fully_quantized: bool = False,
+    fold: FoldSqb | None = None,
     bits: tuple[int, ...] = CANDIDATE_BITS,
 ) -> Pipeline:
-    """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
+    """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default.
+
+    Options: see `mptq_vit`.
+    """
     insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(fully_quantized))
-    allocate = AllocateBits(
-        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits, max(bits)
-    )
-    return _assemble(insert, allocate, SearchScales(bits), Calibrate())
+    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits)
+    return _assemble(fold, insert, Calibrate(), SearchScales(bits), allocate)
 
 
 def naive_min_max(
@@ -77,18 +103,21 @@ def naive_min_max(
     overrides: Mapping[str, Bits] | None = None,
     first_last_bits: int | None = None,
     fully_quantized: bool = False,
+    fold: FoldSqb | None = None,
     bits: tuple[int, ...] = CANDIDATE_BITS,
 ) -> Pipeline:
-    """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
+    """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts.
+
+    Options: see `mptq_vit`.
+    """
     norms = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
     insert = InsertObservers(post_gelu="symmetric", post_softmax="symmetric", **norms)
-    allocate = AllocateBits(
-        Budget.parse(budget), allocator or Uniform(), normalized_overrides(overrides), first_last_bits, max(bits)
-    )
-    return _assemble(insert, allocate, SearchScales(bits, metric="min-max"), Calibrate(gradient=False))
+    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits)
+    return _assemble(fold, insert, Calibrate(gradient=False), SearchScales(bits, metric="min-max"), allocate)
 
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {
+    "mptq_vit_plus": mptq_vit_plus,
     "mptq_vit": mptq_vit,
     "tsptq_vit": tsptq_vit,
     "naive_min_max": naive_min_max,
@@ -102,13 +131,18 @@ def recipe(name: str) -> Callable[..., Pipeline]:
     return RECIPES[name]
 
 
+def _allocate(
+    budget: Any, allocator: Allocator, overrides: Mapping[str, Bits] | None, first_last_bits: int | None
+) -> AllocateBits:
+    return AllocateBits(Budget.parse(budget), allocator, normalized_overrides(overrides), first_last_bits)
+
+
 def _assemble(
-    insert: InsertObservers, allocate: AllocateBits, search: SearchScales, calibrate: Calibrate, *fold: Pass
+    fold: FoldSqb | None, insert: InsertObservers, calibrate: Calibrate, search: SearchScales, allocate: AllocateBits
 ) -> Pipeline:
+    folds = () if fold is None else (fold,)
     check = CheckBudget(allocate, insert, search.bits)
-    return Pipeline(
-        [AssignRoles(), check, *fold, insert, calibrate, search, allocate, SubstituteQuantizers()]
-    )
+    return Pipeline([AssignRoles(), check, *folds, insert, calibrate, search, allocate, SubstituteQuantizers()])
 
 
 def _norm_inputs(fully_quantized: bool) -> dict[str, str]:
