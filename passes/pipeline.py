@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import overload
 
 from torch.fx import GraphModule
 
@@ -31,6 +32,7 @@ class Pipeline:
     assumes: frozenset[Fact] = frozenset({Fact.TRACED})
 
     def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (Fact.TRACED,)) -> None:
+        """Raise PipelineError for a pass in the wrong place."""
         object.__setattr__(self, "passes", tuple(passes))
         object.__setattr__(self, "assumes", frozenset(assumes))
         known = self.assumes
@@ -52,13 +54,23 @@ class Pipeline:
         return known
 
     def __iter__(self) -> Iterator[Pass]:
+        """The passes in order."""
         return iter(self.passes)
 
     def __len__(self) -> int:
+        """How many passes."""
         return len(self.passes)
 
-    def __getitem__(self, index: slice) -> Pipeline:
-        """A slice of the passes; what the passes before it provide is assumed."""
+    @overload
+    def __getitem__(self, index: int) -> Pass: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Pipeline: ...
+
+    def __getitem__(self, index: int | slice) -> Pass | Pipeline:
+        """One pass; or a slice of them, which assumes what the passes before it provide."""
+        if isinstance(index, int):
+            return self.passes[index]
         start, _, _ = index.indices(len(self.passes))
         before = Pipeline(self.passes[:start], self.assumes)
         return Pipeline(self.passes[index], before.provides)

@@ -46,7 +46,7 @@ def mptq_vit(
     softmax and LayerNorm compute on quantized inputs too (the paper's Table 3), LayerNorm's with O-2SF. fold: FoldSqb
     with other switches, or None. bits: candidate widths. overrides, first_last_bits: see AllocateBits.
     """
-    allocate = _allocate(budget, allocator or Milp(), overrides, first_last_bits)
+    allocate = _allocate(budget, allocator or Milp(), overrides, first_last_bits, bits)
     return _assemble(fold, InsertObservers(**_norm_inputs(fully_quantized)), Calibrate(), SearchScales(bits), allocate)
 
 
@@ -92,7 +92,7 @@ def tsptq_vit(
     Options: see `mptq_vit`.
     """
     insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(fully_quantized))
-    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits)
+    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits, bits)
     return _assemble(fold, insert, Calibrate(), SearchScales(bits), allocate)
 
 
@@ -112,7 +112,7 @@ def naive_min_max(
     """
     norms = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
     insert = InsertObservers(post_gelu="symmetric", post_softmax="symmetric", **norms)
-    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits)
+    allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits, bits)
     return _assemble(fold, insert, Calibrate(gradient=False), SearchScales(bits, metric="min-max"), allocate)
 
 
@@ -132,9 +132,15 @@ def recipe(name: str) -> Callable[..., Pipeline]:
 
 
 def _allocate(
-    budget: Any, allocator: Allocator, overrides: Mapping[str, Bits] | None, first_last_bits: int | None
+    budget: Any,
+    allocator: Allocator,
+    overrides: Mapping[str, Bits] | None,
+    first_last_bits: int | None,
+    bits: tuple[int, ...],
 ) -> AllocateBits:
-    return AllocateBits(Budget.parse(budget), allocator, normalized_overrides(overrides), first_last_bits)
+    # Images come in 8 bits; where the candidates end below, the widest is what they get.
+    image_bits = max(bits, default=8)
+    return AllocateBits(Budget.parse(budget), allocator, normalized_overrides(overrides), first_last_bits, image_bits)
 
 
 def _assemble(
