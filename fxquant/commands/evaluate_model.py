@@ -49,7 +49,7 @@ def evaluate_model(
         named = o.named_model(model, weights, num_classes, model_option)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
     preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)
-    images = o.test_data(data, preprocessing, is_embedded)
+    images = o.labelled_images(data, preprocessing, is_embedded)
     with RichProgress() as progress:
         accuracy = evaluate(runs, images, batch_size=batch_size, limit=limit, progress=progress)
     if json:

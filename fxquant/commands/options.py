@@ -107,7 +107,7 @@ def named_model(name: str, weights: Path | None, num_classes: int | None, option
     return found
 
 
-def test_data(path: Path | None, preprocessing: Preprocessing, is_embedded: bool) -> ImageData:
+def labelled_images(path: Path | None, preprocessing: Preprocessing, is_embedded: bool) -> ImageData:
     """Labelled images, the embedded ones where no path is needed. Raises DataError."""
     from fxquant.data import ImageData, embedded_test
 

@@ -58,7 +58,7 @@ def sweep_budgets(
     kept = Results(results)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    tested = o.test_data(data, preprocessing, model == "embedded")
+    tested = o.labelled_images(data, preprocessing, model == "embedded")
     found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
     options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}

@@ -31,5 +31,5 @@ def text_colour(background: str) -> str:
 
 
 def legend() -> list[tuple[str, str]]:
-    """(label, colour) pairs from narrow to wide, float last."""
-    return [*((str(bits), found) for bits, found in _BY_BITS.items()), ("float", FLOAT)]
+    """(label, colour) pairs from narrow to wide, and `-` for what stays float or is not there."""
+    return [*((str(bits), found) for bits, found in _BY_BITS.items()), ("-", FLOAT)]

@@ -23,7 +23,7 @@ from fxquant.report.palette import FLOAT, colour, legend, text_colour
 from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
 
-_LEFT, _TOP, _WIDTH, _HEIGHT, _GAP, _LEGEND = 120, 76, 84, 30, 4, 44
+_LEFT, _TOP, _HEADER, _WIDTH, _HEIGHT, _GAP, _LEGEND = 130, 64, 24, 84, 30, 4, 44
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -55,20 +55,22 @@ def to_svg(source: GraphModule | Sequence[LayerRow], title: str = "") -> str:
     grid = grid_of(tiles)
     columns = max(len(grid.roles), 1)
     before, after = _around(tiles)
-    width = max(_LEFT + columns * (_WIDTH + _GAP) + 16, _LEFT + len(legend()) * _LEGEND + 80)
+    width = max(_LEFT + columns * (_WIDTH + _GAP) + 16, _LEFT + len(legend()) * _LEGEND + 130)
     rows = len(grid.blocks) + len(before) + len(after)
-    height = _TOP + rows * (_HEIGHT + _GAP) + 64
+    height = _TOP + _HEADER + rows * (_HEIGHT + _GAP) + 72
     parts = [_text(16, 28, f"{title}  {_means(tiles)}".strip(), size=16)]
     parts.append(_text(16, 47, "each cell: weight bits | activation bits", size=11, fill="#57606a"))
-    for index, role in enumerate(grid.roles):
-        parts.append(_text(_x(index) + _WIDTH / 2, _TOP - 8, role, anchor="middle"))
     y = float(_TOP)
     for tile in before:
         parts += _row(y, tile.layer, [[tile]])
         y += _HEIGHT + _GAP
+    y += _HEADER
+    for index, role in enumerate(grid.roles):
+        parts.append(_text(_x(index) + _WIDTH / 2, y - 8, role, anchor="middle"))
     for block in grid.blocks:
         parts += _row(y, f"block {block}", [grid.at(block, role) for role in grid.roles])
         y += _HEIGHT + _GAP
+    y += _GAP * 2 if after else 0
     for tile in after:
         parts += _row(y, tile.layer, [[tile]])
         y += _HEIGHT + _GAP
@@ -120,7 +122,7 @@ def _legend(y: float) -> list[str]:
         x = _LEFT + index * _LEGEND
         parts.append(f'<rect x="{x}" y="{y:.1f}" width="{_LEGEND - 4}" height="20" fill="{fill}"/>')
         parts.append(_text(x + _LEGEND / 2 - 2, y + 14, label, size=11, anchor="middle", fill=text_colour(fill)))
-    return parts
+    return [*parts, _text(_LEFT + len(legend()) * _LEGEND, y + 14, "float, or no weight", size=11)]
 
 
 def _x(column: int) -> float:
