@@ -110,7 +110,7 @@ def naive_min_max(
 
     Options: see `mptq_vit`.
     """
-    norms = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
+    norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"} if fully_quantized else {}
     insert = InsertObservers(post_gelu="symmetric", post_softmax="symmetric", **norms)
     allocate = _allocate(budget, allocator or Uniform(), overrides, first_last_bits, bits)
     return _assemble(fold, insert, Calibrate(gradient=False), SearchScales(bits, metric="min-max"), allocate)
@@ -151,5 +151,5 @@ def _assemble(
     return Pipeline([AssignRoles(), check, *folds, insert, calibrate, search, allocate, SubstituteQuantizers()])
 
 
-def _norm_inputs(fully_quantized: bool) -> dict[str, str]:
+def _norm_inputs(fully_quantized: bool) -> dict[str, Any]:
     return {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}

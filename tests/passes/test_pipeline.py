@@ -65,7 +65,7 @@ class TestBuilding:
         )
 
     def test_facts_that_a_pass_breaks_are_gone(self) -> None:
-        with pytest.raises(PipelineError, match="pass 5 .*requires 'calibrated'"):
+        with pytest.raises(PipelineError, match=r"pass 5 .*requires 'calibrated'"):
             Pipeline([AssignRoles(), InsertObservers(), Calibrate(), SearchScales(), AssignRoles(), SearchScales()])
 
     def test_nothing_assumed(self) -> None:
@@ -153,9 +153,7 @@ class TestRunning:
         assert torch.equal(whole(x), halves(x))
 
     def test_a_graph_that_lacks_what_is_assumed(self, graph: GraphModule) -> None:
-        with pytest.raises(
-            PipelineError, match="the graph given lacks 'bits allocated', .*: make it with fxquant.trace"
-        ):
+        with pytest.raises(PipelineError, match="the graph given lacks 'bits allocated', "):
             mptq_vit(4)[-1:].run(graph, PassContext())
 
     def test_a_users_own_pass(self, graph: GraphModule) -> None:
@@ -181,7 +179,7 @@ class TestBeforeAnyImage:
     """CheckBudget fails in a context without images: nothing before it can have used any."""
 
     def test_budget(self, graph: GraphModule) -> None:
-        with pytest.raises(InfeasibleBudgetError, match="minimum|at least|least"):
+        with pytest.raises(InfeasibleBudgetError, match="minimum reachable"):
             mptq_vit("W1.5A4").run(graph, PassContext())
 
     def test_override(self, graph: GraphModule) -> None:
