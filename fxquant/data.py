@@ -123,7 +123,10 @@ class ImageData:
         """
         place = Path(path)
         if place.is_dir():
-            return _open_folder(place, preprocessing)
+            try:
+                return _open_folder(place, preprocessing)
+            except OSError as error:
+                raise DataError(f"{place} cannot be listed: {error}") from error
         if not place.exists():
             raise DataError(f"{place} does not exist: give a folder of images or an .npz file")
         if place.suffix.lower() != ".npz":

@@ -53,6 +53,7 @@ class Prepared:
         card: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        """Check the images; nothing runs before `check` or `compile`. Raises CalibrationError, PipelineError."""
         check_images(calibration)
         self.model, self.calibration, self.card = model, calibration, dict(card or {})
         self._recipe, self._options = recipe_named(recipe), options
@@ -117,6 +118,7 @@ class Results:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        """Read the points that are there."""
         self.path = path
         self.points: dict[str, dict[str, Any]] = {}
         if path is None or not path.exists():

@@ -85,7 +85,7 @@ def test_npz_of_bytes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = npz(tmp_path, images=np.full(shape, 51, dtype=np.uint8), labels=np.array([3, 1, 0, 2]))
     for preprocessing in (SMALL, Preprocessing((1, 16, 16), mean=(0.5,), std=(0.5,))):
         data = ImageData.open(path, preprocessing)
-        (images, labels), = data.batches()
+        ((images, labels),) = data.batches()
         assert images.shape == (4, *preprocessing.input_size)
         assert images.unique().tolist() == pytest.approx([-0.6])
         assert labels.tolist() == [3, 1, 0, 2]  # type: ignore[union-attr]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +37,7 @@ def compile_model(
 ) -> None:
     """Quantize a Vision Transformer within a budget."""
     from allocators.budget import Budget
-    from fxquant.commands.console import emit, say, show
+    from fxquant.commands.console import emit, say, show, to_json
     from fxquant.compiler import compile
     from fxquant.report.picture import check_picture
     from fxquant.report.progress import RichProgress
@@ -64,7 +63,7 @@ def compile_model(
         quantized.save(out)
         say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
     if report is not None:
-        write_file(report, json_text.dumps(summary.to_dict(), indent=2).encode())
+        write_file(report, to_json(summary.to_dict()).encode())
     if picture is not None:
         quantized.draw(picture)
     if json:

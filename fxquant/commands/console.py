@@ -13,8 +13,13 @@ err = Console(stderr=True, highlight=False)
 
 
 def emit(value: Any) -> None:
-    """JSON on stdout; NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), indent=2))
+    """JSON on stdout."""
+    print(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """JSON text; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=2)
 
 
 def show(renderable: Any) -> None:

@@ -90,9 +90,7 @@ def with_options(
 ) -> Preprocessing:
     """The preprocessing with what the command line says."""
     numbers = {"mean": parse_numbers(mean, "mean"), "std": parse_numbers(std, "std")}
-    return preprocessing.with_options(
-        image_size=image_size, crop_pct=crop_pct, interpolation=interpolation, **numbers
-    )
+    return preprocessing.with_options(image_size=image_size, crop_pct=crop_pct, interpolation=interpolation, **numbers)
 
 
 def named_model(name: str, weights: Path | None, num_classes: int | None, options: list[str] | None) -> NamedModel:

@@ -203,5 +203,3 @@ def _dot_node(name: str, annotation: Annotation, kind: Kind) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
-
-

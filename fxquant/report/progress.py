@@ -27,6 +27,7 @@ class RichProgress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        """Draw nothing yet."""
         console = console or Console(stderr=True)
         label = TextColumn("{task.description}")
         columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -55,11 +56,13 @@ class RichProgress:
             self._bars.stop()
 
     def __enter__(self) -> RichProgress:
+        """Itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End every step that still runs."""
         for task in list(self._running):
             self.end(task)
 
@@ -68,6 +71,7 @@ class RichTask:
     """One running step of a `RichProgress`."""
 
     def __init__(self, owner: RichProgress, task: TaskID) -> None:
+        """Belong to one bar."""
         self._owner, self._task = owner, task
 
     def advance(self, units: int = 1) -> None:

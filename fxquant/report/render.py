@@ -37,6 +37,7 @@ class Page(Document):
     """A document of given sections."""
 
     def __init__(self, *sections: Lines | Table) -> None:
+        """Keep the pieces, in reading order."""
         self._sections = list(sections)
 
     def sections(self) -> list[Lines | Table]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from allocators.allocation import Allocation
+from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for
 from fxquant.report.render import Document
@@ -19,6 +20,12 @@ from fxquant.report.sections import Lines, Table
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from passes.contract import Journal
+
+_CARD_TYPES: dict[type, tuple[str, ...]] = {
+    dict: ("first_last_weight_bits", "versions", "preprocessing"),
+    list: ("pipeline", "stays_float"),
+    int: ("parameters",),
+}
 
 
 class Report(Document):
@@ -36,6 +43,8 @@ class Report(Document):
         card: Mapping[str, Any],
         show_layers: bool = True,
     ) -> None:
+        """Compute totals and actions. Raises ArtefactError for a card of the wrong shape."""
+        _check(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
@@ -84,3 +93,15 @@ class Report(Document):
             "card": dict(self.card),
             "journal": [asdict(entry) for entry in self.journal.entries],
         }
+
+
+def _check(card: Mapping[str, Any]) -> None:
+    """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
+    for kind, names in _CARD_TYPES.items():
+        for name in names:
+            value = card.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ArtefactError(
+                    f"the card's {name!r} is a {type(value).__name__}, not a {kind.__name__}: "
+                    f"the artefact was not written by fxquant, or edited"
+                )

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fxquant.commands.options import parse_overrides
+from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for
 from fxquant.report.render import plain
@@ -124,6 +125,12 @@ def test_empty_and_unallocated() -> None:
     text = str(Report([], None, Journal(), {}))
     assert "none: bits were not allocated" in text
     assert "unknown (0 parameters)" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("versions", ["x"]), ("pipeline", "x"), ("parameters", "many")])
+def test_a_card_of_the_wrong_shape(name: str, value: object) -> None:
+    with pytest.raises(ArtefactError, match=f"the card's '{name}' is a"):
+        Report(ROWS, ALLOCATION, JOURNAL, {**CARD, name: value})
 
 
 def test_random_weights_are_said_loudly() -> None:
