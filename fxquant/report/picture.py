@@ -130,7 +130,9 @@ def _x(column: int) -> float:
 
 
 def _shortened(label: str, longest: int = 17) -> str:
-    return label if len(label) <= longest else f"{label[: longest - 1]}…"
+    """With its middle left out; the cell's tooltip has the whole name."""
+    half = longest // 2
+    return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
 
 
 def _text(x: float, y: float, text: str, size: int = 12, anchor: str = "start", fill: str = "#1b1f24") -> str:
