@@ -4,9 +4,10 @@
     so that   sum_p x_lp = 1 for every layer l,    sum_lp usage_qlp x_lp <= budget_q for every budgeted quantity q
 
 LampQ's integer program ("Iterative bit update"), in one-hot form. Pairs of widths keep bit operations linear.
-What the solver sees is small and well scaled: costs count from each layer's minimum in units of greedy's excess, usage
+What the solver sees is small and well scaled: costs count from each layer's minimum in units of the start's excess, usage
 from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats in
-every respect, is left out.
+every respect, is left out. Without a budget of bit operations, and untied, nothing couples a layer's weights to its activations: then
+each operand gets its own one-hot, W + A variables a layer instead of W A.
 Deliberately not done: interactions between layers (a quadratic objective).
 """
 
@@ -25,6 +26,7 @@ from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, Choices, CostTable
 from allocators.greedy import Greedy
 from allocators.meter import BoolArray, FloatArray, IntArray
+from allocators.swaps import Swaps
 from fxquant.errors import BudgetError
 
 _NEGLIGIBLE: Final = 1e-12
@@ -49,7 +51,8 @@ class Milp:
 
     Args:
         time_limit_s: wall time given to the solver, s; the best answer so far is returned when it runs out.
-        relative_gap: stop when the objective is proven within this fraction of the optimum.
+        relative_gap: stop when the objective is proven within this fraction of the optimum; costs are estimates, so
+            the default is far below their own error.
         tie_weights_and_activations: give both operands of a layer the same bits.
         threads: solver threads; more than one may make the choice among equal optima vary.
         seed: the solver's seed.
@@ -58,8 +61,8 @@ class Milp:
         BudgetError: an option is out of range.
     """
 
-    time_limit_s: float = 60.0
-    relative_gap: float = 1e-6
+    time_limit_s: float = 30.0
+    relative_gap: float = 1e-4
     tie_weights_and_activations: bool = False
     threads: int = 1
     seed: int = 0
@@ -95,12 +98,8 @@ class Milp:
         )
 
     def _start(self, table: CostTable, budget: Budget) -> Assignment:
-        """The best assignment known before solving: that of the cheapest greedy rule, tied if need be."""
-        candidates = [
-            Greedy(metric, order, minimum_bits=1).assign(table, budget)
-            for metric in ("sqnr-numel", "sqnr")
-            for order in ("weights-first", "activations-first")
-        ]
+        """The best assignment known before solving: of the cheapest rule, tied if need be."""
+        candidates = [Swaps().assign(table, budget), Greedy(minimum_bits=1).assign(table, budget)]
         if self.tie_weights_and_activations:
             candidates = [_tied(table, assignment) for assignment in candidates] + [table.lowest(tied=True)]
         feasible = [assignment for assignment in candidates if not budget.exceeded(table.usage(assignment, budget))]
@@ -156,20 +155,26 @@ class Milp:
         if status not in (mip.OptimizationStatus.OPTIMAL, mip.OptimizationStatus.FEASIBLE):
             return None, 0.0
         chosen = [int(np.argmax([pick.x for pick in row])) for row in picks]
-        columns = [layer.columns[:, index] for layer, index in zip(program.layers, chosen, strict=True)]
-        return np.stack(columns, axis=1), float(model.objective_bound) / _OBJECTIVE_SCALE
+        found = np.full((2, program.layers[-1].layer + 1), -1)
+        for layer, index in zip(program.layers, chosen, strict=True):
+            found[layer.rows, layer.layer] = layer.columns[layer.rows, index]
+        return found, float(model.objective_bound) / _OBJECTIVE_SCALE
 
 
 class _Layer(NamedTuple):
-    """The pairs of one layer that can be part of a better answer.
+    """The pairs of one layer, or the widths of one of its operands, that can be part of a better answer.
 
     Attributes:
+        layer: its index.
+        rows: the rows of an assignment it decides: both operands, or one.
         columns: int64 [2, P].
         cost: float64 [P], scaled.
         usage: float64 [Q, P], scaled; Q budgeted quantities.
         start: the pair that stands for the known answer.
     """
 
+    layer: int
+    rows: slice
     columns: IntArray
     cost: FloatArray
     usage: FloatArray
@@ -192,29 +197,58 @@ class _Program(NamedTuple):
     @classmethod
     def of(cls, table: CostTable, budget: Budget, known: Assignment, *, tied: bool) -> _Program:
         """The program that asks for anything better than `known`."""
-        choices = [table.choices(layer, budget, tied=tied) for layer in range(len(table.layers))]
-        rows = [QUANTITIES.index(quantity) for quantity in budget.limits]
-        floor = float(sum(layer.cost.min() for layer in choices))
+        separable = not tied and budget.bit_operations is None
+        parts = (slice(0, 1), slice(1, 2)) if separable else (slice(0, 2),)
+        choices = [
+            (layer, rows, _part(table, budget, layer, rows) if separable else table.choices(layer, budget, tied=tied))
+            for layer in range(len(table.layers))
+            for rows in parts
+        ]
+        limited = [QUANTITIES.index(quantity) for quantity in budget.limits]
+        floor = float(sum(found.cost.min() for _, _, found in choices))
         excess = table.objective(known) - floor
-        least = np.sum([layer.usage[rows].min(axis=1) for layer in choices], axis=0)
+        least = np.sum([found.usage[limited].min(axis=1) for _, _, found in choices], axis=0)
         limits = np.array(list(budget.limits.values()))
         headroom = np.maximum(limits * (1 + TOLERANCE) - least, TOLERANCE * limits)
-        layers = [_scaled(layer, known[:, index], rows, excess, headroom) for index, layer in enumerate(choices)]
+        layers = [
+            _scaled(layer, rows, found, known[:, layer], limited, excess, headroom) for layer, rows, found in choices
+        ]
         return cls(floor, excess, layers)
 
 
-def _scaled(choices: Choices, known: IntArray, rows: list[int], excess: float, headroom: FloatArray) -> _Layer:
-    """One layer's pairs in scaled units, without those that cannot help."""
+def _part(table: CostTable, budget: Budget, layer: int, rows: slice) -> Choices:
+    """The widths of one operand of a layer; the other operand counts nothing."""
+    side = table.operands[rows.start]
+    chosen = side.columns(layer)
+    columns = np.full((2, len(chosen)), -1)
+    columns[rows] = chosen
+    bits = np.zeros_like(columns)
+    bits[rows] = side.bits_at(chosen)
+    cost = np.where(chosen >= 0, side.cost[layer, chosen], 0.0)
+    return Choices(columns, bits, cost, table.meter(budget).use(layer, *bits))
+
+
+def _scaled(
+    layer: int,
+    rows: slice,
+    choices: Choices,
+    known: IntArray,
+    limited: list[int],
+    excess: float,
+    headroom: FloatArray,
+) -> _Layer:
+    """One layer's pairs, or one operand's widths, in scaled units, without those that cannot help."""
     cost = (choices.cost - choices.cost.min()) / excess if excess > 0 else np.zeros_like(choices.cost)
-    usage = choices.usage[rows]
+    usage = choices.usage[limited]
     usage = (usage - usage.min(axis=1, keepdims=True)) / headroom[:, None]
-    start = int(np.flatnonzero((choices.columns == known[:, None]).all(axis=0))[0])
+    start = int(np.flatnonzero((choices.columns[rows] == known[rows, None]).all(axis=0))[0])
     worth = np.vstack([cost, usage])
     no_worse_than_start: BoolArray = np.all(worth <= worth[:, [start]], axis=0)
     fits = np.all(worth <= 1 + TOLERANCE, axis=0) | no_worse_than_start
     kept = np.flatnonzero(fits & ~_dominated(worth))
     scaled = np.where(worth < _NEGLIGIBLE, 0.0, worth)[:, kept]
-    return _Layer(choices.columns[:, kept], scaled[0], scaled[1:], int(no_worse_than_start[kept].argmax()))
+    first = int(no_worse_than_start[kept].argmax())
+    return _Layer(layer, rows, choices.columns[:, kept], scaled[0], scaled[1:], first)
 
 
 def _dominated(worth: FloatArray) -> BoolArray:

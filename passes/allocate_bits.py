@@ -58,7 +58,10 @@ class AllocateBits:
         """
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         table = self.cost_table(graph_module, nodes)
+        task = context.progress.track("allocating bits", 1)
         allocation = self.allocator.allocate(table, self.budget)
+        task.advance()
+        task.close()
         images = image_readers(graph_module, nodes)
         for row, node in enumerate(nodes):
             annotation = annotation_of(node)
