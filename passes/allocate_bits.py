@@ -92,13 +92,17 @@ class AllocateBits:
             0 if node in images or not annotation.activation_candidates else annotation.activation_elements
             for node, annotation in zip(nodes, annotations, strict=True)
         ]
+        fixed = [
+            self.image_bits if node in images and annotation.activation_candidates else FLOAT_BITS
+            for node, annotation in zip(nodes, annotations, strict=True)
+        ]
         weights = [annotation.weight_candidates for annotation in annotations]
         activations = [annotation.activation_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
         return self.table(
             annotations,
             counted,
-            [self.image_bits if node in images and found else FLOAT_BITS for node, found in zip(nodes, activations, strict=True)],
+            fixed,
             bits,
             weight=[_scores((found,), bits) for found in weights],
             activation=[_scores(found, bits) for found in activations],
@@ -161,9 +165,7 @@ def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...]) ->
 
 def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:
     """Nodes whose input is the image itself."""
-    return {
-        node for node in nodes if any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))
-    }
+    return {node for node in nodes if any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))}
 
 
 def allocation_of(graph_module: GraphModule) -> Allocation | None:

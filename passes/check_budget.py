@@ -44,8 +44,8 @@ class CheckBudget:
                 fixed.append(image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
         if image_bits in fixed and image_bits not in self.bits:
             raise OverrideError(
-                f"image_bits={image_bits} is not among the candidate bits {self.bits}: choose one of these, or leave the "
-                f"image in float with InsertObservers(image=None)"
+                f"image_bits={image_bits} is not among the candidate bits {self.bits}: choose one of these, or leave "
+                f"the image in float with InsertObservers(image=None)"
             )
         nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
         table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)

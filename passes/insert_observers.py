@@ -20,7 +20,9 @@ from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.observers import Edge, Observer
 from passes.contract import PassContext
 
-_SHAPE_ONLY = frozenset("view reshape permute transpose contiguous flatten select unsqueeze squeeze".split())
+_SHAPE_ONLY = frozenset(
+    {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
+)
 
 
 @dataclass(frozen=True)

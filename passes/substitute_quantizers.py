@@ -75,9 +75,9 @@ def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, pl
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:
-    name = f"{annotation_of(node).layer}"
+    name = annotation_of(node).layer
     if node.op == "call_module":
-        shared = [other for other in graph_module.graph.nodes if other.op == "call_module" and other.target == node.target]
-        name = str(node.target) if len(shared) == 1 else f"{node.target}_{node.name}"
+        calls = [n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == node.target]
+        name = str(node.target) if len(calls) == 1 else f"{node.target}_{node.name}"
     graph_module.add_submodule(name, replacement)
     node.op, node.target = "call_module", name

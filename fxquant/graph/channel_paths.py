@@ -19,11 +19,14 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 _METHODS = frozenset(
-    ["view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "roll", "mean", "unsqueeze", "squeeze", "clone", "select", "narrow", "expand", "swapaxes", "movedim"]
-)
+    {
+        "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "roll", "mean", "unsqueeze",
+        "squeeze", "clone", "select", "narrow", "expand", "swapaxes", "movedim",
+    }
+)  # fmt: skip
 _FUNCTIONS = frozenset(
     {
-        operator.getitem, functional.pad, torch.nn.functional.pad, torch.roll, torch.flatten, torch.reshape,
+        operator.getitem, functional.pad, torch.roll, torch.flatten, torch.reshape,
         torch.permute, torch.transpose, torch.mean, torch.unsqueeze, torch.squeeze, torch.movedim, torch.select,
         torch.narrow, torch.clone,
     }

@@ -106,7 +106,9 @@ class Observer(nn.Module):
     def statistics(self) -> Statistics:
         """What the families see. Raises CalibrationError when the observer has seen nothing."""
         if self.histogram is None or not self.images:
-            raise CalibrationError(f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales")
+            raise CalibrationError(
+                f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales"
+            )
         moments = self.histogram.finish()
         factor = self.channel_factor
         low, high = self.minimum, self.maximum

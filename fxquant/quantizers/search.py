@@ -89,4 +89,5 @@ def search_weight(
 def _weight_costs(weight: Tensor, scale: Tensor, width: int, gram: Tensor | None) -> Tensor:
     """Cost of each output channel (out,) under per-channel scales (out, 1)."""
     error = UniformQuantizer(width, scale)(weight).sub_(weight)
-    return error.square().sum(1) if gram is None else (error @ gram).mul_(error).sum(1)
+    cost: Tensor = error.square() if gram is None else (error @ gram).mul_(error)
+    return cost.sum(1)

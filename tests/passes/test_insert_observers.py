@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import Fact, Role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
@@ -173,3 +173,9 @@ def test_convolutions_that_pad_otherwise_are_refused() -> None:
     graph_module = traced(Wraps().eval(), images(2, 16))
     with pytest.raises(PatternError, match="convolution embed pads with 'circular'"):
         InsertObservers().apply(graph_module, PassContext())
+
+
+def test_nodes_of_some_roles_only() -> None:
+    graph_module = observed(InsertObservers(roles=(Role.QKV, Role.AV)))
+    names = [node.name for node in observer_nodes(graph_module)]
+    assert names == [f"observer_blocks_0_attn_{name}" for name in ("qkv_0", "av_0", "av_1")]
