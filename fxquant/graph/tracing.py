@@ -20,7 +20,6 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
-import fxquant
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
 from fxquant.graph.annotation import Fact, declare
 from fxquant.graph.normalization import normalize
@@ -28,7 +27,7 @@ from fxquant.graph.shape_tracer import ShapeTracer
 
 _RELATIVE_TOLERANCE = 1e-4
 _CHECKED_BATCH_SIZES = (1, 3)
-_LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(fxquant.__file__).parent)
+_LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
 def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: float = 0.98) -> fx.GraphModule:
