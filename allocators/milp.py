@@ -4,10 +4,10 @@
     so that   sum_p x_lp = 1 for every layer l,    sum_lp usage_qlp x_lp <= budget_q for every budgeted quantity q
 
 LampQ's integer program ("Iterative bit update"), in one-hot form. Pairs of widths keep bit operations linear.
-What the solver sees is small and well scaled: costs count from each layer's minimum in units of the start's excess, usage
-from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats in
-every respect, is left out. Without a budget of bit operations, and untied, nothing couples a layer's weights to its activations: then
-each operand gets its own one-hot, W + A variables a layer instead of W A.
+What the solver sees is small and well scaled: costs count from each layer's minimum in units of the start's excess,
+usage from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats
+in every respect, is left out. Without a budget of bit operations, and untied, nothing couples a layer's weights to its
+activations: then each operand gets its own one-hot, W + A variables a layer instead of W A.
 Deliberately not done: interactions between layers (a quadratic objective).
 """
 

@@ -1,4 +1,4 @@
-"""Train the embedded model and write the embedded data (run once by a maintainer; takes about half an hour on one core).
+"""Train the embedded model and write the embedded data (run once by a maintainer; half an hour on one core).
 
 Data: Fashion-MNIST (MIT), from Debian's package `dataset-fashion-mnist`.
 Result: `fxquant/embedded/` gets the weights, 512 calibration images, 2,000 test images and the card's numbers.
@@ -104,7 +104,10 @@ def main() -> None:
         embedded.FOLDER.mkdir(exist_ok=True)
         save_file(model.state_dict(), embedded.WEIGHTS)
         model.train()
-        print(f"epoch {epoch}: loss {total / steps:.4f}, test {correct / 100:.2f} %, {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch}: loss {total / steps:.4f}, test {correct / 100:.2f} %, {time.time() - start:.0f} s",
+            flush=True,
+        )
 
     model.eval()
     shipped = count_correct(model, x_test[:TEST_COUNT], y_test[:TEST_COUNT])

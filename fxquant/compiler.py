@@ -3,6 +3,8 @@
     quantized = fxquant.compile(model, "W4A4", calibration=images)
     print(quantized.report())
     quantized.save("model.fxq")
+
+Many budgets from one calibration: `fxquant.sweep`.
 """
 
 from __future__ import annotations

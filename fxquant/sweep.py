@@ -3,6 +3,8 @@
     prepared = Prepared(model, calibration, recipe="mptq_vit")
     for budget in ("W8A8", "W4A4"):
         quantized = prepared.compile(budget)
+
+Accuracy over all of them, kept in a file after every point: `sweep`.
 """
 
 from __future__ import annotations

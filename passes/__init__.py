@@ -1,0 +1,1 @@
+"""Passes over a traced graph, one verb a module, and the pipelines they make."""

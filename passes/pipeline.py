@@ -2,6 +2,8 @@
 
     pipeline = mptq_vit("W4A4").without(FoldSqb)
     graph_module = pipeline.run(trace(model, example), PassContext(images))
+
+What a pass is: `passes.contract`; pipelines that are ready: `passes.recipes`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     pipeline = mptq_vit("W4A4")                                # MPTQ-ViT with the integer program
     pipeline = mptq_vit("W4A4", allocator=Greedy())            # exactly as published
     pipeline = pipeline.without(FoldSqb)                       # an ablation
+
+By name: `recipe("mptq_vit")`; all of them: `RECIPES`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tracing, roles and annotations: what every pass knows about a graph."""

@@ -1,0 +1,1 @@
+"""Quantizers, the statistics they are chosen by and the search that chooses."""

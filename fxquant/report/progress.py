@@ -2,6 +2,8 @@
 
     with RichProgress() as progress:
         fxquant.compile(model, "W4A4", calibration=images, progress=progress)
+
+Passes see only the protocol, `passes.contract.ProgressReporter`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     print(quantized.report())               # plain text, the same at every terminal width
     rich.print(quantized.report())          # coloured by bits
     json.dumps(quantized.report().to_dict())
+
+What the pieces are: `fxquant.report.sections`; how they are drawn: `fxquant.report.render`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Execution of quantized graphs and the artefact they are kept in."""

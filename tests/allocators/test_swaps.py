@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import random_table
 
 from allocators.budget import Budget
 from allocators.milp import Milp
 from allocators.swaps import Swaps
 from fxquant.errors import InfeasibleBudgetError
-from tables import random_table
 
 
 @settings(max_examples=40, deadline=None)

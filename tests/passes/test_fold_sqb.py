@@ -24,7 +24,7 @@ SWITCHES = {
 }
 
 
-def fold(graph_module: GraphModule, x: Tensor, switches: FoldSqb = FoldSqb()) -> dict[str, Any]:  # noqa: B008
+def fold(graph_module: GraphModule, x: Tensor, switches: FoldSqb = FoldSqb()) -> dict[str, Any]:
     """Fold in place; returns the pass's notes."""
     context = PassContext(x, batch_size=4)
     switches.apply(graph_module, context)
