@@ -1,0 +1,82 @@
+"""README and docs: every Python block runs, every doctest holds, every command and link exists.
+
+The Python blocks of one page share their names, as a reader's session would. A block is left out where the line
+`<!-- not run: reason -->` stands before it. Pages ask for 32 calibration images and get 4.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from fxquant import embedded
+from fxquant.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+COMMAND = re.compile(r"^(?:.* \.venv/bin/)?fxquant ([a-z]+)(.*)$", re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The blocks to run, with the number of the line before each."""
+    text = page.read_text()
+    return [(text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text) if not match[1]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = embedded.calibration_images
+    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # dataclasses look their module up
+    names: dict[str, Any] = vars(module)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for line, source in blocks(page):
+        if ">>> " in source:
+            test = doctest.DocTestParser().get_doctest(source, names, page.name, str(page), line)
+            failures: list[str] = []
+            runner.run(test, out=failures.append, clear_globs=False)
+            names.update(test.globs)
+            assert not failures, "".join(failures)
+        else:
+            exec(compile("\n" * line + source, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    targets = [target for target in LINK.findall(FENCED.sub("", page.read_text())) if "://" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_commands_in_the_readme_exist() -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    shell = [source for language, source in FENCED.findall((ROOT / "README.md").read_text()) if language == "bash"]
+    found = COMMAND.findall("".join(shell))
+    assert {name for name, _ in found} == set(group.commands)
+    for name, rest in found:
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        used = set(re.findall(r"--[a-z-]+", rest))
+        assert used <= known, f"{name}: {used - known}"
+
+
+def test_readme_starts_with_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    first = re.search(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert first is not None
+    setup, tests = first[1].splitlines()
+    assert setup.endswith("&& .venv/bin/fxquant demo")
+    assert tests.startswith(".venv/bin/")
+    assert text.index("```") == first.start()
