@@ -87,9 +87,12 @@ def _require_roles(graph_module: fx.GraphModule, fact: Fact) -> None:
 
 
 def _check_scales(graph_module: fx.GraphModule) -> None:
+    if not any(annotation_of(node).weight_candidates for node in nodes_with_role(graph_module)):
+        raise VerificationError(f"'{Fact.SCALES_SEARCHED}' does not hold: no weight has candidates; run SearchScales")
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
-        if _has_weight(annotation.role) and not annotation.weight_candidates:
+        searched = annotation.weight_candidates or annotation.activation_candidates
+        if _has_weight(annotation.role) and searched and not annotation.weight_candidates:
             raise _fail(Fact.SCALES_SEARCHED, node, "its weight has no candidates", "run SearchScales again")
         for candidates in (annotation.weight_candidates, *annotation.activation_candidates):
             bits = [candidate.bits for candidate in candidates]

@@ -98,16 +98,23 @@ def asymmetric(statistics: Statistics, bits: int) -> Proposals:
 
 
 def opt_m(statistics: Statistics, bits: int) -> Proposals:
-    """OPT-m: m1 from the range (eq. 7), every m0 < m1 (eq. 8) with 100 base scales each, chosen jointly."""
+    """OPT-m: m1 from the range (eq. 7), every m0 < m1 (eq. 8) with 100 base scales each, chosen jointly.
+
+    Where the largest value lies far above the 99.95th percentile (massive activations), the m1 that reaches it is tried
+    as well: eq. 7 would clip it whatever the base scale.
+    """
     x_up = max(statistics.moments.quantile(0.9995), 1e-12)
     small_max, large_max = magnitudes(bits, negative=True)
     x_low = min(statistics.mean_image_minimum, -1e-12)
-    shift_large = round(math.log2((x_up / large_max) / (-x_low / max(small_max, 1))))
-    shift_large = min(max(shift_large, 1), 16)
-    # The paper's (0, 1.2 max|X| / 2^(b-1)] steps are for a scale that covers the large region; s0 is 2^m1 times finer.
-    bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + shift_large) * np.arange(1, STEPS + 1) / STEPS
-    pairs = [(base, small) for small in range(shift_large) for base in bases]
-    return _regions(pairs, shift_large, bits, negative=True)
+    tables = []
+    for top in (x_up, statistics.largest_magnitude):
+        shift_large = min(max(round(math.log2((top / large_max) / (-x_low / max(small_max, 1)))), 1), 16)
+        # The paper's (0, 1.2 max|X| / 2^(b-1)] steps are for a scale that covers the large region; s0 is 2^m1 finer.
+        bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + shift_large) * np.arange(1, STEPS + 1) / STEPS
+        tables.append(_regions([(base, m0) for m0 in range(shift_large) for base in bases], shift_large, bits, True))
+        if statistics.largest_magnitude < 4 * x_up:
+            break
+    return _joined(tables)
 
 
 def twin_gelu(statistics: Statistics, bits: int) -> Proposals:
@@ -125,10 +132,7 @@ def twin_softmax(statistics: Statistics, bits: int) -> Proposals:
     for shift in range(1, 9):
         bases = top / 2**shift * np.linspace(0.1, 1.2, STEPS // 4)
         tables.append(_regions([(base, 0) for base in bases], shift, bits, negative=False))
-    levels = np.concatenate([table.levels for table in tables])
-    thresholds = np.concatenate([table.thresholds for table in tables])
-    each = len(tables[0].levels)
-    return Proposals(levels, thresholds, lambda index: tables[index // each].build(index % each))
+    return _joined(tables)
 
 
 def log2(statistics: Statistics, bits: int) -> Proposals:
@@ -139,6 +143,14 @@ def log2(statistics: Statistics, bits: int) -> Proposals:
     levels = np.concatenate([np.zeros((len(scales), 1)), scales[:, None] * np.exp2(-exponents)], axis=1)
     thresholds = scales[:, None] * np.exp2(-(exponents + 0.5))
     return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
+
+
+def _joined(tables: list[Proposals]) -> Proposals:
+    """All candidates of tables with equally many levels."""
+    levels = np.concatenate([table.levels for table in tables])
+    thresholds = np.concatenate([table.thresholds for table in tables])
+    owners = [(table, index) for table in tables for index in range(len(table.levels))]
+    return Proposals(levels, thresholds, lambda index: owners[index][0].build(owners[index][1]))
 
 
 def _regions(pairs: list[tuple[float, int]], shift_large: int, bits: int, negative: bool) -> Proposals:
