@@ -4,7 +4,7 @@
 
 An attention matmul has no weight: both its operands take the activation's bits. An operand that is not allocated counts
 32 bits, as float does, or what the table says of it (an image comes in 8 bits).
-Deliberately not done: the bytes of scales and zero points, and the cost of layers without MACs.
+Deliberately not done: the bytes of scales and zero-points, and the cost of layers without MACs.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
-    the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which then brings its
-    own budget and options. allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.mptq_vit`.
+    the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its
+    own budget (give None) and options. allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.mptq_vit`.
     seed: of every random draw. batch_size: images per calibration step, bounds memory. card: entries to add to the
     protocol card, for example the data's name.
 
@@ -132,10 +132,10 @@ def compile(
     """
     check_images(calibration)
     if isinstance(recipe, Pipeline):
-        if allocator is not None or overrides or first_last_bits is not None or fully_quantized:
+        if budget is not None or allocator is not None or overrides or first_last_bits is not None or fully_quantized:
             raise PipelineError(
-                "a Pipeline as recipe brings its own allocator, overrides, first_last_bits and fully_quantized: set "
-                "them on its passes, or name a recipe"
+                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits and "
+                "fully_quantized: set them on its passes and give None for the budget, or name a recipe"
             )
         pipeline = recipe
     else:

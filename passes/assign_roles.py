@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -27,9 +27,9 @@ class AssignRoles:
     Idempotent. Notes `unmatched`: [{"node", "reason"}], operations that look like part of a pattern but are not.
     """
 
-    requires = frozenset({Fact.TRACED})
-    provides = frozenset({Fact.ROLES_ASSIGNED})
-    breaks: frozenset[Fact] = frozenset()
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: fx.GraphModule, context: PassContext) -> int:
         """Annotate in place; returns the number of nodes that have a role."""

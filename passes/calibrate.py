@@ -23,7 +23,6 @@ from fxquant.quantizers.observers import Observer
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
-
 MASSIVE_RMS = 100.0
 
 

@@ -5,7 +5,7 @@ Needs roles only: the least any allocation can use follows from element counts a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch.fx import GraphModule
@@ -23,8 +23,8 @@ from passes.insert_observers import InsertObservers
 class CheckBudget:
     """Check the budget of an AllocateBits against what InsertObservers will quantize at these candidate widths."""
 
-    allocate: AllocateBits
-    insert: InsertObservers
+    allocate: AllocateBits = field(repr=False)
+    insert: InsertObservers = field(repr=False)
     bits: tuple[int, ...]
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})

@@ -3,7 +3,7 @@
     model bytes    = sum_l n_l b_l / 8 + 4 (n - sum_l n_l)      (n_l: weight elements of layer l, n: all parameters)
     bit operations = sum_l MACs_l * b_l * a_l                   (matmuls of activations: a_l * a_l)
 
-Scales and zero points are not counted here; `fxquant inspect` shows what they take in a file.
+Scales and zero-points are not counted here; `fxquant inspect` shows what they take in a file.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ class LayerRow:
     layer, role, block: as assigned. weight_bits, activation_bits: None where it has none or stays float. parameters:
     weight elements. macs, activation_elements: per image. weight_sqnr_db, activation_sqnr_db: of the tensors alone, on
     the calibration images. predicted_loss: of the whole model if only this layer were quantized (nats per image under
-    the Hessian-guided metric). weight_quantizer, activation_quantizer: families chosen. execution: "simulated" or the
+    the Hessian-guided metric). weight_quantizer, activation_quantizer: kinds of
+    quantizer. execution: "simulated" or the
     integer kernel. pinned: bits fixed by an override or policy.
     """
 
