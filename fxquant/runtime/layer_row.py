@@ -16,8 +16,7 @@ class LayerRow:
     weight elements. macs, activation_elements: per image. weight_sqnr_db, activation_sqnr_db: of the tensors alone, on
     the calibration images. predicted_loss: of the whole model if only this layer were quantized (nats per image under
     the Hessian-guided metric). weight_quantizer, activation_quantizer: kinds of
-    quantizer. execution: "simulated" or the
-    integer kernel. pinned: bits fixed by an override or policy.
+    quantizer. execution: "simulated" or the integer kernel. pinned: bits fixed by an override or policy.
     """
 
     layer: str
