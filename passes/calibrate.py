@@ -32,8 +32,8 @@ class Calibrate:
 
     gradient: also gather the Hessian-guided weights, at the price of a backward pass. fisher: the logit gradient to
     start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max" (its
-    prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch, averaged;
-    with 32 images, four draws choose visibly better scales than one.
+    prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch, averaged:
+    more draws, less variance of the Fisher estimate.
     """
 
     gradient: bool = True

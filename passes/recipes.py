@@ -62,9 +62,10 @@ def mptq_vit_plus(
     fold: FoldSqb | None = FoldSqb(strength=0.8),
     bits: tuple[int, ...] = CANDIDATE_BITS,
 ) -> Pipeline:
-    """MPTQ-ViT with what measurably helped: a stronger fold, and weights rounded with GPTQ's compensation.
+    """MPTQ-ViT with a stronger fold, and weights rounded with GPTQ's compensation.
 
-    Options: see `mptq_vit`.
+    The fold lowers the predicted loss, the compensation the cost of rounding; the accuracy they add is within noise so
+    far (docs/results.md). Options: see `mptq_vit`.
     """
     search = SearchScales(bits, keep_statistics=True)
     pipeline = mptq_vit(
