@@ -25,10 +25,11 @@ from allocators.greedy import Greedy
 from allocators.milp import Milp
 from allocators.uniform import Uniform
 from fxquant import embedded
+from fxquant.cache import signature
 from fxquant.graph.annotation import Role
 from fxquant.graph.tracing import trace
 from fxquant.models import load_model
-from fxquant.sweep import Prepared, Results, signature
+from fxquant.sweep import Prepared, Results
 from passes.allocate_bits import AllocateBits
 from passes.assign_roles import AssignRoles
 from passes.calibrate import Calibrate

@@ -124,8 +124,8 @@ def compile(
     budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
     the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its
     own budget (give None) and options. allocator, overrides, first_last_bits, fully_quantized: see
-    `passes.recipes.mptq_vit`. seed: of every random draw. batch_size: images per calibration step, bounds memory. card:
-    entries to add to the protocol card, for example the data's name.
+    `passes.recipes.assembly.Options`. seed: of every random draw. batch_size: images per calibration step, bounds
+    memory. card: entries to add to the protocol card, for example the data's name.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError or
     PipelineError.
@@ -141,7 +141,7 @@ def compile(
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    context = PassContext(calibration, batch_size, seed, progress or SilentProgress())
+    context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
     traced = trace(model, calibration[:2])
     quantized = pipeline.run(traced, context)
     protocol = protocol_card(model, calibration, pipeline, quantized, context)

@@ -9,7 +9,6 @@ Accuracy over all of them, kept in a file after every point: `sweep`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
+from fxquant.cache import signature
 from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
@@ -59,7 +58,7 @@ class Prepared:
         check_images(calibration)
         self.model, self.calibration, self.card = model, calibration, dict(card or {})
         self._recipe, self._options = recipe_named(recipe), options
-        self._context = PassContext(calibration, batch_size, seed, progress or SilentProgress())
+        self._context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
 
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
         """The whole pipeline of one point."""
@@ -96,21 +95,6 @@ class Prepared:
         return Compiled(
             quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
         )
-
-
-def signature(*values: Any) -> str:
-    """A digest of JSON values, tensors and modules: equal settings have equal signatures, across processes."""
-    total = hashlib.sha256()
-    for value in values:
-        if isinstance(value, nn.Module):
-            for name, tensor in sorted(value.state_dict().items()):
-                total.update(f"{name}{signature(tensor)}".encode())
-        elif isinstance(value, Tensor):
-            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            total.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(json.dumps(value, sort_keys=True, default=str).encode())
-    return total.hexdigest()[:16]
 
 
 class Results:

@@ -1,7 +1,8 @@
 """AllocateBits: turn the candidates on the graph into a cost table, let an allocator choose, annotate the choice.
 
-The table's cost of a tensor at a width is the predicted loss SearchScales found; costs of tensors add up. Which
-allocator, which budget and which layers are pinned are the pass's options. Not done here: changing any module.
+The table's cost of a tensor at a width is the sensitivity ScoreLayers wrote, or without one the predicted loss
+SearchScales found; costs of tensors add up. Which allocator, which budget and which layers are pinned are the pass's
+options. Not done here: changing any module.
 """
 
 from __future__ import annotations
@@ -97,15 +98,14 @@ class AllocateBits:
             for node, annotation in zip(nodes, annotations, strict=True)
         ]
         weights = [annotation.weight_candidates for annotation in annotations]
-        activations = [annotation.activation_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
         return self.table(
             annotations,
             counted,
             fixed,
             bits,
-            weight=[_scores((found,), bits) for found in weights],
-            activation=[_scores(found, bits) for found in activations],
+            weight=[_scores((a.weight_candidates,), bits, a.weight_sensitivity) for a in annotations],
+            activation=[_scores(a.activation_candidates, bits, a.activation_sensitivity) for a in annotations],
         )
 
     def table(
@@ -149,8 +149,11 @@ class AllocateBits:
 Scores = tuple[list[float], list[float]]
 
 
-def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...]) -> Scores:
-    """Summed loss and joint SQNR in dB of operands that share one width, for each width."""
+def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...], sensitivity: tuple[float, ...]) -> Scores:
+    """Cost and joint SQNR in dB of operands that share one width, for each width.
+
+    The cost is the sensitivity where a pass has measured one, else the summed loss of the candidates.
+    """
     if not any(operands):
         return [0.0] * len(bits), [0.0] * len(bits)
     losses, sqnr = [], []
@@ -160,7 +163,7 @@ def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...]) ->
         # Operands differ in scale, so each counts by its own ratio; their mean noise-to-signal ratio is the layer's.
         ratio = float(np.mean([candidate.noise / max(candidate.signal, 1e-30) for candidate in chosen]))
         sqnr.append(-10 * math.log10(max(ratio, 1e-30)))
-    return losses, sqnr
+    return list(sensitivity or losses), sqnr
 
 
 def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.fx import GraphModule
 
+from fxquant.cache import Cache, signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
 
@@ -78,12 +80,14 @@ class PassContext:
 
     images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
     batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
-    float rounding. seed: of every random draw. progress: where long steps report. journal: where notes go.
+    float rounding. seed: of every random draw. cache: where scores are kept, in memory unless it has a folder.
+    progress: where long steps report. journal: where notes go.
     """
 
     images_bchw: torch.Tensor | None = None
     batch_size: int = 8
     seed: int = 0
+    cache: Cache = field(default_factory=Cache, compare=False, repr=False)
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
 
@@ -109,6 +113,11 @@ class PassContext:
             yield batch
             task.advance()
         task.close()
+
+    def signature(self, graph_module: GraphModule, *settings: Any) -> str:
+        """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
+        versions = [importlib.metadata.version(name) for name in ("torch", "timm", "fxquant")]
+        return signature(graph_module, graph_module.code, self.images, self.seed, versions, *settings)
 
     def note(self, **notes: Any) -> None:
         """Leave notes (JSON values) in the journal entry of the running pass."""

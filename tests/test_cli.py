@@ -17,13 +17,14 @@ from allocators.budget import Budget
 from allocators.greedy import Greedy
 from allocators.uniform import Uniform
 from fxquant import embedded
+from fxquant.cache import signature
 from fxquant.cli import app
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.commands.options import parse_overrides
 from fxquant.errors import DataError, OverrideError
 from fxquant.evaluation import Accuracy
 from fxquant.models import load_model
-from fxquant.sweep import Prepared, Results, signature, sweep
+from fxquant.sweep import Prepared, Results, sweep
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]

@@ -46,11 +46,12 @@ def sweep_budgets(
 ) -> None:
     """Measure accuracy over budgets, recipes and allocators."""
     from allocators.budget import Budget
+    from fxquant.cache import signature
     from fxquant.commands.console import emit, show
     from fxquant.evaluation import evaluate
     from fxquant.report.plots import check_plot
     from fxquant.report.progress import RichProgress
-    from fxquant.sweep import Prepared, Results, signature, sweep
+    from fxquant.sweep import Prepared, Results, sweep
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
     allocators = [o.allocator_named(name.strip()) for name in allocator.split(",")] if allocator else [None]

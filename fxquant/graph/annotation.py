@@ -62,6 +62,7 @@ class Fact(StrEnum):
     OBSERVED = "observed"
     CALIBRATED = "calibrated"
     SCALES_SEARCHED = "scales searched"
+    SCORED = "scored"
     BITS_ALLOCATED = "bits allocated"
     QUANTIZED = "quantized"
 
@@ -94,6 +95,8 @@ class Annotation:
     activation_elements: int = 0  # AssignRoles: elements of all quantizable inputs for one image
     weight_candidates: tuple[Candidate, ...] = ()  # SearchScales, ascending bits
     activation_candidates: tuple[tuple[Candidate, ...], ...] = ()  # SearchScales, one tuple per quantized input
+    weight_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate; empty: the candidates' losses count
+    activation_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate, all inputs together
     weight_bits: int | None = None  # AllocateBits
     activation_bits: int | None = None  # AllocateBits
     pinned: bool = False  # AllocateBits: bits were fixed by an override or the first/last policy

@@ -1,0 +1,32 @@
+"""Recipes: pipelines that put published systems together, each one expression to read, slice and change.
+
+    pipeline = mptq_vit("W4A4")                                # MPTQ-ViT with the integer program
+    pipeline = mptq_vit("W4A4", allocator=Greedy())            # exactly as published
+    pipeline = pipeline.without(FoldSqb)                       # an ablation
+
+By name: `recipe("mptq_vit")`; all of them: `RECIPES`. Options: `passes.recipes.assembly.Options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fxquant.errors import PipelineError
+from passes.pipeline import Pipeline
+from passes.recipes.mptq_vit import mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit
+
+__all__ = ["RECIPES", "mptq_vit", "mptq_vit_plus", "naive_min_max", "recipe", "tsptq_vit"]
+
+RECIPES: dict[str, Callable[..., Pipeline]] = {
+    "mptq_vit_plus": mptq_vit_plus,
+    "mptq_vit": mptq_vit,
+    "tsptq_vit": tsptq_vit,
+    "naive_min_max": naive_min_max,
+}
+
+
+def recipe(name: str) -> Callable[..., Pipeline]:
+    """The recipe of this name; raises PipelineError listing the known ones."""
+    if name not in RECIPES:
+        raise PipelineError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,70 @@
+"""What recipes share: their options, and how their passes are put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from allocators.allocator import Allocator
+from allocators.budget import Budget
+from allocators.overrides import Bits
+from passes.allocate_bits import AllocateBits, normalized_overrides
+from passes.assign_roles import AssignRoles
+from passes.calibrate import Calibrate
+from passes.check_budget import CheckBudget
+from passes.contract import Pass
+from passes.fold_sqb import FoldSqb
+from passes.insert_observers import InsertObservers
+from passes.pipeline import Pipeline
+from passes.search_scales import SearchScales
+from passes.substitute_quantizers import SubstituteQuantizers
+
+CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+class Options(TypedDict, total=False):
+    """Options of every recipe.
+
+    allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
+    fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
+    bits: candidate widths.
+    """
+
+    allocator: Allocator | None
+    overrides: Mapping[str, Bits] | None
+    first_last_bits: int | None
+    fully_quantized: bool
+    fold: FoldSqb | None
+    bits: tuple[int, ...]
+
+
+def assemble(
+    budget: Any,
+    insert: InsertObservers,
+    options: Options,
+    *,
+    allocator: Allocator,
+    fold: FoldSqb | None,
+    calibrate: Calibrate = Calibrate(),
+    metric: Any = "hessian",
+    score: Pass | None = None,
+) -> Pipeline:
+    """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
+
+    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read.
+    """
+    bits = options.get("bits", CANDIDATE_BITS)
+    chosen_fold = options.get("fold", fold)
+    allocate = AllocateBits(
+        Budget.parse(budget),
+        options.get("allocator") or allocator,
+        normalized_overrides(options.get("overrides")),
+        options.get("first_last_bits"),
+        # Images come in 8 bits; where the candidates end below, the widest is what they get.
+        image_bits=max(bits, default=8),
+    )
+    passes: list[Pass] = [AssignRoles(), CheckBudget(allocate, insert, bits)]
+    passes += [] if chosen_fold is None else [chosen_fold]
+    passes += [insert, calibrate, SearchScales(bits, metric)]
+    passes += [] if score is None else [score]
+    return Pipeline([*passes, allocate, SubstituteQuantizers()])

@@ -1,0 +1,58 @@
+"""MPTQ-ViT and what it is compared with: its TSPTQ-ViT baseline and plain min-max."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from allocators.milp import Milp
+from allocators.uniform import Uniform
+from passes.allocate_bits import AllocateBits
+from passes.calibrate import Calibrate
+from passes.compensate_weights import CompensateWeights
+from passes.fold_sqb import FoldSqb
+from passes.insert_observers import InsertObservers
+from passes.pipeline import Pipeline
+from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
+from passes.search_scales import SearchScales
+
+
+def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """MPTQ-ViT: SQ-b, OPT-m after GELU, two-scaled softmax, Hessian-guided scales, mixed bits.
+
+    budget: anything `Budget.parse` takes. allocator: `Milp()` by default, `Greedy()` is the paper's. fully_quantized is
+    the paper's Table 3, LayerNorm's inputs with O-2SF.
+    """
+    insert = InsertObservers(**_norm_inputs(options))
+    return assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
+
+
+def mptq_vit_plus(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """MPTQ-ViT with a stronger fold, and weights rounded with GPTQ's compensation.
+
+    The fold lowers the predicted loss, the compensation the cost of rounding; the accuracy they add is within noise so
+    far (docs/results.md).
+    """
+    stronger: Options = {"fold": FoldSqb(strength=0.8)}
+    pipeline = mptq_vit(budget, **(stronger | options))
+    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
+    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
+
+
+def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
+    insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(options))
+    return assemble(budget, insert, options, allocator=Uniform(), fold=None)
+
+
+def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
+    norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"}
+    insert = InsertObservers(
+        post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
+    )
+    calibrate = Calibrate(gradient=False)
+    return assemble(budget, insert, options, allocator=Uniform(), fold=None, calibrate=calibrate, metric="min-max")
+
+
+def _norm_inputs(options: Options) -> dict[str, Any]:
+    return {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if options.get("fully_quantized") else {}
