@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
+from fxquant.cache import Cache
 from fxquant.errors import ArtefactError, CalibrationError, PipelineError
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
@@ -35,6 +36,7 @@ from fxquant.runtime.layer_row import LayerRow
 from passes.allocate_bits import allocation_of
 from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
 from passes.pipeline import Pipeline
+from passes.prefix import run_prefix, split
 from passes.recipes import recipe as recipe_named
 from passes.substitute_quantizers import chosen
 
@@ -117,6 +119,7 @@ def compile(
     seed: int = 0,
     batch_size: int = 8,
     progress: ProgressReporter | None = None,
+    cache: str | PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
@@ -125,7 +128,9 @@ def compile(
     the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its
     own budget (give None) and options. allocator, overrides, first_last_bits, fully_quantized: see
     `passes.recipes.assembly.Options`. seed: of every random draw. batch_size: images per calibration step, bounds
-    memory. card: entries to add to the protocol card, for example the data's name.
+    memory. cache: folder in which what was calibrated, searched and scored is kept, so that the next budget on the same
+    model, images and options only allocates, in any process; None keeps nothing. card: entries to add to the protocol
+    card, for example the data's name.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError or
     PipelineError.
@@ -141,9 +146,9 @@ def compile(
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
-    traced = trace(model, calibration[:2])
-    quantized = pipeline.run(traced, context)
+    context = PassContext(calibration, batch_size, seed, cache=Cache(cache), progress=progress or SilentProgress())
+    prefix, rest = split(pipeline)
+    quantized = rest.run(run_prefix(prefix, trace(model, calibration[:2]), context), context)
     protocol = protocol_card(model, calibration, pipeline, quantized, context)
     return Compiled(
         quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,27 @@ from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
-from fxquant.cache import signature
+from fxquant.cache import Cache, signature
 from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
 from fxquant.graph.tracing import trace
 from fxquant.runtime.container import write_file
-from passes.allocate_bits import AllocateBits, allocation_of
+from passes.allocate_bits import allocation_of
 from passes.assign_roles import AssignRoles
 from passes.check_budget import CheckBudget
 from passes.contract import Journal, PassContext, ProgressReporter, SilentProgress
 from passes.pipeline import Pipeline
+from passes.prefix import run_prefix, split
 from passes.recipes import recipe as recipe_named
 
 
 class Prepared:
     """A model calibrated and searched once, to be compiled for any number of budgets and allocators.
 
-    options: of the recipe (overrides, first_last_bits, fully_quantized, ...). What `compile` returns equals what
-    `fxquant.compile` returns for the same budget, allocator and options.
+    cache: folder that keeps the calibrated and searched model for other processes. options: of the recipe (overrides,
+    first_last_bits, fully_quantized, ...). What `compile` returns equals what `fxquant.compile` returns for the same
+    budget, allocator and options.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Prepared:
         seed: int = 0,
         batch_size: int = 8,
         progress: ProgressReporter | None = None,
+        cache: str | PathLike[str] | None = None,
         card: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -58,7 +62,9 @@ class Prepared:
         check_images(calibration)
         self.model, self.calibration, self.card = model, calibration, dict(card or {})
         self._recipe, self._options = recipe_named(recipe), options
-        self._context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
+        self._context = PassContext(
+            calibration, batch_size, seed, cache=Cache(cache), progress=progress or SilentProgress()
+        )
 
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
         """The whole pipeline of one point."""
@@ -81,16 +87,17 @@ class Prepared:
     @cached_property
     def _searched(self) -> GraphModule:
         """The graph as it is before bits are allocated; no budget has any say in it."""
-        pipeline = self.pipeline("W8A8").without(CheckBudget)
-        return pipeline[: pipeline.position(AllocateBits)].run(self._traced, self._context)
+        prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
+        return run_prefix(prefix, self._traced, self._context)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
         """The model quantized within one budget; calibrates on the first call only."""
         self.check(budget, allocator)
         pipeline = self.pipeline(budget, allocator)
+        _, rest = split(pipeline)
         searched = self._searched
         context = replace(self._context, journal=Journal(list(self._context.journal.entries)))
-        quantized = pipeline[pipeline.position(AllocateBits) :].run(searched, context)
+        quantized = rest.run(searched, context)
         card = protocol_card(self.model, self.calibration, pipeline, quantized, context)
         return Compiled(
             quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}

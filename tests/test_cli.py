@@ -71,6 +71,19 @@ def test_compile(compiled: tuple[Path, Any]) -> None:
     assert str(folder) not in json.dumps(card)
 
 
+def test_a_second_budget_recalls_what_was_searched(tmp_path: Path) -> None:
+    common = ["compile", "embedded", "--images", "4", "--allocator", "greedy"]
+    first, second = (run(*common, budget, "--cache", tmp_path) for budget in ("W5A5", "W4A4"))
+    plain = run(*common, "W4A4", "--no-cache", "--json")
+    assert "recalled" not in first.stderr + plain.stderr
+    assert f"recalled from {tmp_path}" in second.stderr
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert (
+        json.loads(run(*common, "W4A4", "--cache", tmp_path, "--json").stdout)["layers"]
+        == (json.loads(plain.stdout)["layers"])
+    )
+
+
 def test_inspect_reads_texts_only(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     path = compiled[0] / "m.fxq"
     whole = str(fxquant.load(path).report())
@@ -185,6 +198,8 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--override", "nothing*=4"], "matches no layer"),
         (["compile", "embedded", "W4A4", "--out", "missing/m.fxq"], "there is no folder missing"),
         (["compile", "embedded", "W4A4", "--picture", "m.png"], "ends in .svg or .dot"),
+        (["compile", "embedded", "W4A4", "--cache", "c", "--no-cache"], "give one of them"),
+        (["compile", "embedded", "W4A4", "--cache", "/dev/null/c"], "cannot be made"),
         (["compile", "embedded", "W4A4", "--mean", "a"], "mean must be numbers"),
         (["compile", "embedded", "W4A4", "--calibration", "missing"], "missing does not exist"),
         (["compile", "vit_tiny_patch16_224", "W4A4"], "give calibration images"),

@@ -27,6 +27,8 @@ def compile_model(
     batch_size: o.BatchSize = 8,
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
     report: Annotated[Path | None, typer.Option(help="Report to write as JSON.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
     picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg or .dot.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
@@ -47,6 +49,7 @@ def compile_model(
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)
+    kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
@@ -56,8 +59,10 @@ def compile_model(
         quantized = compile(
             named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
             first_last_bits=first_last_bits, fully_quantized=fully_quantized, seed=seed, batch_size=batch_size,
-            progress=progress, card=card,
+            progress=progress, cache=kept, card=card,
         )  # fmt: skip
+    if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
+        say(f"calibrated and searched before: recalled from {kept}")
     summary = quantized.report()
     if out is not None:
         quantized.save(out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.errors import BudgetError, DataError, OverrideError
+from fxquant.errors import ArtefactError, BudgetError, DataError, OverrideError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,11 @@ ImageSize = Annotated[int | None, typer.Option(help="Height and width of the mod
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized image that the centre crop keeps.")]
 Mean = Annotated[str | None, typer.Option(help="Per channel, comma-separated: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(help="Per channel, comma-separated.")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder that keeps calibrated models; the user's cache folder if not given."),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and use nothing kept.")]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.")]
 
 
@@ -56,6 +61,27 @@ def allocator_named(name: str | None) -> Allocator | None:
     if name is not None and name not in known:
         raise BudgetError(f"no allocator is called {name!r}; there are {', '.join(known)}")
     return None if name is None else known[name]
+
+
+def cache_folder(folder: Path | None, no_cache: bool) -> Path | None:
+    """Where calibrated models are kept: the folder given, else the user's own; None for nowhere.
+
+    Raises DataError for a folder together with no_cache, ArtefactError for a folder given that cannot be made.
+    """
+    from fxquant.cache import Cache, user_folder
+    from fxquant.commands.console import warn
+
+    if no_cache:
+        if folder is not None:
+            raise DataError("--cache says where to keep results and --no-cache says not to: give one of them")
+        return None
+    try:
+        return Cache(folder or user_folder()).folder
+    except ArtefactError as error:
+        if folder is not None:
+            raise
+        warn(f"{error}; going on without (--cache FOLDER, or --no-cache)")
+        return None
 
 
 def parse_overrides(texts: list[str] | None) -> dict[str, Bits]:

@@ -36,6 +36,8 @@ def sweep_budgets(
     batch_size: o.BatchSize = 8,
     limit: o.Limit = None,
     results: Annotated[Path | None, typer.Option(help="JSON file of results; points already in it are kept.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
     plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
@@ -58,7 +60,7 @@ def sweep_budgets(
     o.check_output(results, plot)
     if plot is not None:
         check_plot(plot)
-    kept = Results(results)
+    kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded")
@@ -67,9 +69,9 @@ def sweep_budgets(
     options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}
     settings = signature(named.model, found, card, options, seed, batch_size, tested.name, tested.count, limit)
     with RichProgress() as progress:
-        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, **options}
+        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
         prepared = {
-            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common)
+            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common, **options)
             for name in map(str.strip, recipe.split(","))
         }
 
