@@ -19,7 +19,6 @@ from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Fact
 from fxquant.runtime.searched import searched_from_file, searched_to_file
 from fxquant.runtime.untrusted import from_json, to_json
-from passes.assign_roles import AssignRoles
 from passes.check_budget import CheckBudget
 from passes.contract import JournalEntry, PassContext
 from passes.pipeline import Pipeline
@@ -35,7 +34,8 @@ def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
 def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule:
     """The graph after these passes, recalled or made. Recalled passes enter the journal with 0 s and `recalled`.
 
-    Budgets are checked either way. Raises what the passes raise.
+    A budget that cannot be met is refused here only where nothing is recalled: `check_budget` comes first. Raises what
+    the passes raise.
     """
     if context.cache.folder is None or not _can_be_kept(prefix):
         return prefix.run(traced, context)
@@ -54,6 +54,16 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> G
     except ArtefactError:
         return searched  # a graph that no file can hold is a result all the same
     return searched
+
+
+def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:
+    """Refuse a budget before anything long is done. with_roles: the traced model after AssignRoles; unchanged.
+
+    Raises InfeasibleBudgetError or OverrideError.
+    """
+    for step in pipeline:
+        if isinstance(step, CheckBudget):
+            step.apply(with_roles, PassContext())
 
 
 def _can_be_kept(prefix: Pipeline) -> bool:
@@ -77,8 +87,6 @@ def _recall(key: str, prefix: Pipeline, traced: GraphModule, context: PassContex
     remaining = iter(entries)
     for step in prefix:
         if isinstance(step, CheckBudget):
-            # It reads roles and edges, which the observers of a searched graph would hide.
-            Pipeline([AssignRoles(), step]).run(traced, PassContext())
             context.journal.close_step(repr(step), 0, 0.0, entries[0].peak_mib)
             continue
         entry = next(remaining)

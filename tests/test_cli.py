@@ -49,7 +49,7 @@ def test_version() -> None:
 
 
 def test_help_of_every_command() -> None:
-    for command in ("demo", "compile", "inspect", "evaluate", "sweep"):
+    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize"):
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout
@@ -82,6 +82,23 @@ def test_a_second_budget_recalls_what_was_searched(tmp_path: Path) -> None:
         json.loads(run(*common, "W4A4", "--cache", tmp_path, "--json").stdout)["layers"]
         == (json.loads(plain.stdout)["layers"])
     )
+
+
+def test_synthesize_and_compile_without_data(tmp_path: Path) -> None:
+    out, sheet = tmp_path / "made.npz", tmp_path / "made.png"
+    result = run("synthesize", "embedded", "--count", 3, "--steps", 2, "--out", out, "--sheet", sheet, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["shape"] == [3, 1, 28, 28]
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    quick = ["--images", "3", "--allocator", "greedy", "--no-cache", "--json"]
+    given = run("compile", "embedded", "W4A4", *quick, "--calibration", out)
+    made = run("compile", "embedded", "W4A4", *quick, "--synthesis-steps", "2")
+    assert "synthesised (PSAQ-ViT, 3 images, 2 x 2 steps, seed 0)" in made.stderr
+    found, same = json.loads(made.stdout), json.loads(given.stdout)
+    assert found["card"]["calibration"] == "synthesised (PSAQ-ViT, 3 images, 2 x 2 steps, seed 0)"
+    assert (found["card"]["calibration_data"], same["card"]["calibration_data"]) == ("none", "made.npz")
+    assert found["totals"]["predicted_loss"] > 0
+    assert same["totals"]["predicted_loss"] > 0
 
 
 def test_inspect_reads_texts_only(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +219,8 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--cache", "/dev/null/c"], "cannot be made"),
         (["compile", "embedded", "W4A4", "--mean", "a"], "mean must be numbers"),
         (["compile", "embedded", "W4A4", "--calibration", "missing"], "missing does not exist"),
-        (["compile", "vit_tiny_patch16_224", "W4A4"], "give calibration images"),
+        (["compile", "embedded", "W4A4", "--calibration", "x", "--synthesis-steps", "3"], "give one of them"),
+        (["synthesize", "embedded", "--out", "x.png"], "must end in .npz"),
         (["evaluate", "vit_tiny_patch16_224"], "give labelled images"),
         (["evaluate", "missing.fxq"], "missing.fxq is not there"),
         (["inspect", "missing.fxq"], "missing.fxq is not there"),

@@ -18,6 +18,7 @@ def compile_model(
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     images: o.Images = 32,
+    synthesis_steps: o.SynthesisSteps = None,
     recipe: o.Recipe = "mptq_vit",
     allocator: o.AllocatorName = None,
     override: o.Override = None,
@@ -38,6 +39,8 @@ def compile_model(
     json: o.Json = False,
 ) -> None:
     """Quantize a Vision Transformer within a budget."""
+    from torch import Tensor
+
     from allocators.budget import Budget
     from fxquant.commands.console import emit, say, show, to_json
     from fxquant.compiler import compile
@@ -52,8 +55,8 @@ def compile_model(
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
-    data = "embedded" if calibration is None else calibration.name
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
+    data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
     card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
     with RichProgress() as progress:
         quantized = compile(

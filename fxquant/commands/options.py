@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from allocators.overrides import Bits
     from fxquant.data import ImageData, Preprocessing
     from fxquant.models import NamedModel
+    from fxquant.synthesis.synthesize import Synthesis
 
 Json = Annotated[bool, typer.Option("--json", help="Pure JSON on stdout; everything else goes to stderr.")]
 Model = Annotated[str, typer.Argument(help='A timm architecture, or "embedded".')]
@@ -25,11 +26,13 @@ ModelOption = Annotated[
     list[str] | None, typer.Option("--model-option", help="name=value for timm.create_model, such as img_size=96.")
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="Folder or .npz of images, no labels needed; the embedded model has its own.")
+    Path | None, typer.Option(help="Folder or .npz of images, no labels; else made from the model alone.")
 ]
 Data = Annotated[Path | None, typer.Option(help="Class folders, or .npz with labels; the embedded model has its own.")]
 Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
+STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
+SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
 Recipe = Annotated[str, typer.Option(help="mptq_vit, mptq_vit_plus, tsptq_vit or naive_min_max.")]
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help="milp, greedy, uniform; else the recipe's own.")]
 Override = Annotated[
@@ -142,18 +145,47 @@ def labelled_images(path: Path | None, preprocessing: Preprocessing, is_embedded
     return data
 
 
+def synthesis(
+    preprocessing: Preprocessing, count: int, steps: int | None = None, learning_rate: float | None = None
+) -> Synthesis:
+    """How images are made for a model that takes such pictures."""
+    from fxquant.synthesis.synthesize import Synthesis
+
+    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    return Synthesis(
+        count,
+        image_shape=preprocessing.input_size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
 def calibration_images(
-    path: Path | None, count: int, preprocessing: Preprocessing, seed: int, is_embedded: bool
-) -> Tensor:
-    """Calibration images (N, C, H, W), the embedded ones where no path is needed. Raises DataError."""
+    path: Path | None,
+    count: int,
+    preprocessing: Preprocessing,
+    seed: int,
+    is_embedded: bool,
+    steps: int | None = None,
+) -> Tensor | Synthesis:
+    """Calibration images (N, C, H, W), the embedded ones where no path is needed, else how to make them.
+
+    steps: of the synthesis; who gives them asks for one. Raises DataError.
+    """
     from fxquant import embedded
+    from fxquant.commands.console import say
     from fxquant.data import load_images
 
+    if path is not None and steps is not None:
+        raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")
     if path is not None:
         return load_images(path, count, preprocessing, seed)
-    if not is_embedded:
-        raise DataError("give calibration images: --calibration FOLDER or --calibration FILE.npz")
-    return embedded.calibration_images(count)
+    if is_embedded and steps is None:
+        return embedded.calibration_images(count)
+    options = synthesis(preprocessing, count, steps)
+    say(f"no calibration images are given, so they are {options.described(seed)}")
+    return options
 
 
 def check_output(*paths: Path | None) -> None:

@@ -26,6 +26,7 @@ def sweep_budgets(
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     images: o.Images = 32,
+    synthesis_steps: o.SynthesisSteps = None,
     recipe: Annotated[
         str, typer.Option(help="One or more of mptq_vit, mptq_vit_plus, tsptq_vit, naive_min_max.")
     ] = "mptq_vit",
@@ -47,6 +48,8 @@ def sweep_budgets(
     json: o.Json = False,
 ) -> None:
     """Measure accuracy over budgets, recipes and allocators."""
+    from torch import Tensor
+
     from allocators.budget import Budget
     from fxquant.cache import signature
     from fxquant.commands.console import emit, show
@@ -64,10 +67,11 @@ def sweep_budgets(
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded")
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
     options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}
-    settings = signature(named.model, found, card, options, seed, batch_size, tested.name, tested.count, limit)
+    data_used = found if isinstance(found, Tensor) else repr(found)
+    settings = signature(named.model, data_used, card, options, seed, batch_size, tested.name, tested.count, limit)
     with RichProgress() as progress:
         common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
         prepared = {
