@@ -22,16 +22,19 @@ from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
+from allocators.cost_table import CostTable
 from fxquant.cache import Cache, signature
 from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
+from fxquant.graph.annotation import nodes_with_role
 from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate_bits import allocation_of
+from passes.allocate_bits import AllocateBits, allocation_of
 from passes.check_budget import CheckBudget
 from passes.contract import Journal, ProgressReporter, SilentProgress
+from passes.insert_observers import observers_of
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -85,6 +88,13 @@ class Prepared:
         """The graph as it is before bits are allocated; no budget has any say in it."""
         prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
         return run_prefix(prefix, self._source.traced, self._source.context)
+
+    def cost_table(self) -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only."""
+        found = self._searched
+        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
+        allocate = next(step for step in self.pipeline("W8A8") if isinstance(step, AllocateBits))
+        return allocate.cost_table(found, nodes)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
         """The model quantized within one budget; calibrates on the first call only."""

@@ -49,7 +49,7 @@ def test_version() -> None:
 
 
 def test_help_of_every_command() -> None:
-    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize"):
+    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier"):
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout
@@ -220,6 +220,8 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--mean", "a"], "mean must be numbers"),
         (["compile", "embedded", "W4A4", "--calibration", "missing"], "missing does not exist"),
         (["compile", "embedded", "W4A4", "--calibration", "x", "--synthesis-steps", "3"], "give one of them"),
+        (["frontier", "embedded", "--limits", "4,1"], "minimum reachable 2"),
+        (["frontier", "embedded", "--axis", "bits", "--limits", "4"], "runs along one of"),
         (["synthesize", "embedded", "--out", "x.png"], "must end in .npz"),
         (["evaluate", "vit_tiny_patch16_224"], "give labelled images"),
         (["evaluate", "missing.fxq"], "missing.fxq is not there"),
