@@ -45,12 +45,12 @@ _LEAST_PATCHES = 3
 class Synthesis:
     """How calibration images are made.
 
-    count: images. steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on,
-    accuracy after quantization rises by no more than its standard error (docs/methods.md). learning_rate: of Adam on pixels of unit variance; 0.25
-    is the paper's for Swin. variation: the range V* is drawn from, in units of the picture's range.
-    jitter: largest shift in the second stage, as a share of the image's side. image_shape (channels, height, width),
-    mean, std (of the model's normalisation, per channel): where the model does not say. checkpoint_steps: how often
-    unfinished work is kept where there is a cache.
+    count: images. steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on
+    accuracy after quantization rises by no more than its standard error (docs/methods.md). learning_rate: of Adam on
+    normalised pixels; 0.25 is the paper's for Swin. variation: the range V* is drawn from at 224 x 224, in units of the
+    picture's range. jitter: largest shift in the second stage, as a share of the image's side. image_shape (channels,
+    height, width), mean, std (of the model's normalisation, per channel): where the model does not say.
+    checkpoint_steps: how often unfinished work is kept where there is a cache.
     """
 
     count: int = 32
