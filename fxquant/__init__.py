@@ -14,19 +14,35 @@ if TYPE_CHECKING:
     from allocators.budget import Budget
     from fxquant.compiler import Compiled, compile, load
     from fxquant.graph.tracing import trace
+    from fxquant.pareto import frontier
+    from fxquant.synthesis.synthesize import Synthesis, synthesize
     from passes.contract import PassContext
     from passes.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Compiled", "PassContext", "Pipeline", "compile", "load", "trace"]
+__all__ = [
+    "Budget",
+    "Compiled",
+    "PassContext",
+    "Pipeline",
+    "Synthesis",
+    "compile",
+    "frontier",
+    "load",
+    "synthesize",
+    "trace",
+]
 
 _HOMES = {
     "Budget": "allocators.budget",
     "Compiled": "fxquant.compiler",
     "PassContext": "passes.contract",
     "Pipeline": "passes.pipeline",
+    "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.compiler",
+    "frontier": "fxquant.pareto",
     "load": "fxquant.compiler",
+    "synthesize": "fxquant.synthesis.synthesize",
     "trace": "fxquant.graph.tracing",
 }
 

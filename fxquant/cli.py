@@ -1,4 +1,4 @@
-"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`.
+"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`.
 
 Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
 """
@@ -15,7 +15,9 @@ from fxquant.commands.compile_model import compile_model
 from fxquant.commands.demo import demo
 from fxquant.commands.evaluate_model import evaluate_model
 from fxquant.commands.inspect_artefact import inspect_artefact
+from fxquant.commands.show_frontier import show_frontier
 from fxquant.commands.sweep_budgets import sweep_budgets
+from fxquant.commands.synthesize_images import synthesize_images
 from fxquant.errors import FxQuantError
 
 
@@ -56,6 +58,8 @@ app.command("compile")(compile_model)
 app.command("inspect")(inspect_artefact)
 app.command("evaluate")(evaluate_model)
 app.command("sweep")(sweep_budgets)
+app.command("frontier")(show_frontier)
+app.command("synthesize")(synthesize_images)
 
 
 def main() -> None:

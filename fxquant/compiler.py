@@ -24,17 +24,20 @@ from torch.fx import GraphModule
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
+from fxquant.cache import Cache
 from fxquant.errors import ArtefactError, CalibrationError, PipelineError
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
-from fxquant.graph.tracing import trace
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
 from fxquant.runtime.layer_row import LayerRow
+from fxquant.synthesis.source import CalibrationSource
+from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
+from passes.contract import Journal, JournalEntry, ProgressReporter, SilentProgress
 from passes.pipeline import Pipeline
+from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
 from passes.substitute_quantizers import chosen
 
@@ -108,7 +111,7 @@ def compile(
     model: nn.Module,
     budget: Any,
     *,
-    calibration: Tensor,
+    calibration: Tensor | Synthesis | None = None,
     recipe: str | Pipeline = "mptq_vit",
     allocator: Allocator | None = None,
     overrides: Mapping[str, Bits] | None = None,
@@ -117,20 +120,24 @@ def compile(
     seed: int = 0,
     batch_size: int = 8,
     progress: ProgressReporter | None = None,
+    cache: str | PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
-    the model wants them; 32 are usual. recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its
-    own budget (give None) and options. allocator, overrides, first_last_bits, fully_quantized: see
-    `passes.recipes.assembly.Options`. seed: of every random draw. batch_size: images per calibration step, bounds
-    memory. card: entries to add to the protocol card, for example the data's name.
+    the model wants them; 32 are usual. None, or a Synthesis with options, makes them from the model alone. recipe: a
+    name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options. allocator,
+    overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. seed: of every random draw.
+    batch_size: images per calibration step, bounds memory. cache: folder in which what was calibrated, searched and
+    scored is kept, so that the next budget on the same model, images and options only allocates, in any process; None
+    keeps nothing. card: entries to add to the protocol card, for example the data's name.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError or
     PipelineError.
     """
-    check_images(calibration)
+    if calibration is not None and not isinstance(calibration, Synthesis):
+        check_images(calibration)
     if isinstance(recipe, Pipeline):
         if budget is not None or allocator is not None or overrides or first_last_bits is not None or fully_quantized:
             raise PipelineError(
@@ -141,10 +148,12 @@ def compile(
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
-    traced = trace(model, calibration[:2])
-    quantized = pipeline.run(traced, context)
-    protocol = protocol_card(model, calibration, pipeline, quantized, context)
+    source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress())
+    prefix, rest = split(pipeline)
+    check_budget(prefix, source.with_roles)
+    context = source.context
+    quantized = rest.run(run_prefix(prefix, source.traced, context), context)
+    protocol = protocol_card(model, source, pipeline, quantized)
     return Compiled(
         quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}
     )
@@ -204,7 +213,7 @@ def _decibel(ratio: float) -> float:
 
 
 def protocol_card(
-    model: nn.Module, calibration: Tensor, pipeline: Pipeline, graph_module: GraphModule, context: PassContext
+    model: nn.Module, source: CalibrationSource, pipeline: Pipeline, graph_module: GraphModule
 ) -> dict[str, Any]:
     """How the numbers came about, as JSON values."""
     quantized = {annotation_of(n).role for n in nodes_with_role(graph_module) if annotation_of(n).activation_bits}
@@ -216,10 +225,11 @@ def protocol_card(
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "calibration_images": len(calibration),
-        "image_shape": list(calibration.shape[1:]),
+        "calibration": source.described,
+        "calibration_images": len(source.images),
+        "image_shape": list(source.images.shape[1:]),
         "labels_used": False,
-        "seed": context.seed,
+        "seed": source.context.seed,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],
         "first_last_weight_bits": bits_by_role,

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,77 +22,89 @@ from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
-from fxquant.cache import signature
+from allocators.cost_table import CostTable
+from fxquant.cache import Cache, signature
 from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
-from fxquant.graph.tracing import trace
+from fxquant.graph.annotation import nodes_with_role
 from fxquant.runtime.container import write_file
+from fxquant.synthesis.source import CalibrationSource
+from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import AllocateBits, allocation_of
-from passes.assign_roles import AssignRoles
 from passes.check_budget import CheckBudget
-from passes.contract import Journal, PassContext, ProgressReporter, SilentProgress
+from passes.contract import Journal, ProgressReporter, SilentProgress
+from passes.insert_observers import observers_of
 from passes.pipeline import Pipeline
+from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
 
 
 class Prepared:
     """A model calibrated and searched once, to be compiled for any number of budgets and allocators.
 
-    options: of the recipe (overrides, first_last_bits, fully_quantized, ...). What `compile` returns equals what
-    `fxquant.compile` returns for the same budget, allocator and options.
+    cache: folder that keeps the calibrated and searched model for other processes. options: of the recipe (overrides,
+    first_last_bits, fully_quantized, ...). What `compile` returns equals what `fxquant.compile` returns for the same
+    budget, allocator and options.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        calibration: Tensor,
+        calibration: Tensor | Synthesis | None = None,
         *,
         recipe: str = "mptq_vit",
         seed: int = 0,
         batch_size: int = 8,
         progress: ProgressReporter | None = None,
+        cache: str | PathLike[str] | None = None,
         card: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Check the images; nothing runs before `check` or `compile`. Raises CalibrationError, PipelineError."""
-        check_images(calibration)
-        self.model, self.calibration, self.card = model, calibration, dict(card or {})
+        if calibration is not None and not isinstance(calibration, Synthesis):
+            check_images(calibration)
+        self.model, self.card = model, dict(card or {})
         self._recipe, self._options = recipe_named(recipe), options
-        self._context = PassContext(calibration, batch_size, seed, progress=progress or SilentProgress())
+        self._source = CalibrationSource(
+            model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress()
+        )
+
+    @property
+    def calibration(self) -> Tensor:
+        """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
+        return self._source.images
 
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
         """The whole pipeline of one point."""
         return self._recipe(budget, allocator=allocator, **self._options)
 
-    @cached_property
-    def _traced(self) -> GraphModule:
-        return trace(self.model, self.calibration[:2])
-
-    @cached_property
-    def _with_roles(self) -> GraphModule:
-        return Pipeline([AssignRoles()]).run(self._traced, PassContext())
-
     def check(self, budget: Any, allocator: Allocator | None = None) -> None:
         """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
-        for step in self.pipeline(budget, allocator):
-            if isinstance(step, CheckBudget):
-                step.apply(self._with_roles, PassContext())
+        check_budget(self.pipeline(budget, allocator), self._source.with_roles)
 
     @cached_property
     def _searched(self) -> GraphModule:
         """The graph as it is before bits are allocated; no budget has any say in it."""
-        pipeline = self.pipeline("W8A8").without(CheckBudget)
-        return pipeline[: pipeline.position(AllocateBits)].run(self._traced, self._context)
+        prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
+        return run_prefix(prefix, self._source.traced, self._source.context)
+
+    def cost_table(self) -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only."""
+        found = self._searched
+        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
+        allocate = next(step for step in self.pipeline("W8A8") if isinstance(step, AllocateBits))
+        return allocate.cost_table(found, nodes)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
         """The model quantized within one budget; calibrates on the first call only."""
         self.check(budget, allocator)
         pipeline = self.pipeline(budget, allocator)
+        _, rest = split(pipeline)
         searched = self._searched
-        context = replace(self._context, journal=Journal(list(self._context.journal.entries)))
-        quantized = pipeline[pipeline.position(AllocateBits) :].run(searched, context)
-        card = protocol_card(self.model, self.calibration, pipeline, quantized, context)
+        context = replace(self._source.context, journal=Journal(list(self._source.context.journal.entries)))
+        quantized = rest.run(searched, context)
+        card = protocol_card(self.model, self._source, pipeline, quantized)
         return Compiled(
             quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
         )

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.fx import GraphModule
 
-from fxquant.cache import Cache, signature
+from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
 
@@ -116,7 +116,7 @@ class PassContext:
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
-        versions = [importlib.metadata.version(name) for name in ("torch", "timm", "fxquant")]
+        versions = [*(importlib.metadata.version(name) for name in ("torch", "timm", "fxquant")), code_signature()]
         return signature(graph_module, graph_module.code, self.images, self.seed, versions, *settings)
 
     def note(self, **notes: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from fxquant.cache import Cache
+from fxquant.cache import Cache, code_signature, user_folder
 from fxquant.errors import ArtefactError
 
 
@@ -29,3 +31,49 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtefactError, match="cannot be made"):
         Cache(tmp_path / "file")
+
+
+def test_tensors_and_texts(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    assert cache.read("k") is None
+    cache.write("k", {"a": "text"}, {"x": torch.arange(3)})
+    texts, tensors = Cache(tmp_path).read("k") or ({}, {})
+    assert texts["a"] == "text"
+    assert torch.equal(tensors["x"], torch.arange(3))
+    cache.forget("k")
+    assert cache.read("k") is None
+    assert Cache().read("k") is None
+    Cache().write("k", {}, {})
+
+
+def test_the_longest_unused_files_make_room_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_bytes(bytes(10_000))
+    cache = Cache(tmp_path, limit_bytes=5_000)
+    keys = [f"{index:016x}" for index in range(4)]
+    for age, key in enumerate(keys[:3]):
+        cache.recall(key, lambda: "a" * 2_000)
+        os.utime(tmp_path / f"{key}.json", (age, age))
+        cache = Cache(tmp_path, limit_bytes=5_000)
+    assert Cache(tmp_path).recall(keys[1], lambda: pytest.fail("made again"))
+    cache.recall(keys[3], lambda: "a" * 2_000)
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.txt", f"{keys[1]}.json", f"{keys[3]}.json"}
+
+
+def test_a_result_that_cannot_be_kept_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise ArtefactError("no space left")
+
+    monkeypatch.setattr("fxquant.cache.write_file", full)
+    with pytest.warns(UserWarning, match="no space left"):
+        assert Cache(tmp_path).recall("k", lambda: 7) == 7
+
+
+def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_folder() == tmp_path / "fxquant"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert user_folder().is_relative_to(Path.home())
+
+
+def test_the_sources_are_part_of_the_key() -> None:
+    assert len(code_signature()) == 16

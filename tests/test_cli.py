@@ -49,7 +49,7 @@ def test_version() -> None:
 
 
 def test_help_of_every_command() -> None:
-    for command in ("demo", "compile", "inspect", "evaluate", "sweep"):
+    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier"):
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout
@@ -69,6 +69,36 @@ def test_compile(compiled: tuple[Path, Any]) -> None:
     assert card["recipe"] == "mptq_vit"
     assert card["preprocessing"]["input_size"] == [1, 28, 28]
     assert str(folder) not in json.dumps(card)
+
+
+def test_a_second_budget_recalls_what_was_searched(tmp_path: Path) -> None:
+    common = ["compile", "embedded", "--images", "4", "--allocator", "greedy"]
+    first, second = (run(*common, budget, "--cache", tmp_path) for budget in ("W5A5", "W4A4"))
+    plain = run(*common, "W4A4", "--no-cache", "--json")
+    assert "recalled" not in first.stderr + plain.stderr
+    assert f"recalled from {tmp_path}" in second.stderr
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert (
+        json.loads(run(*common, "W4A4", "--cache", tmp_path, "--json").stdout)["layers"]
+        == (json.loads(plain.stdout)["layers"])
+    )
+
+
+def test_synthesize_and_compile_without_data(tmp_path: Path) -> None:
+    out, sheet = tmp_path / "made.npz", tmp_path / "made.png"
+    result = run("synthesize", "embedded", "--count", 3, "--steps", 2, "--out", out, "--sheet", sheet, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["shape"] == [3, 1, 28, 28]
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    quick = ["--images", "3", "--allocator", "greedy", "--no-cache", "--json"]
+    given = run("compile", "embedded", "W4A4", *quick, "--calibration", out)
+    made = run("compile", "embedded", "W4A4", *quick, "--synthesis-steps", "2")
+    assert "synthesised (PSAQ-ViT, 3 images, 2 x 2 steps, seed 0)" in made.stderr
+    found, same = json.loads(made.stdout), json.loads(given.stdout)
+    assert found["card"]["calibration"] == "synthesised (PSAQ-ViT, 3 images, 2 x 2 steps, seed 0)"
+    assert (found["card"]["calibration_data"], same["card"]["calibration_data"]) == ("none", "made.npz")
+    assert found["totals"]["predicted_loss"] > 0
+    assert same["totals"]["predicted_loss"] > 0
 
 
 def test_inspect_reads_texts_only(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +215,14 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--override", "nothing*=4"], "matches no layer"),
         (["compile", "embedded", "W4A4", "--out", "missing/m.fxq"], "there is no folder missing"),
         (["compile", "embedded", "W4A4", "--picture", "m.png"], "ends in .svg or .dot"),
+        (["compile", "embedded", "W4A4", "--cache", "c", "--no-cache"], "give one of them"),
+        (["compile", "embedded", "W4A4", "--cache", "/dev/null/c"], "cannot be made"),
         (["compile", "embedded", "W4A4", "--mean", "a"], "mean must be numbers"),
         (["compile", "embedded", "W4A4", "--calibration", "missing"], "missing does not exist"),
-        (["compile", "vit_tiny_patch16_224", "W4A4"], "give calibration images"),
+        (["compile", "embedded", "W4A4", "--calibration", "x", "--synthesis-steps", "3"], "give one of them"),
+        (["frontier", "embedded", "--limits", "4,1"], "minimum reachable 2"),
+        (["frontier", "embedded", "--axis", "bits", "--limits", "4"], "runs along one of"),
+        (["synthesize", "embedded", "--out", "x.png"], "must end in .npz"),
         (["evaluate", "vit_tiny_patch16_224"], "give labelled images"),
         (["evaluate", "missing.fxq"], "missing.fxq is not there"),
         (["inspect", "missing.fxq"], "missing.fxq is not there"),

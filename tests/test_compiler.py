@@ -40,6 +40,17 @@ def pixel(value: float) -> Tensor:
     return x
 
 
+class Unsized(nn.Module):
+    """Says nothing of its images' size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
 BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "no images": ({"calibration": images(0)}, CalibrationError, "0 calibration images"),
     "uint8 images": (
@@ -51,7 +62,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "infinite pixel": ({"calibration": pixel(float("inf"))}, CalibrationError, "image 2 has NaN or infinite"),
     "one image without a batch": ({"calibration": images(1)[0]}, CalibrationError, "N, C, H, W"),
     "a list": ({"calibration": [1, 2]}, CalibrationError, "found list"),
-    "nothing": ({"calibration": None}, CalibrationError, "found NoneType"),
+    "nothing, and no image size": ({"model": Unsized(), "calibration": None}, CalibrationError, "image_shape="),
     "wrong size": ({"calibration": images(4, 48)}, CalibrationError, "32"),
     "wrong channels": ({"calibration": images(4, 32, 1)}, CalibrationError, "3"),
     "double images, float model": ({"calibration": images(4).double()}, CalibrationError, "float64"),

@@ -18,6 +18,7 @@ def compile_model(
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     images: o.Images = 32,
+    synthesis_steps: o.SynthesisSteps = None,
     recipe: o.Recipe = "mptq_vit",
     allocator: o.AllocatorName = None,
     override: o.Override = None,
@@ -27,6 +28,8 @@ def compile_model(
     batch_size: o.BatchSize = 8,
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
     report: Annotated[Path | None, typer.Option(help="Report to write as JSON.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
     picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg or .dot.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
@@ -36,6 +39,8 @@ def compile_model(
     json: o.Json = False,
 ) -> None:
     """Quantize a Vision Transformer within a budget."""
+    from torch import Tensor
+
     from allocators.budget import Budget
     from fxquant.commands.console import emit, say, show, to_json
     from fxquant.compiler import compile
@@ -47,17 +52,20 @@ def compile_model(
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)
+    kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
-    data = "embedded" if calibration is None else calibration.name
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
+    data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
     card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
     with RichProgress() as progress:
         quantized = compile(
             named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
             first_last_bits=first_last_bits, fully_quantized=fully_quantized, seed=seed, batch_size=batch_size,
-            progress=progress, card=card,
+            progress=progress, cache=kept, card=card,
         )  # fmt: skip
+    if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
+        say(f"calibrated and searched before: recalled from {kept}")
     summary = quantized.report()
     if out is not None:
         quantized.save(out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.errors import BudgetError, DataError, OverrideError
+from fxquant.errors import ArtefactError, BudgetError, DataError, OverrideError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from allocators.overrides import Bits
     from fxquant.data import ImageData, Preprocessing
     from fxquant.models import NamedModel
+    from fxquant.synthesis.synthesize import Synthesis
 
 Json = Annotated[bool, typer.Option("--json", help="Pure JSON on stdout; everything else goes to stderr.")]
 Model = Annotated[str, typer.Argument(help='A timm architecture, or "embedded".')]
@@ -25,14 +26,15 @@ ModelOption = Annotated[
     list[str] | None, typer.Option("--model-option", help="name=value for timm.create_model, such as img_size=96.")
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="Folder or .npz of images, no labels needed; the embedded model has its own.")
+    Path | None, typer.Option(help="Folder or .npz of images, no labels; else made from the model alone.")
 ]
 Data = Annotated[Path | None, typer.Option(help="Class folders, or .npz with labels; the embedded model has its own.")]
 Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
-Recipe = Annotated[
-    str, typer.Option(help="A name in passes.recipes.RECIPES, such as mptq_vit, adalog or naive_min_max.")
-]
+STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
+SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
+RECIPE_HELP = "mptq_vit, mptq_vit_plus, adalog, repq_vit, tsptq_vit, naive_min_max."
+Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help="milp, greedy, uniform; else the recipe's own.")]
 Override = Annotated[
     list[str] | None, typer.Option(help="layer=6 or layer=4/8 (weight/activation); name, role or glob. Repeatable.")
@@ -45,6 +47,11 @@ ImageSize = Annotated[int | None, typer.Option(help="Height and width of the mod
 CropPct = Annotated[float | None, typer.Option(help="Share of the resized image that the centre crop keeps.")]
 Mean = Annotated[str | None, typer.Option(help="Per channel, comma-separated: 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(help="Per channel, comma-separated.")]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder that keeps calibrated models; the user's cache folder if not given."),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and use nothing kept.")]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.")]
 
 
@@ -58,6 +65,27 @@ def allocator_named(name: str | None) -> Allocator | None:
     if name is not None and name not in known:
         raise BudgetError(f"no allocator is called {name!r}; there are {', '.join(known)}")
     return None if name is None else known[name]
+
+
+def cache_folder(folder: Path | None, no_cache: bool) -> Path | None:
+    """Where calibrated models are kept: the folder given, else the user's own; None for nowhere.
+
+    Raises DataError for a folder together with no_cache, ArtefactError for a folder given that cannot be made.
+    """
+    from fxquant.cache import Cache, user_folder
+    from fxquant.commands.console import warn
+
+    if no_cache:
+        if folder is not None:
+            raise DataError("--cache says where to keep results and --no-cache says not to: give one of them")
+        return None
+    try:
+        return Cache(folder or user_folder()).folder
+    except ArtefactError as error:
+        if folder is not None:
+            raise
+        warn(f"{error}; going on without (--cache FOLDER, or --no-cache)")
+        return None
 
 
 def parse_overrides(texts: list[str] | None) -> dict[str, Bits]:
@@ -118,18 +146,47 @@ def labelled_images(path: Path | None, preprocessing: Preprocessing, is_embedded
     return data
 
 
+def synthesis(
+    preprocessing: Preprocessing, count: int, steps: int | None = None, learning_rate: float | None = None
+) -> Synthesis:
+    """How images are made for a model that takes such pictures."""
+    from fxquant.synthesis.synthesize import Synthesis
+
+    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    return Synthesis(
+        count,
+        image_shape=preprocessing.input_size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
 def calibration_images(
-    path: Path | None, count: int, preprocessing: Preprocessing, seed: int, is_embedded: bool
-) -> Tensor:
-    """Calibration images (N, C, H, W), the embedded ones where no path is needed. Raises DataError."""
+    path: Path | None,
+    count: int,
+    preprocessing: Preprocessing,
+    seed: int,
+    is_embedded: bool,
+    steps: int | None = None,
+) -> Tensor | Synthesis:
+    """Calibration images (N, C, H, W), the embedded ones where no path is needed, else how to make them.
+
+    steps: of the synthesis; who gives them asks for one. Raises DataError.
+    """
     from fxquant import embedded
+    from fxquant.commands.console import say
     from fxquant.data import load_images
 
+    if path is not None and steps is not None:
+        raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")
     if path is not None:
         return load_images(path, count, preprocessing, seed)
-    if not is_embedded:
-        raise DataError("give calibration images: --calibration FOLDER or --calibration FILE.npz")
-    return embedded.calibration_images(count)
+    if is_embedded and steps is None:
+        return embedded.calibration_images(count)
+    options = synthesis(preprocessing, count, steps)
+    say(f"no calibration images are given, so they are {options.described(seed)}")
+    return options
 
 
 def check_output(*paths: Path | None) -> None:

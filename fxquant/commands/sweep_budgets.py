@@ -26,6 +26,7 @@ def sweep_budgets(
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     images: o.Images = 32,
+    synthesis_steps: o.SynthesisSteps = None,
     recipe: Annotated[
         str, typer.Option(help="One or more of mptq_vit, mptq_vit_plus, tsptq_vit, naive_min_max.")
     ] = "mptq_vit",
@@ -36,6 +37,8 @@ def sweep_budgets(
     batch_size: o.BatchSize = 8,
     limit: o.Limit = None,
     results: Annotated[Path | None, typer.Option(help="JSON file of results; points already in it are kept.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
     plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
@@ -45,6 +48,8 @@ def sweep_budgets(
     json: o.Json = False,
 ) -> None:
     """Measure accuracy over budgets, recipes and allocators."""
+    from torch import Tensor
+
     from allocators.budget import Budget
     from fxquant.cache import signature
     from fxquant.commands.console import emit, show
@@ -58,18 +63,19 @@ def sweep_budgets(
     o.check_output(results, plot)
     if plot is not None:
         check_plot(plot)
-    kept = Results(results)
+    kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded")
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded")
+    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
     options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}
-    settings = signature(named.model, found, card, options, seed, batch_size, tested.name, tested.count, limit)
+    data_used = found if isinstance(found, Tensor) else repr(found)
+    settings = signature(named.model, data_used, card, options, seed, batch_size, tested.name, tested.count, limit)
     with RichProgress() as progress:
-        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, **options}
+        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
         prepared = {
-            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common)
+            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common, **options)
             for name in map(str.strip, recipe.split(","))
         }
 

@@ -102,7 +102,7 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tens
     try:
         outputs = [root(_images(example_bchw, batch_size)) for batch_size in _CHECKED_BATCH_SIZES]
     except Exception as error:
-        size = _known_image_shape(root)
+        size = known_image_shape(root)
         known = f"; the model takes (B, {', '.join(map(str, size))})" if size else ""
         raise CalibrationError(
             f"{type(root).__name__} refuses an example of shape {tuple(example_bchw.shape)} and dtype "
@@ -117,13 +117,13 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tens
     return outputs
 
 
-def _known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
+def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
     """(C, H, W) from the usual places: a patch embedding's image size, timm's default configuration."""
     for module in model.modules():
         size, projection = getattr(module, "img_size", None), getattr(module, "proj", None)
         if isinstance(size, tuple) and len(size) == 2 and isinstance(projection, nn.Conv2d):
             return (projection.in_channels, *size)
-    configuration = getattr(model, "default_cfg", None)
+    configuration = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     return tuple(configuration["input_size"]) if configuration and "input_size" in configuration else None
 
 

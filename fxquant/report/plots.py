@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -50,6 +50,29 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
         axes.axhline(float_top1, color="0.3", linestyle="--", linewidth=1, label=f"float32, {float_top1:.1f} %")
     axes.set_xlabel("mean bits (weights and activations)")
     axes.set_ylabel("top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_file(Path(path), content.getvalue())
+
+
+def plot_frontier(
+    path: str | PathLike[str], axis: str, limits: Sequence[float], losses: Mapping[str, Sequence[float]]
+) -> None:
+    """Losses by name over budgets, on a logarithmic scale where all are positive; written in one step.
+
+    Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
+    """
+    check_plot(path)
+    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for marker, (name, values) in zip("os^D" * 4, losses.items(), strict=False):
+        axes.plot(limits, values, marker=marker, markersize=4, label=name)
+    if all(value > 0 for values in losses.values() for value in values):
+        axes.set_yscale("log")
+    axes.set_xlabel(axis)
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     content = io.BytesIO()

@@ -161,10 +161,11 @@ def protocol(card: Mapping[str, Any]) -> Lines:
     """How the numbers came about."""
     ends = card.get("first_last_weight_bits", {})
     policy = "; ".join(f"{role} W{'/W'.join(map(str, bits))}" for role, bits in ends.items() if bits)
+    images = card.get("calibration_images", "?")
     labels = "labels used" if card.get("labels_used") else "no labels used"
     versions = ", ".join(f"{name} {version}" for name, version in card.get("versions", {}).items())
     lines = [
-        ("calibration", f"{card.get('calibration_images', '?')} images, {labels}"),
+        ("calibration", f"{card.get('calibration') or f'{images} images'}, {labels}"),
         ("seed", str(card.get("seed", "?"))),
         ("first, last", policy or "no such layers"),
         ("stays float", ", ".join(card.get("stays_float", ())) or "nothing"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ArtefactError
+from fxquant.quantizers.observers import Edge, Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.packing import WIDTHS, pack, unpack
@@ -85,13 +86,15 @@ def module_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return _quantized_weight_to_json(module, path)
     if isinstance(module, QuantizedMatmul):
-        left, left_state = _quantizer_to_json(module.left_quantizer, f"{path}.left_quantizer")
-        right, right_state = _quantizer_to_json(module.right_quantizer, f"{path}.right_quantizer")
+        left, left_state = quantizer_to_json(module.left_quantizer, f"{path}.left_quantizer")
+        right, right_state = quantizer_to_json(module.right_quantizer, f"{path}.right_quantizer")
         return {"class": "QuantizedMatmul", "left": left, "right": right}, left_state | right_state
     if isinstance(module, QuantizedInput):
         inner, inner_state = module_to_json(module.inner, f"{path}.inner")
-        source, source_state = _quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
+        source, source_state = quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
         return {"class": "QuantizedInput", "inner": inner, "input": source}, inner_state | source_state
+    if type(module) is Observer:
+        return _observer_to_json(module, path), {}
     if type(module) not in _CLASSES:
         raise ArtefactError(
             f"module '{path}' is a {type(module).__module__}.{type(module).__name__}, which artefacts do not know: "
@@ -128,20 +131,30 @@ def _build(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> n
     if name in _QUANTIZED_WEIGHT:
         return _quantized_weight_from_json(name, spec, path, tensors)
     if name == "QuantizedMatmul":
-        quantizers = (_quantizer_from_json(spec.get(k), f"{path}.{k}_quantizer", tensors) for k in ("left", "right"))
+        quantizers = (quantizer_from_json(spec.get(k), f"{path}.{k}_quantizer", tensors) for k in ("left", "right"))
         return QuantizedMatmul(*quantizers)
     if name == "QuantizedInput":
-        source: Any = _quantizer_from_json(field(spec, "input", dict, path), f"{path}.input_quantizer", tensors)
+        source: Any = quantizer_from_json(field(spec, "input", dict, path), f"{path}.input_quantizer", tensors)
         inner = field(spec, "inner", dict, path)
         if inner.get("class") not in _BY_NAME:
             raise ArtefactError(f"module '{path}' has inside a {inner.get('class')!r}, which is not a plain module")
         return QuantizedInput(module_from_json(inner, f"{path}.inner", tensors), source)
+    if name == "Observer":
+        family = None if spec.get("family") is None else field(spec, "family", str, path)
+        return Observer(family, Edge(field(spec, "edge", str, path)), field(spec, "gram", bool, path))
     if name not in _BY_NAME:
         raise ArtefactError(f"module '{path}' has the unknown class {name!r}")
     with torch.device("meta"):
         module = _BY_NAME[name](**{key: _from_list(value) for key, value in spec.items() if key != "class"})
     _assign(module, path, tensors)
     return module
+
+
+def _observer_to_json(observer: Observer, path: str) -> Spec:
+    """Where it stands and what for; statistics are not kept, so there may be none."""
+    if observer.images or observer.gram is not None:
+        raise ArtefactError(f"observer '{path}' has statistics, which a file does not keep: release it first")
+    return {"class": "Observer", "family": observer.family, "edge": str(observer.edge), "gram": observer.keeps_gram}
 
 
 def _plain_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
@@ -175,7 +188,8 @@ def _assign(module: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None
             module._buffers[name] = tensor
 
 
-def _quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | None, State]:
+def quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | None, State]:
+    """Settings of a quantizer and its tensors, named below `path`; None for none. Raises ArtefactError."""
     if quantizer is None:
         return None, {}
     if quantizer.bits not in WIDTHS:
@@ -187,7 +201,8 @@ def _quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | N
     return quantizer.settings(), state
 
 
-def _quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor]) -> Quantizer | None:
+def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor]) -> Quantizer | None:
+    """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together."""
     if settings is None:
         return None
     if field(settings, "bits", int, f"quantizer '{path}'") not in WIDTHS:
@@ -215,8 +230,8 @@ def _check_scales(state: State) -> None:
 
 
 def _quantized_weight_to_json(module: QuantizedLinear | QuantizedConv2d, path: str) -> tuple[Spec, State]:
-    weight_settings, weight_state = _quantizer_to_json(module.weight_quantizer, f"{path}.weight_quantizer")
-    input_settings, input_state = _quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
+    weight_settings, weight_state = quantizer_to_json(module.weight_quantizer, f"{path}.weight_quantizer")
+    input_settings, input_state = quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
     spec: Spec = {
         "class": type(module).__name__,
         "shape": list(module.weight.shape),
@@ -249,8 +264,8 @@ def _quantized_weight_from_json(name: str, spec: Spec, path: str, tensors: Mappi
     shape, dtype = sizes(spec.get("shape"), where), dtype_named(spec.get("dtype"), where)
     if len(shape) != _QUANTIZED_WEIGHT[name] or not dtype.is_floating_point or 0 in shape:
         raise ArtefactError(f"{where}: no weight of a {name} has shape {shape} and dtype {dtype}")
-    input_quantizer = _quantizer_from_json(spec.get("input"), f"{path}.input_quantizer", tensors)
-    weight_quantizer = _quantizer_from_json(spec.get("weight"), f"{path}.weight_quantizer", tensors)
+    input_quantizer = quantizer_from_json(spec.get("input"), f"{path}.input_quantizer", tensors)
+    weight_quantizer = quantizer_from_json(spec.get("weight"), f"{path}.weight_quantizer", tensors)
     with torch.device("meta"):
         bias_like = torch.empty(shape[:1])
     bias = take(tensors, f"{path}.bias", bias_like) if field(spec, "bias", bool, where) else None

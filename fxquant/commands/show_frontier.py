@@ -1,0 +1,73 @@
+"""`fxquant frontier`: least predicted loss over budgets, and what a further 0.1 bit is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fxquant.commands import options as o
+
+
+def show_frontier(
+    model: o.Model,
+    axis: Annotated[
+        str, typer.Option(help="mean_bits, mean_weight_bits, mean_activation_bits, weight_bytes or bit_operations.")
+    ] = "mean_bits",
+    limits: Annotated[
+        str | None, typer.Option(help="Budgets along it, comma-separated: bits, bytes or operations, such as 3,3.5,4.")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Convex hull instead of the integer program.")] = False,
+    realised: Annotated[bool, typer.Option("--realised", help="Measure the KL divergence of every point too.")] = False,
+    calibration: o.Calibration = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    model_option: o.ModelOption = None,
+    images: o.Images = 32,
+    synthesis_steps: o.SynthesisSteps = None,
+    recipe: o.Recipe = "mptq_vit",
+    override: o.Override = None,
+    first_last_bits: o.FirstLastBits = None,
+    fully_quantized: o.FullyQuantized = False,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = 8,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
+    image_size: o.ImageSize = None,
+    crop_pct: o.CropPct = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    interpolation: o.Interpolation = None,
+    json: o.Json = False,
+) -> None:
+    """Show what budgets are worth: the Pareto set of budget and predicted loss."""
+    from fxquant.commands.console import emit, show
+    from fxquant.pareto import frontier
+    from fxquant.report.plots import check_plot
+    from fxquant.report.progress import RichProgress
+
+    o.check_output(plot)
+    if plot is not None:
+        check_plot(plot)
+    wanted, overrides = o.parse_numbers(limits, "limits"), o.parse_overrides(override)
+    kept = o.cache_folder(cache, no_cache)
+    named = o.named_model(model, weights, num_classes, model_option)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    data = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
+    options: dict[str, Any] = {
+        "overrides": overrides, "first_last_bits": first_last_bits, "fully_quantized": fully_quantized
+    }  # fmt: skip
+    with RichProgress() as progress:
+        found = frontier(
+            named.model, data, axis=axis, limits=wanted, recipe=recipe, exact=not fast,
+            realised="kl" if realised else None, seed=seed, batch_size=batch_size, cache=kept, progress=progress,
+            **options,
+        )  # fmt: skip
+    if plot is not None:
+        found.plot(plot)
+    if json:
+        emit(found.to_dict())
+    else:
+        show(found)

@@ -1,0 +1,70 @@
+"""Where calibration images come from: the caller, or the model itself."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.cache import Cache
+from fxquant.graph.tracing import trace
+from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
+from passes.assign_roles import AssignRoles
+from passes.contract import PassContext, ProgressReporter
+from passes.pipeline import Pipeline
+
+
+class CalibrationSource:
+    """The traced model and its calibration images; synthesised ones are made when they are first asked for.
+
+    calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Tensor | Synthesis | None,
+        seed: int,
+        batch_size: int,
+        cache: Cache,
+        progress: ProgressReporter,
+    ) -> None:
+        self._model, self._given = model, Synthesis() if calibration is None else calibration
+        self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
+
+    @cached_property
+    def _pictures(self) -> Pictures:
+        assert isinstance(self._given, Synthesis)
+        return Pictures.of(self._model, self._given)
+
+    @cached_property
+    def traced(self) -> GraphModule:
+        """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
+        if isinstance(self._given, Synthesis):
+            return trace_without_images(self._model, self._pictures)
+        return trace(self._model, self._given[:2])
+
+    @cached_property
+    def with_roles(self) -> GraphModule:
+        """A copy of the traced model after AssignRoles."""
+        return Pipeline([AssignRoles()]).run(self.traced, PassContext())
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The images, float (N, C, H, W). Raises CalibrationError where they cannot be made."""
+        if isinstance(self._given, Synthesis):
+            settings = self._seed, self._batch_size, self._cache, self._progress
+            return synthesize_for(self.with_roles, self._pictures, self._given, *settings)
+        return self._given
+
+    @cached_property
+    def context(self) -> PassContext:
+        """What passes are given; makes the images."""
+        return PassContext(self.images, self._batch_size, self._seed, cache=self._cache, progress=self._progress)
+
+    @property
+    def described(self) -> str:
+        """For the protocol card."""
+        given = self._given
+        return given.described(self._seed) if isinstance(given, Synthesis) else f"{len(given)} images given"

@@ -1,0 +1,94 @@
+"""What a pipeline does before bits are allocated: no budget has any say in it, so it is done once and kept.
+
+    prefix, rest = split(pipeline)
+    searched = run_prefix(prefix, traced, context)          # recalled where context.cache has a folder
+    quantized = rest.run(searched, context)
+
+Kept under a signature of the traced model, the images, seed, batch size, versions, our sources and the passes' options.
+Not kept, and so run anew: graphs whose observers still have statistics (`SearchScales(keep_statistics=True)`, for
+CompensateWeights), passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from torch.fx import GraphModule
+
+from fxquant.errors import ArtefactError
+from fxquant.graph.annotation import Fact
+from fxquant.runtime.searched import searched_from_file, searched_to_file
+from fxquant.runtime.untrusted import from_json, to_json
+from passes.check_budget import CheckBudget
+from passes.contract import JournalEntry, PassContext
+from passes.pipeline import Pipeline
+
+
+def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
+    """The passes before bits are allocated, and the rest; all of them are before where none allocates."""
+    allocating = (index for index, step in enumerate(pipeline) if Fact.BITS_ALLOCATED in step.provides)
+    position = next(allocating, len(pipeline))
+    return pipeline[:position], pipeline[position:]
+
+
+def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule:
+    """The graph after these passes, recalled or made. Recalled passes enter the journal with 0 s and `recalled`.
+
+    A budget that cannot be met is refused here only where nothing is recalled: `check_budget` comes first. Raises what
+    the passes raise.
+    """
+    if context.cache.folder is None or not _can_be_kept(prefix):
+        return prefix.run(traced, context)
+    steps = [repr(step) for step in prefix if not isinstance(step, CheckBudget)]
+    key = context.signature(traced, "searched graph", context.batch_size, steps)
+    found = _recall(key, prefix, traced, context)
+    if found is not None:
+        return found
+    first = len(context.journal.entries)
+    searched = prefix.run(traced, context)
+    entries = zip(prefix, context.journal.entries[first:], strict=True)
+    kept = [asdict(entry) for step, entry in entries if not isinstance(step, CheckBudget)]
+    try:
+        texts, tensors = searched_to_file(searched, traced)
+        context.cache.write(key, {**texts, "journal": to_json(kept, "the journal")}, tensors)
+    except ArtefactError:
+        return searched  # a graph that no file can hold is a result all the same
+    return searched
+
+
+def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:
+    """Refuse a budget before anything long is done. with_roles: the traced model after AssignRoles; unchanged.
+
+    Raises InfeasibleBudgetError or OverrideError.
+    """
+    for step in pipeline:
+        if isinstance(step, CheckBudget):
+            step.apply(with_roles, PassContext())
+
+
+def _can_be_kept(prefix: Pipeline) -> bool:
+    is_ours = all(type(step).__module__.partition(".")[0] in ("passes", "fxquant") for step in prefix)
+    return is_ours and Fact.SCALES_SEARCHED in prefix.provides and Fact.CALIBRATED not in prefix.provides
+
+
+def _recall(key: str, prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule | None:
+    found = context.cache.read(key)
+    if found is None:
+        return None
+    texts, tensors = found
+    try:
+        searched = searched_from_file(texts, tensors, traced)
+        entries = [JournalEntry(**entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
+        if [entry.step for entry in entries] != [repr(s) for s in prefix if not isinstance(s, CheckBudget)]:
+            raise ArtefactError("the journal kept is another pipeline's")
+    except (ArtefactError, TypeError, ValueError, KeyError):
+        context.cache.forget(key)
+        return None
+    remaining = iter(entries)
+    for step in prefix:
+        if isinstance(step, CheckBudget):
+            context.journal.close_step(repr(step), 0, 0.0, entries[0].peak_mib)
+            continue
+        entry = next(remaining)
+        context.journal.entries.append(replace(entry, seconds=0.0, notes={**entry.notes, "recalled": True}))
+    return searched
