@@ -2,9 +2,9 @@
 
 The Fisher matrix of the model's own output distribution p is J^T (diag(p) - p p^T) J with J = d logits / d anything,
 and any logit gradient v with E[v v^T] = diag(p) - p p^T estimates it. Drawing a label y from p and taking v = p - e_y
-is one (the cross-entropy's); for a confident model it is rarely large and mostly zero. v = sqrt(p) * r - p (sqrt(p) . r)
-with random signs r has the same mean and far less variance. Given labels y, v = p - e_y is the empirical Fisher
-matrix's.
+is one (the cross-entropy's); for a confident model it is rarely large and mostly zero. With random signs r,
+v = sqrt(p) * r - p (sqrt(p) . r) has the same mean and far less variance. Given labels y, v = p - e_y is the empirical
+Fisher matrix's.
 """
 
 from __future__ import annotations
