@@ -52,7 +52,8 @@ def nuclear_norms(graph_module: GraphModule, batches: Iterable[Tensor]) -> dict[
 
 def nuclear_norm(matrices_nm: Tensor) -> Tensor:
     """Sum of singular values of each matrix, float64: (..., N, M) to (...)."""
-    return torch.linalg.svdvals(matrices_nm).sum(-1, dtype=torch.float64)
+    values: Tensor = torch.linalg.svdvals(matrices_nm)
+    return values.sum(-1, dtype=torch.float64)
 
 
 class _Norms(Interpreter):
