@@ -39,9 +39,9 @@ class UpdateBits:
     normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
     the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
     score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
-    exchange. weighted: each layer's error counts as much as makes it the layer's cost in the table at the start, so
-    that the metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's weights and inputs step together. roles: of the layers
-    that exchange bits.
+    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
+    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
+    weights and inputs step together. roles: of the layers that exchange bits.
     """
 
     estimate: Literal["measured", "expected"] = "measured"
