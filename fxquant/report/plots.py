@@ -67,7 +67,7 @@ def plot_sensitivity(
     check_plot(path)
     if not panels or not all(max(scores.values(), default=0) > 0 for scores in panels.values()):
         raise ArtefactError(f"{path}: every panel of a sensitivity plot needs a score above zero")
-    figure = _pyplot_free_figure()(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    figure = _pyplot_free_figure()(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
     for index, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         for marker, role in zip("os^D" * 4, dict.fromkeys(role_of[layer] for layer in scores), strict=False):
@@ -81,7 +81,8 @@ def plot_sensitivity(
         axes.grid(alpha=0.3)
         if not index:
             axes.set_ylabel("score")
-            axes.legend(frameon=False, fontsize=9)
+            lines, labels = axes.get_legend_handles_labels()
+            figure.legend(lines, labels, loc="outside right upper", frameon=False, fontsize=9)
     _write(figure, path)
 
 
