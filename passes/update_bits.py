@@ -77,9 +77,9 @@ class UpdateBits:
         if allocation is None or not isinstance(table, CostTable):
             raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
-        start = [[allocation.weight_bits.get(name), allocation.activation_bits.get(name)] for name in table.layers]
+        start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
         described = [described_candidates(annotation_of(node)) for node in nodes]
-        key = context.signature(graph_module, "update", repr(self), described, start, str(allocation.budget))
+        key = context.signature(graph_module, "update", repr(self), described, start)
         found = context.cache.recall(key, lambda: _Search(self, graph_module, nodes, table, allocation, context).run())
         columns = np.array(found["columns"])
         changed = 0

@@ -60,6 +60,12 @@ def test_everything_else_gets_the_mean_rounded_down_and_the_journal_says_so(quan
     assert {"trajectory", "score_before", "score_after", "stopped", "usage"} <= notes["UpdateBits"].keys()
 
 
+def test_the_card_says_whether_labels_were_used(quantized: Compiled) -> None:
+    assert quantized.card["labels_used"] is False
+    metric = FisherTrace(labels=(0, 1, 2, 3))
+    assert compiled(lampq("W4A4", **QUICK, metric=metric, update=None)).card["labels_used"] is True
+
+
 def test_its_artefact_is_read_back(quantized: Compiled, tmp_path: Any) -> None:
     quantized.save(tmp_path / "a.fxq")
     again = fxquant.load(tmp_path / "a.fxq")
