@@ -94,14 +94,18 @@ class UpdateBits:
             if bits:
                 annotate(node, **bits)
                 changed += 1
-        updated = Allocation.of(
-            table,
-            columns,
-            allocation.budget,
-            status="heuristic",
-            gap=None,
-            solver=f"{allocation.solver}, updated",
-            seconds=allocation.seconds + time.perf_counter() - started_s,
+        updated = (
+            allocation
+            if not changed
+            else Allocation.of(
+                table,
+                columns,
+                allocation.budget,
+                status="heuristic",
+                gap=None,
+                solver=f"{allocation.solver}, updated",
+                seconds=allocation.seconds + time.perf_counter() - started_s,
+            )
         )
         graph_module.meta[ALLOCATION] = updated
         context.note(**found["notes"], usage=updated.usage, predicted_loss=updated.objective)

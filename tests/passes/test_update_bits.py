@@ -101,6 +101,7 @@ def test_rounds_are_a_limit_and_none_change_nothing(allocated: GraphModule) -> N
     assert bits(graph_module) == bits(allocated)
     assert notes["score_before"] == notes["score_after"]
     assert notes["stopped"] == "rounds are used up"
+    assert allocation_of(graph_module) == allocation_of(allocated), "still the allocator's own answer"
 
 
 def test_expected_errors_need_no_neighbours_measured(allocated: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
