@@ -18,7 +18,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
-from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.observers import Edge, Observer
 from fxquant.sensitivity.logit_gradients import Fisher, class_scores, logit_gradients
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -30,15 +30,17 @@ MASSIVE_RMS = 100.0
 class Calibrate:
     """Gather statistics in every observer.
 
-    gradient: also gather the Hessian-guided weights, at the price of a backward pass. fisher: the logit gradient to
-    start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max" (its
-    prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch, averaged:
-    more draws, less variance of the Fisher estimate.
+    gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
+    weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
+    gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
+    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch,
+    averaged: more draws, less variance of the Fisher estimate.
     """
 
     gradient: bool = True
     fisher: Fisher = "signs"
     draws: int = 4
+    output_error: bool = False
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
@@ -59,6 +61,8 @@ class Calibrate:
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
                 gradients = self._gradients(output, recorder, context.seed, seen) if self.gradient else {}
+            if self.output_error and not self.gradient:
+                gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             seen += len(batch)
             with torch.no_grad():
                 for node, found in watched.items():
@@ -120,6 +124,8 @@ def _update(
             raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
         weight = None if gradient is None else input_weight(module, inputs, index, gradient)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
+        if observer.edge is Edge.POST_SOFTMAX and module is None and index == 0:
+            observer.update_coherence(coherence(inputs[1]))
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])
             if rows is not None:
@@ -148,6 +154,18 @@ def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: in
             return squared @ right.square().transpose(-1, -2)
         return left.square().transpose(-1, -2) @ squared
     return squared
+
+
+def coherence(values: Tensor) -> float:
+    """What a mean error of attention probabilities costs, relative to independent errors of the same size.
+
+    values: V, float (..., keys, channels). Errors e of the K probabilities of a row meet V_k: independent ones add up
+    to sum e_k^2 |V_k|^2, a mean error to |sum_k e V_k|^2, which is K |mean V|^2 / mean |V|^2 times as much. A table
+    without a zero raises all small probabilities a little and so shifts the output by a whole mean V.
+    """
+    values = values.detach()
+    ratio = values.mean(-2).square().mean() / values.square().mean().clamp_min(1e-30)
+    return float(values.shape[-2] * ratio)
 
 
 def heed_massive(x: Tensor, weight: Tensor) -> Tensor:

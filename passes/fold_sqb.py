@@ -6,8 +6,10 @@ with mu_j = mean(Y_j) and eps_j = (max|Y_j - mu_j| / max|W_:j|)^0.5, both folded
 the LayerNorm, W diag(eps) and b + W mu into every linear layer that reads it. In real numbers nothing changes.
 
 Switches reproduce the paper's Tables 2, 5 and 6: SmoothQuant is mu="none"; Outlier Suppression+ is
-eps="outlier-suppression+", mu="midrange". Where zeros are padded between norm and layer (Swin), a shift would have to
-be padded in too, so mu is left out there and only eps is folded. Not done: folds through anything but data movement.
+eps="outlier-suppression+", mu="midrange". RepQ-ViT's scale reparameterisation, which gives every channel the same
+range, is strength=1, mu="midrange" (up to one common factor); Mix-QViT's clipped channel-wise quantization is that with
+a percentile below 100. Where zeros are padded between norm and layer (Swin), a shift would have to be padded in too, so
+mu is left out there and only eps is folded. Not done: folds through anything but data movement.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
-from fxquant.graph.channel_paths import ChannelPath, channel_paths
+from fxquant.graph.channel_paths import ChannelPath, channel_paths, module_uses
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
 
@@ -32,26 +35,34 @@ class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
     strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
-    into the weights. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid
-    search on the quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits: width at which
-    "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not idempotent: the second
-    time balances what the first has left.
+    into the weights. percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few
+    outliers do not set it; 100 takes all. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at
+    least 1, t by grid search on the quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits:
+    width at which "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not
+    idempotent: the second time balances what the first has left.
     """
 
     eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"
     mu: Literal["mean", "midrange", "none"] = "mean"
     strength: float = 0.5
+    percentile: float = 100.0
     search_bits: int = 4
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
 
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise CalibrationError(
+                f"a channel's range is cut at a percentile above 50, up to 100; not {self.percentile}"
+            )
+
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""
         paths = channel_paths(graph_module, context.images)
         modules = dict(graph_module.named_modules())
-        counts = _uses(graph_module)
+        counts = module_uses(graph_module)
         refused, groups = {}, {}
         for norm, path in paths.items():
             reason = path.refusal or _shared(norm, path, counts)
@@ -59,13 +70,17 @@ class FoldSqb:
                 groups[norm] = path
             elif reason is not None:
                 refused[norm.name] = reason
-        statistics = _OutputStatistics(graph_module, groups, keep_rows=self.eps == "outlier-suppression+")
+        channels = {
+            norm: _Channels(self.eps == "outlier-suppression+", 1 - self.percentile / 100, len(context.images))
+            for norm in groups
+        }
+        statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
             for batch in context.batches("measuring LayerNorm outputs"):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]
-            self._fold(modules[str(norm.target)], linears, statistics.channels[norm], path.padded)
+            self._fold(modules[str(norm.target)], linears, channels[norm], path.padded)
         context.note(folded=[norm.name for norm in groups], refused=refused)
         return len(groups) + sum(len(path.consumers) for path in groups.values())
 
@@ -113,44 +128,48 @@ class FoldSqb:
 
 
 class _Channels:
-    """Streamed per-channel statistics of one LayerNorm's output, float64 (channels,)."""
+    """Streamed per-channel statistics of one LayerNorm's output, float64 (channels,).
 
-    def __init__(self, keep_rows: bool) -> None:
+    tail: share of the values of a channel cut off at either end; exact, since the extreme ones are kept.
+    """
+
+    def __init__(self, keep_rows: bool, tail: float, images: int) -> None:
         self.minimum = self.maximum = self.mean = torch.empty(0)
-        self.rows = torch.empty(0)
-        self.keep_rows, self.count = keep_rows, 0
+        self.rows = self.lowest = self.highest = torch.empty(0)
+        self.keep_rows, self.tail, self.images, self.count = keep_rows, tail, images, 0
 
     def update(self, y: Tensor) -> None:
         rows = y.detach().reshape(-1, y.shape[-1]).double()
-        low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
+        extremes = 1 + int(self.tail * (len(rows) / len(y) * self.images - 1))
+        self.lowest = _smallest(self.lowest, rows, extremes)
+        self.highest = -_smallest(-self.highest, -rows, extremes)
+        self.minimum, self.maximum, mean = self.lowest.amax(0), self.highest.amin(0), rows.mean(0)
         kept = rows[:: max(1, len(rows) // 128)][:128] if self.keep_rows else self.rows
         if not self.count:
-            self.minimum, self.maximum, self.mean, self.rows = low, high, mean, kept
+            self.mean, self.rows = mean, kept
         else:
-            self.minimum, self.maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
             self.mean = self.mean + (mean - self.mean) * (len(rows) / (self.count + len(rows)))
             self.rows = torch.cat([self.rows, kept]) if self.keep_rows else self.rows
         self.count += len(rows)
 
 
+def _smallest(kept: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The `count` smallest values of every channel among those kept and the new rows."""
+    if len(kept):
+        rows = torch.cat([kept, rows])
+    return rows.topk(min(count, len(rows)), 0, largest=False).values if count > 1 else rows.amin(0, keepdim=True)
+
+
 class _OutputStatistics(Interpreter):
-    def __init__(self, graph_module: GraphModule, groups: dict[Node, ChannelPath], keep_rows: bool) -> None:
+    def __init__(self, graph_module: GraphModule, channels: dict[Node, _Channels]) -> None:
         super().__init__(graph_module)
-        self.channels = {norm: _Channels(keep_rows) for norm in groups}
+        self.channels = channels
 
     def run_node(self, node: Node) -> Tensor:
         result: Tensor = super().run_node(node)
         if node in self.channels:
             self.channels[node].update(result)
         return result
-
-
-def _uses(graph_module: GraphModule) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
-    return counts
 
 
 def _shared(norm: Node, path: ChannelPath, counts: dict[str, int]) -> str | None:

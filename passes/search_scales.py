@@ -1,6 +1,7 @@
 """SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
 
-Metrics: "hessian" (PTQ4ViT's, with the gradient done right), "mse" (squared error of the tensor itself), "min-max"
+Metrics: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate gathered
+that instead), "mse" (squared error of the tensor itself), "min-max"
 (no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
 the noise power that sensitivities and allocators read; then the observers' statistics are released.
 """
@@ -72,7 +73,7 @@ class SearchScales:
         weighted = self.metric == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(metric="hessian") needs gradients, and Calibrate(gradient=False) gathered none'
+                'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
         name = str(observer.family)
         if self.metric == "min-max" and name == "symmetric":

@@ -80,23 +80,35 @@ class _ProbeTracer(Interpreter):
                 path.refusal = f"channels are mixed between {origin.name} and {node.name}"
             path.padded |= bool(zero.any())
             path.consumers.append(node)
-        elif self._moves_data(node):
+        elif moves_data(node):
             arguments = _replace(node.args, {source: probe}, self.env)
             keywords = _replace(node.kwargs, {source: probe}, self.env)
             moved = getattr(self, node.op)(node.target, arguments, keywords)
             if isinstance(moved, Tensor):
                 self.probes[node] = (origin, moved)
-        elif not _reads_shape(node):
+        elif not reads_shape(node):
             path.refusal = f"{node.name} ({node.op}) reads {origin.name} and is not a linear layer"
 
-    def _moves_data(self, node: Node) -> bool:
-        if node.op == "call_method":
-            return node.target in _METHODS
-        return node.op == "call_function" and node.target in _FUNCTIONS
+
+def moves_data(node: Node) -> bool:
+    """Whether a node only moves, drops, repeats or averages values."""
+    if node.op == "call_method":
+        return node.target in _METHODS
+    return node.op == "call_function" and node.target in _FUNCTIONS
 
 
-def _reads_shape(node: Node) -> bool:
+def reads_shape(node: Node) -> bool:
+    """Whether a node reads a tensor's shape and not its values."""
     return node.target in ("size", "dim") or (node.target is getattr and node.args[1:2] in (("shape",), ("ndim",)))
+
+
+def module_uses(graph_module: GraphModule) -> dict[str, int]:
+    """How often each module is called, by target."""
+    counts: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+    return counts
 
 
 def _replace(value: Any, probes: Mapping[Node, Tensor], env: Mapping[Node, Any]) -> Any:

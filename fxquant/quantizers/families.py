@@ -5,7 +5,7 @@ makes the quantizer of the chosen one. The search (search.py) evaluates every ta
 new quantizer joins by giving its levels.
 
 Sources: symmetric candidates, 100 equal steps of (0, 1.2 max|X| / 2^(b-1)] (MPTQ-ViT, section 4); OPT-m (eq. 6-8);
-V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT).
+V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
 from fxquant.quantizers.histogram import Array, SortedMoments
 from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer, magnitudes
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -32,7 +34,7 @@ class Statistics:
 
     moments: of its values (for O-2SF: of the values divided by `channel_factor`). minimum, maximum: over all values.
     mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low). channel_factor: float32 (channels,),
-    powers of two, or None.
+    powers of two, or None. coherence: see `SortedMoments.errors` and `passes.calibrate.coherence`.
     """
 
     moments: SortedMoments
@@ -40,6 +42,7 @@ class Statistics:
     maximum: float
     mean_image_minimum: float
     channel_factor: torch.Tensor | None = None
+    coherence: float = 0.0
 
     @property
     def largest_magnitude(self) -> float:
@@ -137,12 +140,50 @@ def twin_softmax(statistics: Statistics, bits: int) -> Proposals:
 
 def log2(statistics: Statistics, bits: int) -> Proposals:
     """Powers of two below a searched largest value, and zero."""
-    scales = statistics.largest_magnitude * np.exp2(-np.arange(0, 3, 0.05))
+    scales = _shrinking(statistics.largest_magnitude)
     zero = 2**bits - 1
     exponents = np.arange(zero - 1, -1, -1)
     levels = np.concatenate([np.zeros((len(scales), 1)), scales[:, None] * np.exp2(-exponents)], axis=1)
     thresholds = scales[:, None] * np.exp2(-(exponents + 0.5))
     return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
+
+
+def log_sqrt2(statistics: Statistics, bits: int) -> Proposals:
+    """Powers of sqrt(1/2) below a searched largest value, and zero."""
+    relative = LogSqrt2Quantizer(bits, 1.0).relative_levels().double().numpy()
+    return _scaled(
+        relative[None], _shrinking(statistics.largest_magnitude), lambda scale, _: LogSqrt2Quantizer(bits, scale)
+    )
+
+
+def adalog_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-Softmax: every base, below 1 (the published scale) and below the largest value seen."""
+    relative = np.stack([adalog_levels(bits, base) for base in BASES])
+    scales = np.array([statistics.largest_magnitude, 1.0])
+    return _scaled(relative, scales, lambda scale, row: AdaLogQuantizer(bits, scale, BASES[row]))
+
+
+def adalog_gelu(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths."""
+    thinning = max(1, 2 ** (bits - 5))
+    bases = BASES[::thinning]
+    relative = np.stack([adalog_levels(bits, base) for base in bases])
+    scales = (max(statistics.maximum, 0.0) + GELU_SHIFT) * np.linspace(0.02, 1.0, STEPS // min(thinning, 4))
+    return _scaled(relative, scales, lambda s, row: AdaLogQuantizer(bits, s, bases[row], GELU_SHIFT), GELU_SHIFT)
+
+
+def _shrinking(largest: float) -> Array:
+    """Candidates for the largest value represented, 60 from `largest` down to an eighth."""
+    return np.asarray(largest * np.exp2(-np.arange(0, 3, 0.05)))
+
+
+def _scaled(
+    relative_tl: Array, scales: Array, build: Callable[[float, int], Quantizer], offset: float = 0.0
+) -> Proposals:
+    """Every table (T, L) of relative levels at every scale; `build` makes the quantizer of a scale and a table."""
+    levels = (scales[:, None, None] * relative_tl - offset).reshape(-1, relative_tl.shape[1])
+    tables = len(relative_tl)
+    return Proposals(levels, midpoints(levels), lambda index: build(float(scales[index // tables]), index % tables))
 
 
 def _joined(tables: list[Proposals]) -> Proposals:
@@ -179,6 +220,9 @@ FAMILIES: dict[str, Family] = {
     "twin-gelu": twin_gelu,
     "twin-softmax": twin_softmax,
     "log2": log2,
+    "log-sqrt2": log_sqrt2,
+    "adalog-softmax": adalog_softmax,
+    "adalog-gelu": adalog_gelu,
     "o-2sf": symmetric,
 }
 

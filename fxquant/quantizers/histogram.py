@@ -82,20 +82,27 @@ class SortedMoments:
         cumulative = np.cumsum(self.moments[0])
         return float(self.values[np.searchsorted(cumulative, fraction * cumulative[-1])])
 
-    def errors(self, levels_cl: Array, thresholds_ck: Array) -> tuple[Array, Array]:
+    def errors(self, levels_cl: Array, thresholds_ck: Array, coherence: float = 0.0) -> tuple[Array, Array]:
         """Plain and weighted sum of squared errors of C candidates with L ascending levels and L-1 thresholds each.
 
-        Returns two float64 arrays (C,): plain; weighted (equal to plain when no weights were given).
+        coherence: how much more a mean error costs than independent ones of the same size; coherence * (sum w e)^2 /
+        sum w is added to the weighted sum. Returns two float64 arrays (C,): plain; weighted (plain when no weights were
+        given).
         """
         prefix = np.concatenate([np.zeros((6, 1)), np.cumsum(self.moments, axis=1)], axis=1)
         cuts = np.searchsorted(self.values, thresholds_ck)
         ends = np.concatenate([cuts, np.full((len(cuts), 1), self.moments.shape[1])], axis=1)
         starts = np.concatenate([np.zeros((len(cuts), 1), dtype=ends.dtype), cuts], axis=1)
         plain = _error(prefix[:3], starts, ends, levels_cl)
-        return plain, _error(prefix[3:], starts, ends, levels_cl) if self.weighted else plain
+        return plain, _error(prefix[3 if self.weighted else 0 :], starts, ends, levels_cl, coherence)
 
 
-def _error(prefix: Array, starts: NDArray[np.intp], ends: NDArray[np.intp], levels: Array) -> Array:
-    zeroth, first, second = (row[ends] - row[starts] for row in prefix)
+def _error(
+    prefix: Array, starts: NDArray[np.intp], ends: NDArray[np.intp], levels: Array, coherence: float = 0.0
+) -> Array:
+    zeroth, first, second = (row[ends] - row[starts] for row in prefix[:3])
     terms = second - 2 * levels * first + levels**2 * zeroth
-    return np.asarray(terms.sum(axis=1).clip(min=0))
+    total = terms.sum(axis=1).clip(min=0)
+    if coherence:
+        total += coherence * (first - levels * zeroth).sum(axis=1) ** 2 / max(prefix[0, -1], 1e-300)
+    return np.asarray(total)

@@ -50,6 +50,7 @@ class Observer(nn.Module):
         self.gram: Tensor | None = None
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
+        self.coherence_sum, self.coherence_count = 0.0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -83,6 +84,11 @@ class Observer(nn.Module):
             self.histogram = Bfloat16Histogram()
         self.histogram.update(x, weight)
 
+    def update_coherence(self, coherence: float) -> None:
+        """Add one batch's coherence (see `SortedMoments.errors`)."""
+        self.coherence_sum += coherence
+        self.coherence_count += 1
+
     def update_gram(self, rows_ti: Tensor, gradient_to: Tensor | None) -> None:
         """Add one batch to G = sum a_t x_t x_t^T. rows_ti: inputs as (tokens, in); gradient_to: dL/dO (tokens, out)."""
         rows = rows_ti.detach()
@@ -114,7 +120,8 @@ class Observer(nn.Module):
         low, high = self.minimum, self.maximum
         if factor is not None:
             low, high = float(moments.values[0]), float(moments.values[-1])
-        return Statistics(moments, low, high, self.image_minimum_sum / self.images, factor)
+        coherence = self.coherence_sum / max(self.coherence_count, 1)
+        return Statistics(moments, low, high, self.image_minimum_sum / self.images, factor, coherence)
 
     def extra_repr(self) -> str:
         """Family and edge."""

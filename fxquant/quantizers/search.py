@@ -37,7 +37,7 @@ def search_activation(
     found = []
     for width in bits:
         proposals = family(statistics, width)
-        plain, sensitive = statistics.moments.errors(proposals.levels, proposals.thresholds)
+        plain, sensitive = statistics.moments.errors(proposals.levels, proposals.thresholds, statistics.coherence)
         # A tensor the loss does not depend on has weights of zero; it still gets the scale that fits it best.
         objective = sensitive if weighted and sensitive.any() else plain
         best = int(objective.argmin())

@@ -1,8 +1,8 @@
 """LampQ and the mixed-precision baseline it is compared with, VT-PTQ: bits for the quantizers of any other recipe.
 
-    lampq("W3A3")                               type-aware Fisher metric, integer program, iterative update
-    lampq("W3A3", base=mptq_vit)                the same on other quantizers
-    lampq("W3A3", type_aware=False, update=None)        without its second and third idea
+    lampq("W3A3")                                on AdaLog: type-aware Fisher metric, integer program, iterative update
+    lampq("W3A3", base=mptq_vit)                 the same on other quantizers
+    lampq("W3A3", type_aware=False, update=None)     without its second and third idea
 
 Both allocate qkv, proj, fc1 and fc2 of every block; everything else gets the budget's mean bits, rounded down (patch
 embedding, head, attention matmuls, Swin's reductions, under the fully quantized protocol softmax and LayerNorm inputs).
@@ -27,8 +27,8 @@ from passes.allocate_bits import AllocateBits
 from passes.check_budget import CheckBudget
 from passes.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.pipeline import Pipeline
+from passes.recipes.adalog import adalog
 from passes.recipes.assembly import Options
-from passes.recipes.mptq_vit import mptq_vit
 from passes.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
 from passes.update_bits import UpdateBits
 
@@ -39,7 +39,7 @@ Base = Callable[..., Pipeline]
 def lampq(
     budget: Any,
     *,
-    base: Base = mptq_vit,
+    base: Base = adalog,
     layer_wise: bool = True,
     type_aware: bool = True,
     update: UpdateBits | None = UpdateBits(),
@@ -69,7 +69,7 @@ def lampq(
 
 
 def vt_ptq(
-    budget: Any, *, base: Base = mptq_vit, outside_bits: Bits | None = None, **options: Unpack[Options]
+    budget: Any, *, base: Base = adalog, outside_bits: Bits | None = None, **options: Unpack[Options]
 ) -> Pipeline:
     """VT-PTQ's allocation (Liu et al. 2021): nuclear norms, bits by module, Pareto frontier; weights and inputs tied.
 

@@ -8,11 +8,13 @@ from allocators.milp import Milp
 from allocators.uniform import Uniform
 from passes.allocate_bits import AllocateBits
 from passes.calibrate import Calibrate
+from passes.check_budget import CheckBudget
 from passes.compensate_weights import CompensateWeights
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
 from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
+from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 
 
@@ -27,15 +29,13 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
 
 
 def mptq_vit_plus(budget: Any, **options: Unpack[Options]) -> Pipeline:
-    """MPTQ-ViT with a stronger fold, and weights rounded with GPTQ's compensation.
+    """MPTQ-ViT on a rotated residual stream, with weights rounded by GPTQ's compensation.
 
-    The fold lowers the predicted loss, the compensation the cost of rounding; the accuracy they add is within noise so
-    far (docs/results.md).
+    What each adds: docs/results.md.
     """
-    stronger: Options = {"fold": FoldSqb(strength=0.8)}
-    pipeline = mptq_vit(budget, **(stronger | options))
     search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
-    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
+    pipeline = mptq_vit(budget, **options).replace(SearchScales, search).after(AllocateBits, CompensateWeights())
+    return pipeline.after(CheckBudget, RotateResidual())
 
 
 def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.errors import CalibrationError
 from fxquant.graph.channel_paths import channel_paths
 from fxquant.graph.tracing import trace
 from passes.contract import PassContext
@@ -291,3 +292,26 @@ def test_outlier_suppression_reduces_the_quantization_error_it_searches() -> Non
 
     assert error(SWITCHES["OS+"]) < 0.5 * error(SWITCHES["none"])
     assert error(SWITCHES["SQ-b"]) < 0.5 * error(SWITCHES["none"])
+
+
+@pytest.mark.parametrize("percentile", [90.0, 99.0, 100.0])
+def test_a_percentile_cuts_the_range_of_every_channel(percentile: float) -> None:
+    x = images(6)
+    graph_module = trace(vit(), x[:2])
+    seen = []
+    hook = graph_module.get_submodule("blocks.0.norm1").register_forward_hook(lambda _, __, y: seen.append(y))
+    graph_module(x)
+    hook.remove()
+    rows = seen[0].flatten(0, 1).double()
+    tail = int((1 - percentile / 100) * (len(rows) - 1))
+    ordered = rows.sort(0).values
+    low, high = ordered[tail], ordered[-1 - tail]
+    gamma = graph_module.get_submodule("blocks.0.norm1").weight.double()
+    fold(graph_module, x, FoldSqb(strength=1.0, mu="midrange", percentile=percentile))
+    folded = graph_module.get_submodule("blocks.0.norm1").weight.double()
+    assert torch.allclose(gamma / folded, (high - low) / 2, rtol=1e-3)
+
+
+def test_a_percentile_must_be_one() -> None:
+    with pytest.raises(CalibrationError, match="above 50, up to 100"):
+        FoldSqb(percentile=0.999)

@@ -13,12 +13,12 @@ from tests.quantizers.by_hand import by_table, squared_error, statistics_of, to_
 BFLOAT16_STEP = 2.0**-8
 
 
-@pytest.mark.parametrize("family", ["symmetric", "symmetric-min-max", "asymmetric", "opt-m", "twin-gelu", "log2"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_equal_fake_quantization_with_the_quantizer_built(family: str, bits: int) -> None:
     torch.manual_seed(bits)
     x = to_bf16(torch.nn.functional.gelu(torch.randn(4, 500)))
-    if family == "log2":
+    if family in ("log2", "log-sqrt2", "twin-softmax", "adalog-softmax"):
         x = x.abs()
     weight = torch.rand(4, 500)
     statistics = statistics_of(x, weight)
@@ -29,6 +29,18 @@ def test_errors_equal_fake_quantization_with_the_quantizer_built(family: str, bi
         quantized = proposals.build(index)(x)
         assert plain[index] == pytest.approx(squared_error(x, quantized), rel=1e-5, abs=1e-9)
         assert weighted[index] == pytest.approx(squared_error(x, quantized, weight), rel=1e-5, abs=1e-9)
+
+
+def test_a_coherent_error_costs_its_square() -> None:
+    torch.manual_seed(1)
+    x, weight = to_bf16(torch.rand(4, 500)), torch.rand(4, 500)
+    moments = statistics_of(x, weight).moments
+    levels = np.array([[0.0, 0.3, 1.0], [0.1, 0.5, 0.9]])
+    _, incoherent = moments.errors(levels, midpoints(levels))
+    _, coherent = moments.errors(levels, midpoints(levels), coherence=3.0)
+    for row, before, after in zip(levels, incoherent, coherent, strict=True):
+        error = weight.double().numpy() * (by_table(x, row, midpoints(row[None])[0]) - x.double().numpy())
+        assert after - before == pytest.approx(3 * error.sum() ** 2 / float(weight.double().sum()), rel=1e-4)
 
 
 def test_errors_of_values_sharing_a_bucket_with_a_threshold_are_off_by_the_bucket_only() -> None:

@@ -1,0 +1,57 @@
+"""AdaLog: logarithmic quantization with an adaptive base (Wu et al., ECCV 2024).
+
+Level k is s 2^(-floor(k q / 37)) T[k q mod 37], a shift times a small integer: T[j] = round(2^(-j/37) M) / M with
+M = 4n - 2, n = 2^(b-1). The base 2^(q/37) is searched, q = 37 being log2. Post-Softmax values have s = 1. Post-GELU
+values are shifted by 0.17, below which GELU never falls, and the shift is subtracted again (it folds into the next
+layer's bias).
+
+A value takes the nearest level; the published code rounds its logarithm, which is never closer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxquant.quantizers.level_table import LevelTableQuantizer
+
+DENOMINATOR = 37
+BASES = range(10, 139)
+GELU_SHIFT = 0.16997124254703522
+
+
+class AdaLogQuantizer(LevelTableQuantizer):
+    """Powers of 2^(-base / 37) below `scale` (float32 scalar), less `offset`. base: integer q from 10 to 138."""
+
+    kind = "adalog"
+
+    def __init__(self, bits: int, scale: Tensor | float, base: int, offset: float = 0.0) -> None:
+        super().__init__(bits, scale, offset)
+        if base not in BASES:
+            raise ValueError(f"the base of AdaLog is an integer from {BASES[0]} to {BASES[-1]}, not {base}")
+        self.base = base
+
+    def relative_levels(self) -> Tensor:
+        """See the module; float32 (2^bits,), ascending."""
+        return torch.from_numpy(adalog_levels(self.bits, self.base)).float()
+
+    def settings(self) -> dict[str, Any]:
+        """Kind, bits, base and offset."""
+        return {**super().settings(), "base": self.base, "offset": self.offset}
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> AdaLogQuantizer:
+        """From bits, base and offset."""
+        return cls(int(arguments["bits"]), 1.0, int(arguments["base"]), float(arguments["offset"]))
+
+
+def adalog_levels(bits: int, base: int) -> NDArray[np.float64]:
+    """The 2^bits levels for scale 1, ascending."""
+    shift, remainder = np.divmod(np.arange(2**bits - 1, -1, -1) * base, DENOMINATOR)
+    whole = 4 * 2 ** (bits - 1) - 2
+    mantissa = np.rint(np.exp2(-remainder / DENOMINATOR) * whole) / whole
+    return np.asarray(np.exp2(-shift.astype(np.float64)) * mantissa)

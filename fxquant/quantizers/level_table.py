@@ -1,0 +1,44 @@
+"""Quantizers that are a table: ascending levels, and the nearest one for every value.
+
+Any 8-bit code passes through such a table at the price of a lookup. Subclasses compute the table from their numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+
+class LevelTableQuantizer(Quantizer):
+    """Nearest of at most 2^bits ascending levels. A subclass gives `relative_levels`, the table for scale 1.
+
+    scale: float32 scalar. offset: what is subtracted from every level, so that a table of positive levels covers
+    values from -offset on.
+    """
+
+    kind = "level-table"
+
+    def __init__(self, bits: int, scale: Tensor | float, offset: float = 0.0) -> None:
+        super().__init__(bits)
+        self.scale: Tensor
+        self.register_buffer("scale", as_scale(scale))
+        self.offset = offset
+
+    def relative_levels(self) -> Tensor:
+        """Levels for scale 1 and offset 0, float32 (L,), ascending."""
+        raise NotImplementedError(f"{type(self).__name__} has no relative_levels")
+
+    def levels(self) -> Tensor:
+        """Every value this quantizer returns, float32 (L,), ascending."""
+        return self.relative_levels().to(self.scale.device) * self.scale - self.offset
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Index of the nearest level, int32 in 0 .. L-1."""
+        levels = self.levels()
+        return torch.bucketize(x.float(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of level indices, float32."""
+        return self.levels()[codes]

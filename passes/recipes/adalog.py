@@ -1,0 +1,43 @@
+"""AdaLog and RepQ-ViT: the quantizers LampQ builds on, uniform bits by default."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from allocators.uniform import Uniform
+from passes.calibrate import Calibrate
+from passes.fold_sqb import FoldSqb
+from passes.insert_observers import InsertObservers
+from passes.pipeline import Pipeline
+from passes.recipes.assembly import Options, assemble
+
+REPARAMETERISE = FoldSqb(strength=1.0, mu="midrange")
+"""RepQ-ViT's scale reparameterisation: every channel after LayerNorm gets the same range."""
+
+
+def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """AdaLog: adaptive logarithm bases after softmax and GELU, asymmetric uniform elsewhere, RepQ-ViT's fold.
+
+    Scales and bases minimise the error of the layer's output, as published, without gradients.
+    """
+    insert = InsertObservers(
+        post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", **_norm_inputs(options)
+    )
+    calibrate = Calibrate(gradient=False, output_error=True)
+    return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, calibrate=calibrate)
+
+
+def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
+    """RepQ-ViT: its fold, log-sqrt2 after softmax, asymmetric uniform elsewhere, scales of least squared error."""
+    insert = InsertObservers(
+        post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", **_norm_inputs(options)
+    )
+    calibrate = Calibrate(gradient=False)
+    return assemble(
+        budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, calibrate=calibrate, metric="mse"
+    )
+
+
+def _norm_inputs(options: Options) -> dict[str, Any]:
+    asymmetric = {"softmax_input": "asymmetric", "layer_norm_input": "asymmetric"}
+    return asymmetric if options.get("fully_quantized") else {}
