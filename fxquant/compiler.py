@@ -228,7 +228,7 @@ def protocol_card(
         "calibration": source.described,
         "calibration_images": len(source.images),
         "image_shape": list(source.images.shape[1:]),
-        "labels_used": False,
+        "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
         "seed": source.context.seed,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],

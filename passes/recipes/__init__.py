@@ -14,13 +14,27 @@ from collections.abc import Callable
 from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
+from passes.recipes.lampq import lampq, vt_ptq
 from passes.recipes.mptq_vit import mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit
 
-__all__ = ["RECIPES", "adalog", "mptq_vit", "mptq_vit_plus", "naive_min_max", "recipe", "repq_vit", "tsptq_vit"]
+__all__ = [
+    "RECIPES",
+    "adalog",
+    "lampq",
+    "mptq_vit",
+    "mptq_vit_plus",
+    "naive_min_max",
+    "recipe",
+    "repq_vit",
+    "tsptq_vit",
+    "vt_ptq",
+]
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {
     "mptq_vit_plus": mptq_vit_plus,
     "mptq_vit": mptq_vit,
+    "lampq": lampq,
+    "vt_ptq": vt_ptq,
     "tsptq_vit": tsptq_vit,
     "adalog": adalog,
     "repq_vit": repq_vit,
