@@ -36,10 +36,10 @@ class AllocateBits:
     """Choose bits within a budget.
 
     budget: see `Budget`. allocator: `Milp()`, `Greedy()`, `Uniform()` or any other `Allocator`. overrides: pairs
-    (layer name, role or glob; bits or (weight bits, activation bits)), later ones win. first_last_bits: pin the patch
-    embedding's weight and the head to this width; None lets the allocator decide, as ViT papers do. image_bits: width
-    of the patch embedding's input where it is quantized at all; images come in 8 bits, so it is not counted in the
-    mean activation bits.
+    (layer name, role or glob; bits or (weight bits, activation bits)), later ones win. role_bits: the same for whole
+    roles, where the model has them, before overrides. first_last_bits: pin the patch embedding's weight and the head
+    to this width; None lets the allocator decide, as ViT papers do. image_bits: width of the patch embedding's input
+    where it is quantized at all; images come in 8 bits, so it is not counted in the mean activation bits.
     """
 
     budget: Budget
@@ -47,6 +47,7 @@ class AllocateBits:
     overrides: tuple[tuple[str, Bits], ...] = ()
     first_last_bits: int | None = None
     image_bits: int = 8
+    role_bits: tuple[tuple[Role, Bits], ...] = ()
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
@@ -82,6 +83,7 @@ class AllocateBits:
             predicted_loss=allocation.objective,
             binding=list(allocation.binding),
             usage=allocation.usage,
+            **({"role_bits": {str(role): bits for role, bits in self.role_bits}} if self.role_bits else {}),
         )
         return len(nodes)
 
@@ -139,10 +141,10 @@ class AllocateBits:
             fixed_activation_bits=np.array(fixed_activation_bits),
         )
         roles = {str(annotation.role) for annotation in annotations}
-        pins: dict[str, Bits] = {}
+        pins = {str(role): bits for role, bits in self.role_bits if str(role) in roles}
         if self.first_last_bits is not None:
             ends = (Role.PATCH_EMBED, Role.HEAD)
-            pins = {str(role): self.first_last_bits for role in ends if str(role) in roles}
+            pins |= {str(role): self.first_last_bits for role in ends if str(role) in roles}
         return table.override({**pins, **dict(self.overrides)})
 
 

@@ -1,25 +1,25 @@
 """Calibrate: run the calibration images through the graph and let every observer see its edge, batch by batch.
 
-Under the Hessian-guided metric each batch is also run backward. No labels are needed: the metric wants the Fisher
-matrix of the model's own output distribution p, J^T (diag(p) - p p^T) J with J = d logits / d activation, and any
-logit gradient v with E[v v^T] = diag(p) - p p^T estimates it. Drawing a label y from p and taking v = p - e_y is one
-(the cross-entropy's); for a confident model it is rarely large and mostly zero. v = sqrt(p) * r - p (sqrt(p) . r) with
-random signs r has the same mean and far less variance. Only one batch of activations is alive at a time.
+Under the Hessian-guided metric each batch is also run backward, from logit gradients that need no labels
+(`fxquant.sensitivity.logit_gradients`). Only one batch of activations is alive at a time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.recorder import Recorder
+from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
+from fxquant.sensitivity.logit_gradients import Fisher, class_scores, logit_gradients
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
@@ -37,7 +37,7 @@ class Calibrate:
     """
 
     gradient: bool = True
-    fisher: Literal["signs", "sampled", "arg-max"] = "signs"
+    fisher: Fisher = "signs"
     draws: int = 4
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
@@ -53,7 +53,7 @@ class Calibrate:
         grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
         if grouped:
             self._measure_channels(graph_module, context, grouped)
-        recorder = _Recorder(graph_module, set(watched))
+        recorder = Recorder(graph_module, set(watched))
         seen = 0
         for batch in context.batches("calibrating"):
             with torch.set_grad_enabled(self.gradient):
@@ -69,7 +69,7 @@ class Calibrate:
     def _measure_channels(
         self, graph_module: GraphModule, context: PassContext, grouped: dict[Node, list[tuple[int, Observer]]]
     ) -> None:
-        recorder = _Recorder(graph_module, set(grouped))
+        recorder = Recorder(graph_module, set(grouped))
         with torch.no_grad():
             for batch in context.batches("finding outlier channels"):
                 recorder.run(batch)
@@ -85,19 +85,17 @@ class Calibrate:
         if self.draws < 1:
             raise CalibrationError(f"at least one draw is needed, found {self.draws}")
 
-    def _gradients(self, output: Any, recorder: _Recorder, seed: int, first: int) -> dict[Node, Tensor]:
+    def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
         """Root mean square, over draws, of the gradient that each watched node's metric needs."""
-        logits = output[0] if isinstance(output, tuple | list) else output
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise CalibrationError(
-                "the Hessian-guided metric needs class scores (B, classes) as the model's output; "
-                'this model gives something else: use SearchScales(metric="mse") and Calibrate(gradient=False)'
-            )
-        if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError("the model's output on a calibration batch is not finite")
+        logits = class_scores(
+            output,
+            "the Hessian-guided metric",
+            'use SearchScales(metric="mse") and Calibrate(gradient=False)',
+        )
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
-        cotangents = self._logit_gradients(logits.detach().float().softmax(1), seed, first).to(logits.dtype)
+        probabilities = logits.detach().float().softmax(1)
+        cotangents = logit_gradients(probabilities, self.fisher, self.draws, seed, first).to(logits.dtype)
         squares = [torch.zeros_like(tensor) for tensor in tensors]
         for draw, cotangent in enumerate(cotangents):
             more = draw + 1 < self.draws
@@ -106,50 +104,6 @@ class Calibrate:
                 if gradient is not None:
                     square.addcmul_(gradient, gradient)
         return {node: square.div_(self.draws).sqrt_() for node, square in zip(nodes, squares, strict=True)}
-
-    def _logit_gradients(self, probabilities_bc: Tensor, seed: int, first: int) -> Tensor:
-        """v for each draw, float32 (draws, B, classes); drawn image by image, so the batch size has no say in it."""
-        draws, classes = self.draws, probabilities_bc.shape[1]
-        found = []
-        for index, p in enumerate(probabilities_bc, start=first):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            if self.fisher == "signs":
-                signs = torch.randint(0, 2, (draws, classes), generator=generator) * 2.0 - 1.0
-                spread = p.sqrt() * signs
-                found.append(spread - p * spread.sum(1, keepdim=True))
-                continue
-            if self.fisher == "sampled":
-                labels = torch.multinomial(p, draws, replacement=True, generator=generator)
-            else:
-                labels = p.argmax().expand(draws)
-            found.append(p - functional.one_hot(labels, classes))
-        return torch.stack(found, dim=1)
-
-
-class _Recorder(Interpreter):
-    """Keeps inputs of watched nodes for one batch, and the tensors whose gradients their metric needs."""
-
-    def __init__(self, graph_module: GraphModule, watched: set[Node]) -> None:
-        super().__init__(graph_module)
-        self.watched = watched
-        self.inputs: dict[Node, tuple[Tensor, ...]] = {}
-        self.differentiated: dict[Node, Tensor] = {}
-
-    def forget(self) -> None:
-        self.inputs, self.differentiated = {}, {}
-
-    def run_node(self, node: Node) -> Any:
-        if node not in self.watched:
-            return super().run_node(node)
-        arguments, _ = self.fetch_args_kwargs_from_env(node)
-        self.inputs[node] = tuple(arguments)
-        result = super().run_node(node)
-        if torch.is_grad_enabled() and not result.requires_grad:
-            # Computed from constants only, as an attention pool's query is; its error still moves the output.
-            result = result.requires_grad_()
-        role = annotation_of(node).role
-        self.differentiated[node] = arguments[0] if role in (Role.SOFTMAX, Role.LAYER_NORM) else result
-        return result
 
 
 def _update(
@@ -205,20 +159,3 @@ def heed_massive(x: Tensor, weight: Tensor) -> Tensor:
     """
     massive = x.abs() > MASSIVE_RMS * x.square().mean().sqrt()
     return torch.where(massive, weight.clamp_min(float(weight.mean())), weight)
-
-
-def weight_rows(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The inputs as rows (tokens, in) that the flattened weight (out, in) multiplies; None for grouped convolution."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1])
-    if isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module.padding, str):
-        columns = functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
-    return None
-
-
-def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
-    """dL/dO as rows (tokens, out)."""
-    if isinstance(module, nn.Conv2d):
-        return gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
-    return gradient.reshape(-1, gradient.shape[-1])

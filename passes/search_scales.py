@@ -39,8 +39,9 @@ class SearchScales:
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """Bits allocated before; and, unless statistics are kept, the calibration."""
-        return frozenset({Fact.BITS_ALLOCATED} if self.keep_statistics else {Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+        """Scores and bits made of earlier candidates; and, unless statistics are kept, the calibration."""
+        stale = frozenset({Fact.SCORED, Fact.BITS_ALLOCATED})
+        return stale if self.keep_statistics else stale | {Fact.CALIBRATED}
 
     def __post_init__(self) -> None:
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
@@ -56,6 +57,8 @@ class SearchScales:
                 node,
                 weight_candidates=self._weight(graph_module, node, found[0][1]),
                 activation_candidates=tuple(self._activation(o) for _, o in found if o.family is not None),
+                weight_sensitivity=(),
+                activation_sensitivity=(),
             )
             if not self.keep_statistics:
                 for _, observer in found:

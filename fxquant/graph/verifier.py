@@ -100,6 +100,17 @@ def _check_scales(graph_module: fx.GraphModule) -> None:
                 raise _fail(Fact.SCALES_SEARCHED, node, f"candidates of {bits} bits", "list each width once, ascending")
 
 
+def _check_scores(graph_module: fx.GraphModule) -> None:
+    for node in nodes_with_role(graph_module):
+        annotation = annotation_of(node)
+        groups = [(annotation.weight_sensitivity, annotation.weight_candidates)]
+        groups += [(annotation.activation_sensitivity, group) for group in annotation.activation_candidates]
+        for scores, candidates in groups:
+            if scores and len(scores) != len(candidates):
+                problem = f"{len(scores)} scores for {len(candidates)} candidates"
+                raise _fail(Fact.SCORED, node, problem, "run ScoreLayers after SearchScales")
+
+
 def _check_bits(graph_module: fx.GraphModule) -> None:
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
@@ -127,6 +138,7 @@ CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.OBSERVED: _check_observed,
     Fact.CALIBRATED: _check_calibrated,
     Fact.SCALES_SEARCHED: _check_scales,
+    Fact.SCORED: _check_scores,
     Fact.BITS_ALLOCATED: _check_bits,
     Fact.QUANTIZED: _check_quantized,
 }

@@ -13,7 +13,7 @@ in all; asking for an earlier node starts over. Values are quantized as `Substit
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,11 @@ class Divergence:
             found[index] = self._from_here(assignments[index])
         return found
 
+    def log_probabilities(self, assignment: Assignment) -> Tensor:
+        """Log-softmax of the model's output under one assignment, float64 (N, classes). Raises as `of` does."""
+        self._move_to(min((self._runner.position(node) for node in assignment), default=self._runner.last))
+        return torch.cat(list(self._outputs(assignment)))
+
     def sensitivity(self, node: Node, *, separate: bool = True, together: bool = True) -> Sensitivity:
         """The divergence of one layer at each of its candidate widths, all others at the baseline.
 
@@ -119,15 +124,19 @@ class Divergence:
         self._cursor = position
 
     def _from_here(self, assignment: Assignment) -> float:
-        quantized = self._baseline | {node: self._runner.quantized(node, bits) for node, bits in assignment.items()}
         total = 0.0
-        for live, log_p in zip(self._live, self._log_p, strict=True):
-            log_q = _log_probabilities(self._runner.finish(self._cursor, live, quantized))
+        for log_p, log_q in zip(self._log_p, self._outputs(assignment), strict=True):
             total += float((log_p.exp() * (log_p - log_q)).sum())
         if not total < float("inf"):
             layers = ", ".join(f"{annotation_of(node).layer} at {bits}" for node, bits in assignment.items())
             raise SensitivityError(f"the output is not finite with {layers} quantized: check the candidates there")
         return max(total / self._images, 0.0)  # rounding may leave it just below zero
+
+    def _outputs(self, assignment: Assignment) -> Iterator[Tensor]:
+        """Log-softmax of every batch, from where the cursor is."""
+        quantized = self._baseline | {node: self._runner.quantized(node, bits) for node, bits in assignment.items()}
+        for live in self._live:
+            yield _log_probabilities(self._runner.finish(self._cursor, live, quantized))
 
 
 class _Quantized:

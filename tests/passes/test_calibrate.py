@@ -11,8 +11,10 @@ from torch.nn import functional
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import nodes_with_role
+from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
-from passes.calibrate import Calibrate, gradient_rows, heed_massive, input_weight, weight_rows
+from fxquant.sensitivity.logit_gradients import logit_gradients
+from passes.calibrate import Calibrate, heed_massive, input_weight
 from passes.contract import PassContext
 from passes.insert_observers import InsertObservers, observers_of
 from tests.passes.models import images, timm_model, traced, vit
@@ -184,7 +186,7 @@ class TestErrors:
 def test_fisher_estimators_are_unbiased(fisher: Any) -> None:
     """Mean of v v^T is diag(p) - p p^T."""
     p = torch.tensor([0.6, 0.25, 0.1, 0.04, 0.01])
-    v = Calibrate(fisher=fisher, draws=200_000)._logit_gradients(p[None], 0, 0)[:, 0].double()
+    v = logit_gradients(p[None], fisher, 200_000, seed=0)[:, 0].double()
     found = v.T @ v / len(v)
     expected = torch.diag(p).double() - torch.outer(p, p).double()
     assert torch.allclose(found, expected, atol=4e-3)
@@ -193,16 +195,16 @@ def test_fisher_estimators_are_unbiased(fisher: Any) -> None:
 
 def test_arg_max_takes_the_prediction() -> None:
     p = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
-    found = Calibrate(fisher="arg-max", draws=1)._logit_gradients(p, 0, 0)
+    found = logit_gradients(p, "arg-max", 1, seed=0)
     assert torch.allclose(found, torch.tensor([[[-0.4, 0.4], [0.1, -0.1]]]))
 
 
 def test_draws_follow_the_image_not_the_batch() -> None:
     p = torch.rand(6, 5).softmax(1)
-    whole = Calibrate()._logit_gradients(p, 3, 0)
-    parts = [Calibrate()._logit_gradients(p[:4], 3, 0), Calibrate()._logit_gradients(p[4:], 3, 4)]
+    whole = logit_gradients(p, "signs", 4, seed=3)
+    parts = [logit_gradients(p[:4], "signs", 4, seed=3), logit_gradients(p[4:], "signs", 4, seed=3, first=4)]
     assert torch.equal(whole, torch.cat(parts, dim=1))
-    assert not torch.equal(whole, Calibrate()._logit_gradients(p, 4, 0))
+    assert not torch.equal(whole, logit_gradients(p, "signs", 4, seed=4))
 
 
 def test_massive_activations_count_at_least_the_mean() -> None:
@@ -294,7 +296,7 @@ def test_gram_is_the_weighted_sum_over_real_rows(observed: GraphModule) -> None:
     seen: list[Tensor] = []
     head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].detach()))
     logits = graph_module(x)
-    squared = Calibrate()._logit_gradients(logits.softmax(1), 0, 0).square().mean(0)
+    squared = logit_gradients(logits.softmax(1), "signs", 4, seed=0).square().mean(0)
     token = squared.mean(1)
     assert torch.allclose(observer.gram, (seen[0] * token[:, None]).T @ seen[0], rtol=1e-3, atol=1e-5)
     assert torch.allclose(observer.channel_weight(), squared.sum(0) / token.sum(), rtol=1e-3)

@@ -1,0 +1,61 @@
+"""Logit gradients from which a backward pass estimates the Fisher matrix, without labels.
+
+The Fisher matrix of the model's own output distribution p is J^T (diag(p) - p p^T) J with J = d logits / d anything,
+and any logit gradient v with E[v v^T] = diag(p) - p p^T estimates it. Drawing a label y from p and taking v = p - e_y
+is one (the cross-entropy's); for a confident model it is rarely large and mostly zero. With random signs r,
+v = sqrt(p) * r - p (sqrt(p) . r) has the same mean and far less variance. Given labels y, v = p - e_y is the empirical
+Fisher matrix's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fxquant.errors import CalibrationError
+
+Fisher = Literal["signs", "sampled", "arg-max"]
+"""Which v; "arg-max" takes the prediction for the label: biased, vanishes for confident models."""
+
+
+def class_scores(output: Any, needed_by: str, remedy: str) -> Tensor:
+    """The logits (B, classes) in a model's output; raises CalibrationError where there are none, or not finite ones."""
+    logits = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise CalibrationError(
+            f"{needed_by} needs class scores (B, classes) as the model's output; this model gives something else: "
+            f"{remedy}"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrationError("the model's output on a calibration batch is not finite")
+    return logits
+
+
+def logit_gradients(probabilities_bc: Tensor, fisher: Fisher, draws: int, seed: int, first: int = 0) -> Tensor:
+    """v for each draw, float32 (draws, B, classes); drawn image by image, so the batch size has no say in it.
+
+    probabilities_bc: float (B, classes). first: index of the batch's first image among all.
+    """
+    classes = probabilities_bc.shape[1]
+    found = []
+    for index, p in enumerate(probabilities_bc, start=first):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        if fisher == "signs":
+            signs = torch.randint(0, 2, (draws, classes), generator=generator) * 2.0 - 1.0
+            spread = p.sqrt() * signs
+            found.append(spread - p * spread.sum(1, keepdim=True))
+            continue
+        if fisher == "sampled":
+            labels = torch.multinomial(p, draws, replacement=True, generator=generator)
+        else:
+            labels = p.argmax().expand(draws)
+        found.append(p - functional.one_hot(labels, classes))
+    return torch.stack(found, dim=1)
+
+
+def label_gradients(probabilities_bc: Tensor, labels_b: Tensor) -> Tensor:
+    """v = p - e_y for given labels, int64 (B,): float (1, B, classes)."""
+    return (probabilities_bc - functional.one_hot(labels_b, probabilities_bc.shape[1]))[None]
