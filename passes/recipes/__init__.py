@@ -14,14 +14,26 @@ from collections.abc import Callable
 from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.lampq import lampq, vt_ptq
+from passes.recipes.mix_qvit import mix_qvit
 from passes.recipes.mptq_vit import mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit
 
-__all__ = ["RECIPES", "lampq", "mptq_vit", "mptq_vit_plus", "naive_min_max", "recipe", "tsptq_vit", "vt_ptq"]
+__all__ = [
+    "RECIPES",
+    "lampq",
+    "mix_qvit",
+    "mptq_vit",
+    "mptq_vit_plus",
+    "naive_min_max",
+    "recipe",
+    "tsptq_vit",
+    "vt_ptq",
+]
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {
     "mptq_vit_plus": mptq_vit_plus,
     "mptq_vit": mptq_vit,
     "lampq": lampq,
+    "mix_qvit": mix_qvit,
     "vt_ptq": vt_ptq,
     "tsptq_vit": tsptq_vit,
     "naive_min_max": naive_min_max,
