@@ -101,17 +101,13 @@ class RelevanceSensitivity:
         )
 
     def _layer(self, divergence: Divergence, node: Node, *, fixed_input: bool) -> dict[str, list[float]]:
-        """Sensitivities of one layer by operand; an image's width is fixed, so its inputs are not measured."""
-        annotation = annotation_of(node)
-        weights = [candidate.bits for candidate in annotation.weight_candidates]
-        inputs = [c.bits for c in next(iter(annotation.activation_candidates), ()) if not fixed_input]
-        if weights and inputs and self.operands == "together":
-            both: list[Bits] = [(bits, bits) for bits in weights]
-            halves = [value / 2 for value in divergence.of_each([{node: bits} for bits in both])]
+        """Sensitivities of one layer by operand; the width of a fixed input is no choice, so it is not tied."""
+        both = bool(annotation_of(node).weight_candidates and annotation_of(node).activation_candidates)
+        if self.operands == "together" and both and not fixed_input:
+            halves = [value / 2 for value in divergence.sensitivity(node, separate=False).together]
             return {"weight": halves, "activation": halves}
-        alone: list[Bits] = [*((bits, None) for bits in weights), *((None, bits) for bits in inputs)]
-        found = divergence.of_each([{node: bits} for bits in alone])
-        return {"weight": found[: len(weights)], "activation": found[len(weights) :]}
+        found = divergence.sensitivity(node, together=False)
+        return {"weight": list(found.weight), "activation": list(found.activation)}
 
     def _baseline(self, graph_module: GraphModule) -> dict[Node, Bits]:
         """Bits of all observed nodes at the baseline; images at the widest candidate."""
