@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import RESULTS, load, top1
+from accuracy import RESULTS, load
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.milp import Milp
+from allocators.quadratic import Interaction, Quadratic
 from allocators.uniform import Uniform
 from fxquant.cache import Cache, signature
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.tracing import trace
 from fxquant.report.progress import RichProgress
+from fxquant.sensitivity.interactions import Operand, correlations
+from fxquant.sensitivity.measured import Divergence
 from fxquant.sweep import Results
-from passes.allocate_bits import AllocateBits, allocation_of
+from passes.allocate_bits import AllocateBits, allocation_of, image_readers
 from passes.contract import PassContext
 from passes.pipeline import Pipeline
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
@@ -44,16 +48,49 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "LRP only, W and A tied": ({"sensitivity": "none", **TIED}, True),
     "sensitivity only, W and A tied": ({"importance": "none", "operands": "together"}, True),
     "product, W and A tied": ({"operands": "together"}, True),
+    "sensitivity with interactions": ({"importance": "none"}, True),
 }
+STRONGEST, INTERACTION_BITS = 12, 3
 
 
 def compiled(searched: GraphModule, context: PassContext, method: str, budget: str, optimise: str) -> GraphModule:
     """The searched graph allocated by one method, then optimised."""
     options, scored = METHODS[method]
+    if method.endswith("interactions"):
+        options = {**options, "allocator": Quadratic(interactions(searched, context))}
     pipeline = mix_qvit(budget, optimise=optimise, **options)
     start = pipeline.position(ScoreLayers) if scored else pipeline.position(AllocateBits)
     rest = pipeline[start:]
     return Pipeline(rest, pipeline[:start].provides | {*rest.assumes}).run(searched, context)
+
+
+def interactions(searched: GraphModule, context: PassContext) -> tuple[Interaction, ...]:
+    """Correlations of all pairs among the operands that cost most, kept in the cache."""
+
+    def found() -> list[Any]:
+        nodes = [n for n in nodes_with_role(searched) if annotation_of(n).activation_candidates]
+        operands: list[Operand] = [(n, "activation") for n in nodes if n not in image_readers(searched, nodes)]
+        operands += [(n, "weight") for n in nodes if annotation_of(n).weight_candidates]
+        divergence = Divergence(searched, context.images, 32)
+        return correlations(divergence, operands, INTERACTION_BITS, STRONGEST)
+
+    key = context.signature(searched, "interactions", INTERACTION_BITS, STRONGEST)
+    return tuple(Interaction(tuple(a), tuple(b), r) for a, b, r in context.cache.recall(key, found))
+
+
+def outputs(model: nn.Module, images: Tensor, batch: int = 20) -> Tensor:
+    """Logits, float64 (N, classes)."""
+    with torch.inference_mode():
+        return torch.cat([model(x) for x in images.split(batch)]).double()
+
+
+def scores(logits: Tensor, exact: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1, %, and mean KL divergence from the float model's output, nats per image."""
+    log_p, log_q = exact.log_softmax(1), logits.log_softmax(1)
+    return {
+        "top1": 100 * float((logits.argmax(1) == labels).double().mean()),
+        "kl": float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+    }
 
 
 def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor, options: argparse.Namespace) -> None:
@@ -61,8 +98,8 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
     results = Results(RESULTS / f"mix_qvit_{options.model}.json")
     settings = signature(model, calibration, len(images))
     shared = {"test_images": len(labels), "calibration_images": len(calibration), "seed": 0}
-    float_top1 = signature(settings, "float")
-    results.point(float_top1, lambda: {"method": "float", "top1": top1(model, images, labels), **shared})
+    exact = outputs(model, images)
+    results.point(signature(settings, "float"), lambda: {"method": "float", **scores(exact, exact, labels), **shared})
     searched: GraphModule | None = None
     with RichProgress() as progress:
         for optimise in options.optimise.split(","):
@@ -86,7 +123,7 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
                         "method": method,
                         "optimise": optimise,
                         "bits": int(bits),
-                        "top1": top1(quantized, images, labels),
+                        **scores(outputs(quantized, images), exact, labels),
                         "usage": allocation.usage,
                         "limits": allocation.budget.limits,
                         "status": allocation.status,
@@ -105,8 +142,9 @@ def table(model: str) -> str:
     points = json.loads((RESULTS / f"mix_qvit_{model}.json").read_text())["points"]
     reference = next(p for p in points if p["method"] == "float")
     lines = [
-        f"Top-1, %, of {reference['test_images']} images; float {reference['top1']:.2f}; "
-        f"{reference['calibration_images']} calibration images, seed {reference['seed']}; simulated.\n"
+        f"Top-1, %, and mean KL divergence from float, millinats, of {reference['test_images']} images; "
+        f"float {reference['top1']:.2f}; {reference['calibration_images']} calibration images, "
+        f"seed {reference['seed']}; simulated.\n"
     ]
     rows = [p for p in points if "bits" in p]
     widths = sorted({p["bits"] for p in rows}, reverse=True)
@@ -116,9 +154,9 @@ def table(model: str) -> str:
             "|---" * (1 + len(widths)) + "|",
         ]
         for method in METHODS:
-            found = {p["bits"]: p["top1"] for p in rows if (p["method"], p["optimise"]) == (method, optimise)}
+            found = {p["bits"]: p for p in rows if (p["method"], p["optimise"]) == (method, optimise)}
             if found:
-                cells = (f"{found[b]:.2f}" if b in found else "-" for b in widths)
+                cells = (f"{found[b]['top1']:.2f} ({1000 * found[b]['kl']:.1f})" if b in found else "-" for b in widths)
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
