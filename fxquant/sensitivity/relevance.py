@@ -39,6 +39,7 @@ _PRODUCTS: dict[Any, Callable[[Tensor, Any], Tensor]] = {
     torch.matmul: torch.matmul,
     operator.mul: torch.mul, operator.imul: torch.mul, torch.mul: torch.mul, "mul": torch.mul, "mul_": torch.mul,
 }  # fmt: skip
+_OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, "add_": "add", "sub_": "sub"}
 _QUOTIENTS = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 
 
@@ -121,9 +122,8 @@ class Relevance:
             for leaf in leaves:
                 leaf.requires_grad_(False)
         parts = [float((value * gradient).detach().sum()) for value, gradient in zip(sources, gradients, strict=True)]
-        linear = sum(
-            self._through_softmax(node, g) for node, g in zip(softmaxes, gradients[-len(outputs) :], strict=True)
-        )
+        at_softmaxes = gradients[len(sources) - len(outputs) :]
+        linear = sum(self._through_softmax(node, g) for node, g in zip(softmaxes, at_softmaxes, strict=True))
         self._recorder.values.clear()
         ends = (0, 1, 1 + len(biases), 1 + len(leaves), None)
         of_image, of_biases, of_constants, of_softmax = (sum(parts[i:j]) for i, j in itertools.pairwise(ends))
@@ -154,6 +154,7 @@ def rewritten(graph_module: GraphModule) -> GraphModule:
     for node in changed.graph.nodes:
         if node.op == "placeholder" or any(source in varying for source in tensor_inputs(node)):
             varying.add(node)
+        node.target = _OUT_OF_PLACE.get(node.target, node.target)  # or values kept for their gradient would change
     rules = [(node, rule) for node in changed.graph.nodes if (rule := _rule_of(changed, node, varying)) is not None]
     for node, (module, arguments) in rules:
         name = f"relevance_{node.name}"

@@ -77,6 +77,35 @@ def test_linear_layers_follow_the_epsilon_rule() -> None:
     torch.testing.assert_close(found[""], at_input.reshape(sample.shape))
 
 
+class _WritesInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(12, 12), nn.Linear(12, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        kept = hidden * 1
+        hidden += 1
+        return self.second(self.act(hidden.mul_(2)) + kept)
+
+
+def test_operations_in_place_are_relieved_of_it() -> None:
+    """Relevance of a layer is that of its own output, not of what was later added to it; no softmax is needed."""
+    sample = images(3, 2).double()
+    graph_module = traced(scrambled(_WritesInPlace()), sample.float()).double()
+    expected = graph_module.get_submodule("first")(sample.flatten(1))
+    relevance = Relevance(graph_module)
+    # The two paths of `first`: doubled where ReLU lets it pass, and kept.
+    logits = graph_module(sample)
+    weight = graph_module.get_submodule("second").weight[logits.argmax(1)]
+    torch.testing.assert_close(relevance.of(sample)["first"], expected * weight * (2.0 * (expected + 1 > 0) + 1))
+    balance = relevance.balance(sample)
+    assert balance.softmax == 0
+    # The number 1 that is added is a constant no tensor holds.
+    added = float((weight * 2.0 * (expected + 1 > 0)).sum())
+    assert balance.unexplained == pytest.approx(added)
+
+
 def test_softmax_and_matmul_follow_their_rules() -> None:
     """Of one attention, from its output's relevance: half to either operand, then R_i = x_i (R_i - s_i sum R)."""
     graph_module, sample = built("vit")
