@@ -32,7 +32,6 @@ from fxquant.sensitivity.measured import Divergence
 from fxquant.sweep import Results
 from passes.allocate_bits import AllocateBits, allocation_of, image_readers
 from passes.contract import PassContext
-from passes.pipeline import Pipeline
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
 from passes.score_layers import ScoreLayers
 
@@ -59,9 +58,9 @@ def compiled(searched: GraphModule, context: PassContext, method: str, budget: s
     if method.endswith("interactions"):
         options = {**options, "allocator": Quadratic(interactions(searched, context))}
     pipeline = mix_qvit(budget, optimise=optimise, **options)
-    start = pipeline.position(ScoreLayers) if scored else pipeline.position(AllocateBits)
-    rest = pipeline[start:]
-    return Pipeline(rest, pipeline[:start].provides | {*rest.assumes}).run(searched, context)
+    if not scored:
+        pipeline = pipeline.without(ScoreLayers)
+    return pipeline[pipeline.position(ScoreLayers if scored else AllocateBits) :].run(searched, context)
 
 
 def interactions(searched: GraphModule, context: PassContext) -> tuple[Interaction, ...]:
@@ -78,7 +77,7 @@ def interactions(searched: GraphModule, context: PassContext) -> tuple[Interacti
     return tuple(Interaction(tuple(a), tuple(b), r) for a, b, r in context.cache.recall(key, found))
 
 
-def outputs(model: nn.Module, images: Tensor, batch: int = 20) -> Tensor:
+def outputs(model: nn.Module, images: Tensor, batch: int = 50) -> Tensor:
     """Logits, float64 (N, classes)."""
     with torch.inference_mode():
         return torch.cat([model(x) for x in images.split(batch)]).double()
