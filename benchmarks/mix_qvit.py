@@ -73,7 +73,7 @@ def interactions(searched: GraphModule, context: PassContext) -> tuple[Interacti
         divergence = Divergence(searched, context.images, 32)
         return correlations(divergence, operands, INTERACTION_BITS, STRONGEST)
 
-    key = context.signature(searched, "interactions", INTERACTION_BITS, STRONGEST)
+    key = context.signature(searched, "interactions", INTERACTION_BITS, STRONGEST, "nearest")
     return tuple(Interaction(tuple(a), tuple(b), r) for a, b, r in context.cache.recall(key, found))
 
 
