@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "LRP only, W and A tied": ({"sensitivity": "none", **TIED}, True),
     "sensitivity only, W and A tied": ({"importance": "none", "operands": "together"}, True),
     "product, W and A tied": ({"operands": "together"}, True),
+    "sensitivity only, others at 4 bits": ({"importance": "none", "baseline_bits": 4}, True),
     "sensitivity with interactions": ({"importance": "none"}, True),
 }
 STRONGEST, INTERACTION_BITS = 12, 3
