@@ -206,12 +206,15 @@ class CostTable:
         return float(np.sum(costs))
 
     def choices(self, layer: int, budget: Budget | None = None, *, tied: bool = False) -> Choices:
-        """The allowed pairs of a layer; `tied` keeps those with equal bits where the layer has both operands."""
+        """The allowed pairs of a layer; `tied` keeps those with equal bits where the layer has both operands.
+
+        A layer with a single allowed pair keeps it: what is pinned is not tied.
+        """
         weights, activations = self.operands
         grid = np.meshgrid(weights.columns(layer), activations.columns(layer), indexing="ij")
         columns = np.stack([axis.ravel() for axis in grid])
         bits = np.stack([weights.bits_at(columns[0]), activations.bits_at(columns[1])])
-        if tied and (columns[:, 0] >= 0).all():
+        if tied and columns.shape[1] > 1 and (columns[:, 0] >= 0).all():
             equal = bits[0] == bits[1]
             if not equal.any():
                 raise OverrideError(

@@ -218,7 +218,7 @@ def protocol_card(
         "parameters": sum(p.numel() for p in model.parameters()),
         "calibration_images": len(calibration),
         "image_shape": list(calibration.shape[1:]),
-        "labels_used": False,
+        "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
         "seed": context.seed,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],

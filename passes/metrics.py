@@ -90,7 +90,7 @@ class TypeAwareFisher(FisherTrace):
         if self.beta not in widths:
             raise SensitivityError(f"beta={self.beta} is not among the candidate bits {widths}")
         traces = self.traces(graph_module, nodes, context)
-        drops = self.drops(graph_module, nodes, context)
+        drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
         types = {annotation_of(node).layer: str(annotation_of(node).role) for node in nodes}
         alpha = type_factors(traces, drops, types)
         scores = {

@@ -39,9 +39,9 @@ class UpdateBits:
     normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
     the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
     score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
-    exchange. weighted: each layer's error counts as much as makes it the layer's cost in the table at the start, so
-    that the metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's weights and inputs step together. roles: of the layers
-    that exchange bits.
+    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
+    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
+    weights and inputs step together. roles: of the layers that exchange bits.
     """
 
     estimate: Literal["measured", "expected"] = "measured"
@@ -77,9 +77,9 @@ class UpdateBits:
         if allocation is None or not isinstance(table, CostTable):
             raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
-        start = [[allocation.weight_bits.get(name), allocation.activation_bits.get(name)] for name in table.layers]
+        start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
         described = [described_candidates(annotation_of(node)) for node in nodes]
-        key = context.signature(graph_module, "update", repr(self), described, start, str(allocation.budget))
+        key = context.signature(graph_module, "update", repr(self), described, start)
         found = context.cache.recall(key, lambda: _Search(self, graph_module, nodes, table, allocation, context).run())
         columns = np.array(found["columns"])
         changed = 0
@@ -94,14 +94,18 @@ class UpdateBits:
             if bits:
                 annotate(node, **bits)
                 changed += 1
-        updated = Allocation.of(
-            table,
-            columns,
-            allocation.budget,
-            status="heuristic",
-            gap=None,
-            solver=f"{allocation.solver}, updated",
-            seconds=allocation.seconds + time.perf_counter() - started_s,
+        updated = (
+            allocation
+            if not changed
+            else Allocation.of(
+                table,
+                columns,
+                allocation.budget,
+                status="heuristic",
+                gap=None,
+                solver=f"{allocation.solver}, updated",
+                seconds=allocation.seconds + time.perf_counter() - started_s,
+            )
         )
         graph_module.meta[ALLOCATION] = updated
         context.note(**found["notes"], usage=updated.usage, predicted_loss=updated.objective)

@@ -30,7 +30,7 @@ Calibration = Annotated[
 Data = Annotated[Path | None, typer.Option(help="Class folders, or .npz with labels; the embedded model has its own.")]
 Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
-Recipe = Annotated[str, typer.Option(help="mptq_vit, mptq_vit_plus, tsptq_vit or naive_min_max.")]
+Recipe = Annotated[str, typer.Option(help="mptq_vit, mptq_vit_plus, lampq, vt_ptq, tsptq_vit or naive_min_max.")]
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help="milp, greedy, uniform; else the recipe's own.")]
 Override = Annotated[
     list[str] | None, typer.Option(help="layer=6 or layer=4/8 (weight/activation); name, role or glob. Repeatable.")

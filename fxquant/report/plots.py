@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -52,6 +53,36 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     axes.set_ylabel("top-1 accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    write_figure(path, figure)
+
+
+def plot_sensitivity(
+    path: str | PathLike[str], panels: Mapping[str, Mapping[str, float]], role_of: Mapping[str, str]
+) -> None:
+    """Scores of layers along the blocks, one line a role, one panel a metric (LampQ, Figure 5); logarithmic.
+
+    panels: by title, the score of each layer in graph order; scores of one panel share a unit. role_of: by layer.
+    Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written or nothing is above 0.
+    """
+    check_plot(path)
+    if not panels or not all(max(scores.values(), default=0) > 0 for scores in panels.values()):
+        raise ArtefactError(f"{path}: every panel of a sensitivity plot needs a score above zero")
+    figure = _pyplot_free_figure()(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
+    for index, (title, scores) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for marker, role in zip("os^D" * 4, dict.fromkeys(role_of[layer] for layer in scores), strict=False):
+            found = [score for layer, score in scores.items() if role_of[layer] == role]
+            shown = [score if score > 0 else math.nan for score in found]
+            axes.plot(range(len(found)), shown, marker=marker, markersize=4.5, linewidth=1.2, label=role)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if not index:
+            axes.set_ylabel("score")
+            lines, labels = axes.get_legend_handles_labels()
+            figure.legend(lines, labels, loc="outside right upper", frameon=False, fontsize=9)
     write_figure(path, figure)
 
 

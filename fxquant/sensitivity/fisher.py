@@ -7,7 +7,7 @@ of one image is never kept: its squared norm is either sum((X X^T) * (G G^T)), w
 or that of one image's product, T in out; the cheaper one is taken. The expectation is over labels drawn from the
 model's own output, estimated without labels (`logit_gradients`), or there are labels (the empirical Fisher matrix).
 
-Deliberately not done: weights that several nodes share count per node; grouped convolutions are left out.
+Deliberately not done: weights that several nodes share count per node; grouped convolutions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.recorder import Recorder
-from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.sensitivity.logit_gradients import Fisher, class_scores, label_gradients, logit_gradients
 
 
@@ -37,15 +37,16 @@ def fisher_traces(
 ) -> dict[Node, float]:
     """tr(F) of each node's weight, summed in float64.
 
-    nodes: linear layers and ungrouped convolutions (call_module). batches: images, float (B, C, H, W); one batch of
+    nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
+    matrix product (grouped convolutions) are left out of the answer. batches: images, float (B, C, H, W); one batch of
     activations is alive at a time. fisher, draws, seed: of the logit gradients. labels_n: int64, one per image of all
     batches; then fisher, draws and seed say nothing.
 
     Raises CalibrationError without class scores or with too few labels, SensitivityError for a trace that is not
     finite.
     """
-    recorder = Recorder(graph_module, set(nodes))
-    traces = dict.fromkeys(nodes, 0.0)
+    traces = {node: 0.0 for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))}
+    recorder = Recorder(graph_module, set(traces))
     seen = 0
     for batch in batches:
         with torch.enable_grad():

@@ -52,9 +52,9 @@ def lampq(
 
     budget: anything `Budget.parse` takes. layer_wise (I1): bits by layer, from the integer program; else by module,
     from the Pareto frontier, and never updated. type_aware (I2): alpha_t tr(F); else tr(F). update (I3): None leaves it
-    out. metric: another one than these two. tied: weights and inputs of a layer share their bits; None ties them unless the
-    budget gives the two different means. outside_bits: of all layers outside the four, bits or (weight bits, activation
-    bits). Raises BudgetError where it is needed, because the budget has no mean bits.
+    out. metric: another one than these two. tied: weights and inputs of a layer share their bits; None ties them unless
+    the budget gives the two different means. outside_bits: of all layers outside the four, bits or (weight bits,
+    activation bits). Raises BudgetError where it is needed, because the budget has no mean bits.
     """
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied

@@ -5,6 +5,7 @@ import pytest
 
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
+from allocators.milp import Milp
 from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError, SensitivityError
 from tests.allocators.tables import plain_table, random_table
 
@@ -175,9 +176,17 @@ def test_override_errors(patterns, message):
 
 
 def test_tied_choices_need_a_common_width():
-    table = plain_table().override({"head": (8, 4)})
+    allowed = np.ones((3, 3), bool)
+    allowed[2] = [True, True, False]
+    table = plain_table(allowed_weight=allowed).override({"head": (None, 8)})
     with pytest.raises(OverrideError, match="'head' has no width allowed for both"):
         table.lowest(tied=True)
+
+
+def test_pinned_layers_are_not_tied():
+    table = plain_table().override({"head": (8, 4)})
+    assert table.bits(table.lowest(tied=True))[:, 2].tolist() == [8, 4]
+    assert Milp(tie_weights_and_activations=True).allocate(table, Budget.parse("W8A8")).activation_bits["head"] == 4
 
 
 def test_json_round_trip():

@@ -60,7 +60,9 @@ def test_tied_widths_match_brute_force(seed):
 
 
 def test_tied_without_a_common_width_names_the_layer():
-    table = plain_table().override({"head": (8, 4)})
+    allowed = np.ones((3, 3), bool)
+    allowed[2] = [True, True, False]
+    table = plain_table(allowed_weight=allowed).override({"head": (None, 8)})
     with pytest.raises(OverrideError, match="'head'"):
         Milp(tie_weights_and_activations=True).allocate(table, Budget(mean_weight_bits=8))
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fxquant.errors import ArtefactError, MissingExtraError
-from fxquant.report.plots import PlotPoint, check_plot, plot_accuracy
+from fxquant.report.plots import PlotPoint, check_plot, plot_accuracy, plot_sensitivity
 from fxquant.report.progress import RichProgress
 
 POINTS = [PlotPoint("milp", 8, 91.0, 0.5), PlotPoint("milp", 4, 90.0, 0.5), PlotPoint("greedy", 4, 88.0)]
@@ -25,6 +25,18 @@ def test_plot(tmp_path: Path) -> None:
     ElementTree.parse(tmp_path / "a.svg")
     with pytest.raises(ArtefactError, match=r"ends in one of \.png"):
         check_plot(tmp_path / "a.gif")
+
+
+def test_sensitivity_plot_has_a_panel_a_metric_and_a_line_a_role(tmp_path: Path) -> None:
+    layers = [f"blocks.{block}.{role}" for block in range(3) for role in ("qkv", "fc1")]
+    roles = {layer: layer.rpartition(".")[2] for layer in layers}
+    scores = {layer: float(index) for index, layer in enumerate(layers)}
+    plot_sensitivity(tmp_path / "s.svg", {"tr(F)": scores, "alpha tr(F)": {**scores, "blocks.0.fc1": 5.0}}, roles)
+    text = ElementTree.tostring(ElementTree.parse(tmp_path / "s.svg").getroot()).decode()
+    assert text.count("axes_") >= 2
+    assert all(f"<!-- {role} -->" in (tmp_path / "s.svg").read_text() for role in ("qkv", "fc1", "tr(F)"))
+    with pytest.raises(ArtefactError, match="a score above zero"):
+        plot_sensitivity(tmp_path / "s.svg", {"nothing": dict.fromkeys(layers, 0.0)}, roles)
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

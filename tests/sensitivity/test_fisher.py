@@ -12,14 +12,19 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import WEIGHT_ROLES, annotation_of, nodes_with_role
 from fxquant.sensitivity.fisher import fisher_traces, squared_norms, type_factors
 from fxquant.sensitivity.logit_gradients import label_gradients, logit_gradients
-from tests.passes.models import images, traced, vit
+from tests.passes.models import images, timm_model, traced, vit
 
 IMAGES = images(5).double()
 
 
-@pytest.fixture(scope="module")
-def graph_module() -> GraphModule:
-    return traced(vit(depth=1).double(), IMAGES)
+SWIN = {"img_size": 32, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 4), "window_size": 4, "num_classes": 7}
+MODELS = {"vit": lambda: vit(depth=1), "swin": lambda: timm_model("swin_tiny_patch4_window7_224", **SWIN)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def graph_module(request: pytest.FixtureRequest) -> GraphModule:
+    """In Swin the windows of an image are spread over the batch of the linear layers."""
+    return traced(MODELS[request.param]().double(), IMAGES)
 
 
 def per_sample(graph_module: GraphModule, cotangents_dbc: Tensor) -> dict[str, float]:
@@ -39,9 +44,9 @@ def per_sample(graph_module: GraphModule, cotangents_dbc: Tensor) -> dict[str, f
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_traces_are_those_of_per_sample_gradients(graph_module: GraphModule, labelled: bool) -> None:
-    """qkv, proj, fc1, fc2 with tokens, the head without, and the patch embedding as a convolution."""
+    """qkv, proj, fc1, fc2 with tokens, the head without, the patch embedding as a convolution, Swin's reduction."""
     nodes = nodes_with_role(graph_module, *WEIGHT_ROLES)
-    assert len(nodes) == 6
+    assert len(nodes) in (6, 11)
     p = graph_module(IMAGES).softmax(1).detach()
     labels = torch.arange(5) if labelled else None
     cotangents = label_gradients(p, labels) if labelled else logit_gradients(p, "signs", 3, seed=7)
@@ -56,6 +61,14 @@ def test_batches_have_no_say(graph_module: GraphModule) -> None:
     nodes = nodes_with_role(graph_module, *WEIGHT_ROLES)
     whole, parts = (fisher_traces(graph_module, nodes, IMAGES.split(size)) for size in (5, 1))
     assert list(whole.values()) == pytest.approx(list(parts.values()), rel=1e-9)
+
+
+def test_grouped_convolutions_are_left_out() -> None:
+    """Rather than said to have no trace, which would cost them their bits."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8, groups=3), nn.Flatten(), nn.Linear(96, 4)).double()
+    graph_module = torch.fx.symbolic_trace(model)
+    nodes = [node for node in graph_module.graph.nodes if node.target in ("0", "2")]
+    assert [str(node.target) for node in fisher_traces(graph_module, nodes, [IMAGES])] == ["2"]
 
 
 @pytest.mark.parametrize(("tokens", "inner", "outer"), [(3, 40, 50), (60, 8, 9), (1, 5, 7)])

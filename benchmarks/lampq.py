@@ -1,0 +1,204 @@
+"""LampQ's Tables 3 and 6 here: uniform bits, VT-PTQ, and LampQ with each idea in turn, on the same quantizers.
+
+    python benchmarks/lampq.py embedded
+    python benchmarks/lampq.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
+
+Seeds are different slices of the calibration file: seed s calibrates on images 32 s to 32 s + 31 and draws with seed s.
+The .npz files are those of benchmarks/accuracy.py. Every row keeps both means, of weights (by parameters) and of inputs
+(by elements), at or below the bits; what is outside the four layers of a block has exactly these bits. Results go to
+benchmarks/results/lampq_MODEL.json after every row, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from allocators.uniform import Uniform
+from fxquant import embedded
+from fxquant.cache import signature
+from fxquant.compiler import Compiled
+from fxquant.models import load_model
+from fxquant.sweep import Prepared, Results
+from passes.metrics import NuclearNorm, PredictedLoss
+from passes.recipes import RECIPES
+from passes.update_bits import UpdateBits
+
+RESULTS = Path(__file__).parent / "results"
+
+# Row: recipe, its options (a base by name). Rows with a recipe that is not there are left out.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "{base} uniform": ("{base}", {"allocator": Uniform()}),
+    "RepQ-ViT uniform": ("repq_vit", {"allocator": Uniform()}),
+    "+ VT-PTQ": ("vt_ptq", {"base": "{base}"}),
+    "+ I1, nuclear norm": ("lampq", {"base": "{base}", "metric": NuclearNorm(), "update": None}),
+    "+ I1, Fisher": ("lampq", {"base": "{base}", "type_aware": False, "update": None}),
+    "+ I1 + I2": ("lampq", {"base": "{base}", "update": None}),
+    "+ I1 + I3, nuclear norm": ("lampq", {"base": "{base}", "metric": NuclearNorm()}),
+    "+ I1 + I3, Fisher": ("lampq", {"base": "{base}", "type_aware": False}),
+    "LampQ": ("lampq", {"base": "{base}"}),
+    "LampQ, weighted update": ("lampq", {"base": "{base}", "update": UpdateBits(weighted=True)}),
+    "LampQ, paper's update": (
+        "lampq",
+        {"base": "{base}", "update": UpdateBits(estimate="expected", patience=1, size=2)},
+    ),
+    "predicted loss, tied": ("lampq", {"base": "{base}", "metric": PredictedLoss(), "update": None}),
+    "predicted loss, tied + I3": ("lampq", {"base": "{base}", "metric": PredictedLoss()}),
+    "RepQ-ViT + LampQ": ("lampq", {"base": "repq_vit"}),
+}
+
+
+def resolved(name: str, base: str) -> tuple[str, dict[str, Any]] | None:
+    """Recipe and options of a row, bases as functions; None where a recipe is missing."""
+    recipe, options = ROWS[name]
+    recipe = recipe.format(base=base)
+    found = dict(options)
+    if "base" in found:
+        found["base"] = str(found["base"]).format(base=base)
+    if {recipe, found.get("base", recipe)} - set(RECIPES):
+        return None
+    if "base" in found:
+        found["base"] = RECIPES[found["base"]]
+    return recipe, found
+
+
+def measured(model: nn.Module, quantized: Compiled, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and the divergence from the float model in nats per image."""
+    correct, divergence = 0, 0.0
+    with torch.inference_mode():
+        for x, y in zip(images.split(20), labels.split(20), strict=True):
+            logits = quantized(x)
+            log_p, log_q = model(x).double().log_softmax(1), logits.double().log_softmax(1)
+            correct += int((logits.argmax(1) == y).sum())
+            divergence += float((log_p.exp() * (log_p - log_q)).sum())
+    return {"top1": 100 * correct / len(labels), "divergence": divergence / len(labels)}
+
+
+def point(
+    name: str, base: str, bits: int, seed: int, model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor
+) -> dict[str, Any] | None:
+    """One row: a whole compile and its accuracy."""
+    row = resolved(name, base)
+    if row is None:
+        return None
+    recipe, options = row
+    allocator = options.pop("allocator", None)
+    start = time.perf_counter()
+    quantized = Prepared(model, calibration, recipe=recipe, seed=seed, **options).compile(f"W{bits}A{bits}", allocator)
+    seconds = time.perf_counter() - start
+    notes = {entry.step.split("(")[0]: entry for entry in quantized.journal.entries}
+    own = {step: notes[step].seconds for step in ("ScoreLayers", "AllocateBits", "UpdateBits") if step in notes}
+    update = notes["UpdateBits"].notes if "UpdateBits" in notes else {}
+    assert quantized.allocation is not None
+    return {
+        "method": name.format(base=base),
+        "bits": bits,
+        "seed": seed,
+        **measured(model, quantized, images, labels),
+        "usage": quantized.allocation.usage,
+        "seconds": seconds,
+        "allocation_seconds": own,
+        "exchanges_kept": sum(entry["kept"] for entry in update.get("trajectory", [])),
+        "score": [update.get("score_before"), update.get("score_after")],
+        "test_images": len(labels),
+        "calibration_images": len(calibration),
+    }
+
+
+def table(points: list[dict[str, Any]]) -> list[str]:
+    """Mean and spread (standard deviation over seeds) of the top-1, rows methods, columns bits."""
+    widths = sorted({p["bits"] for p in points if "bits" in p})
+    heads = " | ".join(f"W{b}A{b}" for b in widths)
+    lines = [f"| method | {heads} | mean W, A bits | allocation s |", "|---" * (len(widths) + 3) + "|"]
+    for method in dict.fromkeys(p["method"] for p in points if "bits" in p):
+        mine = [p for p in points if p["method"] == method]
+        cells = []
+        for bits in widths:
+            top1 = [p["top1"] for p in mine if p["bits"] == bits]
+            spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+            cells.append(f"{statistics.mean(top1):.1f}{spread}" if top1 else "-")
+        usage = [max(p["usage"][key] - p["bits"] for p in mine) for key in ("mean_weight_bits", "mean_activation_bits")]
+        least = [min(p["usage"][key] - p["bits"] for p in mine) for key in ("mean_weight_bits", "mean_activation_bits")]
+        means = ", ".join(f"{low:+.2f} to {high:+.2f}" for low, high in zip(least, usage, strict=True))
+        seconds = statistics.mean(sum(p["allocation_seconds"].values()) for p in mine)
+        lines.append(f"| {method} | {' | '.join(cells)} | {means} | {seconds:.1f} |")
+    return lines
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--base", default="adalog" if "adalog" in RECIPES else "mptq_vit", help="recipe of all rows")
+    parser.add_argument("--bits", default="3,4,6")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=32, help="calibration images")
+    parser.add_argument("--limit", type=int, default=1000, help="test images")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, calibrations, images, labels = loaded(options)
+    results = Results(RESULTS / f"lampq_{options.model}.json")
+    settings = signature(model, len(images), options.images)
+    results.point(signature(settings, "float"), lambda: {"method": "float", **float_row(model, images, labels)})
+    for bits in [int(b) for b in options.bits.split(",")]:
+        for seed in range(options.seeds):
+            for name in [name for name in ROWS if options.rows in name]:
+                key = signature(settings, name.format(base=options.base), options.base, bits, seed)
+                if key in results.points:
+                    continue
+                found = point(name, options.base, bits, seed, model, calibrations(seed), images, labels)
+                if found is None:
+                    print(f"left out, a recipe is missing: {name.format(base=options.base)}", flush=True)
+                    continue
+                results.point(key, lambda found=found: found)
+                print(json.dumps(found), flush=True)
+    print("\n".join(table(list(results.points.values()))))
+
+
+def float_row(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Top-1 of the float model."""
+    with torch.inference_mode():
+        right = sum(
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(20), labels.split(20), strict=True)
+        )
+    return {"top1": 100 * right / len(labels), "test_images": len(labels)}
+
+
+def loaded(options: argparse.Namespace) -> tuple[nn.Module, Callable[[int], Tensor], Tensor, Tensor]:
+    """The model, calibration images by seed, test images and labels."""
+    count = options.images
+    if options.model == "embedded":
+        images, labels = embedded.test_images(options.limit)
+        calibration = embedded.calibration_images(count * options.seeds)
+        return embedded.load_model(), lambda seed: calibration[count * seed : count * (seed + 1)], images, labels
+    test = np.load(options.test)
+    labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
+    named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (named.preprocessing.mean, named.preprocessing.std))
+
+    def normalized(images_nhwc: np.ndarray) -> Tensor:
+        return (torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    pixels = np.load(options.calibration)["images"]
+    if len(pixels) < count * options.seeds:
+        raise SystemExit(f"{len(pixels)} calibration images, {count * options.seeds} needed")
+    images = normalized(test["images"][: options.limit])
+    return named.model, lambda seed: normalized(pixels[count * seed : count * (seed + 1)]), images, labels
+
+
+if __name__ == "__main__":
+    main()
