@@ -27,7 +27,8 @@ TOLERANCE: Final = 1e-9
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TOKEN = re.compile(
-    rf"(?P<operand>[WA])(?P<bits>{_NUMBER})(?:/(?P<mean>layers|elements))?"
+    rf"MP(?P<uniform>\d+)"
+    rf"|(?P<operand>[WA])(?P<bits>{_NUMBER})(?:/(?P<mean>layers|elements))?"
     rf"|(?P<amount>{_NUMBER})\s*(?P<unit>[KMGT]?BOPs?|[KMGT]i?B|B)",
     re.IGNORECASE,
 )
@@ -36,7 +37,7 @@ _BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1.0}
 _BINARY_UNITS = {"KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40, "TB": 1e12}
 _OPERATION_UNITS = {"TBOPs": 1e12, "GBOPs": 1e9, "MBOPs": 1e6, "KBOPs": 1e3, "BOPs": 1.0}
 _UNITS = _BYTE_UNITS | _BINARY_UNITS | {unit.upper(): scale for unit, scale in _OPERATION_UNITS.items()}
-_EXAMPLES = "'W4A4', 'w3.5a5', 'W4', 'A6/layers', '6MB', '1.5MiB', '2.1GBOPs' or a mix such as 'W4A4, 6MB'"
+_EXAMPLES = "'W4A4', 'w3.5a5', 'W4', 'A6/layers', 'MP4', '6MB', '1.5MiB', '2.1GBOPs' or a mix such as 'W4A4, 6MB'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Budget:
         mean_activation_bits: mean bits per quantized activation.
         weight_bytes: bytes of all quantized weights, without scales.
         bit_operations: sum over layers of MACs * weight bits * activation bits.
+        like_uniform_bits: no more weight bytes and no more bit operations than the uniform model of this width
+            has ("MP4", Mix-QViT's "*" rows); `allocators.like_uniform.in_numbers` puts them into numbers.
         weight_mean: weigh layers by their number of weights ("elements") or equally ("layers").
         activation_mean: the same for activations.
 
@@ -56,7 +59,7 @@ class Budget:
 
     >>> Budget.parse("W4A4, 6MB")
     Budget(mean_weight_bits=4.0, mean_activation_bits=4.0, weight_bytes=6000000.0, bit_operations=None, \
-weight_mean='elements', activation_mean='elements')
+like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
     >>> str(Budget.parse({"mean_weight_bits": 3.5, "bit_operations": 2.1e9}))
     'W3.5, 2.1GBOPs'
     """
@@ -65,6 +68,7 @@ weight_mean='elements', activation_mean='elements')
     mean_activation_bits: float | None = None
     weight_bytes: float | None = None
     bit_operations: float | None = None
+    like_uniform_bits: int | None = None
     weight_mean: Mean = "elements"
     activation_mean: Mean = "elements"
 
@@ -79,8 +83,11 @@ weight_mean='elements', activation_mean='elements')
             if not math.isfinite(value) or value <= 0:
                 raise BudgetError(f"{quantity} must be finite and positive, found {value!r}")
             object.__setattr__(self, quantity, float(value))
-        if not self.limits:
-            raise BudgetError(f"a budget needs at least one of {', '.join(QUANTITIES)}")
+        width = self.like_uniform_bits
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise BudgetError(f"like_uniform_bits must be a whole number of bits, at least 1, found {width!r}")
+        if width is None and not self.limits:
+            raise BudgetError(f"a budget needs at least one of {', '.join(QUANTITIES)}, or like_uniform_bits")
         for name in ("weight", "activation"):
             mean = getattr(self, f"{name}_mean")
             if mean not in ("elements", "layers"):
@@ -90,7 +97,13 @@ weight_mean='elements', activation_mean='elements')
 
     @property
     def limits(self) -> dict[str, float]:
-        """The quantities that are set, with their limits."""
+        """The quantities that are set, with their limits.
+
+        Raises:
+            BudgetError: like_uniform_bits has not been put into numbers.
+        """
+        if self.like_uniform_bits is not None and None in (self.weight_bytes, self.bit_operations):
+            raise BudgetError(f"the limits of {self} follow from a cost table: use in_numbers(budget, table)")
         return {quantity: getattr(self, quantity) for quantity in QUANTITIES if getattr(self, quantity) is not None}
 
     def exceeded(self, usage: Mapping[str, float]) -> list[str]:
@@ -156,6 +169,7 @@ weight_mean='elements', activation_mean='elements')
 
     def __str__(self) -> str:
         """The short form that `parse` reads back to an equal budget."""
+        uniform = "" if self.like_uniform_bits is None else f"MP{self.like_uniform_bits}"
         operands = ""
         for letter, bits, mean in (
             ("W", self.mean_weight_bits, self.weight_mean),
@@ -167,11 +181,14 @@ weight_mean='elements', activation_mean='elements')
             _with_unit(self.weight_bytes, _BYTE_UNITS),
             _with_unit(self.bit_operations, _OPERATION_UNITS),
         )
-        return ", ".join(part for part in (operands, *amounts) if part)
+        return ", ".join(part for part in (uniform, operands, *amounts) if part)
 
 
 def _fields_of(token: re.Match[str]) -> Iterable[tuple[str, Any]]:
     """The budget fields that one token of the short form sets."""
+    if token["uniform"]:
+        yield "like_uniform_bits", int(token["uniform"])
+        return
     if token["operand"]:
         name = "weight" if token["operand"] in "Ww" else "activation"
         yield f"mean_{name}_bits", float(token["bits"])

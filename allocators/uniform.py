@@ -28,9 +28,11 @@ class Uniform:
             BudgetError: the budget names bytes or bit operations only, from which no width follows.
         """
         started_s = time.perf_counter()
-        means = budget.mean_weight_bits, budget.mean_activation_bits
+        means: tuple[float | None, float | None] = (budget.mean_weight_bits, budget.mean_activation_bits)
         if means == (None, None):
-            raise BudgetError(f"Uniform needs mean bits, and the budget is {budget}: give one such as 'W4A4'")
+            if budget.like_uniform_bits is None:
+                raise BudgetError(f"Uniform needs mean bits, and the budget is {budget}: give one such as 'W4A4'")
+            means = (budget.like_uniform_bits, budget.like_uniform_bits)
         widest = table.weight_bits[-1], table.activation_bits[-1]
         bits = [int(high if mean is None else mean) for mean, high in zip(means, widest, strict=True)]
         return Allocation.of(

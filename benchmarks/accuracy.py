@@ -102,16 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    if options.model == "embedded":
-        model, calibration = embedded.load_model(), embedded.calibration_images(options.images)
-        images, labels = embedded.test_images(options.limit)
-    else:
-        test = np.load(options.test)
-        labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
-        named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
-        model, mean, std = named.model, named.preprocessing.mean, named.preprocessing.std
-        calibration = normalized(np.load(options.calibration)["images"][: options.images], mean, std)
-        images = normalized(test["images"][: options.limit], mean, std)
+    model, calibration, images, labels = load(options)
     results = Results(RESULTS / f"accuracy_{options.model}.json")
     settings = signature(model, calibration, len(images))
     shared = {"test_images": len(labels), "calibration_images": len(calibration), "seed": 0}
@@ -156,6 +147,18 @@ def main() -> None:
                 point = {"method": method, "fully_quantized": False, "bits": width, "top1": accuracy, **shared}
                 results.point(key, lambda point=point: point)
                 print(json.dumps(point), flush=True)
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """The model, calibration images, test images and labels that the options name, preprocessed."""
+    if options.model == "embedded":
+        return embedded.load_model(), embedded.calibration_images(options.images), *embedded.test_images(options.limit)
+    test = np.load(options.test)
+    labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
+    named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
+    mean, std = named.preprocessing.mean, named.preprocessing.std
+    calibration = normalized(np.load(options.calibration)["images"][: options.images], mean, std)
+    return named.model, calibration, normalized(test["images"][: options.limit], mean, std), labels
 
 
 def normalized(images_nhwc: np.ndarray, mean: Any, std: Any) -> Tensor:

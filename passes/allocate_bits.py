@@ -19,6 +19,7 @@ from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
+from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
@@ -61,7 +62,7 @@ class AllocateBits:
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         table = self.cost_table(graph_module, nodes)
         task = context.progress.track("allocating bits", 1)
-        allocation = self.allocator.allocate(table, self.budget)
+        allocation = self.allocator.allocate(table, in_numbers(self.budget, table))
         task.advance()
         task.close()
         images = image_readers(graph_module, nodes)

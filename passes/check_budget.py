@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
+from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
@@ -49,5 +50,5 @@ class CheckBudget:
             )
         nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
         table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)
-        table.check_feasible(self.allocate.budget)
+        table.check_feasible(in_numbers(self.allocate.budget, table))
         return 0

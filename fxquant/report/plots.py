@@ -39,7 +39,7 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
     check_plot(path)
-    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for marker, line in zip("os^Dvph*" * 4, dict.fromkeys(point.line for point in points), strict=False):
         found = sorted((point for point in points if point.line == line), key=lambda point: point.mean_bits)
@@ -53,7 +53,7 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     axes.set_ylabel("top-1 accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    _write(figure, path)
+    write_figure(path, figure)
 
 
 def plot_sensitivity(
@@ -83,10 +83,16 @@ def plot_sensitivity(
             axes.set_ylabel("score")
             lines, labels = axes.get_legend_handles_labels()
             figure.legend(lines, labels, loc="outside right upper", frameon=False, fontsize=9)
-    _write(figure, path)
+    write_figure(path, figure)
 
 
-def _write(figure: Any, path: str | PathLike[str]) -> None:
+def new_figure(**options: Any) -> Any:
+    """An empty matplotlib figure that needs no display; raises MissingExtraError without matplotlib."""
+    return _pyplot_free_figure()(**options)
+
+
+def write_figure(path: str | PathLike[str], figure: Any) -> None:
+    """Write a figure in one step, in the format of the suffix; raises ArtefactError where it cannot be written."""
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
     write_file(Path(path), content.getvalue())

@@ -15,12 +15,14 @@ from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
 from passes.recipes.lampq import lampq, vt_ptq
+from passes.recipes.mix_qvit import mix_qvit
 from passes.recipes.mptq_vit import mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit
 
 __all__ = [
     "RECIPES",
     "adalog",
     "lampq",
+    "mix_qvit",
     "mptq_vit",
     "mptq_vit_plus",
     "naive_min_max",
@@ -34,6 +36,7 @@ RECIPES: dict[str, Callable[..., Pipeline]] = {
     "mptq_vit_plus": mptq_vit_plus,
     "mptq_vit": mptq_vit,
     "lampq": lampq,
+    "mix_qvit": mix_qvit,
     "vt_ptq": vt_ptq,
     "tsptq_vit": tsptq_vit,
     "adalog": adalog,

@@ -1,0 +1,64 @@
+"""Mix-QViT: bits by relevance times sensitivity, as small and as cheap as the uniform model.
+
+    mix_qvit("MP4")                                  both limits of the paper's "*" rows: model size and bit operations
+    mix_qvit("MP4", optimise="closed-form")          weights then corrected without gradient steps
+    mix_qvit("MP4", sensitivity="none")              relevance only, LRP-QViT; importance="none": sensitivity only
+
+Every layer is scored and allocated, patch embedding, head and attention matmuls too; no layer type is pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
+
+from allocators.milp import Milp
+from fxquant.errors import PipelineError
+from passes.allocate_bits import AllocateBits
+from passes.compensate_weights import CompensateWeights
+from passes.pipeline import Pipeline
+from passes.recipes.assembly import CANDIDATE_BITS, Options
+from passes.recipes.mptq_vit import mptq_vit
+from passes.relevance_sensitivity import RelevanceSensitivity
+from passes.score_layers import ScoreLayers
+from passes.search_scales import SearchScales
+
+Optimise = Literal["none", "closed-form"]
+
+
+def mix_qvit(
+    budget: Any,
+    *,
+    base: Callable[..., Pipeline] = mptq_vit,
+    importance: Literal["relevance", "none"] = "relevance",
+    sensitivity: Literal["measured", "none"] = "measured",
+    operands: Literal["separate", "together"] = "separate",
+    baseline_bits: int | None = None,
+    optimise: Optimise = "none",
+    **options: Unpack[Options],
+) -> Pipeline:
+    """Mix-QViT's allocation on the quantizers of another recipe.
+
+    budget: "MP4" for what the paper's "*" rows allow, or anything else `Budget.parse` takes. base: the recipe whose
+    folds and quantizers are used. importance, sensitivity, operands, baseline_bits: see `RelevanceSensitivity`; bits of
+    a layer's weights and inputs are tied where operands are measured together. optimise: a key of `OPTIMISATIONS`.
+    Raises PipelineError for another, BudgetError for a budget that cannot be read.
+    """
+    if optimise not in OPTIMISATIONS:
+        raise PipelineError(f"optimise is one of {', '.join(OPTIMISATIONS)}, not {optimise!r}")
+    own: Options = {"allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together")}
+    metric = RelevanceSensitivity(importance, sensitivity, operands, baseline_bits)
+    pipeline = base(budget, **(options | own)).before(AllocateBits, ScoreLayers(metric, roles=None))
+    return OPTIMISATIONS[optimise](pipeline, options)
+
+
+def _closed_form(pipeline: Pipeline, options: Options) -> Pipeline:
+    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
+    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
+
+
+OPTIMISATIONS: dict[str, Callable[[Pipeline, Options], Pipeline]] = {
+    "none": lambda pipeline, _: pipeline,
+    "closed-form": _closed_form,
+}
+"""What follows the allocation, by the name `optimise` takes."""
