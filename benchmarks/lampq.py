@@ -84,7 +84,15 @@ def measured(model: nn.Module, quantized: Compiled, images: Tensor, labels: Tens
 
 
 def point(
-    name: str, base: str, bits: int, seed: int, model: nn.Module, calibration: Tensor, images: Tensor, labels: Tensor
+    name: str,
+    base: str,
+    bits: int,
+    seed: int,
+    model: nn.Module,
+    calibration: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    cache: Path | None = None,
 ) -> dict[str, Any] | None:
     """One row: a whole compile and its accuracy."""
     row = resolved(name, base)
@@ -93,7 +101,9 @@ def point(
     recipe, options = row
     allocator = options.pop("allocator", None)
     start = time.perf_counter()
-    quantized = Prepared(model, calibration, recipe=recipe, seed=seed, **options).compile(f"W{bits}A{bits}", allocator)
+    quantized = Prepared(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(
+        f"W{bits}A{bits}", allocator
+    )
     seconds = time.perf_counter() - start
     notes = {entry.step.split("(")[0]: entry for entry in quantized.journal.entries}
     own = {step: notes[step].seconds for step in ("ScoreLayers", "AllocateBits", "UpdateBits") if step in notes}
@@ -146,7 +156,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--limit", type=int, default=1000, help="test images")
-    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--rows", default="", help="only these rows, separated by ;")
+    parser.add_argument("--cache", type=Path, help="folder that keeps calibrated models, which rows share")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -154,13 +165,13 @@ def main() -> None:
     results = Results(RESULTS / f"lampq_{options.model}.json")
     settings = signature(model, len(images), options.images)
     results.point(signature(settings, "float"), lambda: {"method": "float", **float_row(model, images, labels)})
-    for bits in [int(b) for b in options.bits.split(",")]:
-        for seed in range(options.seeds):
-            for name in [name for name in ROWS if options.rows in name]:
+    for seed in range(options.seeds):
+        for bits in [int(b) for b in options.bits.split(",")]:
+            for name in [n for n in ROWS if not options.rows or n in options.rows.split(";")]:
                 key = signature(settings, name.format(base=options.base), options.base, bits, seed)
                 if key in results.points:
                     continue
-                found = point(name, options.base, bits, seed, model, calibrations(seed), images, labels)
+                found = point(name, options.base, bits, seed, model, calibrations(seed), images, labels, options.cache)
                 if found is None:
                     print(f"left out, a recipe is missing: {name.format(base=options.base)}", flush=True)
                     continue

@@ -91,7 +91,8 @@ class Prepared:
 
     def cost_table(self) -> CostTable:
         """The allocation problem, with overrides and policies applied; calibrates on the first call only."""
-        found = self._searched
+        _, rest = split(self.pipeline("W8A8"))
+        found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
         nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
         allocate = next(step for step in self.pipeline("W8A8") if isinstance(step, AllocateBits))
         return allocate.cost_table(found, nodes)

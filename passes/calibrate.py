@@ -18,7 +18,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
-from fxquant.quantizers.observers import Edge, Observer
+from fxquant.quantizers.observers import Observer
 from fxquant.sensitivity.logit_gradients import Fisher, class_scores, logit_gradients
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -124,7 +124,7 @@ def _update(
             raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
         weight = None if gradient is None else input_weight(module, inputs, index, gradient)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
-        if observer.edge is Edge.POST_SOFTMAX and module is None and index == 0:
+        if observer.family == "adalog-softmax" and module is None and index == 0:
             observer.update_coherence(coherence(inputs[1]))
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])

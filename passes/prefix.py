@@ -25,9 +25,12 @@ from passes.pipeline import Pipeline
 
 
 def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
-    """The passes before bits are allocated, and the rest; all of them are before where none allocates."""
-    allocating = (index for index, step in enumerate(pipeline) if Fact.BITS_ALLOCATED in step.provides)
-    position = next(allocating, len(pipeline))
+    """The passes before layers are scored or bits allocated, and the rest; all are before where none does either.
+
+    Scores have signatures of their own in the cache, so pipelines that differ in the metric only share the first part.
+    """
+    deciding = {Fact.SCORED, Fact.BITS_ALLOCATED}
+    position = next((index for index, step in enumerate(pipeline) if deciding & step.provides), len(pipeline))
     return pipeline[:position], pipeline[position:]
 
 
