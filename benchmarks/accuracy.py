@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="test images")
     parser.add_argument("--bits", default="8,6,5,4,3")
+    parser.add_argument("--protocol", choices=("both", "float-norms", "fully-quantized"), default="both")
     parser.add_argument("--methods", default="", help="only rows whose name contains this")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -112,7 +113,7 @@ def main() -> None:
     prepared: dict[str, Prepared] = {}
     for full, recipe, extra, width, allocators in points([int(b) for b in options.bits.split(",")]):
         for method, allocator in allocators.items():
-            if options.methods not in method:
+            if options.methods not in method or options.protocol == ("float-norms" if full else "fully-quantized"):
                 continue
             key = signature(settings, method, full, width)
             if key in results.points:
