@@ -7,7 +7,7 @@ Measured: KL divergence from the float model, nats per image, with one layer (qk
 weights and inputs) at b bits and the rest float, on images that nothing was calibrated on (the first of the test file).
 Predicted: each metric's score for that layer at b bits, from the calibration images. Spearman's rho and Kendall's tau-b
 over all layers, and Spearman's rho within each of the four types, averaged: a metric whose scale differs between types
-can rank well within them and badly over all. Results: benchmarks/results/rank_correlation_MODEL.json and, with --plot,
+can rank well within them and badly over all. Results: benchmarks/results/rank_correlation_MODEL_BASE.json and, with --plot,
 a picture like LampQ's Figure 5.
 """
 
@@ -135,7 +135,9 @@ def main() -> None:
         "base": options.base, "seed": options.seed, "calibration_images": len(calibration),
         "unseen_images": len(unseen), "layers": len(roles), "correlations": rows, "scores": panels,
     }  # fmt: skip
-    write_file(RESULTS / f"rank_correlation_{options.model}.json", json.dumps(content, indent=1).encode())
+    write_file(
+        RESULTS / f"rank_correlation_{options.model}_{options.base}.json", json.dumps(content, indent=1).encode()
+    )
     if options.plot:
         shown = {name: panels[name] for name in ("nuclear norm", "Fisher", "type-aware Fisher, 4 sampled", "measured")}
         plot_sensitivity(options.plot, shown, roles)
