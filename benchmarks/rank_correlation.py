@@ -7,8 +7,8 @@ Measured: KL divergence from the float model, nats per image, with one layer (qk
 weights and inputs) at b bits and the rest float, on images that nothing was calibrated on (the first of the test file).
 Predicted: each metric's score for that layer at b bits, from the calibration images. Spearman's rho and Kendall's tau-b
 over all layers, and Spearman's rho within each of the four types, averaged: a metric whose scale differs between types
-can rank well within them and badly over all. Results: benchmarks/results/rank_correlation_MODEL.json and, with --plot,
-a picture like LampQ's Figure 5.
+can rank well within them and badly over all. Results: benchmarks/results/rank_correlation_MODEL_BASE.json and, with
+--plot, a picture like LampQ's Figure 5.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from passes.score_layers import LAMPQ_ROLES, Metric
 RESULTS = Path(__file__).parent / "results"
 METRICS: dict[str, Metric] = {
     "SQNR": NoiseRatio(),
-    "predicted loss (Hessian-guided)": PredictedLoss(),
+    "predicted loss (of the scale search)": PredictedLoss(),
     "Fisher": FisherTrace(),
     "type-aware Fisher, 4 sampled": TypeAwareFisher(mu=4),
     "type-aware Fisher, all sampled": TypeAwareFisher(mu=10**6),
@@ -135,7 +135,9 @@ def main() -> None:
         "base": options.base, "seed": options.seed, "calibration_images": len(calibration),
         "unseen_images": len(unseen), "layers": len(roles), "correlations": rows, "scores": panels,
     }  # fmt: skip
-    write_file(RESULTS / f"rank_correlation_{options.model}.json", json.dumps(content, indent=1).encode())
+    write_file(
+        RESULTS / f"rank_correlation_{options.model}_{options.base}.json", json.dumps(content, indent=1).encode()
+    )
     if options.plot:
         shown = {name: panels[name] for name in ("nuclear norm", "Fisher", "type-aware Fisher, 4 sampled", "measured")}
         plot_sensitivity(options.plot, shown, roles)

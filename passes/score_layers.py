@@ -58,7 +58,8 @@ class ScoreLayers:
     """Score layers by a metric.
 
     roles: of the layers scored; None means all that the metric can score. Layers left out keep their predicted losses,
-    which are in nats: under a metric with another unit, pin them (`AllocateBits.role_bits`).
+    in the unit of the scale search (nats under the Hessian-guided metric): under a metric with another unit, pin them
+    (`AllocateBits.role_bits`).
     """
 
     metric: Metric
