@@ -59,7 +59,7 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {},
         {"+ SQ-b + OPT-m": Uniform(), "MPTQ-ViT (Greedy MP)": Greedy(), "MPTQ-ViT with MILP": Milp()},
     ),
-    ("mptq_vit_plus", {}, {"MPTQ-ViT plus": Milp()}),
+    ("best", {}, {"best": Milp()}),
 ]
 
 

@@ -14,17 +14,18 @@ from collections.abc import Callable
 from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
+from passes.recipes.best import best
 from passes.recipes.lampq import lampq, vt_ptq
 from passes.recipes.mix_qvit import mix_qvit
-from passes.recipes.mptq_vit import mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit
+from passes.recipes.mptq_vit import mptq_vit, naive_min_max, tsptq_vit
 
 __all__ = [
     "RECIPES",
     "adalog",
+    "best",
     "lampq",
     "mix_qvit",
     "mptq_vit",
-    "mptq_vit_plus",
     "naive_min_max",
     "recipe",
     "repq_vit",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {
-    "mptq_vit_plus": mptq_vit_plus,
+    "best": best,
     "mptq_vit": mptq_vit,
     "lampq": lampq,
     "mix_qvit": mix_qvit,

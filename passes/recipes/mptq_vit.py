@@ -6,16 +6,11 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.uniform import Uniform
-from passes.allocate_bits import AllocateBits
 from passes.calibrate import Calibrate
-from passes.check_budget import CheckBudget
-from passes.compensate_weights import CompensateWeights
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
-from passes.rotate_residual import RotateResidual
-from passes.search_scales import SearchScales
+from passes.recipes.assembly import Options, assemble
 
 
 def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
@@ -26,16 +21,6 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """
     insert = InsertObservers(**_norm_inputs(options))
     return assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-
-
-def mptq_vit_plus(budget: Any, **options: Unpack[Options]) -> Pipeline:
-    """MPTQ-ViT on a rotated residual stream, with weights rounded by GPTQ's compensation.
-
-    What each adds: docs/results.md.
-    """
-    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
-    pipeline = mptq_vit(budget, **options).replace(SearchScales, search).after(AllocateBits, CompensateWeights())
-    return pipeline.after(CheckBudget, RotateResidual())
 
 
 def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:

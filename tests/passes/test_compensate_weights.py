@@ -16,7 +16,7 @@ from fxquant.runtime.simulated import QuantizedLinear
 from passes.allocate_bits import AllocateBits
 from passes.compensate_weights import CompensateWeights, compensate
 from passes.contract import PassContext
-from passes.recipes import mptq_vit, mptq_vit_plus
+from passes.recipes import best, mptq_vit
 from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers, chosen
 
@@ -65,7 +65,7 @@ def test_near_the_best_of_all_roundings() -> None:
 
 def test_substitution_finds_the_compensated_codes() -> None:
     images = embedded.calibration_images(8)
-    pipeline = mptq_vit_plus("W3A8", allocator=Uniform())
+    pipeline = best("W3A8", allocator=Uniform())
     before = pipeline[: pipeline.position(SubstituteQuantizers)].run(
         trace(embedded.load_model(), images[:2]), PassContext(images)
     )

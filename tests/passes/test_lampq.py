@@ -15,7 +15,7 @@ from fxquant.errors import BudgetError
 from fxquant.sweep import Prepared
 from passes.allocate_bits import AllocateBits
 from passes.metrics import FisherTrace, NoiseRatio, NuclearNorm, TypeAwareFisher
-from passes.recipes import RECIPES, lampq, mptq_vit, mptq_vit_plus, naive_min_max, tsptq_vit, vt_ptq
+from passes.recipes import RECIPES, best, lampq, mptq_vit, naive_min_max, tsptq_vit, vt_ptq
 from passes.score_layers import ScoreLayers
 from passes.update_bits import UpdateBits
 from tests.passes.models import images as random_images
@@ -105,7 +105,7 @@ def test_each_idea_is_a_switch(options: Any, metric: Any, allocator: Any, update
     assert [s for s in steps if isinstance(s, UpdateBits)] == ([update] if update else [])
 
 
-@pytest.mark.parametrize("base", [mptq_vit, mptq_vit_plus, tsptq_vit, naive_min_max])
+@pytest.mark.parametrize("base", [mptq_vit, best, tsptq_vit, naive_min_max])
 def test_it_composes_with_every_recipe(base: Any) -> None:
     """The steps of the base stay; only the allocation changes."""
     plain, mixed = [type(s) for s in base("W3A3")], [type(s) for s in lampq("W3A3", base=base)]
