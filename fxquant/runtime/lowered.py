@@ -7,7 +7,6 @@ that differ by the rounding of float32 at most. Weights stay packed at their bit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +107,7 @@ def _packed(
     for index, output in enumerate(epilogue.codes):
         spec.output[index] = output.quantizer_spec()
         spec.factor[index] = epilogue.factors[index] if epilogue.factors else 1.0
-    layout = torch.empty(
-        library.library().fxq_linear_bytes(out_features, in_features, quantizer.bits), dtype=torch.uint8
-    )
+    layout = torch.empty(library.library().fxq_linear_bytes(ctypes.byref(spec)), dtype=torch.uint8)
     flat = codes.detach().flatten(1).contiguous()
     scale = quantizer.scale.reshape(-1).expand(out_features).contiguous()
     bias = torch.zeros(out_features) if source.bias is None else source.bias.detach().float().contiguous()
@@ -176,8 +173,10 @@ class IntegerAttention(nn.Module):
     """softmax(q k^T + bias) v on bytes, to bytes, one image and head at a time."""
 
     spec: Tensor
+    bias: Tensor | None
 
-    def __init__(self, heads: int, head_size: int, codes: AttentionCodes) -> None:
+    def __init__(self, heads: int, head_size: int, codes: AttentionCodes, bias_ghnn: Tensor | None = None) -> None:
+        """bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups."""
         super().__init__()
         query, key, value = codes.qkv
         spec = library.AttentionSpec(heads, head_size, (ctypes.c_int32 * 3)(query.zero, key.zero, value.zero))
@@ -185,19 +184,21 @@ class IntegerAttention(nn.Module):
         spec.softmax, spec.softmax_levels = codes.softmax.quantizer_spec(), codes.softmax.levels_spec()
         spec.output = codes.output.quantizer_spec()
         self.register_buffer("spec", operators.spec_tensor(spec))
+        self.register_buffer("bias", bias_ghnn)
 
-    def forward(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """uint8 (B, N, 3 C) to uint8 (B, N, C). bias: float32 (groups, heads, N, N) or None."""
-        codes: Tensor = _OPERATORS.attention(qkv, self.spec, bias)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """uint8 (B, N, 3 C) to uint8 (B, N, C)."""
+        codes: Tensor = _OPERATORS.attention(qkv, self.spec, self.bias)
         return codes
 
 
 class OnednnLinear(nn.Module):
     """A linear layer through oneDNN, for where our kernels are not built: weights as int8, input quantized in torch."""
 
+    weight_codes: Tensor
     scale: Tensor
-    weight_scale: Tensor
-    weight_zero: Tensor
+    zero: Tensor
+    bias: Tensor | None
 
     def __init__(self, source: QuantizedWeightModule, code: ByteCode) -> None:
         super().__init__()
@@ -205,18 +206,24 @@ class OnednnLinear(nn.Module):
         if not isinstance(quantizer, UniformQuantizer) or quantizer.zero_point is not None or codes is None:
             raise BackendError("only weights of a symmetric uniform quantizer run as integers")
         self.code = code
-        packed = torch.ops.onednn.qlinear_prepack(codes.detach().flatten(1).contiguous().t(), None)
-        self.packed: Sequence[Tensor] = [packed]  # an opaque tensor, which modules cannot copy or save
-        self.register_buffer("weight_scale", quantizer.scale.reshape(-1).expand(len(codes)).contiguous())
-        self.register_buffer("weight_zero", torch.zeros(len(codes), dtype=torch.int32))
+        self.register_buffer("weight_codes", codes.detach().flatten(1).contiguous())
+        self.register_buffer("scale", quantizer.scale.reshape(-1).expand(len(codes)).contiguous())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int32))
         self.register_buffer("bias", source.bias)
+        # The weight in oneDNN's own order, an opaque tensor that can neither be copied nor saved: made on first use.
+        self._packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 (..., in) to float32 (..., out)."""
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_codes, None)
         code = self.code
         codes = torch.round(x * (1 / code.scale)).add_(code.zero).clamp_(code.low, code.high).to(torch.uint8)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, code.scale, code.zero, self.packed[0], self.weight_scale, self.weight_zero, self.bias,
+            codes, code.scale, code.zero, self._packed, self.scale, self.zero, self.bias,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}

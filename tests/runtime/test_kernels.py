@@ -219,7 +219,7 @@ def test_attention_equals_its_parts(
     codes = AttentionCodes((query, key, value), code_of(softmax), code_of("symmetric 8"))
     qkv = torch.randint(0, 256, (4, tokens, 3, heads, size), dtype=torch.uint8)
     bias = torch.randn(2, heads, tokens, tokens) if with_bias else None
-    found = IntegerAttention(heads, size, codes)(qkv.flatten(2), bias)
+    found = IntegerAttention(heads, size, codes, bias)(qkv.flatten(2))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
     scores = IntegerMatmul(query, key)(q, k.mT)
     if bias is not None:
@@ -287,5 +287,5 @@ def sum_of_codes() -> int:
 def test_sizes_in_memory_are_the_packed_ones() -> None:
     for bits in range(2, 9):
         layout = IntegerLinear(linear(384, 384, bits), code_of("symmetric 8")).layout
-        overhead = ctypes.sizeof(library.LinearSpec) + 64 + 8 * 384 * 4
+        overhead = ctypes.sizeof(library.LinearSpec) + 64 + 3 * 384 * 4
         assert 384 * 384 * bits // 8 <= layout.numel() <= 384 * 384 * bits // 8 + overhead

@@ -181,9 +181,8 @@ int32_t fxq_select(int32_t isa) {
 
 int32_t fxq_selected(void) { return selected; }
 
-int64_t fxq_linear_bytes(int64_t out_features, int64_t in_features, int32_t weight_bits) {
-    const bool fits = is_size(out_features) && is_size(in_features, FXQ_MAX_INNER) && weight_bits >= 2 && weight_bits <= 8;
-    return fits ? LinearPlaces(out_features, in_features, weight_bits).total : 0;
+int64_t fxq_linear_bytes(const FxqLinear *spec) {
+    return spec && check(*spec) == FXQ_OK ? LinearPlaces(*spec).total : 0;
 }
 
 int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code_bytes, const float *scale,
@@ -191,7 +190,7 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
     if (!spec || !codes || !scale || !layout) return FXQ_NULL;
     if (const int32_t status = check(*spec)) return status;
     const int64_t out = spec->out_features, count = out * spec->in_features;
-    const LinearPlaces places(out, spec->in_features, spec->weight_bits);
+    const LinearPlaces places(*spec);
     if (code_bytes != count || vector_bytes != out * 4 || layout_bytes != places.total) return FXQ_SIZE;
     const int limit = 1 << (spec->weight_bits - 1);
     for (int64_t i = 0; i < count; ++i)
@@ -202,19 +201,15 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
     const LinearHeader header{kMagic, kVersion, *spec};
     std::memcpy(layout, &header, sizeof header);
     pack_weights(*spec, codes, places, layout);
-    float *scales = reinterpret_cast<float *>(layout + places.scale), *columns[5];
-    for (int i = 0; i < 5; ++i)
-        columns[i] = reinterpret_cast<float *>(layout + places.columns + i * places.vector);
+    float *scales = reinterpret_cast<float *>(layout + places.scale);
     for (int64_t i = 0; i < out; ++i) scales[i] = scale[i] * spec->input.unit;
     if (bias) std::memcpy(layout + places.bias, bias, static_cast<size_t>(vector_bytes));
     for (int64_t i = 0; i < out && spec->epilogue == FXQ_CODES; ++i) {
         const int64_t range = i / (out / spec->ranges);
         const FxqQuantizer &q = spec->output[range];
-        columns[0][i] = spec->factor[range];
-        columns[1][i] = 1.0f / q.scale;
-        columns[2][i] = static_cast<float>(q.zero);
-        columns[3][i] = static_cast<float>(q.low);
-        columns[4][i] = static_cast<float>(q.high);
+        const float numbers[] = {spec->factor[range], 1.0f / q.scale, float(q.zero), float(q.low), float(q.high)};
+        for (int64_t n = 0; n < 5; ++n)
+            std::memcpy(layout + places.columns + n * places.vector + i * 4, &numbers[n], 4);
     }
     return FXQ_OK;
 }
@@ -227,7 +222,7 @@ int32_t fxq_linear(const uint8_t *layout, int64_t layout_bytes, const uint8_t *c
     std::memcpy(&header, layout, sizeof header);  // a copy: nobody changes it between check and use
     const FxqLinear &spec = header.spec;
     if (header.magic != kMagic || header.version != kVersion || check(spec) != FXQ_OK) return FXQ_LAYOUT;
-    const LinearPlaces places(spec.out_features, spec.in_features, spec.weight_bits);
+    const LinearPlaces places(spec);
     if (layout_bytes != places.total || reinterpret_cast<uintptr_t>(layout) % 4) return FXQ_LAYOUT;
     const int64_t elements = product(rows, spec.out_features);
     const bool is_float = spec.epilogue == FXQ_FLOAT || spec.epilogue == FXQ_RESIDUAL;

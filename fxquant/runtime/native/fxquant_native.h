@@ -88,8 +88,8 @@ FXQ_API const char *fxq_name(int32_t isa);
 FXQ_API int32_t fxq_select(int32_t isa);
 FXQ_API int32_t fxq_selected(void);
 
-// Bytes of a linear layer's layout, 0 for sizes or widths out of range.
-FXQ_API int64_t fxq_linear_bytes(int64_t out_features, int64_t in_features, int32_t weight_bits);
+// Bytes of a linear layer's layout, 0 for a spec that is malformed.
+FXQ_API int64_t fxq_linear_bytes(const struct FxqLinear *spec);
 
 // codes: int8 (out, in), each within weight_bits. scale, bias: float32 (out,), finite; bias may be null.
 FXQ_API int32_t fxq_linear_pack(const struct FxqLinear *spec, const int8_t *codes, int64_t code_bytes,

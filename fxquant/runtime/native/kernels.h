@@ -26,15 +26,15 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 // padded to whole panels.
 struct LinearPlaces {
     int64_t units, tiles, vector, weights, scale, bias, weight_sum, columns, total;
-    explicit LinearPlaces(int64_t out, int64_t in, int32_t bits)
-        : units((out + kUnit - 1) / kUnit), tiles((in + kTileInputs - 1) / kTileInputs),
-          vector(round_up(out, kPanelColumns) * 4) {
+    explicit LinearPlaces(const FxqLinear &spec)
+        : units((spec.out_features + kUnit - 1) / kUnit), tiles((spec.in_features + kTileInputs - 1) / kTileInputs),
+          vector(round_up(spec.out_features, kPanelColumns) * 4) {
         weights = round_up(sizeof(LinearHeader), 64);
-        scale = weights + units * tiles * 64 * bits;
+        scale = weights + units * tiles * 64 * spec.weight_bits;
         bias = scale + vector;
         weight_sum = bias + vector;
         columns = weight_sum + vector;  // FXQ_CODES: factor, 1 / scale, zero, low, high of each column
-        total = columns + 5 * vector;
+        total = columns + (spec.epilogue == FXQ_CODES ? 5 * vector : 0);
     }
 };
 

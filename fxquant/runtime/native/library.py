@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_name": ([_INT], c_char_p),
     "fxq_select": ([_INT], _INT),
     "fxq_selected": ([], _INT),
-    "fxq_linear_bytes": ([_SIZE, _SIZE, _INT], _SIZE),
+    "fxq_linear_bytes": ([POINTER(LinearSpec)], _SIZE),
     "fxq_linear_pack": ([POINTER(LinearSpec), _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE], _INT),
     "fxq_linear": ([_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
     "fxq_quantize": ([_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
