@@ -133,8 +133,13 @@ static void matmul(const MatmulCall &call, int64_t batch) {
 static void softmax(float *__restrict row, int64_t count) {
     const int64_t whole = round_up(count, 16);
     for (int64_t c = count; c < whole; ++c) row[c] = -__builtin_inff();
-    float largest = row[0];
-    for (int64_t c = 1; c < count; ++c) largest = larger(row[c], largest);
+    Lanes most = *reinterpret_cast<const Lanes *>(row);
+    for (int64_t c = 16; c < whole; c += 16) {
+        const Lanes next = *reinterpret_cast<const Lanes *>(row + c);
+        most = next > most ? next : most;
+    }
+    float largest = most[0];
+    for (int i = 1; i < 16; ++i) largest = larger(most[i], largest);
     for (int64_t c = 0; c < whole; ++c) row[c] = exponential(row[c] - largest);
     for (int64_t c = count; c < whole; ++c) row[c] = 0.0f;
     Lanes sums = {};

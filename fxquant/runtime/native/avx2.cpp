@@ -54,6 +54,10 @@ void tile(int rows, int, const Left *left, int64_t left_stride, const Right *rig
     (rows == 2 ? tile_of<2> : tile_of<1>)(left, left_stride, right, groups, sums, sum_stride);
 }
 
+void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
+}
+
 #include "elementwise.inl"
 #include "linear.inl"
 #include "attention.inl"

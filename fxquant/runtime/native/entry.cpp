@@ -133,7 +133,7 @@ struct LinearWork {
         block_units = call.places.units;
         if (threads > 1 && row_blocks < 4 * threads) {
             const int64_t pieces = (4 * threads + row_blocks - 1) / row_blocks;
-            block_units = round_up((call.places.units + pieces - 1) / pieces, 3);
+            block_units = round_up((call.places.units + pieces - 1) / pieces, kPanelColumns / kUnit);
         }
         unit_blocks = (call.places.units + block_units - 1) / block_units;
     }
@@ -290,7 +290,7 @@ int32_t fxq_matmul(const FxqLevels *left_levels, int32_t right_zero, float scale
 }
 
 int32_t fxq_attention(const FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch, int64_t tokens,
-                      const float *bias, int64_t bias_groups, uint8_t *out, int64_t out_bytes, int32_t threads) {
+                      const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes, int32_t threads) {
     if (!spec || !qkv || !out) return FXQ_NULL;
     if (!is_size(spec->heads, 1 << 16) || !is_size(spec->head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
     for (const int32_t zero : spec->zero)
@@ -298,7 +298,9 @@ int32_t fxq_attention(const FxqAttention *spec, const uint8_t *qkv, int64_t qkv_
     if (!is_positive(spec->score_scale) || !is_positive(spec->value_scale) || !is_valid(spec->softmax) ||
         !is_valid(spec->softmax_levels) || !is_valid(spec->output))
         return FXQ_QUANTIZER;
-    if (!is_size(tokens, FXQ_MAX_INNER) || (bias && bias_groups < 1)) return FXQ_SIZE;
+    if (!is_size(tokens, FXQ_MAX_INNER)) return FXQ_SIZE;
+    const int64_t group_bytes = spec->heads * tokens * tokens * 4, bias_groups = bias ? bias_bytes / group_bytes : 0;
+    if (bias_bytes != bias_groups * group_bytes || (bias && bias_groups < 1)) return FXQ_SIZE;
     const int64_t elements = product(batch, tokens, spec->heads, spec->head_size);
     if (!holds(out_bytes, elements, 1) || !holds(qkv_bytes, product(elements, 3), 1)) return FXQ_SIZE;
     AttentionCall call{spec, qkv, tokens, bias_groups, bias, out};

@@ -119,7 +119,7 @@ FXQ_API int32_t fxq_matmul(const struct FxqLevels *left_levels, int32_t right_ze
 // qkv: bytes (batch, tokens, 3, heads, head_size). bias: null, or float32 (groups, heads, tokens, tokens) added to the
 // scores of image i from group i mod groups. out: bytes (batch, tokens, heads head_size).
 FXQ_API int32_t fxq_attention(const struct FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch,
-                              int64_t tokens, const float *bias, int64_t bias_groups, uint8_t *out, int64_t out_bytes,
+                              int64_t tokens, const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes,
                               int32_t threads);
 
 #endif

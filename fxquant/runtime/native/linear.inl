@@ -41,11 +41,10 @@ static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, Right *ou
 static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int64_t stride, int64_t rows, int64_t inner,
                    int64_t padded, Left *__restrict out) {
     for (int64_t r = 0; r < rows; ++r, codes += stride, out += padded) {
-        const uint8_t *__restrict table = levels.digit[digit];
         if (levels.identity)
             for (int64_t k = 0; k < inner; ++k) out[k] = codes[k];
         else
-            for (int64_t k = 0; k < inner; ++k) out[k] = table[codes[k]];
+            look_up(levels.digit[digit], codes, inner, out);
         for (int64_t k = inner; k < padded; ++k) out[k] = 0;
     }
 }
@@ -53,7 +52,8 @@ static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int
 // sums: int32 (digits, kTileRows, kTileColumns). The integer result of one element, as a float.
 template <bool wide>
 static inline float total(const int32_t *sums, int i, int32_t weight_sum, const FxqLevels &levels) {
-    if (!wide) return float(sums[i] - weight_sum * levels.zero);
+    // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
+    if (!wide) return float(static_cast<int32_t>(uint32_t(sums[i]) - uint32_t(weight_sum) * uint32_t(levels.zero)));
     constexpr int plane = kTileRows * kTileColumns;
     double value = double(sums[i]) + 256.0 * double(sums[plane + i]);
     if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + i]);
@@ -100,8 +100,11 @@ static void finish_float(const LinearCall &call, const Columns &c, const int32_t
 }
 
 // Whole panels are computed, and as many bytes stored as there are columns: loops of constant length make good code.
+// Panels begin at multiples of their width, so what is read beyond the last column is padding of the layout's vectors.
+constexpr int kWidth = kMaxVectors * kUnit;
+
 static inline void store(const uint8_t *bytes, uint8_t *out, int count) {
-    if (count == kTileColumns) __builtin_memcpy(out, bytes, kTileColumns);
+    if (count == kWidth) __builtin_memcpy(out, bytes, kWidth);
     else __builtin_memcpy(out, bytes, static_cast<size_t>(count));
 }
 
@@ -110,9 +113,9 @@ static void finish_codes(const LinearCall &call, const Columns &c, const int32_t
     const FxqLevels &levels = call.spec->input;
     const float *scale = c.scale, *bias = c.bias, *factor = c.factor, *inverse = c.inverse, *zero = c.zero;
     const float *low = c.low, *high = c.high;
-    alignas(64) uint8_t bytes[kTileColumns];
+    alignas(64) uint8_t bytes[kWidth];
     for (int r = 0; r < rows; ++r, sums += kTileColumns) {
-        for (int i = 0; i < kTileColumns; ++i) {
+        for (int i = 0; i < kWidth; ++i) {
             const float y = total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i];
             bytes[i] = uniform_byte(y * factor[i], inverse[i], zero[i], low[i], high[i]);
         }
@@ -125,9 +128,9 @@ static void finish_gelu(const LinearCall &call, const Columns &c, const int32_t 
     const Bytes to_byte(call.spec->output[0]);
     const FxqLevels &levels = call.spec->input;
     const float *scale = c.scale, *bias = c.bias;
-    alignas(64) uint8_t bytes[kTileColumns];
+    alignas(64) uint8_t bytes[kWidth];
     for (int r = 0; r < rows; ++r, sums += kTileColumns) {
-        for (int i = 0; i < kTileColumns; ++i)
+        for (int i = 0; i < kWidth; ++i)
             bytes[i] = to_byte(gelu(total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i]));
         store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
     }

@@ -120,16 +120,17 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
     batch, tokens, channels = qkv.shape
     out = torch.empty((batch, tokens, channels // 3), dtype=torch.uint8)
     pointer = _spec(spec, AttentionSpec, "the spec")
-    groups = 0
+    size = 0
     if bias is not None:
         bias, groups = _bytes(bias, torch.float32, "bias"), bias.shape[0]
+        size = bias.nbytes
         heads = AttentionSpec.from_address(pointer).heads
         if tuple(bias.shape) != (groups, heads, tokens, tokens) or groups == 0 or batch % groups:
             raise BackendError(
                 f"bias {tuple(bias.shape)} does not fit {batch} images of {heads} heads, {tokens} tokens"
             )
     call(
-        "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), groups, out.data_ptr(),
+        "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), size, out.data_ptr(),
         out.numel(), torch.get_num_threads(),
     )  # fmt: skip
     return out
