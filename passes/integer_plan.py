@@ -111,7 +111,12 @@ def plan(graph_module: GraphModule) -> IntegerPlan:
 
 
 def integer_codes(module: nn.Module | None, node: Node) -> tuple[ByteCode, ...] | None:
-    """The codes on which a node runs exactly as integers; None where it must stay simulated."""
+    """The codes on which a node runs exactly as integers; None where it must stay simulated.
+
+    Subclasses may compute something else: they are not for the kernels.
+    """
+    if type(module) not in (QuantizedLinear, QuantizedConv2d, QuantizedMatmul):
+        return None
     if isinstance(module, QuantizedLinear):
         return _weight_codes(module, module.input_quantizer, node)
     if isinstance(module, QuantizedConv2d):
