@@ -206,6 +206,8 @@ def _add_residual(plan: IntegerPlan, node: Node, total: Node) -> None:
     residual = right if left is node else left
     if residual is node or not isinstance(residual, Node) or shape_of(residual) != shape_of(node):
         return
+    if len(node.users) != 1:
+        return  # somebody asks for its shape, perhaps before the residual is there
     total.prepend(node)  # the residual may be computed between the two
     total.replace_all_uses_with(node)
     node.graph.erase_node(total)

@@ -7,6 +7,7 @@ Fusions (`passes.fuse_codes`) change plans; `Lower` builds the modules.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,9 +97,10 @@ class IntegerPlan:
 def plan(graph_module: GraphModule) -> IntegerPlan:
     """Mark what runs as integers and put ToCodes nodes on its inputs; see the module."""
     found = IntegerPlan(graph_module)
+    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
     for node in list(graph_module.graph.nodes):
         codes = integer_codes(found.module(node), node)
-        if codes is None:
+        if codes is None or calls[node.target] > 1:  # a module called twice cannot be replaced for one of its callers
             continue
         found.nodes[node] = Planned(codes)
         for index, code in enumerate(codes):

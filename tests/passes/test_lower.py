@@ -227,6 +227,38 @@ def test_patterns_that_do_not_match_run_unfused() -> None:
 
 
 @needs_kernels
+def test_shapes_asked_for_and_modules_called_twice_are_left_alone() -> None:
+    graph_module = quantized("vit")
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.nodes}
+    proj, total, fc2 = nodes["blocks_0_attn_proj"], nodes["add_1"], nodes["blocks_1_mlp_fc2"]
+    with graph.inserting_after(proj):
+        shape = graph.call_function(getattr, (proj, "shape"))
+    with graph.inserting_after(total):
+        view = graph.call_method("view", (total, shape))
+    total.replace_all_uses_with(view, delete_user_cb=lambda user: user is not view)
+    with graph.inserting_after(fc2):
+        twice = graph.call_module(fc2.target, (fc2.args[0],))
+    fc2.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+    for node, like in ((view, total), (twice, fc2)):
+        node.meta["tensor_meta"] = like.meta["tensor_meta"]
+    graph.eliminate_dead_code()
+    with graph.inserting_before(twice):
+        again = graph.call_module(fc2.target, (twice.args[0],))
+    again.meta["tensor_meta"] = twice.meta["tensor_meta"]
+    with graph.inserting_after(twice):
+        both = graph.call_function(torch.add, (twice, again))
+    both.meta["tensor_meta"] = twice.meta["tensor_meta"]
+    twice.replace_all_uses_with(both, delete_user_cb=lambda user: user is not both)
+    graph_module.recompile()
+    low, x = lower(graph_module), images(4, seed=3)
+    assert execution_of(low)["blocks.0.attn.proj"].startswith("linear ")
+    assert execution_of(low)["blocks.1.mlp.fc1"].startswith("linear ")
+    with torch.inference_mode():
+        assert (low(x) - exact(graph_module, x)).abs().amax(1).min() < 1e-5
+
+
+@needs_kernels
 def test_lowered_graphs_compile_and_export() -> None:
     low, x = lower(quantized("vit")), images(3)
     with torch.inference_mode():
