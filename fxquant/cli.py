@@ -1,4 +1,5 @@
-"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`.
+"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`,
+`benchmark`.
 
 Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
 """
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fxquant import __version__
+from fxquant.commands.benchmark_model import benchmark_model
 from fxquant.commands.compile_model import compile_model
 from fxquant.commands.demo import demo
 from fxquant.commands.evaluate_model import evaluate_model
@@ -60,6 +62,7 @@ app.command("evaluate")(evaluate_model)
 app.command("sweep")(sweep_budgets)
 app.command("frontier")(show_frontier)
 app.command("synthesize")(synthesize_images)
+app.command("benchmark")(benchmark_model)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any
 
@@ -27,7 +27,7 @@ from allocators.overrides import Bits
 from fxquant.cache import Cache
 from fxquant.errors import ArtefactError, CalibrationError, PipelineError
 from fxquant.graph import pattern
-from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
@@ -35,7 +35,8 @@ from fxquant.runtime.layer_row import LayerRow
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, JournalEntry, ProgressReporter, SilentProgress
+from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
+from passes.lower import SIMULATED, Lower, execution_of, execution_summary
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -79,18 +80,39 @@ class Compiled(nn.Module):
         """Draw the bits: blocks by roles as `.svg`, the graph as Graphviz `.dot`. Raises ArtefactError."""
         write_picture(path, self.graph_module, title=str(self.card.get("model", "")))
 
+    def lowered(self, backend: str = "auto") -> Compiled:
+        """This model with integer kernels, weights packed in memory; this one stays as it is.
+
+        backend: see `passes.lower.Lower`. Outputs equal this model's within float rounding; `.report()` lists the
+        kernel of each layer. Raises BackendError where the backend cannot run here.
+        """
+        pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
+        journal = Journal(list(self.journal.entries))
+        graph_module = pipeline.run(self.graph_module, PassContext(journal=journal))
+        kernels = execution_of(graph_module)
+        layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
+        card = {**self.card, "execution": execution_summary(kernels)}
+        return Compiled(graph_module, self.allocation, journal, layers, card)
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the artefact: one file, packed weights, no code. Raises ArtefactError."""
+        """Write the artefact: one file, packed weights, no code. Raises ArtefactError, also for a lowered model."""
+        if execution_of(self.graph_module):
+            raise ArtefactError(
+                "a lowered model belongs to the machine it was lowered on: save the model it was lowered from, and "
+                "lower again where it is loaded, fxquant.load(path, backend='auto')"
+            )
         card = {**self.card, "layers": [row.to_dict() for row in self.layers]}
         journal = [asdict(entry) for entry in self.journal.entries]
         allocation = None if self.allocation is None else self.allocation.to_json()
         artefact.save(path, self.graph_module, card=card, allocation_json=allocation, journal=journal)
 
 
-def load(path: str | PathLike[str]) -> Compiled:
+def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
 
-    Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another version.
+    backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn".
+    Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another version,
+    BackendError where the backend cannot run here.
     """
     found = artefact.load(path)
     card = dict(found.card)
@@ -103,7 +125,8 @@ def load(path: str | PathLike[str]) -> Compiled:
         raise ArtefactError(f"the journal of {path} does not fit: {error}") from error
     allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
     layers = [LayerRow.from_dict(row) for row in rows]
-    return Compiled(found.graph_module, allocation, Journal(entries), layers, card)
+    compiled = Compiled(found.graph_module, allocation, Journal(entries), layers, card)
+    return compiled if backend == SIMULATED else compiled.lowered(backend)
 
 
 @torch.inference_mode(False)

@@ -62,5 +62,9 @@ class ArtefactError(FxQuantError):
     """A file is not an fxquant artefact, is damaged, or was written by an incompatible version."""
 
 
+class BackendError(FxQuantError):
+    """A backend cannot run here, or refuses what it was given."""
+
+
 class MissingExtraError(FxQuantError, ImportError):
     """An optional dependency is missing: the message gives the pip command that installs it."""

@@ -23,6 +23,9 @@ def evaluate_model(
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
+    backend: Annotated[
+        str, typer.Option(help="How an artefact runs: simulated, auto, cpu-native, cpu-onednn.")
+    ] = "simulated",
     json: o.Json = False,
 ) -> None:
     """Measure top-1 accuracy, with the number of images and the standard error."""
@@ -37,7 +40,7 @@ def evaluate_model(
     if model.endswith(".fxq") or Path(model).is_file():
         if weights is not None or num_classes is not None or model_option:
             raise DataError(f"{model} is an artefact, which brings its own weights: leave model options out")
-        runs = load(model)
+        runs = load(model, backend)
         is_embedded = runs.card.get("model") == "embedded"
         if "preprocessing" not in runs.card:
             raise DataError(

@@ -65,6 +65,7 @@ class Fact(StrEnum):
     SCORED = "scored"
     BITS_ALLOCATED = "bits allocated"
     QUANTIZED = "quantized"
+    LOWERED = "lowered"
 
 
 @dataclass(frozen=True, slots=True)

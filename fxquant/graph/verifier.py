@@ -127,6 +127,16 @@ def _check_quantized(graph_module: fx.GraphModule) -> None:
     _require_roles(graph_module, Fact.QUANTIZED)
 
 
+def _check_lowered(graph_module: fx.GraphModule) -> None:
+    """Every node with bits says how it runs."""
+    execution = graph_module.meta.get("execution", {})
+    for node in nodes_with_role(graph_module):
+        annotation = annotation_of(node)
+        has_bits = annotation.weight_bits is not None or annotation.activation_bits is not None
+        if has_bits and annotation.layer not in execution:
+            raise _fail(Fact.LOWERED, node, "nothing says which kernel runs it", "run Lower again")
+
+
 def _has_weight(role: Role | None) -> bool:
     return role is not None and role.has_weight
 
@@ -141,4 +151,5 @@ CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.SCORED: _check_scores,
     Fact.BITS_ALLOCATED: _check_bits,
     Fact.QUANTIZED: _check_quantized,
+    Fact.LOWERED: _check_lowered,
 }

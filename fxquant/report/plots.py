@@ -121,6 +121,30 @@ def plot_frontier(
     write_file(Path(path), content.getvalue())
 
 
+def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, float]]) -> None:
+    """Throughput as bars: (variant, batch size, images per second), grouped by batch size; written in one step.
+
+    Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
+    """
+    check_plot(path)
+    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    variants = list(dict.fromkeys(variant for variant, _, _ in timings))
+    sizes = list(dict.fromkeys(size for _, size, _ in timings))
+    for index, variant in enumerate(variants):
+        found = {size: speed for name, size, speed in timings if name == variant}
+        places = [sizes.index(size) + (index - (len(variants) - 1) / 2) * 0.8 / len(variants) for size in found]
+        bars = axes.bar(places, list(found.values()), 0.8 / len(variants), label=variant)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
+    axes.set_ylabel("images per second")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_file(Path(path), content.getvalue())
+
+
 def _pyplot_free_figure() -> Any:
     """matplotlib's Figure, without pyplot and its display."""
     try:

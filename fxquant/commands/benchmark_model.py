@@ -1,0 +1,66 @@
+"""`fxquant benchmark`: latency and throughput of an artefact, in float and as integers, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxquant.commands import options as o
+
+
+def benchmark_model(
+    artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
+    backend: Annotated[
+        list[str] | None, typer.Option(help="auto, cpu-native, cpu-onednn or simulated. Repeatable.")
+    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; 1 and 32 by default.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that torch and the kernels use.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="How long each batch size is measured.")] = 10.0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With torch.compile, which needs a C++ compiler.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Time float32, bfloat16 and integer execution of the same graph, in turns on this machine."""
+    import torch
+
+    from fxquant.commands.console import emit, show
+    from fxquant.compiler import load
+    from fxquant.latency import Timing, Variant, bfloat16_variant, float_graph, measure
+    from fxquant.report.plots import check_plot, plot_latency
+    from fxquant.report.progress import RichProgress
+
+    o.check_output(plot)
+    if plot is not None:
+        check_plot(plot)
+    simulated = load(artefact)
+    reference = float_graph(simulated.graph_module)
+    variants: dict[str, Variant] = {"float32": reference, "bfloat16": bfloat16_variant(reference)}
+    if compiled:
+        variants["float32 compiled"] = torch.compile(reference)
+        variants["bfloat16 compiled"] = torch.compile(bfloat16_variant(reference))
+    execution = {}
+    for name in backend or ["auto"]:
+        lowered = simulated.lowered(name)
+        execution[name] = str(lowered.card["execution"])
+        variants[name] = lowered
+    shape = simulated.graph_module.meta["image_shape"]
+    timings: list[Timing] = []
+    with RichProgress() as progress:
+        for size in batch_size or [1, 32]:
+            images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
+            timings += measure(variants, images, threads=threads, seconds=seconds, progress=progress)
+    if plot is not None:
+        plot_latency(plot, [(t.variant, t.batch_size, t.images_per_second) for t in timings])
+    if json:
+        emit({"artefact": str(artefact), "execution": execution, "timings": [t.to_dict() for t in timings]})
+        return
+    for name, text in execution.items():
+        show(f"{name:<18} {text}")
+    show(f"\n{'':<18} {'batch':>5} {'ms':>10} {'images/s':>10} {'speed-up':>9} {'by CPU time':>12}")
+    for t in timings:
+        numbers = f"{t.latency_ms:>10.2f} {t.images_per_second:>10.1f} {t.speedup:>8.2f}x {t.cpu_speedup:>11.2f}x"
+        show(f"{t.variant:<18} {t.batch_size:>5} {numbers}")

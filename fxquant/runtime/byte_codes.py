@@ -1,0 +1,127 @@
+"""Activation codes as bytes, and which integers the bytes stand for: how a quantizer runs in integer kernels.
+
+A byte b stands for the integer level n(b), and the value is n(b) times a unit. Levels beyond a byte (regions and powers
+of two that are far apart) are split into digits of base 256, n = sum 256^i d_i - zero, each digit a byte again; a
+product with them is one integer product per digit, and exact. Up to three digits run; what needs more, or has levels
+that are no integers, stays simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.native.library import LOG2, MAX_DIGITS, REGIONS, UNIFORM, LevelsSpec, QuantizerSpec
+
+_WIDEST = 8
+_WIDEST_LOG2 = 4
+
+
+@dataclass(frozen=True)
+class ByteCode:
+    """How one quantizer's codes are bytes.
+
+    kind, scale, zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them. levels: int64
+    (256,), the integer each byte stands for, 0 for bytes that never occur. unit: value of level 1. identity: the byte
+    less `zero` is the level. Equal codes compare equal, so readers of one edge can share them.
+    """
+
+    kind: int
+    scale: float
+    zero: int = 0
+    low: int = 0
+    high: int = 255
+    bits: int = 8
+    shift_small: int = 0
+    shift_large: int = 0
+    negative: bool = False
+    levels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64), compare=False, repr=False)
+    unit: float = field(default=1.0, compare=False)
+
+    @property
+    def identity(self) -> bool:
+        """Whether a byte less `zero` is its level."""
+        return self.kind == UNIFORM
+
+    def quantizer_spec(self) -> QuantizerSpec:
+        """For the kernels that produce bytes."""
+        return QuantizerSpec(
+            self.kind, self.scale, self.zero, self.low, self.high, self.bits,
+            self.shift_small, self.shift_large, int(self.negative),
+        )  # fmt: skip
+
+    def levels_spec(self) -> LevelsSpec:
+        """For the kernels that read bytes."""
+        spec = LevelsSpec(1, int(self.identity), self.zero, self.unit)
+        if self.identity:
+            return spec
+        spec.zero = -int(self.levels.min())
+        rest = self.levels + spec.zero
+        spec.count = max(1, -(-int(rest.max()).bit_length() // 8))
+        for digit in range(spec.count):
+            spec.digit[digit][:] = (rest >> (8 * digit) & 255).tolist()
+        return spec
+
+    def to_bytes(self, codes: Tensor) -> Tensor:
+        """Bytes (uint8) of codes as the quantizer's `quantize` gives them (int32); for uniform quantizers."""
+        return (codes + self.zero).to(torch.uint8)
+
+
+def byte_code(quantizer: Quantizer | None) -> ByteCode | None:
+    """How a quantizer's codes are bytes, None where they cannot be: no quantizer, several scales, too wide a range."""
+    scale = getattr(quantizer, "scale", None)
+    if quantizer is None or not isinstance(scale, Tensor) or scale.numel() != 1 or quantizer.bits > _WIDEST:
+        return None
+    makers = {UniformQuantizer: _uniform, ShiftedRegionsQuantizer: _regions, Log2Quantizer: _log2}
+    maker = makers.get(type(quantizer))
+    found = None if maker is None else maker(quantizer, float(scale))  # type: ignore[operator]
+    if found is None or found.identity:
+        return found
+    span = int(found.levels.max() - found.levels.min())
+    return found if span < 256**MAX_DIGITS else None
+
+
+def _uniform(quantizer: UniformQuantizer, scale: float) -> ByteCode | None:
+    low, high = quantizer.code_range
+    # Signed codes move up by 128: with the first bit flipped, the byte is the signed code, and no zero-point is left.
+    moved = 128 if quantizer.zero_point is None else 0
+    zero = 128 if quantizer.zero_point is None else int(quantizer.zero_point)
+    if not 0 <= zero <= 255:
+        return None
+    return ByteCode(UNIFORM, scale, zero, low + moved, high + moved, quantizer.bits, unit=scale)
+
+
+def _regions(quantizer: ShiftedRegionsQuantizer, scale: float) -> ByteCode:
+    small, large = np.arange(quantizer.small_max + 1), np.arange(quantizer.large_max + 1)
+    below = -np.arange(quantizer.small_max, 0, -1) if quantizer.negative else small[:0]
+    levels = np.concatenate([below, small << quantizer.shift_small, large << quantizer.shift_large])
+    levels, unit = _reduced(levels, scale)
+    return ByteCode(
+        REGIONS, scale, 0, 0, 255, quantizer.bits, quantizer.shift_small, quantizer.shift_large, quantizer.negative,
+        levels, unit,
+    )  # fmt: skip
+
+
+def _log2(quantizer: Log2Quantizer, scale: float) -> ByteCode | None:
+    if quantizer.bits > _WIDEST_LOG2:
+        return None
+    zero = 2**quantizer.bits - 1
+    levels, unit = _reduced(np.append(1 << np.arange(zero - 1, -1, -1), 0), scale / 2 ** (zero - 1))
+    return ByteCode(LOG2, scale, bits=quantizer.bits, levels=levels, unit=unit)
+
+
+def _reduced(levels: NDArray[np.int64], unit: float) -> tuple[NDArray[np.int64], float]:
+    """Levels (256,) without the power of two that they share, and the unit that has it."""
+    shared = int(np.bitwise_or.reduce(np.abs(levels)))
+    shift = (shared & -shared).bit_length() - 1 if shared else 0
+    table = np.zeros(256, np.int64)
+    table[: len(levels)] = levels >> shift
+    return table, unit * 2.0**shift

@@ -1,0 +1,229 @@
+"""Modules of a lowered graph: bytes flow between them, integer kernels run inside them.
+
+Each is made from the simulated module it replaces and computes the same: the same codes, the same integers, outputs
+that differ by the rounding of float32 at most. Weights stay packed at their bits in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxquant.errors import BackendError
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.byte_codes import ByteCode
+from fxquant.runtime.native import library, operators
+from fxquant.runtime.simulated import QuantizedConv2d, QuantizedWeightModule
+
+_OPERATORS = torch.ops.fxquant
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a linear kernel does with its float result.
+
+    kind: `library.FLOAT`, `RESIDUAL` (adds a tensor), `CODES` (column range i of len(codes) equal ones: times
+    factors[i], then codes[i]) or `GELU_CODES` (codes[0] of GELU).
+    """
+
+    kind: int = library.FLOAT
+    codes: tuple[ByteCode, ...] = ()
+    factors: tuple[float, ...] = ()
+
+    @property
+    def gives_codes(self) -> bool:
+        """Whether the result is bytes."""
+        return self.kind in (library.CODES, library.GELU_CODES)
+
+
+class ToCodes(nn.Module):
+    """Float to bytes."""
+
+    spec: Tensor
+
+    def __init__(self, code: ByteCode) -> None:
+        super().__init__()
+        self.code = code
+        self.register_buffer("spec", operators.spec_tensor(code.quantizer_spec()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 of any shape to uint8."""
+        codes: Tensor = _OPERATORS.quantize(x, self.spec)
+        return codes
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"bits={self.code.bits}"
+
+
+class LayerNormToCodes(ToCodes):
+    """Layer norm over the last dimension, then bytes."""
+
+    def __init__(self, norm: nn.LayerNorm, code: ByteCode) -> None:
+        super().__init__(code)
+        self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (..., channels) to uint8."""
+        codes: Tensor = _OPERATORS.layer_norm(x, self.spec, self.weight, self.bias, self.epsilon)
+        return codes
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer on bytes. `layout` is all it consists of: sizes, quantizers, packed weights, scales, bias."""
+
+    layout: Tensor
+
+    def __init__(self, source: QuantizedWeightModule, code: ByteCode, epilogue: Epilogue | None = None) -> None:
+        super().__init__()
+        self.epilogue = epilogue or Epilogue()
+        quantizer, codes = source.weight_quantizer, source.weight_codes
+        if not isinstance(quantizer, UniformQuantizer) or quantizer.zero_point is not None or codes is None:
+            raise BackendError("only weights of a symmetric uniform quantizer run as integers")
+        self.out_features, self.in_features = codes.shape[0], codes[0].numel()
+        self.register_buffer("layout", _packed(source, quantizer, codes, code, self.epilogue))
+
+    def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:
+        """uint8 (..., in) to float32 or uint8 (..., out). residual: float32 (..., out), where the epilogue adds one."""
+        result: Tensor = _OPERATORS.linear(codes, self.layout, self.out_features, self.epilogue.gives_codes, residual)
+        return result
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.in_features} -> {self.out_features}"
+
+
+def _packed(
+    source: QuantizedWeightModule, quantizer: UniformQuantizer, codes: Tensor, code: ByteCode, epilogue: Epilogue
+) -> Tensor:
+    out_features, in_features = codes.shape[0], codes[0].numel()
+    spec = library.LinearSpec(out_features, in_features, quantizer.bits, epilogue.kind, max(1, len(epilogue.codes)))
+    spec.input = code.levels_spec()
+    for index, output in enumerate(epilogue.codes):
+        spec.output[index] = output.quantizer_spec()
+        spec.factor[index] = epilogue.factors[index] if epilogue.factors else 1.0
+    layout = torch.empty(library.library().fxq_linear_bytes(ctypes.byref(spec)), dtype=torch.uint8)
+    flat = codes.detach().flatten(1).contiguous()
+    scale = quantizer.scale.reshape(-1).expand(out_features).contiguous()
+    bias = torch.zeros(out_features) if source.bias is None else source.bias.detach().float().contiguous()
+    library.call(
+        "linear_pack", ctypes.byref(spec), flat.data_ptr(), flat.numel(), scale.data_ptr(), bias.data_ptr(),
+        bias.nbytes, layout.data_ptr(), layout.numel(),
+    )  # fmt: skip
+    return layout
+
+
+class IntegerConv2d(IntegerLinear):
+    """A convolution on bytes, as a linear layer over patches. Groups and dilation are not for it."""
+
+    def __init__(self, source: QuantizedConv2d, code: ByteCode) -> None:
+        super().__init__(source, code)
+        assert source.weight_codes is not None  # the constructor above refuses it
+        self.kernel: tuple[int, int] = tuple(source.weight_codes.shape[2:])  # type: ignore[assignment]
+        self.stride, padding = _pair(source.geometry["stride"]), _pair(source.geometry["padding"])
+        self.padding, self.zero = (padding[1], padding[1], padding[0], padding[0]), code.zero
+
+    def forward(self, codes: Tensor, residual: Tensor | None = None) -> Tensor:
+        """uint8 (B, in, H, W) to float32 (B, out, H', W')."""
+        if any(self.padding):
+            codes = functional.pad(codes, self.padding, value=self.zero)
+        patches = codes.unfold(2, self.kernel[0], self.stride[0]).unfold(3, self.kernel[1], self.stride[1])
+        rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return super().forward(rows).permute(0, 3, 1, 2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class IntegerMatmul(nn.Module):
+    """Product of two activations, both bytes; the right one has a uniform quantizer."""
+
+    levels: Tensor
+
+    def __init__(self, left: ByteCode, right: ByteCode) -> None:
+        super().__init__()
+        self.register_buffer("levels", operators.spec_tensor(left.levels_spec()))
+        self.right_zero, self.scale = right.zero, left.unit * right.unit
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """uint8 (..., n, k) times uint8 (..., k, m) to float32 (..., n, m)."""
+        transposed = right.mT.is_contiguous()
+        result: Tensor = _OPERATORS.matmul(
+            left, right.mT if transposed else right, self.levels, self.right_zero, self.scale, transposed
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class AttentionCodes:
+    """The quantizers of one attention: of q, k and v, of the softmax, of the result."""
+
+    qkv: tuple[ByteCode, ByteCode, ByteCode]
+    softmax: ByteCode
+    output: ByteCode
+
+
+class IntegerAttention(nn.Module):
+    """softmax(q k^T + bias) v on bytes, to bytes, one image and head at a time."""
+
+    spec: Tensor
+    bias: Tensor | None
+
+    def __init__(self, heads: int, head_size: int, codes: AttentionCodes, bias_ghnn: Tensor | None = None) -> None:
+        """bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups."""
+        super().__init__()
+        query, key, value = codes.qkv
+        spec = library.AttentionSpec(heads, head_size, (ctypes.c_int32 * 3)(query.zero, key.zero, value.zero))
+        spec.score_scale, spec.value_scale = query.unit * key.unit, codes.softmax.unit * value.unit
+        spec.softmax, spec.softmax_levels = codes.softmax.quantizer_spec(), codes.softmax.levels_spec()
+        spec.output = codes.output.quantizer_spec()
+        self.register_buffer("spec", operators.spec_tensor(spec))
+        self.register_buffer("bias", bias_ghnn)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """uint8 (B, N, 3 C) to uint8 (B, N, C)."""
+        codes: Tensor = _OPERATORS.attention(qkv, self.spec, self.bias)
+        return codes
+
+
+class OnednnLinear(nn.Module):
+    """A linear layer through oneDNN, for where our kernels are not built: weights as int8, input quantized in torch."""
+
+    weight_codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+
+    def __init__(self, source: QuantizedWeightModule, code: ByteCode) -> None:
+        super().__init__()
+        quantizer, codes = source.weight_quantizer, source.weight_codes
+        if not isinstance(quantizer, UniformQuantizer) or quantizer.zero_point is not None or codes is None:
+            raise BackendError("only weights of a symmetric uniform quantizer run as integers")
+        self.code = code
+        self.register_buffer("weight_codes", codes.detach().flatten(1).contiguous())
+        self.register_buffer("scale", quantizer.scale.reshape(-1).expand(len(codes)).contiguous())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int32))
+        self.register_buffer("bias", source.bias)
+        # The weight in oneDNN's own order, an opaque tensor that can neither be copied nor saved: made on first use.
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (..., in) to float32 (..., out)."""
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(self.weight_codes, None)
+        code = self.code
+        codes = torch.round(x * (1 / code.scale)).add_(code.zero).clamp_(code.low, code.high).to(torch.uint8)
+        result: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, code.scale, code.zero, self._packed, self.scale, self.zero, self.bias,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}

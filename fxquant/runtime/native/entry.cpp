@@ -1,0 +1,312 @@
+// The C interface: checks what it is given, picks the instruction set, divides the work among threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fxq {
+namespace {
+
+const Kernels *const kSets[] = {
+    &kScalar,
+#ifdef FXQ_X86
+    &kAvx2, &kAvx512Vnni,
+#endif
+};
+constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
+
+int32_t best() {
+#ifdef FXQ_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
+        return 2;
+    if (avx2) return 1;
+#endif
+    return 0;
+}
+
+int32_t selected = best();
+const Kernels &kernels() { return *kSets[selected]; }
+
+constexpr int64_t kMaxSize = int64_t(1) << 24, kMaxElements = int64_t(1) << 40;
+
+bool is_size(int64_t n, int64_t most = kMaxSize) { return n >= 1 && n <= most; }
+bool is_positive(float x) { return std::isfinite(x) && x > 0; }
+bool is_byte(int32_t n) { return n >= 0 && n <= 255; }
+
+// a * b * ... where no factor is negative, or -1 beyond kMaxElements.
+template <class... Sizes>
+int64_t product(Sizes... sizes) {
+    int64_t total = 1;
+    for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
+        if (size < 0 || size > kMaxElements || (size && total > kMaxElements / size)) return -1;
+        total *= size;
+    }
+    return total;
+}
+
+// Whether a buffer of `bytes` bytes holds exactly these elements.
+bool holds(int64_t bytes, int64_t elements, int64_t element_bytes) {
+    return elements >= 0 && bytes == elements * element_bytes;
+}
+
+bool is_valid(const FxqQuantizer &q) {
+    if (!is_positive(q.scale) || !is_positive(1.0f / q.scale)) return false;
+    if (q.kind == FXQ_UNIFORM) return is_byte(q.zero) && is_byte(q.low) && is_byte(q.high) && q.low <= q.high;
+    if (q.kind == FXQ_REGIONS)
+        return q.bits >= 2 && q.bits <= 8 && 0 <= q.shift_small && q.shift_small <= q.shift_large &&
+               q.shift_large <= 24 && (q.negative == 0 || q.negative == 1);
+    return q.kind == FXQ_LOG2 && q.bits >= 2 && q.bits <= 4;
+}
+
+bool is_valid(const FxqLevels &levels) {
+    if (levels.count < 1 || levels.count > FXQ_MAX_DIGITS || !is_positive(levels.unit)) return false;
+    if (levels.identity != 0 && (levels.identity != 1 || levels.count != 1)) return false;
+    return levels.zero >= 0 && levels.zero < (int64_t(1) << (8 * levels.count));
+}
+
+int32_t check(const FxqLinear &spec) {
+    if (!is_size(spec.out_features) || !is_size(spec.in_features, FXQ_MAX_INNER)) return FXQ_SIZE;
+    if (spec.weight_bits < 2 || spec.weight_bits > 8) return FXQ_WIDTH;
+    if (spec.epilogue < FXQ_FLOAT || spec.epilogue > FXQ_GELU_CODES || !is_valid(spec.input)) return FXQ_QUANTIZER;
+    const bool gives_codes = spec.epilogue == FXQ_CODES;
+    if (spec.ranges < 1 || spec.ranges > (gives_codes ? FXQ_MAX_RANGES : 1) || spec.out_features % spec.ranges)
+        return FXQ_QUANTIZER;
+    for (int32_t i = 0; i < spec.ranges && spec.epilogue >= FXQ_CODES; ++i) {
+        if (!is_valid(spec.output[i])) return FXQ_QUANTIZER;
+        if (gives_codes && (spec.output[i].kind != FXQ_UNIFORM || !std::isfinite(spec.factor[i]))) return FXQ_QUANTIZER;
+    }
+    return FXQ_OK;
+}
+
+// Bit planes of one tile of 512 codes, in the order `unpack_tiles` reads them.
+void pack_tile(const uint8_t *codes, int32_t bits, uint8_t *out) {
+    if (bits == 8) {
+        std::memcpy(out, codes, 512);
+        return;
+    }
+    std::memset(out, 0, 64 * bits);
+    int shift = 0;
+    for (const int plane : {4, 2, 1}) {
+        if (!(bits & plane)) continue;
+        const int per_byte = 8 / plane;
+        for (int i = 0; i < 512; ++i) {
+            const int group = i / 64;
+            const int part = (codes[i] >> shift) & ((1 << plane) - 1);
+            out[group / per_byte * 64 + i % 64] |= static_cast<uint8_t>(part << (group % per_byte * plane));
+        }
+        out += 64 * plane;
+        shift += plane;
+    }
+}
+
+void pack_weights(const FxqLinear &spec, const int8_t *codes, const LinearPlaces &places, uint8_t *layout) {
+    int32_t *sums = reinterpret_cast<int32_t *>(layout + places.weight_sum);
+    uint8_t tile[512], *out = layout + places.weights;
+    for (int64_t unit = 0; unit < places.units; ++unit)
+        for (int64_t t = 0; t < places.tiles; ++t, out += 64 * spec.weight_bits) {
+            std::memset(tile, 0, sizeof tile);
+            for (int64_t c = 0; c < kUnit && unit * kUnit + c < spec.out_features; ++c) {
+                const int64_t row = unit * kUnit + c, first = t * kTileInputs;
+                for (int64_t k = 0; k < kTileInputs && first + k < spec.in_features; ++k) {
+                    const int8_t code = codes[row * spec.in_features + first + k];
+                    sums[row] += code;
+                    tile[k / 4 * 64 + c * 4 + k % 4] = static_cast<uint8_t>(code);
+                }
+            }
+            pack_tile(tile, spec.weight_bits, out);
+        }
+}
+
+struct LinearWork {
+    LinearCall call;
+    int64_t block_rows, block_units, unit_blocks;
+    void split(int32_t threads) {
+        // A block of rows and its digits stay in the second-level cache while every panel passes over them.
+        const int64_t row_bytes = call.spec->in_features * call.spec->input.count;
+        block_rows = round_up(std::max<int64_t>(48, (int64_t(1) << 18) / row_bytes), 24);
+        const int64_t row_blocks = (call.rows + block_rows - 1) / block_rows;
+        block_units = call.places.units;
+        if (threads > 1 && row_blocks < 4 * threads) {
+            const int64_t pieces = (4 * threads + row_blocks - 1) / row_blocks;
+            block_units = round_up((call.places.units + pieces - 1) / pieces, kPanelColumns / kUnit);
+        }
+        unit_blocks = (call.places.units + block_units - 1) / block_units;
+    }
+    static void run(void *self, int64_t index) {
+        const LinearWork &work = *static_cast<LinearWork *>(self);
+        const int64_t row = index / work.unit_blocks * work.block_rows;
+        const int64_t unit = index % work.unit_blocks * work.block_units;
+        kernels().linear(work.call, row, std::min(work.block_rows, work.call.rows - row), unit,
+                         std::min(work.block_units, work.call.places.units - unit));
+    }
+};
+
+int32_t done(bool finished) { return finished ? FXQ_OK : FXQ_MEMORY; }
+
+}  // namespace
+}  // namespace fxq
+
+using namespace fxq;
+
+int32_t fxq_abi(void) { return FXQ_ABI; }
+
+const char *fxq_message(int32_t status) {
+    static const char *const kMessages[] = {
+        "no error",
+        "a pointer is missing",
+        "a size is out of range, or a buffer does not have the length that the sizes imply",
+        "weight bits are outside 2 to 8, or a code does not fit them",
+        "a quantizer or its levels are malformed",
+        "the layout is damaged, or of another version",
+        "out of memory",
+        "this CPU does not have that instruction set",
+    };
+    return status >= 0 && status <= FXQ_UNSUPPORTED ? kMessages[status] : "unknown error";
+}
+
+int32_t fxq_best(void) { return best(); }
+
+const char *fxq_name(int32_t isa) { return isa >= 0 && isa < kSetCount ? kSets[isa]->name : ""; }
+
+int32_t fxq_select(int32_t isa) {
+    if (isa < -1 || isa > best()) return FXQ_UNSUPPORTED;
+    selected = isa < 0 ? best() : isa;
+    return FXQ_OK;
+}
+
+int32_t fxq_selected(void) { return selected; }
+
+int64_t fxq_linear_bytes(const FxqLinear *spec) {
+    return spec && check(*spec) == FXQ_OK ? LinearPlaces(*spec).total : 0;
+}
+
+int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code_bytes, const float *scale,
+                        const float *bias, int64_t vector_bytes, uint8_t *layout, int64_t layout_bytes) {
+    if (!spec || !codes || !scale || !layout) return FXQ_NULL;
+    if (const int32_t status = check(*spec)) return status;
+    const int64_t out = spec->out_features, count = out * spec->in_features;
+    const LinearPlaces places(*spec);
+    if (code_bytes != count || vector_bytes != out * 4 || layout_bytes != places.total) return FXQ_SIZE;
+    const int limit = 1 << (spec->weight_bits - 1);
+    for (int64_t i = 0; i < count; ++i)
+        if (codes[i] < -limit || codes[i] >= limit) return FXQ_WIDTH;
+    for (int64_t i = 0; i < out; ++i)
+        if (!std::isfinite(scale[i]) || (bias && !std::isfinite(bias[i]))) return FXQ_QUANTIZER;
+    std::memset(layout, 0, static_cast<size_t>(layout_bytes));
+    const LinearHeader header{kMagic, kVersion, *spec};
+    std::memcpy(layout, &header, sizeof header);
+    pack_weights(*spec, codes, places, layout);
+    float *scales = reinterpret_cast<float *>(layout + places.scale);
+    for (int64_t i = 0; i < out; ++i) scales[i] = scale[i] * spec->input.unit;
+    if (bias) std::memcpy(layout + places.bias, bias, static_cast<size_t>(vector_bytes));
+    for (int64_t i = 0; i < out && spec->epilogue == FXQ_CODES; ++i) {
+        const int64_t range = i / (out / spec->ranges);
+        const FxqQuantizer &q = spec->output[range];
+        const float numbers[] = {spec->factor[range], 1.0f / q.scale, float(q.zero), float(q.low), float(q.high)};
+        for (int64_t n = 0; n < 5; ++n)
+            std::memcpy(layout + places.columns + n * places.vector + i * 4, &numbers[n], 4);
+    }
+    return FXQ_OK;
+}
+
+int32_t fxq_linear(const uint8_t *layout, int64_t layout_bytes, const uint8_t *codes, int64_t code_bytes, int64_t rows,
+                   const float *residual, int64_t residual_bytes, void *out, int64_t out_bytes, int32_t threads) {
+    if (!layout || !codes || !out) return FXQ_NULL;
+    LinearHeader header;
+    if (layout_bytes < static_cast<int64_t>(sizeof header)) return FXQ_LAYOUT;
+    std::memcpy(&header, layout, sizeof header);  // a copy: nobody changes it between check and use
+    const FxqLinear &spec = header.spec;
+    if (header.magic != kMagic || header.version != kVersion || check(spec) != FXQ_OK) return FXQ_LAYOUT;
+    const LinearPlaces places(spec);
+    if (layout_bytes != places.total || reinterpret_cast<uintptr_t>(layout) % 4) return FXQ_LAYOUT;
+    const int64_t elements = product(rows, spec.out_features);
+    const bool is_float = spec.epilogue == FXQ_FLOAT || spec.epilogue == FXQ_RESIDUAL;
+    if (!holds(code_bytes, product(rows, spec.in_features), 1) || !holds(out_bytes, elements, is_float ? 4 : 1))
+        return FXQ_SIZE;
+    if (spec.epilogue == FXQ_RESIDUAL && !residual) return FXQ_NULL;
+    if (residual_bytes != (spec.epilogue == FXQ_RESIDUAL ? elements * 4 : 0)) return FXQ_SIZE;
+    if (rows == 0) return FXQ_OK;
+    LinearWork work{{&spec, places, layout, codes, rows, residual, out}, 0, 0, 0};
+    work.split(threads);
+    const int64_t row_blocks = (rows + work.block_rows - 1) / work.block_rows;
+    return done(parallel(row_blocks * work.unit_blocks, threads, LinearWork::run, &work));
+}
+
+int32_t fxq_quantize(const FxqQuantizer *quantizer, const float *x, int64_t count, uint8_t *out, int64_t out_bytes,
+                     int32_t threads) {
+    if (!quantizer || !x || !out) return FXQ_NULL;
+    if (!is_valid(*quantizer)) return FXQ_QUANTIZER;
+    if (!holds(out_bytes, product(count), 1)) return FXQ_SIZE;
+    struct Work {
+        const FxqQuantizer *quantizer;
+        const float *x;
+        int64_t count;
+        uint8_t *out;
+    } work{quantizer, x, count, out};
+    static constexpr int64_t kBlock = 1 << 15;
+    const auto run = [](void *self, int64_t index) {
+        const Work &w = *static_cast<Work *>(self);
+        const int64_t first = index * kBlock;
+        kernels().quantize(*w.quantizer, w.x + first, std::min<int64_t>(kBlock, w.count - first), w.out + first);
+    };
+    return done(parallel((count + kBlock - 1) / kBlock, threads, run, &work));
+}
+
+int32_t fxq_layer_norm(const FxqQuantizer *quantizer, const float *x, int64_t rows, int64_t channels,
+                       const float *weight, const float *bias, float epsilon, uint8_t *out, int64_t out_bytes,
+                       int32_t threads) {
+    if (!quantizer || !x || !out) return FXQ_NULL;
+    if (!is_valid(*quantizer) || !std::isfinite(epsilon) || epsilon < 0) return FXQ_QUANTIZER;
+    if (!is_size(channels) || !holds(out_bytes, product(rows, channels), 1)) return FXQ_SIZE;
+    struct Work {
+        LayerNormCall call;
+        int64_t rows;
+    } work{{quantizer, x, weight, bias, channels, epsilon, out}, rows};
+    static constexpr int64_t kBlock = 64;
+    const auto run = [](void *self, int64_t index) {
+        const Work &w = *static_cast<Work *>(self);
+        kernels().layer_norm(w.call, index * kBlock, std::min<int64_t>(kBlock, w.rows - index * kBlock));
+    };
+    return done(parallel((rows + kBlock - 1) / kBlock, threads, run, &work));
+}
+
+int32_t fxq_matmul(const FxqLevels *left_levels, int32_t right_zero, float scale, const uint8_t *left,
+                   int64_t left_bytes, const uint8_t *right, int64_t right_bytes, int32_t transposed, int64_t batch,
+                   int64_t n, int64_t k, int64_t m, float *out, int64_t out_bytes, int32_t threads) {
+    if (!left_levels || !left || !right || !out) return FXQ_NULL;
+    if (!is_valid(*left_levels) || !is_byte(right_zero) || !is_positive(scale)) return FXQ_QUANTIZER;
+    if (!is_size(n) || !is_size(k, FXQ_MAX_INNER) || !is_size(m)) return FXQ_SIZE;
+    if (!holds(left_bytes, product(batch, n, k), 1) || !holds(right_bytes, product(batch, k, m), 1) ||
+        !holds(out_bytes, product(batch, n, m), 4))
+        return FXQ_SIZE;
+    MatmulCall call{left_levels, right_zero, transposed, scale, left, right, n, k, m, out};
+    const auto run = [](void *self, int64_t index) { kernels().matmul(*static_cast<MatmulCall *>(self), index); };
+    return done(parallel(batch, threads, run, &call));
+}
+
+int32_t fxq_attention(const FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch, int64_t tokens,
+                      const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes, int32_t threads) {
+    if (!spec || !qkv || !out) return FXQ_NULL;
+    if (!is_size(spec->heads, 1 << 16) || !is_size(spec->head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
+    for (const int32_t zero : spec->zero)
+        if (!is_byte(zero)) return FXQ_QUANTIZER;
+    if (!is_positive(spec->score_scale) || !is_positive(spec->value_scale) || !is_valid(spec->softmax) ||
+        !is_valid(spec->softmax_levels) || !is_valid(spec->output))
+        return FXQ_QUANTIZER;
+    if (!is_size(tokens, FXQ_MAX_INNER)) return FXQ_SIZE;
+    const int64_t group_bytes = spec->heads * tokens * tokens * 4, bias_groups = bias ? bias_bytes / group_bytes : 0;
+    if (bias_bytes != bias_groups * group_bytes || (bias && bias_groups < 1)) return FXQ_SIZE;
+    const int64_t elements = product(batch, tokens, spec->heads, spec->head_size);
+    if (!holds(out_bytes, elements, 1) || !holds(qkv_bytes, product(elements, 3), 1)) return FXQ_SIZE;
+    AttentionCall call{spec, qkv, tokens, bias_groups, bias, out};
+    const auto run = [](void *self, int64_t index) {
+        const AttentionCall &c = *static_cast<AttentionCall *>(self);
+        kernels().attention(c, index / c.spec->heads, index % c.spec->heads);
+    };
+    return done(parallel(batch * spec->heads, threads, run, &call));
+}

@@ -1,0 +1,125 @@
+// The C interface of the integer kernels: plain C types and caller-owned memory, nothing of libtorch's or Python's ABI.
+//
+// A "layout" is one block of bytes that holds everything about one layer (sizes, quantizers, packed weights, scales):
+// position independent, so it can be copied and mapped at will. Whoever calls may be wrong or malicious: every function
+// checks sizes, widths and lengths before it reads or writes, and returns an error code; no exception leaves.
+//
+// Codes are bytes. A uniform quantizer's byte is its code (plus 128 where it is signed), a regions quantizer's is the
+// index of its level, a log2 quantizer's is the exponent. `FxqLevels` says which integer a byte stands for.
+#ifndef FXQUANT_NATIVE_H
+#define FXQUANT_NATIVE_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FXQ_API extern "C" __declspec(dllexport)
+#else
+#define FXQ_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { FXQ_ABI = 1, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
+
+enum FxqStatus {
+    FXQ_OK = 0,
+    FXQ_NULL = 1,        // a pointer is missing
+    FXQ_SIZE = 2,        // a size is negative, zero, too large, or buffers do not have the lengths that sizes imply
+    FXQ_WIDTH = 3,       // bits outside 2..8
+    FXQ_QUANTIZER = 4,   // a quantizer or its levels are malformed
+    FXQ_LAYOUT = 5,      // a layout is damaged or of another kind or version
+    FXQ_MEMORY = 6,      // no memory
+    FXQ_UNSUPPORTED = 7  // this CPU does not have the instruction set that was asked for
+};
+
+enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2 };
+
+// From a float to a byte.
+struct FxqQuantizer {
+    int32_t kind;
+    float scale;                // finite, above zero
+    int32_t zero, low, high;    // uniform: bytes of zero, of the lowest and of the highest code
+    int32_t bits;               // regions: 2..8; log2: 2..4
+    int32_t shift_small, shift_large, negative;  // regions, as ShiftedRegionsQuantizer has them
+};
+
+// From a byte to an integer: sum over digits of 256^i digit[i][byte], less zero; times `unit` it is a float value.
+struct FxqLevels {
+    int32_t count;     // 1 .. FXQ_MAX_DIGITS
+    int32_t identity;  // 1: one digit, which is the byte itself
+    int32_t zero;      // 0 .. 256^count - 1
+    float unit;        // finite, above zero
+    uint8_t digit[FXQ_MAX_DIGITS][256];
+};
+
+// What a linear layer does with y = T (weight_scale unit) + bias, T the integer sum.
+enum FxqEpilogue {
+    FXQ_FLOAT = 0,      // float32 y
+    FXQ_RESIDUAL = 1,   // float32 residual + y
+    FXQ_CODES = 2,      // bytes: y times a constant, then a uniform quantizer; column range i has constant and quantizer i
+    FXQ_GELU_CODES = 3  // bytes: quantizer 0 of gelu(y), the exact one
+};
+enum { FXQ_MAX_RANGES = 3 };
+
+struct FxqLinear {
+    int64_t out_features, in_features;  // 1 .. 2^24, 1 .. FXQ_MAX_INNER
+    int32_t weight_bits, epilogue;
+    int32_t ranges;                     // FXQ_CODES: 1..3 equal column ranges; else 1
+    float factor[FXQ_MAX_RANGES];       // FXQ_CODES: finite
+    struct FxqQuantizer output[FXQ_MAX_RANGES];
+    struct FxqLevels input;
+};
+
+// softmax(Q K^T score_scale) V of codes laid out (batch, tokens, 3, heads, head_size), then the output quantizer.
+struct FxqAttention {
+    int64_t heads, head_size;  // 1 .. 2^16 each; head_size at most FXQ_MAX_INNER
+    int32_t zero[3];           // bytes of zero in q, k, v: 0..255
+    float score_scale;         // value of one unit of the integer Q K^T
+    float value_scale;         // value of one unit of v
+    struct FxqQuantizer softmax;
+    struct FxqLevels softmax_levels;
+    struct FxqQuantizer output;
+};
+
+FXQ_API int32_t fxq_abi(void);
+FXQ_API const char *fxq_message(int32_t status);
+
+// Instruction sets, best last: 0 scalar, 1 avx2, 2 avx512-vnni. `fxq_select` takes one (or -1: the best) for the process.
+FXQ_API int32_t fxq_best(void);
+FXQ_API const char *fxq_name(int32_t isa);
+FXQ_API int32_t fxq_select(int32_t isa);
+FXQ_API int32_t fxq_selected(void);
+
+// Bytes of a linear layer's layout, 0 for a spec that is malformed.
+FXQ_API int64_t fxq_linear_bytes(const struct FxqLinear *spec);
+
+// codes: int8 (out, in), each within weight_bits. scale, bias: float32 (out,), finite; bias may be null.
+FXQ_API int32_t fxq_linear_pack(const struct FxqLinear *spec, const int8_t *codes, int64_t code_bytes,
+                                const float *scale, const float *bias, int64_t vector_bytes, uint8_t *layout,
+                                int64_t layout_bytes);
+
+// codes: (rows, in) bytes. residual: float32 (rows, out) for FXQ_RESIDUAL, else null. out: float32 or bytes (rows, out).
+FXQ_API int32_t fxq_linear(const uint8_t *layout, int64_t layout_bytes, const uint8_t *codes, int64_t code_bytes,
+                           int64_t rows, const float *residual, int64_t residual_bytes, void *out, int64_t out_bytes,
+                           int32_t threads);
+
+FXQ_API int32_t fxq_quantize(const struct FxqQuantizer *quantizer, const float *x, int64_t count, uint8_t *out,
+                             int64_t out_bytes, int32_t threads);
+
+// Bytes of quantizer(layer_norm(x) weight + bias). x: float32 (rows, channels); weight, bias: (channels,) or null.
+FXQ_API int32_t fxq_layer_norm(const struct FxqQuantizer *quantizer, const float *x, int64_t rows, int64_t channels,
+                               const float *weight, const float *bias, float epsilon, uint8_t *out, int64_t out_bytes,
+                               int32_t threads);
+
+// out (batch, n, m) = left (batch, n, k) right (batch, k, m), or right (batch, m, k) where `transposed`.
+// right_zero: byte of zero, scale: value of one unit of the integer product (left unit times right scale).
+FXQ_API int32_t fxq_matmul(const struct FxqLevels *left_levels, int32_t right_zero, float scale, const uint8_t *left,
+                           int64_t left_bytes, const uint8_t *right, int64_t right_bytes, int32_t transposed,
+                           int64_t batch, int64_t n, int64_t k, int64_t m, float *out, int64_t out_bytes,
+                           int32_t threads);
+
+// qkv: bytes (batch, tokens, 3, heads, head_size). bias: null, or float32 (groups, heads, tokens, tokens) added to the
+// scores of image i from group i mod groups. out: bytes (batch, tokens, heads head_size).
+FXQ_API int32_t fxq_attention(const struct FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch,
+                              int64_t tokens, const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes,
+                              int32_t threads);
+
+#endif

@@ -1,0 +1,101 @@
+// What the parts of the library share: the layout of a linear layer, the table of kernels of one instruction set, and
+// the thread pool. Everything here is validated already; only entry.cpp sees unchecked values.
+#ifndef FXQUANT_KERNELS_H
+#define FXQUANT_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fxquant_native.h"
+
+namespace fxq {
+
+// Weights: units of 16 output channels; in a unit, tiles of 32 inputs; in a tile, 8 groups of [16 channels][4 inputs].
+// A tile of b bits is b 64-byte lines: bit planes of 4, 2 and 1 bits as b says; 8 bits are plain bytes.
+constexpr int64_t kUnit = 16, kTileInputs = 32, kGroups = 8, kGroupBytes = 64, kPanelColumns = 64;
+
+struct LinearHeader {
+    uint32_t magic, version;
+    FxqLinear spec;
+};
+constexpr uint32_t kMagic = 0x4c515846, kVersion = 1;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Where the parts of a layout lie, in bytes from its start. Vectors are float32 or int32, one number per column, and
+// padded to whole panels.
+struct LinearPlaces {
+    int64_t units, tiles, vector, weights, scale, bias, weight_sum, columns, total;
+    explicit LinearPlaces(const FxqLinear &spec)
+        : units((spec.out_features + kUnit - 1) / kUnit), tiles((spec.in_features + kTileInputs - 1) / kTileInputs),
+          vector(round_up(spec.out_features, kPanelColumns) * 4) {
+        weights = round_up(sizeof(LinearHeader), 64);
+        scale = weights + units * tiles * 64 * spec.weight_bits;
+        bias = scale + vector;
+        weight_sum = bias + vector;
+        columns = weight_sum + vector;  // FXQ_CODES: factor, 1 / scale, zero, low, high of each column
+        total = columns + (spec.epilogue == FXQ_CODES ? 5 * vector : 0);
+    }
+};
+
+struct LinearCall {
+    const FxqLinear *spec;
+    LinearPlaces places;
+    const uint8_t *layout, *codes;
+    int64_t rows;
+    const float *residual;
+    void *out;
+};
+
+struct MatmulCall {
+    const FxqLevels *left_levels;
+    int32_t right_zero, transposed;
+    float scale;
+    const uint8_t *left, *right;
+    int64_t n, k, m;
+    float *out;
+};
+
+struct AttentionCall {
+    const FxqAttention *spec;
+    const uint8_t *qkv;
+    int64_t tokens, bias_groups;
+    const float *bias;
+    uint8_t *out;
+};
+
+struct LayerNormCall {
+    const FxqQuantizer *quantizer;
+    const float *x, *weight, *bias;
+    int64_t channels;
+    float epsilon;
+    uint8_t *out;
+};
+
+// The kernels of one instruction set. All sets give the same bytes and the same floats, bit for bit.
+struct Kernels {
+    const char *name;
+    void (*linear)(const LinearCall &, int64_t row, int64_t rows, int64_t unit, int64_t units);
+    void (*matmul)(const MatmulCall &, int64_t batch);
+    void (*attention)(const AttentionCall &, int64_t batch, int64_t head);
+    void (*layer_norm)(const LayerNormCall &, int64_t row, int64_t rows);
+    void (*quantize)(const FxqQuantizer &, const float *x, int64_t count, uint8_t *out);
+};
+
+// A further set (AMX) joins by a file that includes kernels.inl with its own `tile`, and a line in entry.cpp.
+extern const Kernels kScalar;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FXQ_X86 1
+extern const Kernels kAvx2, kAvx512Vnni;
+#endif
+
+// Runs task(context, i) for every i below count, on `threads` threads including the caller's; false without memory.
+bool parallel(int64_t count, int32_t threads, void (*task)(void *, int64_t), void *context);
+
+// This thread's scratch memory number `slot`, at least `bytes` long, 64-byte aligned; throws std::bad_alloc.
+enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kSlots };
+void *scratch(Slot slot, size_t bytes);
+
+}  // namespace fxq
+
+#endif

@@ -1,0 +1,142 @@
+"""The kernels' shared library: found, loaded with ctypes, and its structures; absent where no compiler built it.
+
+`fxquant_native.h` documents every function and structure; this file mirrors it. The library checks all it is given and
+returns a status, which `call` turns into a BackendError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fxquant.errors import BackendError
+
+ABI = 1
+MAX_DIGITS, MAX_INNER, MAX_RANGES = 3, 32768, 3
+UNIFORM, REGIONS, LOG2 = 0, 1, 2
+FLOAT, RESIDUAL, CODES, GELU_CODES = range(4)
+
+
+class QuantizerSpec(Structure):
+    """`FxqQuantizer`: from a float to a byte."""
+
+    _fields_ = (
+        ("kind", c_int32), ("scale", c_float), ("zero", c_int32), ("low", c_int32), ("high", c_int32),
+        ("bits", c_int32), ("shift_small", c_int32), ("shift_large", c_int32), ("negative", c_int32),
+    )  # fmt: skip
+
+
+class LevelsSpec(Structure):
+    """`FxqLevels`: from a byte to an integer, in digits of base 256."""
+
+    _fields_ = (
+        ("count", c_int32), ("identity", c_int32), ("zero", c_int32), ("unit", c_float),
+        ("digit", c_uint8 * 256 * MAX_DIGITS),
+    )  # fmt: skip
+
+
+class LinearSpec(Structure):
+    """`FxqLinear`: sizes, quantizers and what happens to the result."""
+
+    _fields_ = (
+        ("out_features", c_int64), ("in_features", c_int64), ("weight_bits", c_int32), ("epilogue", c_int32),
+        ("ranges", c_int32), ("factor", c_float * MAX_RANGES), ("output", QuantizerSpec * MAX_RANGES),
+        ("input", LevelsSpec),
+    )  # fmt: skip
+
+
+class AttentionSpec(Structure):
+    """`FxqAttention`: heads, scales and the quantizers of softmax and result."""
+
+    _fields_ = (
+        ("heads", c_int64), ("head_size", c_int64), ("zero", c_int32 * 3), ("score_scale", c_float),
+        ("value_scale", c_float), ("softmax", QuantizerSpec), ("softmax_levels", LevelsSpec), ("output", QuantizerSpec),
+    )  # fmt: skip
+
+
+_POINTER, _SIZE, _INT = c_void_p, c_int64, c_int32
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "fxq_abi": ([], _INT),
+    "fxq_message": ([_INT], c_char_p),
+    "fxq_best": ([], _INT),
+    "fxq_name": ([_INT], c_char_p),
+    "fxq_select": ([_INT], _INT),
+    "fxq_selected": ([], _INT),
+    "fxq_linear_bytes": ([POINTER(LinearSpec)], _SIZE),
+    "fxq_linear_pack": ([POINTER(LinearSpec), _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE], _INT),
+    "fxq_linear": ([_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
+    "fxq_quantize": ([_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
+    "fxq_layer_norm": (
+        [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, c_float, _POINTER, _SIZE, _INT], _INT,
+    ),
+    "fxq_matmul": (
+        [_POINTER, _INT, c_float, _POINTER, _SIZE, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE,
+         _INT], _INT,
+    ),
+    "fxq_attention": (
+        [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
+    ),
+}  # fmt: skip
+
+
+@cache
+def _found() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    files = [path for suffix in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_kernels*.{suffix}")]
+    if not files:
+        return (
+            "the integer kernels were not built, since no C++ compiler was found when fxquant was installed: "
+            "install g++ and then fxquant again"
+        )
+    try:
+        found = ctypes.CDLL(str(files[0]))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, result
+    except (OSError, AttributeError) as error:
+        return f"the integer kernels in {files[0].name} cannot be loaded ({error}): install fxquant again"
+    if found.fxq_abi() != ABI:
+        return f"the integer kernels in {files[0].name} are of another version: install fxquant again"
+    return found
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises BackendError, saying what to do, where it is absent."""
+    found = _found()
+    if isinstance(found, str):
+        raise BackendError(found)
+    return found
+
+
+def why_absent() -> str | None:
+    """Why there is no library; None where there is one."""
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Instruction sets that this CPU can run, best last."""
+    return tuple(library().fxq_name(index).decode() for index in range(library().fxq_best() + 1))
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return str(library().fxq_name(library().fxq_selected()).decode())
+
+
+def select_instruction_set(name: str | None = None) -> None:
+    """Use this instruction set from now on, in the whole process; None: the best. Raises BackendError for others."""
+    known = instruction_sets()
+    if name is not None and name not in known:
+        raise BackendError(f"this CPU cannot run {name!r} kernels; it can run {', '.join(known)}")
+    call("select", -1 if name is None else known.index(name))
+
+
+def call(function: str, *arguments: Any) -> None:
+    """Run `fxq_<function>`; raises BackendError with the library's reason where it refuses."""
+    status = getattr(library(), f"fxq_{function}")(*arguments)
+    if status:
+        raise BackendError(f"integer kernel '{function}' refuses: {library().fxq_message(status).decode()}")

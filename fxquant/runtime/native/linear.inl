@@ -1,0 +1,183 @@
+// The linear layer: packed weights are unpacked panel by panel, multiplied tile by tile, and finished while in cache.
+
+constexpr int kTileColumns = kPanelColumns, kTileRows = 8;
+
+// Tiles of `bits`-bit codes, as signed numbers: 8 groups of 64 each.
+template <int bits>
+static void unpack_tiles(const uint8_t *__restrict packed, int64_t tiles, Right *__restrict out) {
+    constexpr int middle = 1 << (bits - 1);
+    for (int64_t t = 0; t < tiles; ++t, packed += 64 * bits, out += kGroups * kGroupBytes) {
+        if (bits == 8) {
+            for (int i = 0; i < 512; ++i) out[i] = static_cast<int8_t>(packed[i]);
+            continue;
+        }
+        const uint8_t *four = packed, *two = four + (bits & 4 ? 256 : 0), *one = two + (bits & 2 ? 128 : 0);
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroups; ++g) {
+            for (int i = 0; i < 64; ++i) {
+                uint8_t code = 0;
+                if (bits & 4) code = (four[g / 2 * 64 + i] >> (g % 2 * 4)) & 15;
+                if (bits & 2) code |= ((two[g / 4 * 64 + i] >> (g % 4 * 2)) & 3) << (bits & 4 ? 4 : 0);
+                if (bits & 1) code |= ((one[i] >> g) & 1) << (bits & 6);
+                out[g * 64 + i] = static_cast<int8_t>((code ^ middle) - middle);
+            }
+        }
+    }
+}
+
+static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, Right *out) {
+    switch (bits) {
+        case 2: return unpack_tiles<2>(packed, tiles, out);
+        case 3: return unpack_tiles<3>(packed, tiles, out);
+        case 4: return unpack_tiles<4>(packed, tiles, out);
+        case 5: return unpack_tiles<5>(packed, tiles, out);
+        case 6: return unpack_tiles<6>(packed, tiles, out);
+        case 7: return unpack_tiles<7>(packed, tiles, out);
+        default: return unpack_tiles<8>(packed, tiles, out);
+    }
+}
+
+// Rows of bytes as rows of one digit each, padded with zeros to whole groups: (rows, padded).
+static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int64_t stride, int64_t rows, int64_t inner,
+                   int64_t padded, Left *__restrict out) {
+    for (int64_t r = 0; r < rows; ++r, codes += stride, out += padded) {
+        if (levels.identity)
+            for (int64_t k = 0; k < inner; ++k) out[k] = codes[k];
+        else
+            look_up(levels.digit[digit], codes, inner, out);
+        for (int64_t k = inner; k < padded; ++k) out[k] = 0;
+    }
+}
+
+// sums: int32 (digits, kTileRows, kTileColumns). The integer result of one element, as a float.
+template <bool wide>
+static inline float total(const int32_t *sums, int i, int32_t weight_sum, const FxqLevels &levels) {
+    // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
+    if (!wide) return float(static_cast<int32_t>(uint32_t(sums[i]) - uint32_t(weight_sum) * uint32_t(levels.zero)));
+    constexpr int plane = kTileRows * kTileColumns;
+    double value = double(sums[i]) + 256.0 * double(sums[plane + i]);
+    if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + i]);
+    return float(value - double(weight_sum) * double(levels.zero));
+}
+
+struct Columns {  // one panel's part of the vectors in a layout
+    const float *scale, *bias, *factor, *inverse, *zero, *low, *high;
+    const int32_t *weight_sum;
+    int64_t first;
+    int count;
+    Columns(const LinearCall &call, int64_t unit, int vectors) : first(unit * kUnit) {
+        const auto at = [&](int64_t place) { return call.layout + place + first * 4; };
+        const int64_t vector = call.places.vector, columns = call.places.columns;
+        scale = reinterpret_cast<const float *>(at(call.places.scale));
+        bias = reinterpret_cast<const float *>(at(call.places.bias));
+        weight_sum = reinterpret_cast<const int32_t *>(at(call.places.weight_sum));
+        factor = reinterpret_cast<const float *>(at(columns));
+        inverse = reinterpret_cast<const float *>(at(columns + vector));
+        zero = reinterpret_cast<const float *>(at(columns + 2 * vector));
+        low = reinterpret_cast<const float *>(at(columns + 3 * vector));
+        high = reinterpret_cast<const float *>(at(columns + 4 * vector));
+        const int64_t left = call.spec->out_features - first;
+        count = static_cast<int>(left < vectors * kUnit ? left : vectors * kUnit);
+    }
+};
+
+template <bool wide>
+static void finish_float(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
+    const FxqLevels &levels = call.spec->input;
+    const float *__restrict scale = c.scale, *__restrict bias = c.bias;
+    const int32_t *__restrict weight_sum = c.weight_sum;
+    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
+        const int64_t place = (row + r) * call.spec->out_features + c.first;
+        float *out = static_cast<float *>(call.out) + place;
+        if (call.spec->epilogue == FXQ_RESIDUAL) {
+            const float *residual = call.residual + place;
+            for (int i = 0; i < c.count; ++i)
+                out[i] = residual[i] + (total<wide>(sums, i, weight_sum[i], levels) * scale[i] + bias[i]);
+        } else {
+            for (int i = 0; i < c.count; ++i) out[i] = total<wide>(sums, i, weight_sum[i], levels) * scale[i] + bias[i];
+        }
+    }
+}
+
+// Whole panels are computed, and as many bytes stored as there are columns: loops of constant length make good code.
+// Panels begin at multiples of their width, so what is read beyond the last column is padding of the layout's vectors.
+constexpr int kWidth = kMaxVectors * kUnit;
+
+static inline void store(const uint8_t *bytes, uint8_t *out, int count) {
+    if (count == kWidth) __builtin_memcpy(out, bytes, kWidth);
+    else __builtin_memcpy(out, bytes, static_cast<size_t>(count));
+}
+
+template <bool wide>
+static void finish_codes(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
+    const FxqLevels &levels = call.spec->input;
+    const float *scale = c.scale, *bias = c.bias, *factor = c.factor, *inverse = c.inverse, *zero = c.zero;
+    const float *low = c.low, *high = c.high;
+    alignas(64) uint8_t bytes[kWidth];
+    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
+        for (int i = 0; i < kWidth; ++i) {
+            const float y = total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i];
+            bytes[i] = uniform_byte(y * factor[i], inverse[i], zero[i], low[i], high[i]);
+        }
+        store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
+    }
+}
+
+template <bool wide, class Bytes>
+static void finish_gelu(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
+    const Bytes to_byte(call.spec->output[0]);
+    const FxqLevels &levels = call.spec->input;
+    const float *scale = c.scale, *bias = c.bias;
+    alignas(64) uint8_t bytes[kWidth];
+    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
+        for (int i = 0; i < kWidth; ++i)
+            bytes[i] = to_byte(gelu(total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i]));
+        store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
+    }
+}
+
+typedef void (*Finish)(const LinearCall &, const Columns &, const int32_t *, int, int64_t);
+
+template <bool wide>
+static Finish finish_of(const FxqLinear &spec) {
+    if (spec.epilogue == FXQ_CODES) return finish_codes<wide>;
+    if (spec.epilogue != FXQ_GELU_CODES) return finish_float<wide>;
+    if (spec.output[0].kind == FXQ_UNIFORM) return finish_gelu<wide, UniformBytes>;
+    return spec.output[0].kind == FXQ_REGIONS ? finish_gelu<wide, RegionBytes> : finish_gelu<wide, Log2Bytes>;
+}
+
+static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    const FxqLinear &spec = *call.spec;
+    const int64_t inner = spec.in_features, padded = round_up(inner, 4), tiles = call.places.tiles;
+    const int64_t unit_elements = tiles * kGroups * kGroupBytes, unit_bytes = tiles * 64 * spec.weight_bits;
+    const int digits = spec.input.count;
+    // Bytes are used where they lie if they are digits already and rows are whole groups.
+    const bool is_direct = sizeof(Left) == 1 && spec.input.identity && inner == padded;
+    const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
+    if (!is_direct) {
+        Left *expanded = static_cast<Left *>(scratch(kLeft, size_t(digits * rows * padded) * sizeof(Left)));
+        for (int d = 0; d < digits; ++d)
+            expand(spec.input, d, call.codes + row * inner, inner, rows, inner, padded, expanded + d * rows * padded);
+        left = expanded;
+    }
+    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8;
+    Right *panel = is_plain ? nullptr
+                            : static_cast<Right *>(scratch(kPanel, size_t(kMaxVectors * unit_elements) * sizeof(Right)));
+    const Finish finish = digits > 1 ? finish_of<true>(spec) : finish_of<false>(spec);
+    alignas(64) int32_t sums[FXQ_MAX_DIGITS * kTileRows * kTileColumns] = {};
+    for (int64_t u = unit; u < unit + units;) {
+        const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
+        const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes;
+        if (!is_plain) unpack(spec.weight_bits, packed, vectors * tiles, panel);
+        const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
+        const Columns columns(call, u, vectors);
+        for (int64_t r = 0; r < rows; r += step) {
+            const int count = static_cast<int>(rows - r < step ? rows - r : step);
+            for (int d = 0; d < digits; ++d)
+                tile(count, vectors, left + (d * rows + r) * padded, padded, right, unit_elements, padded / 4,
+                     sums + d * kTileRows * kTileColumns, kTileColumns);
+            finish(call, columns, sums, count, row + r);
+        }
+        u += vectors;
+    }
+}

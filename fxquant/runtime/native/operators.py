@@ -1,0 +1,171 @@
+"""The kernels as torch operators `fxquant::*`, with shapes for fake tensors: fx, compile and export see through them.
+
+Specs and layouts are uint8 tensors (the bytes of the structures in `library.py`), so that they are buffers of modules:
+copied, saved and exported like any other. Everything runs on the CPU, on `torch.get_num_threads()` threads, and gives
+the same result for any number of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import BackendError
+from fxquant.runtime.native.library import AttentionSpec, LevelsSpec, QuantizerSpec, call
+
+_LIBRARY: Any = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
+_SCHEMAS = (
+    "quantize(Tensor x, Tensor quantizer) -> Tensor",
+    "layer_norm(Tensor x, Tensor quantizer, Tensor? weight, Tensor? bias, float epsilon) -> Tensor",
+    "linear(Tensor codes, Tensor layout, int out_features, bool gives_codes, Tensor? residual=None) -> Tensor",
+    "matmul(Tensor left, Tensor right, Tensor levels, int right_zero, float scale, bool transposed) -> Tensor",
+    "attention(Tensor qkv, Tensor spec, Tensor? bias=None) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+def spec_tensor(spec: ctypes.Structure) -> Tensor:
+    """The bytes of a structure: uint8 (sizeof,)."""
+    return torch.frombuffer(bytearray(bytes(spec)), dtype=torch.uint8)
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """The tensor as the kernels read it: contiguous, on the CPU. Raises BackendError for another dtype or device."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise BackendError(f"{what} is {tensor.dtype} on {tensor.device}; the kernel reads {dtype} on the CPU")
+    return tensor.contiguous()
+
+
+def _spec(tensor: Tensor, kind: type[ctypes.Structure], what: str) -> int:
+    if tensor.dtype != torch.uint8 or tensor.numel() != ctypes.sizeof(kind) or not tensor.is_contiguous():
+        raise BackendError(f"{what} is not the bytes of a {kind.__name__}")
+    return tensor.data_ptr()
+
+
+def _vector(tensor: Tensor | None, size: int, what: str) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.numel() != size:
+        raise BackendError(f"{what} has {tensor.numel()} elements, expected {size}")
+    return _bytes(tensor, torch.float32, what)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def quantize(x: Tensor, quantizer: Tensor) -> Tensor:
+    """Bytes (uint8) of float32 x, same shape. quantizer: the bytes of a `QuantizerSpec`."""
+    x = _bytes(x, torch.float32, "x")
+    out = torch.empty_like(x, dtype=torch.uint8)
+    pointer = _spec(quantizer, QuantizerSpec, "the quantizer")
+    call("quantize", pointer, x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), torch.get_num_threads())
+    return out
+
+
+def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Bytes (uint8) of the layer norm of float32 x (..., channels) over its last dimension."""
+    x = _bytes(x, torch.float32, "x")
+    channels = x.shape[-1]
+    weight, bias = _vector(weight, channels, "weight"), _vector(bias, channels, "bias")
+    out = torch.empty_like(x, dtype=torch.uint8)
+    call(
+        "layer_norm", _spec(quantizer, QuantizerSpec, "the quantizer"), x.data_ptr(), x.numel() // max(channels, 1),
+        channels, _pointer(weight), _pointer(bias), epsilon, out.data_ptr(), out.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def linear(
+    codes: Tensor, layout: Tensor, out_features: int, gives_codes: bool, residual: Tensor | None = None
+) -> Tensor:
+    """A linear layer on bytes (..., in): float32 (..., out), residual added; or bytes, as the layout says."""
+    codes, layout = _bytes(codes, torch.uint8, "codes"), _bytes(layout, torch.uint8, "the layout")
+    rows = codes.numel() // max(codes.shape[-1], 1)
+    out = torch.empty((*codes.shape[:-1], out_features), dtype=torch.uint8 if gives_codes else torch.float32)
+    if residual is not None:
+        residual = _vector(residual, out.numel(), "residual")
+    call(
+        "linear", layout.data_ptr(), layout.numel(), codes.data_ptr(), codes.numel(), rows, _pointer(residual),
+        0 if residual is None else residual.numel() * 4, out.data_ptr(), out.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: float, transposed: bool) -> Tensor:
+    """float32 (..., n, m) of bytes left (..., n, k) and right (..., k, m), or (..., m, k) where `transposed`."""
+    left, right = _bytes(left, torch.uint8, "left"), _bytes(right, torch.uint8, "right")
+    columns = right.shape[-2 if transposed else -1]
+    if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1 if transposed else -2]:
+        raise BackendError(f"codes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
+    out = torch.empty((*left.shape[:-1], columns))
+    call(
+        "matmul", _spec(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
+        right.data_ptr(), right.numel(), int(transposed), left.shape[:-2].numel(), left.shape[-2], left.shape[-1],
+        columns, out.data_ptr(), out.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Bytes (B, N, C) of softmax(q k^T + bias) v from bytes qkv (B, N, 3 C), laid out (3, heads, head size).
+
+    bias: float32 (groups, heads, N, N), image i takes group i mod groups.
+    """
+    qkv = _bytes(qkv, torch.uint8, "qkv")
+    batch, tokens, channels = qkv.shape
+    out = torch.empty((batch, tokens, channels // 3), dtype=torch.uint8)
+    pointer = _spec(spec, AttentionSpec, "the spec")
+    size = 0
+    if bias is not None:
+        bias, groups = _bytes(bias, torch.float32, "bias"), bias.shape[0]
+        size = bias.nbytes
+        heads = AttentionSpec.from_address(pointer).heads
+        if tuple(bias.shape) != (groups, heads, tokens, tokens) or groups == 0 or batch % groups:
+            raise BackendError(
+                f"bias {tuple(bias.shape)} does not fit {batch} images of {heads} heads, {tokens} tokens"
+            )
+    call(
+        "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), size, out.data_ptr(),
+        out.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _quantize_shape(x: Tensor, quantizer: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _layer_norm_shape(x: Tensor, quantizer: Tensor, weight: object, bias: object, epsilon: float) -> Tensor:
+    return _quantize_shape(x, quantizer)
+
+
+def _linear_shape(
+    codes: Tensor, layout: Tensor, out_features: int, gives_codes: bool, residual: Tensor | None = None
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], out_features), dtype=torch.uint8 if gives_codes else torch.float32)
+
+
+def _matmul_shape(
+    left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: float, transposed: bool
+) -> Tensor:
+    return left.new_empty((*left.shape[:-1], right.shape[-2 if transposed else -1]), dtype=torch.float32)
+
+
+def _attention_shape(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+
+
+for _name, _kernel, _shape in (
+    ("quantize", quantize, _quantize_shape),
+    ("layer_norm", layer_norm, _layer_norm_shape),
+    ("linear", linear, _linear_shape),
+    ("matmul", matmul, _matmul_shape),
+    ("attention", attention, _attention_shape),
+):
+    _LIBRARY.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"fxquant::{_name}", _shape, lib=_LIBRARY)

@@ -1,0 +1,39 @@
+// The kernels in plain C++: the reference for the others, and what runs where nothing better is known.
+
+#include "kernels.h"
+
+namespace fxq {
+namespace {
+
+using Left = uint8_t;
+using Right = int8_t;
+constexpr int kMaxVectors = 1;
+
+int vectors_for(int64_t) { return 1; }
+int rows_for(int) { return 4; }
+
+// sums[r][c] = sum over groups g and i < 4 of left[r][4 g + i] right[c / 16][g][c % 16][i].
+void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
+          int32_t *sums, int64_t sum_stride) {
+    for (int r = 0; r < rows; ++r) {
+        int32_t row[16] = {};
+        for (int64_t g = 0; g < groups; ++g)
+            for (int c = 0; c < 16; ++c)
+                for (int i = 0; i < 4; ++i) row[c] += left[r * left_stride + g * 4 + i] * right[g * 64 + c * 4 + i];
+        for (int c = 0; c < 16; ++c) sums[r * sum_stride + c] = row[c];
+    }
+}
+
+void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
+}
+
+#include "elementwise.inl"
+#include "linear.inl"
+#include "attention.inl"
+
+}  // namespace
+
+const Kernels kScalar = {"scalar", linear, matmul, attention, layer_norm, quantize};
+
+}  // namespace fxq

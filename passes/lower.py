@@ -1,0 +1,132 @@
+"""Lower: run quantized nodes as integers where kernels can do so exactly; the rest stays simulated, and says so.
+
+The lowered graph computes what the simulated one does: the same codes, outputs within float rounding. Which kernel
+each layer got is in `execution_of(graph_module)`. A lowered graph belongs to the machine it was lowered on: save the
+simulated one. Running it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import BackendError
+from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul, OnednnLinear
+from fxquant.runtime.native import library
+from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
+from passes.contract import PassContext
+from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
+from passes.integer_plan import IntegerPlan, integer_codes, plan
+
+BACKENDS = ("auto", "cpu-native", "cpu-onednn", "simulated")
+SIMULATED = "simulated"
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Replace simulated nodes by integer ones.
+
+    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "simulated", nothing;
+    "auto", the first of these that this machine has.
+    """
+
+    backend: str = "auto"
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise BackendError(f"no backend is called {self.backend!r}; there are {', '.join(BACKENDS)}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Lower in place; returns how many layers run as integers. Raises BackendError where a backend cannot run."""
+        backend = resolved(self.backend)
+        layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
+        execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
+        kernels = {"cpu-native": _lower_native, "cpu-onednn": _lower_onednn}.get(backend, _keep)(graph_module)
+        execution |= {layer: kernel for layer, kernel in kernels.items() if layer in execution}
+        graph_module.delete_all_unused_submodules()
+        graph_module.graph.lint()
+        graph_module.recompile()
+        graph_module.meta["execution"] = execution
+        context.note(backend=backend, kernels=sorted(set(execution.values())))
+        return sum(kernel != SIMULATED for kernel in execution.values())
+
+
+def execution_of(graph_module: GraphModule) -> dict[str, str]:
+    """By layer, the kernel that runs it, such as "linear avx512-vnni", or "simulated"; empty before Lower."""
+    return dict(graph_module.meta.get("execution", {}))
+
+
+def execution_summary(execution: dict[str, str]) -> str:
+    """One line: how many layers run as integers, and how; "simulated" where none does."""
+    kernels = Counter(kernel for kernel in execution.values() if kernel != SIMULATED)
+    if not kernels:
+        return SIMULATED
+    listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
+    rest = "" if kernels.total() == len(execution) else "; the others simulated"
+    return f"integer: {kernels.total()} of {len(execution)} layers ({listed}){rest}"
+
+
+def resolved(backend: str) -> str:
+    """What "auto" means here. Raises BackendError, saying what is missing, for a backend that cannot run."""
+    has_vnni = bool(torch.cpu._is_vnni_supported())
+    if backend == "auto":
+        return "cpu-native" if library.why_absent() is None else "cpu-onednn" if has_vnni else SIMULATED
+    if backend == "cpu-native":
+        library.library()
+    if backend == "cpu-onednn" and not has_vnni:
+        raise BackendError("oneDNN's int8 products are exact on CPUs with AVX512-VNNI only; use 'cpu-native'")
+    return backend
+
+
+def _has_bits(node: torch.fx.Node) -> bool:
+    annotation = annotation_of(node)
+    return annotation.weight_bits is not None or annotation.activation_bits is not None
+
+
+def _keep(graph_module: GraphModule) -> dict[str, str]:
+    return {}
+
+
+def _lower_native(graph_module: GraphModule) -> dict[str, str]:
+    planned = plan(graph_module)
+    kernels = fuse_attention(planned)
+    fuse_epilogues(planned)
+    fuse_layer_norms(planned)
+    for node in list(planned.nodes):
+        kernels[annotation_of(node).layer] = _build(planned, node)
+    graph_module.graph.eliminate_dead_code()
+    return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
+
+
+def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:
+    """Put the integer module in the place of the simulated one; returns the kernel's name."""
+    module, chosen = planned.module(node), planned.nodes[node]
+    replacement: torch.nn.Module
+    if isinstance(module, QuantizedConv2d):
+        replacement, kernel = IntegerConv2d(module, chosen.codes[0]), "convolution"
+    elif isinstance(module, QuantizedLinear):
+        replacement, kernel = IntegerLinear(module, chosen.codes[0], chosen.epilogue), "linear"
+    else:
+        replacement, kernel = IntegerMatmul(*chosen.codes), "matmul"
+    planned.graph_module.add_submodule(str(node.target), replacement)
+    return kernel
+
+
+def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
+    kernels = {}
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        codes = integer_codes(module, node)
+        if isinstance(module, QuantizedLinear) and codes is not None and codes[0].identity:
+            graph_module.add_submodule(str(node.target), OnednnLinear(module, codes[0]))
+            kernels[annotation_of(node).layer] = "linear onednn"
+    return kernels
