@@ -29,6 +29,7 @@ def demo(
     from fxquant.data import embedded_test
     from fxquant.errors import ArtefactError
     from fxquant.evaluation import evaluate
+    from fxquant.latency import measure
     from fxquant.models import load_model
     from fxquant.report.progress import RichProgress
 
@@ -60,16 +61,21 @@ def demo(
     quantized.draw(picture_path)
     with torch.inference_mode():
         is_identical = torch.equal(load(artefact_path)(images), quantized(images))
+    lowered = load(artefact_path, backend="auto")
+    accuracy["as integers"] = evaluate(lowered, data, limit=limit, label="evaluating integers")
+    timing = measure({"float32": named.model, "as integers": lowered}, images, seconds=1.0)[1]
     report, seconds = quantized.report(), time.perf_counter() - started_s
     size = artefact_path.stat().st_size
     if json:
         results = {name.replace(" ", "_").replace("-", "_"): found.to_dict() for name, found in accuracy.items()}
         files = {"artefact": str(artefact_path), "picture": str(picture_path), "artefact_bytes": size}
         emit({"accuracy": results, **files, "reloaded_identical": is_identical, "seconds": seconds,
+              "lowered": {"execution": lowered.card["execution"], **timing.to_dict()},
               "report": report.to_dict()})  # fmt: skip
     else:
         contrast = f"naive min-max at W{means[0]:g}A{means[1]:g}"
-        rows = {"float32": "float32", "quantized": f"{recipe} at {wanted}", "naive min-max": contrast}
+        rows = {"float32": "float32", "quantized": f"{recipe} at {wanted}",
+                "as integers": "the same as integers", "naive min-max": contrast}  # fmt: skip
         width = max(map(len, rows.values()))
         show(report)
         show("\nTop-1 accuracy, +/- one standard error")
@@ -78,6 +84,8 @@ def demo(
         verdict = "identical outputs" if is_identical else "DIFFERENT OUTPUTS, which is a bug"
         show(f"\n{artefact_path}: {size / 1e6:.3f} MB (float32: {report.totals.float_bytes / 1e6:.3f} MB); "
              f"loaded again: {verdict}")  # fmt: skip
+        show(f"as integers: {timing.speedup:.1f}x float32 on one core, batch of {timing.batch_size}; "
+             f"{lowered.card['execution']}")  # fmt: skip
         show(f"{picture_path}: the bits, drawn\n{seconds:.0f} s in all")
     if not is_identical:
         raise typer.Exit(1)

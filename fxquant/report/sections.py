@@ -14,7 +14,7 @@ from fxquant.runtime.layer_row import LayerRow
 from passes.contract import Journal
 
 EXECUTION = {
-    "simulated": "simulated: low-bit arithmetic is emulated in float, so the model is smaller on disk, not faster"
+    "simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"
 }
 
 

@@ -40,7 +40,7 @@ def test_header_and_grid_text() -> None:
         "  recipe      mptq_vit: AssignRoles > FoldSqb\n"
         "  budget      W4.5A5.5 (mean weight bits 4.333 of 4.5; mean activation bits 5.2 of 5.5)\n"
         "  allocation  optimal, found by milp; gap 0.10%; binding: mean weight bits\n"
-        "  execution   simulated: low-bit arithmetic is emulated in float, so the model is smaller on disk, not faster"
+        "  execution   simulated: right values in float arithmetic; loaded with a backend, it runs as integers"
     )
     assert plain(found[2]) == (
         "Bits (weight/activation)\n"
