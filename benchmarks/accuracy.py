@@ -125,12 +125,14 @@ def main() -> None:
             start = time.perf_counter()
             compiled = prepared[group].compile(f"W{width}A{width}", allocator)
             seconds = time.perf_counter() - start
+            lowered = compiled.lowered("auto")
             usage = compiled.allocation.usage if compiled.allocation else {}
             point = {
                 "method": method,
                 "fully_quantized": full,
                 "bits": width,
-                "top1": top1(compiled, images, labels),
+                "top1": top1(lowered, images, labels),
+                "execution": str(lowered.card["execution"]),
                 "usage": usage,
                 "predicted_loss": compiled.allocation.objective if compiled.allocation else None,
                 "seconds": sum(entry.seconds for entry in compiled.journal.entries),

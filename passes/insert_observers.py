@@ -29,6 +29,8 @@ _SHAPE_ONLY = frozenset(
 class InsertObservers:
     """Put observers on the edges to quantize. Each field names a family of `families.FAMILIES`.
 
+    Two families with a bar between, "log2|twin-softmax": at every width the one of less predicted loss.
+
     post_gelu, post_softmax: for values coming straight from GELU or softmax. image: for the patch embedding's input,
     None leaves it float. softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes
     the model fully quantized. other: everything else. roles: only nodes of these roles are quantized; None means all.
@@ -48,7 +50,8 @@ class InsertObservers:
 
     def __post_init__(self) -> None:
         chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)
-        unknown = [family for family in chosen if family is not None and family not in FAMILIES]
+        named = [name for family in chosen if family is not None for name in family.split("|")]
+        unknown = [name for name in named if name not in FAMILIES]
         if unknown:
             raise PatternError(f"no quantizer family is called {unknown[0]!r}; there are {', '.join(FAMILIES)}")
 

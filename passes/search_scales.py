@@ -75,10 +75,11 @@ class SearchScales:
             raise CalibrationError(
                 'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
-        name = str(observer.family)
-        if self.metric == "min-max" and name == "symmetric":
-            name = "symmetric-min-max"
-        return search_activation(statistics, FAMILIES[name], self.bits, observer.images, weighted)
+        names = str(observer.family).split("|")
+        if self.metric == "min-max" and names == ["symmetric"]:
+            names = ["symmetric-min-max"]
+        found = [search_activation(statistics, FAMILIES[n], self.bits, observer.images, weighted) for n in names]
+        return tuple(min(candidates, key=lambda candidate: candidate.loss) for candidates in zip(*found, strict=True))
 
     def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
         if node.op != "call_module" or not observer.keeps_gram:

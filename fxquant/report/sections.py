@@ -13,9 +13,7 @@ from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from passes.contract import Journal
 
-EXECUTION = {
-    "simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"
-}
+EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
 
 
 @dataclass(frozen=True)

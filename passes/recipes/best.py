@@ -17,15 +17,13 @@ from passes.search_scales import SearchScales
 
 
 def best(budget: Any, **options: Unpack[Options]) -> Pipeline:
-    """Rotation and SQ-b before, AdaLog after GELU, log2 after softmax, Hessian-guided scales, MILP, GPTQ's rounding.
+    """Rotation and SQ-b before; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. What each part adds: docs/results.md. Under the fully quantized protocol
     LayerNorm's inputs get O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(
-        post_gelu="adalog-gelu", post_softmax="log2", **(norms if options.get("fully_quantized") else {})
-    )
+    insert = InsertObservers(post_softmax="log2|twin-softmax", **(norms if options.get("fully_quantized") else {}))
     search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
     pipeline = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
     pipeline = pipeline.after(CheckBudget, RotateResidual())
