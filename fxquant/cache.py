@@ -108,6 +108,18 @@ class Cache:
         if self.folder is not None:
             self._put(f"{key}.safetensors", pack_file(texts, tensors))
 
+    def recall_tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors kept under this signature (on the CPU), else what `make` returns, which is kept at once.
+
+        Without a folder nothing is kept: tensors are large, and the pass that made them has them.
+        """
+        kept = self.read(key)
+        if kept is not None:
+            return kept[1]
+        found = make()
+        self.write(key, {}, found)
+        return found
+
     def forget(self, key: str) -> None:
         """Remove what `write` kept under this signature."""
         if self.folder is not None:

@@ -77,3 +77,16 @@ def test_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_the_sources_are_part_of_the_key() -> None:
     assert len(code_signature()) == 16
+
+
+def test_tensors_are_made_once_and_a_damaged_file_again(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.tensor(2, dtype=torch.int8)}
+    for make in (lambda: tensors, lambda: pytest.fail("made again")):
+        for cache in (Cache(tmp_path), Cache(tmp_path)):
+            found = cache.recall_tensors("k", make)
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    file = tmp_path / "k.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    assert torch.equal(Cache(tmp_path).recall_tensors("k", lambda: tensors)["a"], tensors["a"])
+    assert Cache(tmp_path).recall_tensors("k", lambda: pytest.fail("made again")).keys() == tensors.keys()

@@ -42,6 +42,12 @@ class QuantizedWeightModule(nn.Module):
             rows = self.weight_quantizer.dequantize(self.weight_codes.flatten(1).to(torch.int32))
             self.weight = rows.reshape(self.weight_codes.shape).to(self.weight.dtype)
 
+    def requantize(self, weight: Tensor) -> None:
+        """Take another float weight of the same shape, quantized by the quantizer that is there."""
+        if self.weight_quantizer is not None:
+            self.weight_codes = quantize_rows(weight, self.weight_quantizer)
+            self.refresh()
+
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the multiplication sees it."""
         return x if self.input_quantizer is None else self.input_quantizer(x)

@@ -1,0 +1,143 @@
+"""The float network and the quantized one side by side, block by block: what passes that rewrite weights walk along.
+
+Of the calibration images' activations only those at one block's ends are held. The quantized network's inputs of a
+block come from its own, already rewritten, prefix; targets come from the float network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
+from fxquant.graph.blocks import Block, cut, extract
+from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
+from passes.contract import PassContext
+from passes.insert_observers import observers_of, remove_observers
+from passes.substitute_quantizers import SubstituteQuantizers
+
+QUANTIZER_PLACES = ("input_quantizer", "left_quantizer", "right_quantizer")
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """One block of both networks and the calibration images' values at its ends.
+
+    original, quantized: the block as graph modules that share modules with the whole networks. float_input,
+    quantized_input, target: float (N, ...), on the device of the networks; target is the float block's output for
+    float_input. index: of the block, from 0.
+    """
+
+    index: int
+    block: Block
+    original: GraphModule
+    quantized: GraphModule
+    float_input: Tensor
+    quantized_input: Tensor
+    target: Tensor
+
+    def layers(self) -> list[tuple[Node, QuantizedWeightModule, nn.Linear | nn.Conv2d]]:
+        """Layers with quantized weights: (node of `quantized`, its module, the float module), in graph order."""
+        floats = {node.name: node for node in self.original.graph.nodes}
+        found = []
+        for node in self.quantized.graph.nodes:
+            module = self.quantized.get_submodule(node.target) if node.op == "call_module" else None
+            if isinstance(module, QuantizedWeightModule) and module.weight_quantizer is not None:
+                layer = self.original.get_submodule(floats[node.name].target)
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    found.append((node, module, layer))
+        return found
+
+    def quantizers(self) -> list[tuple[str, nn.Module, str]]:
+        """Activation quantizers of the block: (path of the module, the module, its attribute)."""
+        found: list[tuple[str, nn.Module, str]] = []
+        for path, module in self.quantized.named_modules():
+            if isinstance(module, QuantizedWeightModule | QuantizedMatmul | QuantizedInput):
+                found += [
+                    (path, module, a) for a in QUANTIZER_PLACES if isinstance(getattr(module, a, None), nn.Module)
+                ]
+        return found
+
+
+class BlockPairs:
+    """Both networks of a graph with bits; iterate for the pairs, changing a pair's quantized modules on the way.
+
+    device: where the networks run, images are moved there; None: where the graph's weights are.
+    """
+
+    def __init__(self, graph_module: GraphModule, context: PassContext, device: torch.device | None = None) -> None:
+        self.context = context
+        self.device = device or next(graph_module.parameters()).device
+        bare = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        substituted = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        remove_observers(bare)
+        SubstituteQuantizers().apply(substituted, context)
+        self.original = copy.deepcopy(bare).eval().to(self.device)
+        self.quantized = copy.deepcopy(substituted).eval().to(self.device)
+        self.blocks = cut(self.quantized)
+
+    def __iter__(self) -> Iterator[BlockPair]:
+        """The pairs in order; a block's quantized output is computed after the caller is done with it."""
+        inputs = self.context.images.to(self.device)
+        float_input = quantized_input = inputs
+        for index, block in enumerate(self.blocks):
+            original = extract(self.original, block.source, block.result)
+            quantized = extract(self.quantized, block.source, block.result)
+            target = self.run(original, float_input)
+            yield BlockPair(index, block, original, quantized, float_input, quantized_input, target)
+            quantized_input, float_input = self.run(quantized, quantized_input), target
+
+    def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """The module's output for all inputs (N, ...), batch by batch, without gradients."""
+        with torch.no_grad():
+            return torch.cat([module(batch) for batch in torch.split(inputs, self.context.batch_size)])
+
+
+def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
+    """Give the graph module what its quantized copy has learned; returns how many layers' weights.
+
+    Weights lie on their grid afterwards, so that substitution finds exactly the copy's codes; biases are taken over;
+    activation candidates of the allocated widths get the copy's quantizers (their predicted losses stay as searched).
+    """
+    copies = {node.name: node for node in quantized.graph.nodes}
+    changed = 0
+    for node in nodes_with_role(graph_module):
+        annotation = annotation_of(node)
+        if annotation.weight_bits is None and annotation.activation_bits is None:
+            continue
+        learned = quantized.get_submodule(str(copies[node.name].target))
+        if isinstance(learned, QuantizedWeightModule):
+            layer: Any = graph_module.get_submodule(str(node.target))
+            layer.weight = _like(learned.weight, layer.weight)
+            if learned.bias is not None:
+                layer.bias = _like(learned.bias, layer.weight)
+            changed += 1
+        places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
+        groups = list(annotation.activation_candidates)
+        for position, place in enumerate(places):
+            found = getattr(learned, _place_name(learned, place))
+            groups[position] = tuple(
+                replace(candidate, quantizer=copy.deepcopy(found).to("cpu"))
+                if found is not None and candidate.bits == annotation.activation_bits
+                else candidate
+                for candidate in groups[position]
+            )
+        annotate(node, activation_candidates=tuple(groups))
+    return changed
+
+
+def _place_name(module: nn.Module, argument: int) -> str:
+    """The attribute that quantizes this argument of a node."""
+    if isinstance(module, QuantizedMatmul):
+        return ("left_quantizer", "right_quantizer")[argument]
+    return "input_quantizer"
+
+
+def _like(value: Tensor, parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(parameter.device, parameter.dtype, copy=True), requires_grad=False)

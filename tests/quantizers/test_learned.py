@@ -1,0 +1,121 @@
+"""Quantizers being learned: AdaRound's soft weights and loss, straight-through gradients, dropped quantization."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant.quantizers.adalog import AdaLogQuantizer
+from fxquant.quantizers.learned import LearnedScale, SoftRounding
+from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.uniform import UniformQuantizer
+
+FAMILIES: list[Quantizer] = [
+    UniformQuantizer(3, 0.3),
+    UniformQuantizer(4, 0.2, 5),
+    UniformQuantizer(4, torch.tensor([0.1, 0.2, 0.4, 0.8])),
+    ShiftedRegionsQuantizer(4, 0.02, 1, 4),
+    Log2Quantizer(3, 1.5),
+    AdaLogQuantizer(3, 1.5, 30, 0.17),
+]
+
+
+def values(seed: int = 0) -> torch.Tensor:
+    return torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))
+
+
+class TestSoftRounding:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    quantizer = UniformQuantizer(4, weight.abs().amax(1, keepdim=True) / 7)
+
+    def test_starts_at_the_float_weight_and_rounds_to_nearest(self) -> None:
+        rounding = SoftRounding(self.weight, self.quantizer)
+        torch.testing.assert_close(rounding(), self.weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rounding.hard(), self.quantizer(self.weight))
+
+    def test_starts_at_given_codes(self) -> None:
+        codes = (self.quantizer.quantize(self.weight) + 1).clamp(*self.quantizer.code_range)
+        rounding = SoftRounding(self.weight, self.quantizer, codes)
+        torch.testing.assert_close(rounding.hard(), self.quantizer.dequantize(codes))
+        between = (rounding() - rounding.hard()) * (self.weight - rounding.hard())
+        assert float(between.detach().min()) >= -1e-6, "soft weights lie towards the float ones"
+
+    @given(st.floats(2, 20))
+    def test_penalty_is_adarounds(self, beta: float) -> None:
+        rounding = SoftRounding(self.weight, self.quantizer)
+        logits = rounding.logits.detach()
+        expected = 0.0
+        for a in logits.flatten().tolist():
+            h = min(max(1.2 / (1 + math.exp(-a)) - 0.1, 0.0), 1.0)
+            expected += 1 - abs(2 * h - 1) ** beta
+        assert float(rounding.penalty(beta)) == pytest.approx(expected, rel=1e-4)
+
+    def test_descending_the_penalty_settles_every_weight(self) -> None:
+        rounding = SoftRounding(self.weight, self.quantizer)
+        optimizer = torch.optim.Adam(rounding.parameters(), 0.1)
+        for _ in range(200):
+            optimizer.zero_grad()
+            rounding.penalty(2.0).backward()
+            optimizer.step()
+        assert float(rounding.penalty(2.0)) < 1e-3
+        torch.testing.assert_close(rounding(), rounding.hard())
+
+
+class TestLearnedScale:
+    @pytest.mark.parametrize("quantizer", FAMILIES, ids=repr)
+    def test_starts_as_the_quantizer(self, quantizer: Quantizer) -> None:
+        torch.testing.assert_close(LearnedScale(quantizer, 0.5).eval()(values()), quantizer(values()))
+
+    @pytest.mark.parametrize("quantizer", FAMILIES, ids=repr)
+    def test_what_was_learned_is_what_is_kept(self, quantizer: Quantizer) -> None:
+        learned = LearnedScale(quantizer, 0.0)
+        with torch.no_grad():
+            learned.log_factor.fill_(0.25)
+        finished = learned.finish()
+        torch.testing.assert_close(finished(values()), learned(values()).detach(), rtol=1e-4, atol=1e-5)
+        assert finished is not quantizer
+        assert not torch.equal(finished(values()), quantizer(values()))
+
+    @pytest.mark.parametrize("quantizer", FAMILIES, ids=repr)
+    def test_gradients_are_straight_through(self, quantizer: Quantizer) -> None:
+        """1 inside the range and 0 outside for x; (result - x) inside and the end's level outside for t = log c."""
+        offset = getattr(quantizer, "offset", 0.0)
+        x = (values() * 3).requires_grad_()
+        learned = LearnedScale(quantizer, 0.0)
+        learned(x).sum().backward()
+        low, high = quantizer(torch.full((4,), -1e6)), quantizer(torch.full((4,), 1e6))
+        inside = (x >= low) & (x <= high)
+        assert 0 < int(inside.sum()) < inside.numel()
+        assert torch.equal(x.grad, inside.float())
+        result = quantizer(x.detach())
+        expected = torch.where(inside, result - x.detach(), result + offset).sum()
+        assert float(learned.log_factor.grad) == pytest.approx(float(expected), rel=1e-3, abs=1e-3)
+
+    def test_scale_gradient_matches_the_slope_of_the_error(self) -> None:
+        """Averaged over many values, the straight-through gradient of the squared error is its numerical slope."""
+        x = torch.randn(400_000, generator=torch.Generator().manual_seed(3))
+        learned = LearnedScale(UniformQuantizer(3, 0.4), 0.0)
+
+        def error(t: float) -> torch.Tensor:
+            with torch.no_grad():
+                learned.log_factor.fill_(t)
+            return (learned(x) - x).square().mean()
+
+        error(0.0).backward()
+        slope = (float(error(0.05)) - float(error(-0.05))) / 0.1
+        assert float(learned.log_factor.grad) == pytest.approx(slope, rel=0.1)
+
+    def test_dropping(self) -> None:
+        x, quantizer = values(), UniformQuantizer(2, 1.0)
+        learned = LearnedScale(quantizer, 0.5, torch.Generator().manual_seed(0)).train()
+        result = learned(x)
+        kept, quantized = result == x, result == quantizer(x)
+        assert bool((kept | quantized).all())
+        assert 0.35 < float(kept.float().mean()) < 0.65
+        assert not torch.equal(result, learned(x)), "drawn anew every time"
