@@ -1,0 +1,150 @@
+"""What correcting, compensating and reconstructing weights is worth: accuracy and divergence from the float model.
+
+    python benchmarks/reconstruction.py embedded
+    python benchmarks/reconstruction.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
+
+Scales are searched and bits allocated once per budget by `mptq_vit_plus` with 32 images; every row starts from a copy.
+Beside top-1 on the test images: the mean KL divergence from the float model, in nats per image, on images the pass has
+seen (`fit_kl`), on test images (`test_kl`), and the pass' seconds. Results go to
+benchmarks/results/reconstruction_MODEL.json after every row, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant import embedded
+from fxquant.cache import signature
+from fxquant.graph.annotation import facts_of
+from fxquant.graph.tracing import trace
+from fxquant.models import load_model
+from fxquant.sweep import Results
+from passes.allocate_bits import AllocateBits
+from passes.compensate_weights import CompensateWeights
+from passes.contract import Pass, PassContext
+from passes.correct_weights import CorrectWeights
+from passes.pipeline import Pipeline
+from passes.recipes import mptq_vit_plus
+from passes.reconstruct import Reconstruct
+from passes.substitute_quantizers import SubstituteQuantizers
+
+RESULTS = Path(__file__).parent / "results"
+SEARCH_IMAGES = 32
+
+METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
+    ("none", 32, ()),
+    ("GPTQ, Fisher Gram (mptq_vit_plus)", 32, (CompensateWeights(),)),
+    ("GPTQ, quantized inputs", 32, (CorrectWeights(ridges=()),)),
+    ("ridge + GPTQ", 32, (CorrectWeights(),)),
+    ("GPTQ, quantized inputs", 128, (CorrectWeights(ridges=()),)),
+    ("ridge + nearest", 128, (CorrectWeights(rounding="nearest"),)),
+    ("ridge + GPTQ, tokens unweighted", 128, (CorrectWeights(robust=False),)),
+    ("ridge + GPTQ", 128, (CorrectWeights(),)),
+    ("reconstruct, 40 steps", 128, (Reconstruct(steps=40),)),
+    ("reconstruct, 40 steps, Fisher", 128, (Reconstruct(steps=40, loss="fisher"),)),
+    ("reconstruct, 100 steps", 128, (Reconstruct(),)),
+    ("reconstruct, 100 steps, with rounding", 128, (Reconstruct(rounding_rate=3e-3),)),
+    ("AdaRound from float, 100 steps", 128, (Reconstruct(rounding_rate=0.02, closed_form=None),)),
+]
+
+
+def log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, classes)."""
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in images.split(20)]).log_softmax(1)
+
+
+def divergence(reference: Tensor, found: Tensor) -> float:
+    """Mean KL divergence in nats per image."""
+    return float((reference.exp() * (reference - found)).sum(1).mean())
+
+
+def allocated(model: nn.Module, calibration: Tensor, budget: str) -> GraphModule:
+    """Traced, searched, with bits."""
+    pipeline = mptq_vit_plus(budget)
+    images = calibration[:SEARCH_IMAGES]
+    return pipeline[: pipeline.position(AllocateBits) + 1].run(trace(model, images[:2]), PassContext(images))
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser.add_argument("--budgets", default="W4A4,W3A3,W2A4")
+    parser.add_argument("--methods", default="", help="only rows whose name contains this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    if options.model == "embedded":
+        model, calibration = embedded.load_model(), embedded.calibration_images(128)
+        images, labels = embedded.test_images(options.limit)
+    else:
+        test = np.load(options.test)
+        labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
+        named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
+        model, mean, std = named.model, named.preprocessing.mean, named.preprocessing.std
+        calibration = normalized(np.load(options.calibration)["images"][:128], mean, std)
+        images = normalized(test["images"][: options.limit], mean, std)
+    results = Results(RESULTS / f"reconstruction_{options.model}.json")
+    settings = signature(model, calibration, len(images))
+    reference, seen = log_probabilities(model, images), log_probabilities(model, calibration)
+
+    def row(start: GraphModule, name: str, budget: str, count: int, steps: tuple[Pass, ...]) -> dict[str, Any]:
+        began = time.perf_counter()
+        context = PassContext(calibration[:count])
+        rewritten = Pipeline(steps, facts_of(start)).run(start, context)
+        seconds = time.perf_counter() - began
+        quantized = Pipeline([SubstituteQuantizers()], facts_of(rewritten)).run(rewritten, context)
+        found = log_probabilities(quantized, images)
+        return {
+            "budget": budget,
+            "method": name,
+            "images": count,
+            "top1": 100 * float((found.argmax(1) == labels).double().mean()),
+            "float_top1": 100 * float((reference.argmax(1) == labels).double().mean()),
+            "fit_kl": divergence(seen[:count], log_probabilities(quantized, calibration[:count])),
+            "test_kl": divergence(reference, found),
+            "seconds": round(seconds, 1),
+            "test_images": len(labels),
+            "steps": [repr(step) for step in steps],
+        }
+
+    for budget in options.budgets.split(","):
+        start: GraphModule | None = None
+        for name, count, steps in METHODS:
+            if options.methods not in name:
+                continue
+
+            def measure(name: str = name, count: int = count, steps: tuple[Pass, ...] = steps) -> dict[str, Any]:
+                nonlocal start
+                start = start or allocated(model, calibration, budget)  # noqa: B023
+                return row(start, name, budget, count, steps)  # noqa: B023
+
+            found = results.point(signature(settings, budget, name, count, [repr(step) for step in steps]), measure)
+            print(
+                f"{found['budget']:6} {found['method']:40} {found['images']:4} images  top-1 {found['top1']:6.2f}  "
+                f"KL seen {found['fit_kl']:.4f} test {found['test_kl']:.4f}  {found['seconds']:7.1f} s",
+                flush=True,
+            )
+
+
+def normalized(images_nhwc: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (N, H, W, 3) to float32 (N, 3, H, W)."""
+    images = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).float() / 255
+    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+if __name__ == "__main__":
+    main()
