@@ -77,13 +77,13 @@ def compensate(
     columns = weight_oi.shape[1]
     gram = gram_ii.double()
     mean = gram.diagonal().mean().clamp_min(1e-30)
-    gram = gram + torch.eye(columns, dtype=gram.dtype) * mean * dampening
+    gram = gram + torch.eye(columns, dtype=gram.dtype, device=gram.device) * mean * dampening
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight_oi.dtype)
     work, result = weight_oi.clone(), torch.empty_like(weight_oi)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        errors = torch.empty(len(work), stop - start, dtype=work.dtype)
+        errors = work.new_empty(len(work), stop - start)
         for j in range(start, stop):
             column = work[:, j : j + 1]
             rounded = quantizer(column)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
 from fxquant.graph.blocks import extract
-from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.block_pairs import BlockPair, BlockPairs, adopt
@@ -57,7 +57,7 @@ class Correction:
 
 @dataclass(frozen=True)
 class CorrectWeights:
-    """Correct the weights of every linear and convolution layer that has weight bits.
+    """Correct the weights of every linear layer and ungrouped convolution that has weight bits.
 
     ridges: values of lambda to choose from, relative to the mean diagonal; empty: no correction, only the rounding.
     rounding: "nearest", or "gptq" (CompensateWeights' columns, on plain quantized inputs). dampening: GPTQ's, relative.
@@ -104,7 +104,7 @@ class CorrectWeights:
         corrections: list[Correction] = []
         for node, module, layer in pair.layers():
             quantizer = module.weight_quantizer
-            if not isinstance(quantizer, UniformQuantizer) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+            if not isinstance(quantizer, UniformQuantizer) or not has_rows(layer):
                 continue
             found = self._moments(pair, torch.split(images, pairs.context.batch_size), node.name, module, layer)
             weight = layer.weight.detach().flatten(1).double()
@@ -140,9 +140,8 @@ class CorrectWeights:
         with torch.no_grad():
             for images in batches:
                 x = module.quantized_input(low(pair.quantized_input[images]))
-                rows, wanted = weight_rows(layer, x), gradient_rows(layer, high(pair.float_input[images]))
-                if rows is None:
-                    raise CalibrationError(f"{name} cannot be corrected: it is no linear layer or plain convolution")
+                rows: Any = weight_rows(layer, x)
+                wanted = gradient_rows(layer, high(pair.float_input[images]))
                 missing = (wanted - rows @ weight.T - bias).reshape(len(images), -1, len(weight))
                 rows = rows.reshape(len(images), -1, rows.shape[1])
                 for x_ti, missing_to in zip(rows, missing, strict=True):

@@ -126,7 +126,7 @@ class _Learning:
         if not len(self.held):
             self.held = self.train
         self.taken = 0
-        self.error_of = self._loss()
+        self.error_of: Callable[[Tensor, Tensor], Tensor]
         self.roundings: dict[str, SoftRounding] = {}
         self.biases: dict[str, nn.Parameter] = {}
         self.scales: list[LearnedScale] = []
@@ -134,6 +134,7 @@ class _Learning:
     def run(self) -> dict[str, Tensor]:
         """Learn; returns the tensors that `take` wants and `errors`: before, after, steps taken."""
         options = self.options
+        self.error_of = self._loss()
         layers = self.pair.layers()
         starts = {str(node.target): layer.weight.detach() for node, _, layer in layers}
         modules = {str(node.target): module for node, module, _ in layers}
@@ -141,8 +142,10 @@ class _Learning:
         codes: dict[str, Tensor] = {}
         if options.closed_form is not None:
             untouched = {path: _tensors(module) for path, module in modules.items()}
-            starts |= {c.layer: c.weight for c in options.closed_form.correct(self.pair, self.pairs, self.train)}
-            if self._held_error({}) > before:
+            corrections = options.closed_form.correct(self.pair, self.pairs, self.train)
+            if self._held_error({}) <= before:
+                starts |= {correction.layer: correction.weight for correction in corrections}
+            else:
                 for path, (weight, bias) in untouched.items():
                     _set(modules[path], weight, bias)
             codes = {

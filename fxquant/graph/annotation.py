@@ -95,7 +95,7 @@ class Annotation:
     macs: int = 0  # AssignRoles: multiply-accumulates for one image
     activation_elements: int = 0  # AssignRoles: elements of all quantizable inputs for one image
     weight_candidates: tuple[Candidate, ...] = ()  # SearchScales, ascending bits
-    activation_candidates: tuple[tuple[Candidate, ...], ...] = ()  # SearchScales, one tuple per quantized input
+    activation_candidates: tuple[tuple[Candidate, ...], ...] = ()  # SearchScales, Reconstruct; a tuple per input
     weight_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate; empty: the candidates' losses count
     activation_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate, all inputs together
     weight_bits: int | None = None  # AllocateBits
