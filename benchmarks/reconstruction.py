@@ -3,7 +3,7 @@
     python benchmarks/reconstruction.py embedded
     python benchmarks/reconstruction.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
 
-Scales are searched and bits allocated once per budget by `mptq_vit_plus` with 32 images; every row starts from a copy.
+Scales are searched and bits allocated once per budget by a recipe (`best`) with 32 images; every row starts from a copy.
 Beside top-1 on the test images: the mean KL divergence from the float model, in nats per image, on images the pass has
 seen (`fit_kl`), on test images (`test_kl`), and the pass' seconds. Results go to
 benchmarks/results/reconstruction_MODEL.json after every row, so an interrupted run goes on where it was.
@@ -12,6 +12,7 @@ benchmarks/results/reconstruction_MODEL.json after every row, so an interrupted 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from passes.compensate_weights import CompensateWeights
 from passes.contract import Pass, PassContext
 from passes.correct_weights import CorrectWeights
 from passes.pipeline import Pipeline
-from passes.recipes import mptq_vit_plus
+from passes.recipes import recipe
 from passes.reconstruct import Reconstruct
+from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +43,7 @@ SEARCH_IMAGES = 32
 
 METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
     ("none", 32, ()),
-    ("GPTQ, Fisher Gram (mptq_vit_plus)", 32, (CompensateWeights(),)),
+    ("GPTQ, Fisher Gram", 32, (CompensateWeights(),)),
     ("GPTQ, quantized inputs", 32, (CorrectWeights(ridges=()),)),
     ("ridge + GPTQ", 32, (CorrectWeights(),)),
     ("GPTQ, quantized inputs", 128, (CorrectWeights(ridges=()),)),
@@ -67,9 +69,9 @@ def divergence(reference: Tensor, found: Tensor) -> float:
     return float((reference.exp() * (reference - found)).sum(1).mean())
 
 
-def allocated(model: nn.Module, calibration: Tensor, budget: str) -> GraphModule:
+def allocated(model: nn.Module, calibration: Tensor, name: str, budget: str) -> GraphModule:
     """Traced, searched, with bits."""
-    pipeline = mptq_vit_plus(budget)
+    pipeline = recipe(name)(budget).replace(SearchScales, SearchScales(keep_statistics=True))
     images = calibration[:SEARCH_IMAGES]
     return pipeline[: pipeline.position(AllocateBits) + 1].run(trace(model, images[:2]), PassContext(images))
 
@@ -83,7 +85,10 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--limit", type=int, default=2000, help="test images")
     parser.add_argument("--budgets", default="W4A4,W3A3,W2A4")
-    parser.add_argument("--methods", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--methods", default="", help="only rows where this regular expression is found in 'NAME, IMAGES images'"
+    )
+    parser.add_argument("--recipe", default="best")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -98,7 +103,7 @@ def main() -> None:
         calibration = normalized(np.load(options.calibration)["images"][:128], mean, std)
         images = normalized(test["images"][: options.limit], mean, std)
     results = Results(RESULTS / f"reconstruction_{options.model}.json")
-    settings = signature(model, calibration, len(images))
+    settings = signature(model, calibration, len(images), options.recipe)
     reference, seen = log_probabilities(model, images), log_probabilities(model, calibration)
 
     def row(start: GraphModule, name: str, budget: str, count: int, steps: tuple[Pass, ...]) -> dict[str, Any]:
@@ -109,6 +114,7 @@ def main() -> None:
         quantized = Pipeline([SubstituteQuantizers()], facts_of(rewritten)).run(rewritten, context)
         found = log_probabilities(quantized, images)
         return {
+            "recipe": options.recipe,
             "budget": budget,
             "method": name,
             "images": count,
@@ -124,12 +130,12 @@ def main() -> None:
     for budget in options.budgets.split(","):
         start: GraphModule | None = None
         for name, count, steps in METHODS:
-            if options.methods not in name:
+            if not re.search(options.methods, f"{name}, {count} images"):
                 continue
 
             def measure(name: str = name, count: int = count, steps: tuple[Pass, ...] = steps) -> dict[str, Any]:
                 nonlocal start
-                start = start or allocated(model, calibration, budget)  # noqa: B023
+                start = start or allocated(model, calibration, options.recipe, budget)  # noqa: B023
                 return row(start, name, budget, count, steps)  # noqa: B023
 
             found = results.point(signature(settings, budget, name, count, [repr(step) for step in steps]), measure)
