@@ -3,7 +3,7 @@
     python benchmarks/reconstruction.py embedded
     python benchmarks/reconstruction.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
 
-Scales are searched and bits allocated once per budget by a recipe (`best`) with 32 images; every row starts from a copy.
+Scales are searched and bits allocated once per budget by a recipe, with 32 images; each row starts from a copy.
 Beside top-1 on the test images: the mean KL divergence from the float model, in nats per image, on images the pass has
 seen (`fit_kl`), on test images (`test_kl`), and the pass' seconds. Results go to
 benchmarks/results/reconstruction_MODEL.json after every row, so an interrupted run goes on where it was.
