@@ -53,8 +53,8 @@ METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
     ("reconstruct, 40 steps", 128, (Reconstruct(steps=40),)),
     ("reconstruct, 40 steps, Fisher", 128, (Reconstruct(steps=40, loss="fisher"),)),
     ("reconstruct, 100 steps", 128, (Reconstruct(),)),
-    ("reconstruct, 100 steps, with rounding", 128, (Reconstruct(rounding_rate=3e-3),)),
-    ("AdaRound from float, 100 steps", 128, (Reconstruct(rounding_rate=0.02, closed_form=None),)),
+    ("reconstruct, 100 steps, codes kept", 128, (Reconstruct(rounding_rate=0.0),)),
+    ("reconstruct, 100 steps, from float", 128, (Reconstruct(closed_form=None),)),
 ]
 
 

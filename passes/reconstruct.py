@@ -6,10 +6,9 @@ input and of every quantizer's output in float with probability `drop`. A block'
 reconstructed. Sources: BRECQ (Li et al., eq. 10), AdaRound (Nagel et al., eq. 22-25), QDrop (Wei et al., eq. 9),
 FIMA-Q (Wu et al.) for the Fisher-weighted loss. How this differs from their 20,000 steps on a GPU:
 
-- Few steps: weights start from the closed form (`CorrectWeights`: ridge, then GPTQ), and stay there unless
-  `rounding_rate` is given: Adam moves every logit by its rate at every step, however small the gradient, so hundreds
-  of steps flip codes at random (docs/methods.md has figures). `closed_form=None` starts at the float weight, as
-  AdaRound does, with thousands of steps at 1e-3.
+- Few steps: weights start from the closed form (`CorrectWeights`: ridge, then GPTQ), each logit at the grid point the
+  closed form chose, and logits learn twenty times as fast as the papers'. `closed_form=None` starts at the float
+  weight, as AdaRound does; `rounding_rate=0` keeps the closed form's codes.
 - The error is relative to what it is at the start, and the rounding penalty is a mean, so `penalty` has no unit.
 - One image in eight is held out. The state of least error there, hard rounded, is kept, the start included: on these
   images no block gets worse. Learning stops when two checks in a row bring nothing.
@@ -61,7 +60,7 @@ class Reconstruct:
 
     steps: int = 100
     images: int = 8
-    rounding_rate: float = 0.0
+    rounding_rate: float = 0.02
     scale_rate: float = 5e-3
     bias_rate: float = 5e-4
     drop: float = 0.5
