@@ -33,7 +33,7 @@ Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
 STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
 SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
-RECIPE_HELP = "best, mptq_vit, lampq, mix_qvit, vt_ptq, adalog, repq_vit, tsptq_vit, naive_min_max."
+RECIPE_HELP = "best, best_thorough, mptq_vit, lampq, mix_qvit, vt_ptq, adalog, repq_vit, tsptq_vit, naive_min_max."
 Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help="milp, greedy, uniform; else the recipe's own.")]
 Override = Annotated[

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
-from passes.recipes.best import best
+from passes.recipes.best import best, best_thorough
 from passes.recipes.lampq import lampq, vt_ptq
 from passes.recipes.mix_qvit import mix_qvit
 from passes.recipes.mptq_vit import mptq_vit, naive_min_max, tsptq_vit
@@ -23,6 +23,7 @@ __all__ = [
     "RECIPES",
     "adalog",
     "best",
+    "best_thorough",
     "lampq",
     "mix_qvit",
     "mptq_vit",
@@ -35,6 +36,7 @@ __all__ = [
 
 RECIPES: dict[str, Callable[..., Pipeline]] = {
     "best": best,
+    "best_thorough": best_thorough,
     "mptq_vit": mptq_vit,
     "lampq": lampq,
     "mix_qvit": mix_qvit,

@@ -15,15 +15,16 @@ from typing import Any, Literal, Unpack
 from allocators.milp import Milp
 from fxquant.errors import PipelineError
 from passes.allocate_bits import AllocateBits
-from passes.compensate_weights import CompensateWeights
+from passes.contract import Pass
+from passes.correct_weights import CorrectWeights
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import CANDIDATE_BITS, Options
+from passes.recipes.assembly import Options
 from passes.recipes.mptq_vit import mptq_vit
+from passes.reconstruct import Reconstruct
 from passes.relevance_sensitivity import RelevanceSensitivity
 from passes.score_layers import ScoreLayers
-from passes.search_scales import SearchScales
 
-Optimise = Literal["none", "closed-form"]
+Optimise = Literal["none", "closed-form", "reconstruct"]
 
 
 def mix_qvit(
@@ -49,16 +50,12 @@ def mix_qvit(
     own: Options = {"allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together")}
     metric = RelevanceSensitivity(importance, sensitivity, operands, baseline_bits)
     pipeline = base(budget, **(options | own)).before(AllocateBits, ScoreLayers(metric, roles=None))
-    return OPTIMISATIONS[optimise](pipeline, options)
+    return pipeline.after(AllocateBits, *OPTIMISATIONS[optimise])
 
 
-def _closed_form(pipeline: Pipeline, options: Options) -> Pipeline:
-    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
-    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
-
-
-OPTIMISATIONS: dict[str, Callable[[Pipeline, Options], Pipeline]] = {
-    "none": lambda pipeline, _: pipeline,
-    "closed-form": _closed_form,
+OPTIMISATIONS: dict[str, tuple[Pass, ...]] = {
+    "none": (),
+    "closed-form": (CorrectWeights(),),
+    "reconstruct": (Reconstruct(),),
 }
 """What follows the allocation, by the name `optimise` takes."""
