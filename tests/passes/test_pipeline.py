@@ -202,7 +202,7 @@ def test_recipes_by_name() -> None:
     for name in RECIPES:
         assert isinstance(recipe(name)("W4A4"), Pipeline)
         assert isinstance(recipe(name)("W4A4", fully_quantized=True), Pipeline)
-    with pytest.raises(PipelineError, match="no recipe is called 'nope'; there are mptq_vit"):
+    with pytest.raises(PipelineError, match="no recipe is called 'nope'; there are best"):
         recipe("nope")
 
 

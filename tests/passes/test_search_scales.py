@@ -8,8 +8,8 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError, PipelineError
-from fxquant.graph.annotation import Annotation, annotation_of, nodes_with_role
-from passes.calibrate import Calibrate
+from fxquant.graph.annotation import Annotation, Role, annotation_of, nodes_with_role
+from passes.calibrate import Calibrate, coherence
 from passes.contract import PassContext
 from passes.insert_observers import InsertObservers, observers_of
 from passes.pipeline import Pipeline
@@ -119,3 +119,46 @@ def test_statistics_are_released(calibrated: GraphModule) -> None:
 def test_candidate_bits_are_checked(bits: tuple[int, ...]) -> None:
     with pytest.raises(CalibrationError, match="candidate bits"):
         SearchScales(bits)
+
+
+def test_of_two_families_the_one_of_less_loss_is_taken_at_every_width(calibrated: GraphModule) -> None:
+    def losses(family: str) -> list[tuple[float, str]]:
+        graph_module = copy.deepcopy(calibrated)
+        for node in nodes_with_role(graph_module, Role.AV):
+            observers_of(graph_module, node)[0][1].family = family
+        found = searched(graph_module)["blocks.0.attn.av"].activation_candidates[0]
+        return [(candidate.loss, candidate.quantizer.kind) for candidate in found]
+
+    either = losses("log2|twin-softmax")
+    assert either == [min(pair) for pair in zip(losses("log2"), losses("twin-softmax"), strict=True)]
+    assert {kind for _, kind in either} <= {"log2", "shifted-regions"}
+
+
+def test_output_errors_need_no_gradients() -> None:
+    """Weights of the metric are then squared column norms of the weight, whatever the loss."""
+    graph_module = traced(vit(depth=1), images(2))
+    InsertObservers().apply(graph_module, PassContext())
+    Calibrate(gradient=False, output_error=True).apply(graph_module, PassContext(images()))
+    (node,) = nodes_with_role(graph_module, Role.FC1)
+    linear = graph_module.get_submodule(str(node.target))
+    moments = observers_of(graph_module, node)[0][1].statistics().moments.moments
+    per_token = float(linear.weight.detach().double().square().sum())  # type: ignore[union-attr,operator]
+    tokens = moments[0].sum() / linear.in_features  # type: ignore[operator]
+    assert moments[3].sum() == pytest.approx(tokens * per_token, rel=1e-4)
+
+
+def test_only_a_table_without_zero_pays_for_coherent_errors() -> None:
+    for family, is_coherent in (("adalog-softmax", True), ("twin-softmax", False)):
+        graph_module = traced(vit(depth=1), images(2))
+        InsertObservers(post_softmax=family).apply(graph_module, PassContext())
+        Calibrate(draws=1).apply(graph_module, PassContext(images()))
+        (node,) = nodes_with_role(graph_module, Role.AV)
+        (_, probabilities), (_, values) = observers_of(graph_module, node)
+        assert (probabilities.statistics().coherence > 0) == is_coherent
+        assert values.statistics().coherence == 0
+
+
+def test_coherence_by_hand() -> None:
+    equal, opposite = torch.ones(5, 3), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    assert coherence(equal) == pytest.approx(5), "five equal errors add up to five, their squares to 25 instead of 5"
+    assert coherence(opposite) == 0
