@@ -141,7 +141,7 @@ def test_demo(tmp_path: Path) -> None:
     result = run("demo", *options, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert set(found["accuracy"]) == {"float32", "quantized", "naive_min_max"}
+    assert set(found["accuracy"]) == {"float32", "quantized", "as_integers", "naive_min_max"}
     assert found["accuracy"]["quantized"]["top1"] > 80
     assert found["reloaded_identical"]
     assert found["artefact_bytes"] == (tmp_path / "new" / "demo" / "model.fxq").stat().st_size

@@ -58,7 +58,13 @@ def searched_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor], 
     graph_module = graph_from_json(field(content, "graph", dict, what), {**traced.state_dict(), **tensors})
     annotations = field(content, "annotations", dict, what)
     names = {item.name for item in fields(Annotation)}
+    shapes = {node.name: node.meta["tensor_meta"] for node in traced.graph.nodes if "tensor_meta" in node.meta}
     for node in graph_module.graph.nodes:
+        # Shapes are the traced model's; a node it does not have is an observer, which passes its input on.
+        source = next(iter(node.all_input_nodes), node)
+        shape = shapes.get(node.name, source.meta.get("tensor_meta") if node.op == "call_module" else None)
+        if shape is not None:
+            node.meta["tensor_meta"] = shape
         found = annotations.get(node.name, {})
         if not names >= set(found):
             raise ArtefactError(f"node {node.name} has unknown fields {sorted(set(found) - names)}")
