@@ -26,7 +26,7 @@ from passes.recipes import RECIPES, mptq_vit, recipe
 from passes.search_scales import SearchScales
 from tests.passes.models import SWIN, images, timm_model, vit
 
-FEW: dict[str, Any] = {"bits": (2, 4, 8)}
+FEW: dict[str, Any] = {"bits": (2, 3, 4, 8)}
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
