@@ -10,7 +10,7 @@ struct Panel {
 // else at source[k * stride + column]. Padding is zero.
 static Panel pack_right(Slot slot, const uint8_t *source, int64_t stride, bool transposed, int64_t inner,
                         int64_t columns) {
-    const int64_t units = (columns + 15) / 16, groups = (inner + 3) / 4, unit_bytes = groups * kGroupBytes;
+    const int64_t units = (columns + 15) / 16, groups = round_up(inner, kInnerStep) / 4, unit_bytes = groups * kGroupBytes;
     const int64_t elements = units * unit_bytes;
     const size_t sum_bytes = size_t(units) * 64;
     // Sums, numbers, and (where numbers are wider than bytes) the bytes they come from.
@@ -18,7 +18,7 @@ static Panel pack_right(Slot slot, const uint8_t *source, int64_t stride, bool t
     int32_t *__restrict column_sum = reinterpret_cast<int32_t *>(memory);
     Right *numbers = reinterpret_cast<Right *>(memory + sum_bytes);
     uint8_t *bytes = sizeof(Right) == 1 ? reinterpret_cast<uint8_t *>(numbers) : memory + sum_bytes + elements * sizeof(Right);
-    if (inner % 4 || columns % 16) __builtin_memset(bytes, 128, size_t(elements));
+    if (inner % kInnerStep || columns % 16) __builtin_memset(bytes, 128, size_t(elements));
     if (transposed) {
         for (int64_t c = 0; c < columns; ++c) {
             uint8_t *to = bytes + c / 16 * unit_bytes + c % 16 * 4;
@@ -27,7 +27,7 @@ static Panel pack_right(Slot slot, const uint8_t *source, int64_t stride, bool t
             for (int64_t k = inner / 4 * 4; k < inner; ++k) to[k / 4 * kGroupBytes + k % 4] = from[k];
         }
     } else {
-        for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t g = 0; g < (inner + 3) / 4; ++g) {
             const int rows = static_cast<int>(inner - g * 4 < 4 ? inner - g * 4 : 4);
             const uint8_t *from = source + g * 4 * stride;
             for (int64_t u = 0; u < units; ++u) {
@@ -71,8 +71,6 @@ static void multiply(const Left *left, int64_t rows, const Panel &panel, int32_t
     }
 }
 
-constexpr int64_t kRowBlock = 24;
-
 // Zero-points taken out: sum (a - a0)(b - b0) = sum ab - a0 sum b - b0 sum a + n a0 b0.
 static inline int32_t right_constant(const Left *left, int64_t padded, int64_t inner, int32_t left_zero,
                                      int32_t right_zero) {
@@ -115,7 +113,8 @@ static void expand_all(const FxqLevels &levels, const uint8_t *codes, int64_t st
 }
 
 static void matmul(const MatmulCall &call, int64_t batch) {
-    const int64_t padded = round_up(call.k, 4), rows_at_once = kRowBlock;
+    [[maybe_unused]] const Session session;
+    const int64_t padded = round_up(call.k, kInnerStep), rows_at_once = kRowBlock;
     const Panel panel = pack_right(kPanel, call.right + batch * call.k * call.m, call.transposed ? call.k : call.m,
                                    call.transposed != 0, call.k, call.m);
     const size_t digits = size_t(call.left_levels->count);
@@ -149,6 +148,7 @@ static void softmax(float *__restrict row, int64_t count) {
 }
 
 static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
+    [[maybe_unused]] const Session session;
     const FxqAttention &spec = *call.spec;
     const int64_t tokens = call.tokens, size = spec.head_size, channels = spec.heads * size, stride = 3 * channels;
     const uint8_t *query = call.qkv + batch * tokens * stride + head * size;

@@ -17,7 +17,9 @@ namespace {
 
 using Left = int16_t;
 using Right = int16_t;
-constexpr int kMaxVectors = 1;
+constexpr int kMaxVectors = 1, kTileRows = 2, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
+
+struct Session {};
 
 int vectors_for(int64_t) { return 1; }
 int rows_for(int) { return 2; }

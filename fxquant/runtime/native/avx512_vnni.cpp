@@ -17,7 +17,9 @@ namespace {
 
 using Left = uint8_t;
 using Right = int8_t;
-constexpr int kMaxVectors = 4;
+constexpr int kMaxVectors = 4, kTileRows = 8, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
+
+struct Session {};
 
 // 24 of the 32 registers hold sums: 6 rows by 4 vectors, which fill whole cache lines of bytes.
 int vectors_for(int64_t units) { return units < 4 ? static_cast<int>(units) : 4; }
@@ -69,18 +71,7 @@ void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Ri
     run(left, left_stride, right, unit_elements, groups, sums, sum_stride);
 }
 
-// The table of 256 bytes is in four registers; the first bit of a code says which two hold its entry.
-void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
-    const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
-    const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
-    for (int64_t i = 0; i < count; i += 64) {
-        const __mmask64 mask = count - i < 64 ? (uint64_t(1) << (count - i)) - 1 : ~uint64_t(0);
-        const __m512i code = _mm512_maskz_loadu_epi8(mask, codes + i);
-        const __m512i low = _mm512_permutex2var_epi8(a, code, b), high = _mm512_permutex2var_epi8(c, code, d);
-        _mm512_mask_storeu_epi8(out + i, mask, _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high));
-    }
-}
-
+#include "avx512.inl"
 #include "elementwise.inl"
 #include "linear.inl"
 #include "attention.inl"

@@ -6,6 +6,11 @@
 
 #include "kernels.h"
 
+#ifdef FXQ_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fxq {
 namespace {
 
@@ -14,8 +19,23 @@ const Kernels *const kSets[] = {
 #ifdef FXQ_X86
     &kAvx2, &kAvx512Vnni,
 #endif
+#ifdef FXQ_AMX
+    &kAmxInt8,
+#endif
 };
 constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
+
+// Linux lets a process use the tile registers once it has asked.
+bool has_amx() {
+#ifdef FXQ_AMX
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+                                  syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
 
 int32_t best() {
 #ifdef FXQ_X86
@@ -23,7 +43,7 @@ int32_t best() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
-        return 2;
+        return has_amx() ? 3 : 2;
     if (avx2) return 1;
 #endif
     return 0;
@@ -128,7 +148,7 @@ struct LinearWork {
     void split(int32_t threads) {
         // A block of rows and its digits stay in the second-level cache while every panel passes over them.
         const int64_t row_bytes = call.spec->in_features * call.spec->input.count;
-        block_rows = round_up(std::max<int64_t>(48, (int64_t(1) << 18) / row_bytes), 24);
+        block_rows = round_up(std::max<int64_t>(96, (int64_t(1) << 18) / row_bytes), 96);
         const int64_t row_blocks = (call.rows + block_rows - 1) / block_rows;
         block_units = call.places.units;
         if (threads > 1 && row_blocks < 4 * threads) {

@@ -82,7 +82,7 @@ struct FxqAttention {
 FXQ_API int32_t fxq_abi(void);
 FXQ_API const char *fxq_message(int32_t status);
 
-// Instruction sets, best last: 0 scalar, 1 avx2, 2 avx512-vnni. `fxq_select` takes one (or -1: the best) for the process.
+// Instruction sets, best last: 0 scalar, 1 avx2, 2 avx512-vnni, 3 amx-int8. `fxq_select` takes one (or -1: the best) for the process.
 FXQ_API int32_t fxq_best(void);
 FXQ_API const char *fxq_name(int32_t isa);
 FXQ_API int32_t fxq_select(int32_t isa);

@@ -82,11 +82,15 @@ struct Kernels {
     void (*quantize)(const FxqQuantizer &, const float *x, int64_t count, uint8_t *out);
 };
 
-// A further set (AMX) joins by a file that includes kernels.inl with its own `tile`, and a line in entry.cpp.
+// A further set joins by a file with its own `tile` that includes the .inl files, and a line in entry.cpp.
 extern const Kernels kScalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FXQ_X86 1
 extern const Kernels kAvx2, kAvx512Vnni;
+#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#define FXQ_AMX 1
+extern const Kernels kAmxInt8;
+#endif
 #endif
 
 // Runs task(context, i) for every i below count, on `threads` threads including the caller's; false without memory.

@@ -1,6 +1,6 @@
 // The linear layer: packed weights are unpacked panel by panel, multiplied tile by tile, and finished while in cache.
 
-constexpr int kTileColumns = kPanelColumns, kTileRows = 8;
+constexpr int kTileColumns = kMaxVectors * kUnit;
 
 // Tiles of `bits`-bit codes, as signed numbers: 8 groups of 64 each.
 template <int bits>
@@ -49,15 +49,37 @@ static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int
     }
 }
 
+// How the digits' sums make one number: there is one digit; int32 holds the result; it does not.
+enum Sum { kOneDigit, kNarrow, kWide };
+
+static Sum sum_kind(const FxqLinear &spec) {
+    const FxqLevels &levels = spec.input;
+    if (levels.count == 1) return kOneDigit;
+    int64_t most = 0;
+    for (int b = 0; b < 256; ++b) {
+        int64_t level = -int64_t(levels.zero);
+        for (int d = 0; d < levels.count; ++d) level += int64_t(levels.digit[d][b]) << (8 * d);
+        most = level > most ? level : -level > most ? -level : most;
+    }
+    return most * spec.in_features << (spec.weight_bits - 1) < int64_t(1) << 31 ? kNarrow : kWide;
+}
+
 // sums: int32 (digits, kTileRows, kTileColumns). The integer result of one element, as a float.
-template <bool wide>
+template <Sum sum>
 static inline float total(const int32_t *sums, int i, int32_t weight_sum, const FxqLevels &levels) {
-    // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
-    if (!wide) return float(static_cast<int32_t>(uint32_t(sums[i]) - uint32_t(weight_sum) * uint32_t(levels.zero)));
     constexpr int plane = kTileRows * kTileColumns;
-    double value = double(sums[i]) + 256.0 * double(sums[plane + i]);
-    if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + i]);
-    return float(value - double(weight_sum) * double(levels.zero));
+    if (sum == kWide) {
+        double value = double(sums[i]) + 256.0 * double(sums[plane + i]);
+        if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + i]);
+        return float(value - double(weight_sum) * double(levels.zero));
+    }
+    // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
+    uint32_t value = uint32_t(sums[i]) - uint32_t(weight_sum) * uint32_t(levels.zero);
+    if (sum == kNarrow) {
+        value += uint32_t(sums[plane + i]) << 8;
+        if (levels.count == 3) value += uint32_t(sums[2 * plane + i]) << 16;
+    }
+    return float(static_cast<int32_t>(value));
 }
 
 struct Columns {  // one panel's part of the vectors in a layout
@@ -81,7 +103,7 @@ struct Columns {  // one panel's part of the vectors in a layout
     }
 };
 
-template <bool wide>
+template <Sum sum>
 static void finish_float(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
     const FxqLevels &levels = call.spec->input;
     const float *__restrict scale = c.scale, *__restrict bias = c.bias;
@@ -92,9 +114,9 @@ static void finish_float(const LinearCall &call, const Columns &c, const int32_t
         if (call.spec->epilogue == FXQ_RESIDUAL) {
             const float *residual = call.residual + place;
             for (int i = 0; i < c.count; ++i)
-                out[i] = residual[i] + (total<wide>(sums, i, weight_sum[i], levels) * scale[i] + bias[i]);
+                out[i] = residual[i] + (total<sum>(sums, i, weight_sum[i], levels) * scale[i] + bias[i]);
         } else {
-            for (int i = 0; i < c.count; ++i) out[i] = total<wide>(sums, i, weight_sum[i], levels) * scale[i] + bias[i];
+            for (int i = 0; i < c.count; ++i) out[i] = total<sum>(sums, i, weight_sum[i], levels) * scale[i] + bias[i];
         }
     }
 }
@@ -108,7 +130,7 @@ static inline void store(const uint8_t *bytes, uint8_t *out, int count) {
     else __builtin_memcpy(out, bytes, static_cast<size_t>(count));
 }
 
-template <bool wide>
+template <Sum sum>
 static void finish_codes(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
     const FxqLevels &levels = call.spec->input;
     const float *scale = c.scale, *bias = c.bias, *factor = c.factor, *inverse = c.inverse, *zero = c.zero;
@@ -116,14 +138,14 @@ static void finish_codes(const LinearCall &call, const Columns &c, const int32_t
     alignas(64) uint8_t bytes[kWidth];
     for (int r = 0; r < rows; ++r, sums += kTileColumns) {
         for (int i = 0; i < kWidth; ++i) {
-            const float y = total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i];
+            const float y = total<sum>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i];
             bytes[i] = uniform_byte(y * factor[i], inverse[i], zero[i], low[i], high[i]);
         }
         store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
     }
 }
 
-template <bool wide, class Bytes>
+template <Sum sum, class Bytes>
 static void finish_gelu(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
     const Bytes to_byte(call.spec->output[0]);
     const FxqLevels &levels = call.spec->input;
@@ -131,53 +153,74 @@ static void finish_gelu(const LinearCall &call, const Columns &c, const int32_t 
     alignas(64) uint8_t bytes[kWidth];
     for (int r = 0; r < rows; ++r, sums += kTileColumns) {
         for (int i = 0; i < kWidth; ++i)
-            bytes[i] = to_byte(gelu(total<wide>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i]));
+            bytes[i] = to_byte(gelu(total<sum>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i]));
         store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
     }
 }
 
 typedef void (*Finish)(const LinearCall &, const Columns &, const int32_t *, int, int64_t);
 
-template <bool wide>
+template <Sum sum>
 static Finish finish_of(const FxqLinear &spec) {
-    if (spec.epilogue == FXQ_CODES) return finish_codes<wide>;
-    if (spec.epilogue != FXQ_GELU_CODES) return finish_float<wide>;
-    if (spec.output[0].kind == FXQ_UNIFORM) return finish_gelu<wide, UniformBytes>;
-    return spec.output[0].kind == FXQ_REGIONS ? finish_gelu<wide, RegionBytes> : finish_gelu<wide, Log2Bytes>;
+    if (spec.epilogue == FXQ_CODES) return finish_codes<sum>;
+    if (spec.epilogue != FXQ_GELU_CODES) return finish_float<sum>;
+    if (spec.output[0].kind == FXQ_UNIFORM) return finish_gelu<sum, UniformBytes>;
+    return spec.output[0].kind == FXQ_REGIONS ? finish_gelu<sum, RegionBytes> : finish_gelu<sum, Log2Bytes>;
+}
+
+static Finish finish_of(const FxqLinear &spec) {
+    switch (sum_kind(spec)) {
+        case kOneDigit: return finish_of<kOneDigit>(spec);
+        case kNarrow: return finish_of<kNarrow>(spec);
+        default: return finish_of<kWide>(spec);
+    }
 }
 
 static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    [[maybe_unused]] const Session session;
     const FxqLinear &spec = *call.spec;
-    const int64_t inner = spec.in_features, padded = round_up(inner, 4), tiles = call.places.tiles;
-    const int64_t unit_elements = tiles * kGroups * kGroupBytes, unit_bytes = tiles * 64 * spec.weight_bits;
+    const int64_t inner = spec.in_features, padded = round_up(inner, kInnerStep), tiles = call.places.tiles;
+    const int64_t unit_bytes = tiles * 64 * spec.weight_bits;
     const int digits = spec.input.count;
-    // Bytes are used where they lie if they are digits already and rows are whole groups.
+    // Bytes are used where they lie if they are digits already, rows are whole groups and tiles are whole.
     const bool is_direct = sizeof(Left) == 1 && spec.input.identity && inner == padded;
-    const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
-    if (!is_direct) {
-        Left *expanded = static_cast<Left *>(scratch(kLeft, size_t(digits * rows * padded) * sizeof(Left)));
+    const int64_t last = is_direct ? rows / kWholeRows * kWholeRows : 0, others = rows - last;
+    Left *copied = nullptr;  // the rows from `last` on
+    if (others) {
+        const int64_t room = round_up(others, kWholeRows);
+        copied = static_cast<Left *>(scratch(kLeft, size_t((digits - 1) * others + room) * size_t(padded) * sizeof(Left)));
         for (int d = 0; d < digits; ++d)
-            expand(spec.input, d, call.codes + row * inner, inner, rows, inner, padded, expanded + d * rows * padded);
-        left = expanded;
+            expand(spec.input, d, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
     }
-    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8;
+    const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
+    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded;
+    const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(tiles * kTileInputs, kInnerStep) * kUnit;
     Right *panel = is_plain ? nullptr
                             : static_cast<Right *>(scratch(kPanel, size_t(kMaxVectors * unit_elements) * sizeof(Right)));
-    const Finish finish = digits > 1 ? finish_of<true>(spec) : finish_of<false>(spec);
-    alignas(64) int32_t sums[FXQ_MAX_DIGITS * kTileRows * kTileColumns] = {};
+    const Finish finish = finish_of(spec);
+    // Each tile is finished while the next is multiplied.
+    alignas(64) int32_t sums[2][FXQ_MAX_DIGITS * kTileRows * kTileColumns] = {};
+    int current = 0, count = 0;
+    int64_t first = 0;
+    Columns before(call, unit, 1);
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
         const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes;
-        if (!is_plain) unpack(spec.weight_bits, packed, vectors * tiles, panel);
+        for (int v = 0; v < vectors && !is_plain; ++v)
+            unpack(spec.weight_bits, packed + v * unit_bytes, tiles, panel + v * unit_elements);
         const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
         const Columns columns(call, u, vectors);
-        for (int64_t r = 0; r < rows; r += step) {
-            const int count = static_cast<int>(rows - r < step ? rows - r : step);
+        for (int64_t r = 0; r < rows;) {
+            const int64_t left_over = (r < last ? last : rows) - r;
+            const Left *from = r < last ? left + r * padded : copied + (r - last) * padded;
+            const int next = static_cast<int>(left_over < step ? left_over : step);
             for (int d = 0; d < digits; ++d)
-                tile(count, vectors, left + (d * rows + r) * padded, padded, right, unit_elements, padded / 4,
-                     sums + d * kTileRows * kTileColumns, kTileColumns);
-            finish(call, columns, sums, count, row + r);
+                tile(next, vectors, from + d * others * padded, padded, right, unit_elements, padded / 4,
+                     sums[current] + d * kTileRows * kTileColumns, kTileColumns);
+            if (count) finish(call, before, sums[current ^ 1], count, first);
+            before = columns, count = next, first = row + r, current ^= 1, r += next;
         }
         u += vectors;
     }
+    finish(call, before, sums[current ^ 1], count, first);
 }

@@ -7,7 +7,9 @@ namespace {
 
 using Left = uint8_t;
 using Right = int8_t;
-constexpr int kMaxVectors = 1;
+constexpr int kMaxVectors = 1, kTileRows = 4, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
+
+struct Session {};
 
 int vectors_for(int64_t) { return 1; }
 int rows_for(int) { return 4; }

@@ -1,0 +1,94 @@
+// The kernels for AMX: products of 16 x 64 and 64 x 16 bytes in one instruction; the rest as for AVX512.
+
+#include "kernels.h"
+
+#ifdef FXQ_AMX
+
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,fma"))), apply_to = function)
+#else
+#pragma GCC target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,fma,prefer-vector-width=512")
+#endif
+
+namespace fxq {
+namespace {
+
+using Left = uint8_t;
+using Right = int8_t;
+constexpr int kMaxVectors = 2, kTileRows = 32, kWholeRows = 16, kInnerStep = 64, kRowBlock = 32;
+
+int vectors_for(int64_t units) { return units < 2 ? 1 : 2; }
+int rows_for(int) { return kTileRows; }
+
+// The tile registers of this thread, all of 16 rows of 64 bytes, for as long as a kernel runs.
+struct Session {
+    Session() {
+        // Static: compilers that take only its first bytes for the instruction's input cannot leave out the others.
+        static const struct alignas(64) {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t row_bytes[16];
+            uint8_t rows[16];
+        } configuration = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+        _tile_loadconfig(&configuration);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session &) = delete;
+    Session &operator=(const Session &) = delete;
+};
+
+// Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
+template <bool is_tall, bool is_wide>
+void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements, int64_t steps,
+             int32_t *sums, int64_t sum_stride) {
+    _tile_zero(0);
+    if (is_wide) _tile_zero(1);
+    if (is_tall) _tile_zero(2);
+    if (is_tall && is_wide) _tile_zero(3);
+    for (int64_t s = 0; s < steps; ++s) {
+        _tile_loadd(6, right + s * 1024, 64);
+        _tile_loadd(4, left + s * 64, left_stride);
+        _tile_dpbusd(0, 4, 6);
+        if (is_wide) {
+            _tile_loadd(7, right + unit_elements + s * 1024, 64);
+            _tile_dpbusd(1, 4, 7);
+        }
+        if (is_tall) {
+            _tile_loadd(5, left + 16 * left_stride + s * 64, left_stride);
+            _tile_dpbusd(2, 5, 6);
+            if (is_wide) _tile_dpbusd(3, 5, 7);
+        }
+    }
+    const int64_t bytes = sum_stride * 4;
+    _tile_stored(0, sums, bytes);
+    if (is_wide) _tile_stored(1, sums + 16, bytes);
+    if (is_tall) _tile_stored(2, sums + 16 * sum_stride, bytes);
+    if (is_tall && is_wide) _tile_stored(3, sums + 16 * sum_stride + 16, bytes);
+}
+
+// Reads whole rows of 16 or 32, and writes as many.
+void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
+          int64_t groups, int32_t *sums, int64_t sum_stride) {
+    const bool is_wide = vectors == 2;
+    (rows > 16 ? is_wide ? tile_of<true, true> : tile_of<true, false>
+               : is_wide ? tile_of<false, true> : tile_of<false, false>)(
+        left, left_stride, right, unit_elements, groups / 16, sums, sum_stride);
+}
+
+#include "avx512.inl"
+#include "elementwise.inl"
+#include "linear.inl"
+#include "attention.inl"
+
+}  // namespace
+
+const Kernels kAmxInt8 = {"amx-int8", linear, matmul, attention, layer_norm, quantize};
+
+}  // namespace fxq
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+#endif
