@@ -21,7 +21,7 @@ setup(
             # -march here.
             extra_compile_args=[
                 "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-                "-ffp-contract=off",
+                "-ffp-contract=off", "-Wno-uninitialized", "-Wno-psabi",
             ],
             extra_link_args=["-pthread"],
             optional=True,

@@ -39,9 +39,11 @@ struct Session {
 };
 
 // Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
-template <bool is_tall, bool is_wide>
+template <bool is_tall, bool is_wide, class Work>
 void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements, int64_t steps,
-             int32_t *sums, int64_t sum_stride) {
+             int32_t *sums, int64_t sum_stride, Work &work) {
+    // Not in the first step: what the work reads is still on its way to memory.
+    const int portion = static_cast<int>((work.count + steps - 2) / (steps > 1 ? steps - 1 : 1));
     _tile_zero(0);
     if (is_wide) _tile_zero(1);
     if (is_tall) _tile_zero(2);
@@ -59,6 +61,7 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
             _tile_dpbusd(2, 5, 6);
             if (is_wide) _tile_dpbusd(3, 5, 7);
         }
+        if (s > 0) work.some(portion);
     }
     const int64_t bytes = sum_stride * 4;
     _tile_stored(0, sums, bytes);
@@ -67,13 +70,14 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
     if (is_tall && is_wide) _tile_stored(3, sums + 16 * sum_stride + 16, bytes);
 }
 
-// Reads whole rows of 16 or 32, and writes as many.
+// Reads whole rows of 16 or 32, and writes as many; meanwhile does some of `work`.
+template <class Work>
 void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
-          int64_t groups, int32_t *sums, int64_t sum_stride) {
+          int64_t groups, int32_t *sums, int64_t sum_stride, Work &work) {
     const bool is_wide = vectors == 2;
-    (rows > 16 ? is_wide ? tile_of<true, true> : tile_of<true, false>
-               : is_wide ? tile_of<false, true> : tile_of<false, false>)(
-        left, left_stride, right, unit_elements, groups / 16, sums, sum_stride);
+    (rows > 16 ? is_wide ? tile_of<true, true, Work> : tile_of<true, false, Work>
+               : is_wide ? tile_of<false, true, Work> : tile_of<false, false, Work>)(
+        left, left_stride, right, unit_elements, groups / 16, sums, sum_stride, work);
 }
 
 #include "avx512.inl"

@@ -51,15 +51,13 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
         }
 }
 
+template <class Work>
 void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
-          int32_t *sums, int64_t sum_stride) {
+          int32_t *sums, int64_t sum_stride, Work &) {
     (rows == 2 ? tile_of<2> : tile_of<1>)(left, left_stride, right, groups, sums, sum_stride);
 }
 
-void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
-}
-
+#include "portable.inl"
 #include "elementwise.inl"
 #include "linear.inl"
 #include "attention.inl"

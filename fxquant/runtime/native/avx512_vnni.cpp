@@ -62,8 +62,9 @@ TileOf tile_for(int rows) {
     return table[rows - 1];
 }
 
+template <class Work>
 void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
-          int64_t groups, int32_t *sums, int64_t sum_stride) {
+          int64_t groups, int32_t *sums, int64_t sum_stride, Work &) {
     const TileOf run = vectors == 1   ? tile_for<1>(rows)
                        : vectors == 2 ? tile_for<2>(rows)
                        : vectors == 3 ? tile_for<3>(rows)

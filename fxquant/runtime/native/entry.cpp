@@ -221,15 +221,20 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
     const LinearHeader header{kMagic, kVersion, *spec};
     std::memcpy(layout, &header, sizeof header);
     pack_weights(*spec, codes, places, layout);
-    float *scales = reinterpret_cast<float *>(layout + places.scale);
-    for (int64_t i = 0; i < out; ++i) scales[i] = scale[i] * spec->input.unit;
-    if (bias) std::memcpy(layout + places.bias, bias, static_cast<size_t>(vector_bytes));
-    for (int64_t i = 0; i < out && spec->epilogue == FXQ_CODES; ++i) {
-        const int64_t range = i / (out / spec->ranges);
-        const FxqQuantizer &q = spec->output[range];
-        const float numbers[] = {spec->factor[range], 1.0f / q.scale, float(q.zero), float(q.low), float(q.high)};
-        for (int64_t n = 0; n < 5; ++n)
-            std::memcpy(layout + places.columns + n * places.vector + i * 4, &numbers[n], 4);
+    const auto vector_at = [&](int64_t place) { return reinterpret_cast<float *>(layout + place); };
+    float *scales = vector_at(places.scale), *biases = vector_at(places.bias), *lows = vector_at(places.columns);
+    float *highs = lows + places.vector / 4;
+    int32_t *zeros = reinterpret_cast<int32_t *>(highs + places.vector / 4);
+    for (int64_t i = 0; i < out; ++i) {
+        double factor = 1.0;
+        if (spec->epilogue == FXQ_CODES) {
+            const int64_t range = i / (out / spec->ranges);
+            const FxqQuantizer &q = spec->output[range];
+            factor = double(spec->factor[range]) / double(q.scale);
+            lows[i] = float(q.low - q.zero), highs[i] = float(q.high - q.zero), zeros[i] = q.zero;
+        }
+        scales[i] = static_cast<float>(double(scale[i]) * double(spec->input.unit) * factor);
+        biases[i] = bias ? static_cast<float>(double(bias[i]) * factor) : 0.0f;
     }
     return FXQ_OK;
 }

@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <new>
+
 #include "fxquant_native.h"
 
 namespace fxq {
@@ -18,7 +20,7 @@ struct LinearHeader {
     uint32_t magic, version;
     FxqLinear spec;
 };
-constexpr uint32_t kMagic = 0x4c515846, kVersion = 1;
+constexpr uint32_t kMagic = 0x4c515846, kVersion = 2;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -33,8 +35,8 @@ struct LinearPlaces {
         scale = weights + units * tiles * 64 * spec.weight_bits;
         bias = scale + vector;
         weight_sum = bias + vector;
-        columns = weight_sum + vector;  // FXQ_CODES: factor, 1 / scale, zero, low, high of each column
-        total = columns + (spec.epilogue == FXQ_CODES ? 5 * vector : 0);
+        columns = weight_sum + vector;  // FXQ_CODES, of each column: low and high less zero, int32 zero
+        total = columns + (spec.epilogue == FXQ_CODES ? 3 * vector : 0);
     }
 };
 
@@ -71,6 +73,11 @@ struct LayerNormCall {
     float epsilon;
     uint8_t *out;
 };
+
+// Row i: coefficients of t^i of the pieces' polynomials; see `gelu` in elementwise.inl.
+constexpr int kGeluPieces = 32;
+constexpr float kGeluStep = 0.1875f;
+extern float gelu_table[5][kGeluPieces];
 
 // The kernels of one instruction set. All sets give the same bytes and the same floats, bit for bit.
 struct Kernels {

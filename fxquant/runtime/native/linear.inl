@@ -52,8 +52,8 @@ static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int
 // How the digits' sums make one number: there is one digit; int32 holds the result; it does not.
 enum Sum { kOneDigit, kNarrow, kWide };
 
-static Sum sum_kind(const FxqLinear &spec) {
-    const FxqLevels &levels = spec.input;
+// For sums of `inner` levels times numbers of at most `most_right`.
+static Sum sum_kind(const FxqLevels &levels, int64_t inner, int64_t most_right) {
     if (levels.count == 1) return kOneDigit;
     int64_t most = 0;
     for (int b = 0; b < 256; ++b) {
@@ -61,122 +61,146 @@ static Sum sum_kind(const FxqLinear &spec) {
         for (int d = 0; d < levels.count; ++d) level += int64_t(levels.digit[d][b]) << (8 * d);
         most = level > most ? level : -level > most ? -level : most;
     }
-    return most * spec.in_features << (spec.weight_bits - 1) < int64_t(1) << 31 ? kNarrow : kWide;
+    return most * inner * most_right < int64_t(1) << 31 ? kNarrow : kWide;
 }
 
-// sums: int32 (digits, kTileRows, kTileColumns). The integer result of one element, as a float.
+constexpr int kTileVectors = kTileColumns / kLanes;
+
+// A panel's columns: what turns the sums of a row into numbers. Panels begin at multiples of their width, so what is
+// read beyond the last column is padding of the layout's vectors.
 template <Sum sum>
-static inline float total(const int32_t *sums, int i, int32_t weight_sum, const FxqLevels &levels) {
-    constexpr int plane = kTileRows * kTileColumns;
-    if (sum == kWide) {
-        double value = double(sums[i]) + 256.0 * double(sums[plane + i]);
-        if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + i]);
-        return float(value - double(weight_sum) * double(levels.zero));
-    }
-    // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
-    uint32_t value = uint32_t(sums[i]) - uint32_t(weight_sum) * uint32_t(levels.zero);
-    if (sum == kNarrow) {
-        value += uint32_t(sums[plane + i]) << 8;
-        if (levels.count == 3) value += uint32_t(sums[2 * plane + i]) << 16;
-    }
-    return float(static_cast<int32_t>(value));
-}
-
-struct Columns {  // one panel's part of the vectors in a layout
-    const float *scale, *bias, *factor, *inverse, *zero, *low, *high;
+struct Columns {
+    Vec scale[kTileVectors], bias[kTileVectors];
+    Whole correction[kTileVectors];
+    const FxqLevels *levels;
     const int32_t *weight_sum;
     int64_t first;
     int count;
-    Columns(const LinearCall &call, int64_t unit, int vectors) : first(unit * kUnit) {
-        const auto at = [&](int64_t place) { return call.layout + place + first * 4; };
-        const int64_t vector = call.places.vector, columns = call.places.columns;
-        scale = reinterpret_cast<const float *>(at(call.places.scale));
-        bias = reinterpret_cast<const float *>(at(call.places.bias));
-        weight_sum = reinterpret_cast<const int32_t *>(at(call.places.weight_sum));
-        factor = reinterpret_cast<const float *>(at(columns));
-        inverse = reinterpret_cast<const float *>(at(columns + vector));
-        zero = reinterpret_cast<const float *>(at(columns + 2 * vector));
-        low = reinterpret_cast<const float *>(at(columns + 3 * vector));
-        high = reinterpret_cast<const float *>(at(columns + 4 * vector));
+    Columns(const LinearCall &call, int64_t unit, int vectors) : levels(&call.spec->input), first(unit * kUnit) {
+        const auto *scales = reinterpret_cast<const float *>(call.layout + call.places.scale) + first;
+        const auto *biases = reinterpret_cast<const float *>(call.layout + call.places.bias) + first;
+        weight_sum = reinterpret_cast<const int32_t *>(call.layout + call.places.weight_sum) + first;
+        for (int v = 0; v < kTileVectors; ++v) {
+            scale[v] = load(scales + v * kLanes, kLanes), bias[v] = load(biases + v * kLanes, kLanes);
+            correction[v] = load(weight_sum + v * kLanes, kLanes) * static_cast<uint32_t>(levels->zero);
+        }
         const int64_t left = call.spec->out_features - first;
         count = static_cast<int>(left < vectors * kUnit ? left : vectors * kUnit);
     }
+    // Columns v kLanes and on. sums: a row of int32 (digits, kTileRows, kTileColumns).
+    inline Vec at(const int32_t *sums, int v) const {
+        constexpr int plane = kTileRows * kTileColumns;
+        Vec total;
+        sums += v * kLanes;
+        if (sum == kWide) {
+            alignas(64) float totals[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) {
+                double value = double(sums[lane]) + 256.0 * double(sums[plane + lane]);
+                if (levels->count == 3) value += 65536.0 * double(sums[2 * plane + lane]);
+                totals[lane] = float(value - double(weight_sum[v * kLanes + lane]) * double(levels->zero));
+            }
+            total = load(totals, kLanes);
+        } else {
+            // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
+            Whole value = load(sums, kLanes) - correction[v];
+            if (sum == kNarrow) value += load(sums + plane, kLanes) << 8;
+            if (sum == kNarrow && levels->count == 3) value += load(sums + 2 * plane, kLanes) << 16;
+            total = to_float(value);
+        }
+        return fused(total, scale[v], bias[v]);
+    }
 };
 
-template <Sum sum>
-static void finish_float(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
-    const FxqLevels &levels = call.spec->input;
-    const float *__restrict scale = c.scale, *__restrict bias = c.bias;
-    const int32_t *__restrict weight_sum = c.weight_sum;
-    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
-        const int64_t place = (row + r) * call.spec->out_features + c.first;
-        float *out = static_cast<float *>(call.out) + place;
-        if (call.spec->epilogue == FXQ_RESIDUAL) {
-            const float *residual = call.residual + place;
-            for (int i = 0; i < c.count; ++i)
-                out[i] = residual[i] + (total<sum>(sums, i, weight_sum[i], levels) * scale[i] + bias[i]);
-        } else {
-            for (int i = 0; i < c.count; ++i) out[i] = total<sum>(sums, i, weight_sum[i], levels) * scale[i] + bias[i];
+// What becomes of a row of a tile. Whole panels are computed, and as much stored as there are columns.
+template <Sum sum, bool has_residual>
+struct FloatRow {
+    Columns<sum> columns;
+    const LinearCall &call;
+    FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
+    inline void operator()(const int32_t *sums, int64_t row) const {
+        const int64_t place = row * call.spec->out_features + columns.first;
+        const float *__restrict residual = call.residual + place;
+        float *__restrict out = static_cast<float *>(call.out) + place;
+        for (int v = 0; v * kLanes < columns.count; ++v) {
+            const int i = v * kLanes, left = columns.count - i;
+            Vec y = columns.at(sums, v);
+            if (has_residual) y = load(residual + i, left) + y;
+            store(y, out + i, left);
         }
     }
-}
+};
 
-// Whole panels are computed, and as many bytes stored as there are columns: loops of constant length make good code.
-// Panels begin at multiples of their width, so what is read beyond the last column is padding of the layout's vectors.
-constexpr int kWidth = kMaxVectors * kUnit;
-
-static inline void store(const uint8_t *bytes, uint8_t *out, int count) {
-    if (count == kWidth) __builtin_memcpy(out, bytes, kWidth);
-    else __builtin_memcpy(out, bytes, static_cast<size_t>(count));
-}
-
-template <Sum sum>
-static void finish_codes(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
-    const FxqLevels &levels = call.spec->input;
-    const float *scale = c.scale, *bias = c.bias, *factor = c.factor, *inverse = c.inverse, *zero = c.zero;
-    const float *low = c.low, *high = c.high;
-    alignas(64) uint8_t bytes[kWidth];
-    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
-        for (int i = 0; i < kWidth; ++i) {
-            const float y = total<sum>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i];
-            bytes[i] = uniform_byte(y * factor[i], inverse[i], zero[i], low[i], high[i]);
-        }
-        store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
+// One row's bytes; by way of a buffer where the compiler makes the vectors, for whom loops must have constant length.
+template <class Bytes>
+static inline void store_row(const Bytes &bytes_at, uint8_t *__restrict out, int count) {
+    if (kLanes > 1) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v)
+            if (v * kLanes < count) store_bytes(bytes_at(v), out + v * kLanes, count - v * kLanes);
+        return;
     }
+    alignas(64) uint8_t bytes[kTileColumns];
+    for (int i = 0; i < kTileColumns; ++i) store_bytes(bytes_at(i), bytes + i, kLanes);
+    __builtin_memcpy(out, bytes, static_cast<size_t>(count));
 }
+
+// Scales and biases of such a layer are in units of the output's scale.
+template <Sum sum>
+struct CodesRow {
+    Columns<sum> columns;
+    Vec low[kTileVectors], high[kTileVectors];
+    Whole zero[kTileVectors];
+    uint8_t *out;
+    int64_t stride;
+    CodesRow(const LinearCall &call, int64_t unit, int vectors)
+        : columns(call, unit, vectors), out(static_cast<uint8_t *>(call.out) + columns.first),
+          stride(call.spec->out_features) {
+        const uint8_t *lows = call.layout + call.places.columns + columns.first * 4, *highs = lows + call.places.vector;
+        const uint8_t *zeros = highs + call.places.vector;
+        for (int v = 0; v < kTileVectors; ++v) {
+            low[v] = load(reinterpret_cast<const float *>(lows) + v * kLanes, kLanes);
+            high[v] = load(reinterpret_cast<const float *>(highs) + v * kLanes, kLanes);
+            zero[v] = load(reinterpret_cast<const int32_t *>(zeros) + v * kLanes, kLanes);
+        }
+    }
+    inline void operator()(const int32_t *sums, int64_t row) const {
+        const auto bytes = [&](int v) { return uniform_byte(columns.at(sums, v), low[v], high[v], zero[v]); };
+        store_row(bytes, out + row * stride, columns.count);
+    }
+};
 
 template <Sum sum, class Bytes>
-static void finish_gelu(const LinearCall &call, const Columns &c, const int32_t *sums, int rows, int64_t row) {
-    const Bytes to_byte(call.spec->output[0]);
-    const FxqLevels &levels = call.spec->input;
-    const float *scale = c.scale, *bias = c.bias;
-    alignas(64) uint8_t bytes[kWidth];
-    for (int r = 0; r < rows; ++r, sums += kTileColumns) {
-        for (int i = 0; i < kWidth; ++i)
-            bytes[i] = to_byte(gelu(total<sum>(sums, i, c.weight_sum[i], levels) * scale[i] + bias[i]));
-        store(bytes, static_cast<uint8_t *>(call.out) + (row + r) * call.spec->out_features + c.first, c.count);
+struct GeluRow {
+    Columns<sum> columns;
+    Bytes to_byte;
+    uint8_t *out;
+    int64_t stride;
+    GeluRow(const LinearCall &call, int64_t unit, int vectors)
+        : columns(call, unit, vectors), to_byte(call.spec->output[0]),
+          out(static_cast<uint8_t *>(call.out) + columns.first), stride(call.spec->out_features) {}
+    inline void operator()(const int32_t *sums, int64_t row) const {
+        const auto bytes = [&](int v) { return to_byte(gelu(columns.at(sums, v))); };
+        store_row(bytes, out + row * stride, columns.count);
     }
-}
+};
 
-typedef void (*Finish)(const LinearCall &, const Columns &, const int32_t *, int, int64_t);
-
-template <Sum sum>
-static Finish finish_of(const FxqLinear &spec) {
-    if (spec.epilogue == FXQ_CODES) return finish_codes<sum>;
-    if (spec.epilogue != FXQ_GELU_CODES) return finish_float<sum>;
-    if (spec.output[0].kind == FXQ_UNIFORM) return finish_gelu<sum, UniformBytes>;
-    return spec.output[0].kind == FXQ_REGIONS ? finish_gelu<sum, RegionBytes> : finish_gelu<sum, Log2Bytes>;
-}
-
-static Finish finish_of(const FxqLinear &spec) {
-    switch (sum_kind(spec)) {
-        case kOneDigit: return finish_of<kOneDigit>(spec);
-        case kNarrow: return finish_of<kNarrow>(spec);
-        default: return finish_of<kWide>(spec);
+// The rows of a finished tile; a set that can does them while its next tile is multiplied.
+template <class Row>
+struct Rows {
+    const Row *row;
+    const int32_t *sums;
+    int64_t first;
+    int count;
+    inline void some(int most) {
+        const int now = most < count ? most : count;
+        const Row &to_row = *row;
+        for (int i = 0; i < now; ++i) to_row(sums + i * kTileColumns, first + i);
+        sums += now * kTileColumns, first += now, count -= now;
     }
-}
+};
 
-static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+template <class Row>
+static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     [[maybe_unused]] const Session session;
     const FxqLinear &spec = *call.spec;
     const int64_t inner = spec.in_features, padded = round_up(inner, kInnerStep), tiles = call.places.tiles;
@@ -197,30 +221,51 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
     const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(tiles * kTileInputs, kInnerStep) * kUnit;
     Right *panel = is_plain ? nullptr
                             : static_cast<Right *>(scratch(kPanel, size_t(kMaxVectors * unit_elements) * sizeof(Right)));
-    const Finish finish = finish_of(spec);
     // Each tile is finished while the next is multiplied.
     alignas(64) int32_t sums[2][FXQ_MAX_DIGITS * kTileRows * kTileColumns] = {};
-    int current = 0, count = 0;
-    int64_t first = 0;
-    Columns before(call, unit, 1);
+    int current = 0;
+    Row kinds[2] = {Row(call, unit, 1), Row(call, unit, 1)};  // of the last panel and this one
+    Rows<Row> before{kinds, sums[0], row, 0};
+    int panels = 0;
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
         const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes;
         for (int v = 0; v < vectors && !is_plain; ++v)
             unpack(spec.weight_bits, packed + v * unit_bytes, tiles, panel + v * unit_elements);
         const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
-        const Columns columns(call, u, vectors);
+        Row *const kind = new (&kinds[++panels % 2]) Row(call, u, vectors);
         for (int64_t r = 0; r < rows;) {
             const int64_t left_over = (r < last ? last : rows) - r;
             const Left *from = r < last ? left + r * padded : copied + (r - last) * padded;
-            const int next = static_cast<int>(left_over < step ? left_over : step);
+            const int count = static_cast<int>(left_over < step ? left_over : step);
             for (int d = 0; d < digits; ++d)
-                tile(next, vectors, from + d * others * padded, padded, right, unit_elements, padded / 4,
-                     sums[current] + d * kTileRows * kTileColumns, kTileColumns);
-            if (count) finish(call, before, sums[current ^ 1], count, first);
-            before = columns, count = next, first = row + r, current ^= 1, r += next;
+                tile(count, vectors, from + d * others * padded, padded, right, unit_elements, padded / 4,
+                     sums[current] + d * kTileRows * kTileColumns, kTileColumns, before);
+            before.some(kTileRows);
+            before = {kind, sums[current], row + r, count};
+            current ^= 1, r += count;
         }
         u += vectors;
     }
-    finish(call, before, sums[current ^ 1], count, first);
+    before.some(kTileRows);
+}
+
+template <Sum sum>
+static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    const FxqLinear &spec = *call.spec;
+    if (spec.epilogue == FXQ_FLOAT) linear_with<FloatRow<sum, false>>(call, row, rows, unit, units);
+    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<FloatRow<sum, true>>(call, row, rows, unit, units);
+    else if (spec.epilogue == FXQ_CODES) linear_with<CodesRow<sum>>(call, row, rows, unit, units);
+    else if (spec.output[0].kind == FXQ_UNIFORM) linear_with<GeluRow<sum, UniformBytes>>(call, row, rows, unit, units);
+    else if (spec.output[0].kind == FXQ_REGIONS) linear_with<GeluRow<sum, RegionBytes>>(call, row, rows, unit, units);
+    else linear_with<GeluRow<sum, Log2Bytes>>(call, row, rows, unit, units);
+}
+
+static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    const FxqLinear &spec = *call.spec;
+    switch (sum_kind(spec.input, spec.in_features, 1 << (spec.weight_bits - 1))) {
+        case kOneDigit: return linear_with<kOneDigit>(call, row, rows, unit, units);
+        case kNarrow: return linear_with<kNarrow>(call, row, rows, unit, units);
+        default: return linear_with<kWide>(call, row, rows, unit, units);
+    }
 }

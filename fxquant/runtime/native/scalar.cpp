@@ -15,8 +15,9 @@ int vectors_for(int64_t) { return 1; }
 int rows_for(int) { return 4; }
 
 // sums[r][c] = sum over groups g and i < 4 of left[r][4 g + i] right[c / 16][g][c % 16][i].
+template <class Work>
 void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
-          int32_t *sums, int64_t sum_stride) {
+          int32_t *sums, int64_t sum_stride, Work &) {
     for (int r = 0; r < rows; ++r) {
         int32_t row[16] = {};
         for (int64_t g = 0; g < groups; ++g)
@@ -26,10 +27,7 @@ void tile(int rows, int, const Left *left, int64_t left_stride, const Right *rig
     }
 }
 
-void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
-}
-
+#include "portable.inl"
 #include "elementwise.inl"
 #include "linear.inl"
 #include "attention.inl"
