@@ -20,6 +20,7 @@ from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul,
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from passes.contract import PassContext
+from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
 from passes.integer_plan import IntegerPlan, integer_codes, plan
 
@@ -104,6 +105,7 @@ def _lower_native(graph_module: GraphModule) -> dict[str, str]:
     for node in list(planned.nodes):
         kernels[annotation_of(node).layer] = _build(planned, node)
     graph_module.graph.eliminate_dead_code()
+    fuse_chains(graph_module)
     return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
 
 

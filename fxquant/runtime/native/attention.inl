@@ -38,7 +38,7 @@ static void multiply(const Left *left, int64_t rows, const Panel &panel, int32_t
     }
 }
 
-static inline int64_t sum_of(const Left *left, int64_t count) {
+static FXQ_INLINE int64_t sum_of(const Left *left, int64_t count) {
     int32_t sum = 0;
     for (int64_t k = 0; k < count; ++k) sum += left[k];
     return sum;
@@ -81,11 +81,13 @@ static void values_with(const Product &p, const Left *left, int64_t rows, int32_
             continue;
         }
         for (int64_t c = 0; c < p.columns; c += kLanes) {
-            Whole value = load(sums + c, kLanes) + static_cast<uint32_t>(constant);
-            if (kind == kNarrow) value += load(sums + plane + c, kLanes) << 8;
-            if (kind == kNarrow && digits == 3) value += load(sums + 2 * plane + c, kLanes) << 16;
-            if (p.levels.zero) value -= load(column_sum + c, kLanes) * static_cast<uint32_t>(p.levels.zero);
-            store(to_float(value) * p.scale, to + c, p.columns - c);
+            const int64_t left_over = stride - c;
+            Whole value = load(sums + c, left_over) + splat(static_cast<uint32_t>(constant));
+            if (kind == kNarrow) value = value + (load(sums + plane + c, left_over) << 8);
+            if (kind == kNarrow && digits == 3) value = value + (load(sums + 2 * plane + c, left_over) << 16);
+            if (p.levels.zero)
+                value = value - load(column_sum + c, left_over) * splat(static_cast<uint32_t>(p.levels.zero));
+            store(to_float(value) * splat(p.scale), to + c, p.columns - c);
         }
     }
 }
@@ -116,28 +118,28 @@ static void matmul(const MatmulCall &call, int64_t batch) {
     }
 }
 
-// Bytes of the softmax of a row, which has room for whole vectors of 16 and is spoilt.
-template <class Bytes>
-static void softmax(const Bytes &bytes, float *__restrict row, int64_t count, uint8_t *__restrict out) {
-    const int64_t whole = round_up(count, 16);
-    for (int64_t c = count; c < whole; ++c) row[c] = -__builtin_inff();
-    Lanes most = lanes_at(row);
-    for (int64_t c = 16; c < whole; c += 16) {
-        const Lanes next = lanes_at(row + c);
-        most = next > most ? next : most;
+// Bytes of the softmax of rows, which are spoilt; in passes over all of them, since what ends a pass of one row takes
+// long.
+static void softmax(const FxqQuantizer &quantizer, float *scores, int64_t stride, int64_t rows, int64_t count,
+                    uint8_t *out) {
+    float most[kRowBlock], gains[kRowBlock];
+    for (int64_t r = 0; r < rows; ++r) most[r] = largest(scores + r * stride, count);
+    for (int64_t r = 0; r < rows; ++r) {
+        float *__restrict row = scores + r * stride;
+        const Vec top = splat(most[r]);
+        for (int64_t c = 0; c < count; c += kLanes)
+            store(exponential(load(row + c, count - c) - top), row + c, count - c);
     }
-    float largest = most[0];
-    for (int i = 1; i < 16; ++i) largest = most[i] > largest ? most[i] : largest;
-    for (int64_t c = 0; c < whole; c += kLanes) store(exponential(load(row + c, kLanes) - largest), row + c, kLanes);
-    for (int64_t c = count; c < whole; ++c) row[c] = 0.0f;
-    const float gain = 1.0f / sum<1>(row, whole, 0.0f);
-    for (int64_t c = 0; c < count; c += kLanes) store_bytes(bytes(load(row + c, kLanes) * gain), out + c, count - c);
-}
-
-static void softmax(const FxqQuantizer &q, float *row, int64_t count, uint8_t *out) {
-    if (q.kind == FXQ_UNIFORM) softmax(UniformBytes(q), row, count, out);
-    else if (q.kind == FXQ_REGIONS) softmax(RegionBytes(q), row, count, out);
-    else softmax(Log2Bytes(q), row, count, out);
+    for (int64_t r = 0; r < rows; ++r) gains[r] = 1.0f / sum<1>(scores + r * stride, count, 0.0f);
+    with_bytes(quantizer, [&](const auto &bytes) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *__restrict row = scores + r * stride;
+            uint8_t *__restrict to = out + r * count;
+            const Vec gain = splat(gains[r]);
+            for (int64_t c = 0; c < count; c += kLanes)
+                store_bytes(bytes(load(row + c, count - c) * gain), to + c, count - c);
+        }
+    });
 }
 
 static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
@@ -165,12 +167,9 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
         const int64_t rows = tokens - r < kRowBlock ? tokens - r : kRowBlock;
         expand_all(levels, query + r * stride, stride, rows, size, first.padded(), left);
         values_of(first, left, rows, sums, scores, whole);
-        for (int64_t i = 0; i < rows; ++i) {
-            float *row = scores + i * whole;
-            if (bias)
-                for (int64_t c = 0; c < tokens; ++c) row[c] += bias[(r + i) * tokens + c];
-            softmax(spec.softmax, row, tokens, bytes + i * tokens);
-        }
+        for (int64_t i = 0; i < rows && bias; ++i)
+            for (int64_t c = 0; c < tokens; ++c) scores[i * whole + c] += bias[(r + i) * tokens + c];
+        softmax(spec.softmax, scores, whole, rows, tokens, bytes);
         expand_all(spec.softmax_levels, bytes, tokens, rows, tokens, second.padded(), left);
         values_of(second, left, rows, sums, scores, size);
         for (int64_t i = 0; i < rows; ++i)

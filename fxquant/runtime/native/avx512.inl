@@ -1,34 +1,119 @@
 // What the sets for AVX512 share: vectors of 16 floats, tables, and the packing of activations.
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t Whole __attribute__((vector_size(64)));
-constexpr int kLanes = 16;
+// Two registers at a time: long chains of operations need a second one to wait for.
+constexpr int kLanes = 32;
 
-static inline __mmask16 mask_of(int64_t count) { return count < 16 ? static_cast<__mmask16>((1u << count) - 1) : 0xffff; }
-static inline __mmask64 mask64_of(int64_t count) { return count < 64 ? (uint64_t(1) << count) - 1 : ~uint64_t(0); }
+struct Vec {
+    __m512 low, high;
+};
+struct Whole {
+    __m512i low, high;
+};
 
-static inline Vec splat(float x) { return _mm512_set1_ps(x); }
-static inline Vec load(const float *from, int64_t count) { return _mm512_maskz_loadu_ps(mask_of(count), from); }
-static inline Whole load(const int32_t *from, int64_t count) {
-    return (Whole)_mm512_maskz_loadu_epi32(mask_of(count), from);
+static FXQ_INLINE __mmask16 mask_of(int64_t count) {
+    return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
-static inline void store(Vec x, float *to, int64_t count) { _mm512_mask_storeu_ps(to, mask_of(count), x); }
-static inline void store_bytes(Whole x, uint8_t *to, int64_t count) {
-    if (count >= 16) _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8((__m512i)x));
-    else _mm512_mask_cvtepi32_storeu_epi8(to, mask_of(count), (__m512i)x);
+static FXQ_INLINE __mmask64 mask64_of(int64_t count) { return count < 64 ? (uint64_t(1) << count) - 1 : ~uint64_t(0); }
+
+static FXQ_INLINE Vec splat(float x) { return {_mm512_set1_ps(x), _mm512_set1_ps(x)}; }
+static FXQ_INLINE Whole splat(uint32_t x) {
+    return {_mm512_set1_epi32(static_cast<int>(x)), _mm512_set1_epi32(static_cast<int>(x))};
 }
-static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where a is no number
-static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-static inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-static inline Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
+static FXQ_INLINE Vec load(const float *from, int64_t count) {
+    if (count >= kLanes) return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+    return {_mm512_maskz_loadu_ps(mask_of(count), from), _mm512_maskz_loadu_ps(mask_of(count - 16), from + 16)};
 }
-static inline Vec to_float(Whole x) { return _mm512_cvtepi32_ps((__m512i)x); }
-static inline Vec entry(const float *table, Whole index) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+static FXQ_INLINE Whole load(const int32_t *from, int64_t count) {
+    if (count >= kLanes) return {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 16)};
+    return {_mm512_maskz_loadu_epi32(mask_of(count), from), _mm512_maskz_loadu_epi32(mask_of(count - 16), from + 16)};
 }
-static inline Whole bits_of(Vec x) { return (Whole)x; }
-static inline Vec float_of(Whole bits) { return (Vec)bits; }
+static FXQ_INLINE void store(Vec x, float *to, int64_t count) {
+    if (count >= kLanes) {
+        _mm512_storeu_ps(to, x.low), _mm512_storeu_ps(to + 16, x.high);
+    } else {
+        _mm512_mask_storeu_ps(to, mask_of(count), x.low);
+        _mm512_mask_storeu_ps(to + 16, mask_of(count - 16), x.high);
+    }
+}
+static FXQ_INLINE void store_bytes(Whole x, uint8_t *to, int64_t count) {
+    const __m128i low = _mm512_cvtepi32_epi8(x.low), high = _mm512_cvtepi32_epi8(x.high);
+    if (count >= kLanes) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to), low);
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 16), high);
+    } else {
+        _mm_mask_storeu_epi8(to, mask_of(count), low);
+        _mm_mask_storeu_epi8(to + 16, mask_of(count - 16), high);
+    }
+}
+
+static FXQ_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
+static FXQ_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.low, b.low), _mm512_sub_ps(a.high, b.high)}; }
+static FXQ_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.low, b.low), _mm512_mul_ps(a.high, b.high)}; }
+static FXQ_INLINE Vec larger(Vec a, Vec b) {  // b where a is no number
+    return {_mm512_max_ps(a.low, b.low), _mm512_max_ps(a.high, b.high)};
+}
+static FXQ_INLINE Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.low, b.low), _mm512_min_ps(a.high, b.high)}; }
+static FXQ_INLINE Vec size_of(Vec a) { return {_mm512_abs_ps(a.low), _mm512_abs_ps(a.high)}; }
+static FXQ_INLINE Vec fused(Vec a, Vec b, Vec c) {
+    return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
+}
+static FXQ_INLINE Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.low, b.low, _CMP_LT_OQ), otherwise.low, then.low),
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.high, b.high, _CMP_LT_OQ), otherwise.high, then.high)};
+}
+static FXQ_INLINE Vec to_float(Whole x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
+static FXQ_INLINE Vec entry(const float *table, Whole index) {
+    const __m512 first = _mm512_loadu_ps(table), second = _mm512_loadu_ps(table + 16);
+    return {_mm512_permutex2var_ps(first, index.low, second), _mm512_permutex2var_ps(first, index.high, second)};
+}
+static FXQ_INLINE Whole bits_of(Vec x) { return {_mm512_castps_si512(x.low), _mm512_castps_si512(x.high)}; }
+static FXQ_INLINE Vec float_of(Whole x) { return {_mm512_castsi512_ps(x.low), _mm512_castsi512_ps(x.high)}; }
+static FXQ_INLINE Whole operator+(Whole a, Whole b) {
+    return {_mm512_add_epi32(a.low, b.low), _mm512_add_epi32(a.high, b.high)};
+}
+static FXQ_INLINE Whole operator-(Whole a, Whole b) {
+    return {_mm512_sub_epi32(a.low, b.low), _mm512_sub_epi32(a.high, b.high)};
+}
+static FXQ_INLINE Whole operator*(Whole a, Whole b) {
+    return {_mm512_mullo_epi32(a.low, b.low), _mm512_mullo_epi32(a.high, b.high)};
+}
+static FXQ_INLINE Whole operator<<(Whole a, unsigned by) { return {_mm512_slli_epi32(a.low, by), _mm512_slli_epi32(a.high, by)}; }
+static FXQ_INLINE Whole operator>>(Whole a, unsigned by) { return {_mm512_srli_epi32(a.low, by), _mm512_srli_epi32(a.high, by)}; }
+
+// Of 16 partial sums, in the order that all sets keep.
+static FXQ_INLINE float sum_of(__m512 x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Looking up 32 entries ignores all bits but the last five.
+static FXQ_INLINE Whole piece_of(Vec sum) { return bits_of(sum); }
+
+// As in portable.inl.
+template <int power>
+static FXQ_INLINE float sum(const float *x, int64_t count, float center) {
+    const __m512 middle = _mm512_set1_ps(center);
+    __m512 sums[4] = {};
+    const auto add = [middle](__m512 to, __m512 value) {
+        const __m512 difference = _mm512_sub_ps(value, middle);
+        return _mm512_add_ps(to, power == 2 ? _mm512_mul_ps(difference, difference) : difference);
+    };
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64)
+        for (int part = 0; part < 4; ++part) sums[part] = add(sums[part], _mm512_loadu_ps(x + i + part * 16));
+    for (; i + 16 <= count; i += 16) sums[0] = add(sums[0], _mm512_loadu_ps(x + i));
+    if (i < count) sums[0] = add(sums[0], _mm512_mask_loadu_ps(middle, mask_of(count - i), x + i));
+    return sum_of(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
+static FXQ_INLINE float largest(const float *x, int64_t count) {
+    __m512 most = _mm512_set1_ps(x[0]);
+    for (int64_t i = 0; i < count; i += 16)
+        most = _mm512_max_ps(_mm512_mask_loadu_ps(most, mask_of(count - i), x + i), most);
+    return _mm512_reduce_max_ps(most);
+}
 
 // The table of 256 bytes is in four registers; the first bit of a code says which two hold its entry.
 static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
@@ -43,14 +128,14 @@ static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, L
 }
 
 // Up to 64 bytes less 128; zero beyond `count`.
-static inline __m512i signed_bytes(const uint8_t *from, int64_t count) {
+static FXQ_INLINE __m512i signed_bytes(const uint8_t *from, int64_t count) {
     const __m512i middle = _mm512_set1_epi8(-128);
     if (count <= 0) return _mm512_setzero_si512();
     return _mm512_xor_si512(_mm512_mask_loadu_epi8(middle, mask64_of(count), from), middle);
 }
 
 // 16 rows of 16 times 4 bytes to 16 groups of 16 times 4 bytes.
-static inline void transpose(__m512i *r) {
+static FXQ_INLINE void transpose(__m512i *r) {
     __m512i t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -81,7 +166,7 @@ static inline void transpose(__m512i *r) {
 }
 
 // 4 rows of 64 bytes to 4 groups of 16 times 4 bytes: byte i of row r to group i / 16, place 4 (i % 16) + r.
-static inline void interleave(__m512i *r) {
+static FXQ_INLINE void interleave(__m512i *r) {
     const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
     const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
     const __m512i e = _mm512_unpacklo_epi16(a, c), f = _mm512_unpackhi_epi16(a, c);
@@ -92,7 +177,7 @@ static inline void interleave(__m512i *r) {
     r[2] = _mm512_shuffle_i32x4(j, l, 0x88), r[3] = _mm512_shuffle_i32x4(j, l, 0xdd);
 }
 
-static inline __m512i plus_row_sums(__m512i sums, __m512i numbers) {
+static FXQ_INLINE __m512i plus_row_sums(__m512i sums, __m512i numbers) {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), numbers);
 }
 

@@ -52,38 +52,7 @@ int32_t best() {
 int32_t selected = best();
 const Kernels &kernels() { return *kSets[selected]; }
 
-constexpr int64_t kMaxSize = int64_t(1) << 24, kMaxElements = int64_t(1) << 40;
-
-bool is_size(int64_t n, int64_t most = kMaxSize) { return n >= 1 && n <= most; }
-bool is_positive(float x) { return std::isfinite(x) && x > 0; }
-bool is_byte(int32_t n) { return n >= 0 && n <= 255; }
-
-// a * b * ... where no factor is negative, or -1 beyond kMaxElements.
-template <class... Sizes>
-int64_t product(Sizes... sizes) {
-    int64_t total = 1;
-    for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
-        if (size < 0 || size > kMaxElements || (size && total > kMaxElements / size)) return -1;
-        total *= size;
-    }
-    return total;
-}
-
-// Whether a buffer of `bytes` bytes holds exactly these elements.
-bool holds(int64_t bytes, int64_t elements, int64_t element_bytes) {
-    return elements >= 0 && bytes == elements * element_bytes;
-}
-
-bool is_valid(const FxqQuantizer &q) {
-    if (!is_positive(q.scale) || !is_positive(1.0f / q.scale)) return false;
-    if (q.kind == FXQ_UNIFORM) return is_byte(q.zero) && is_byte(q.low) && is_byte(q.high) && q.low <= q.high;
-    if (q.kind == FXQ_REGIONS)
-        return q.bits >= 2 && q.bits <= 8 && 0 <= q.shift_small && q.shift_small <= q.shift_large &&
-               q.shift_large <= 24 && (q.negative == 0 || q.negative == 1);
-    return q.kind == FXQ_LOG2 && q.bits >= 2 && q.bits <= 4;
-}
-
-bool is_valid(const FxqLevels &levels) {
+bool are_levels(const FxqLevels &levels) {
     if (levels.count < 1 || levels.count > FXQ_MAX_DIGITS || !is_positive(levels.unit)) return false;
     if (levels.identity != 0 && (levels.identity != 1 || levels.count != 1)) return false;
     return levels.zero >= 0 && levels.zero < (int64_t(1) << (8 * levels.count));
@@ -92,12 +61,12 @@ bool is_valid(const FxqLevels &levels) {
 int32_t check(const FxqLinear &spec) {
     if (!is_size(spec.out_features) || !is_size(spec.in_features, FXQ_MAX_INNER)) return FXQ_SIZE;
     if (spec.weight_bits < 2 || spec.weight_bits > 8) return FXQ_WIDTH;
-    if (spec.epilogue < FXQ_FLOAT || spec.epilogue > FXQ_GELU_CODES || !is_valid(spec.input)) return FXQ_QUANTIZER;
+    if (spec.epilogue < FXQ_FLOAT || spec.epilogue > FXQ_GELU_CODES || !are_levels(spec.input)) return FXQ_QUANTIZER;
     const bool gives_codes = spec.epilogue == FXQ_CODES;
     if (spec.ranges < 1 || spec.ranges > (gives_codes ? FXQ_MAX_RANGES : 1) || spec.out_features % spec.ranges)
         return FXQ_QUANTIZER;
     for (int32_t i = 0; i < spec.ranges && spec.epilogue >= FXQ_CODES; ++i) {
-        if (!is_valid(spec.output[i])) return FXQ_QUANTIZER;
+        if (!is_quantizer(spec.output[i])) return FXQ_QUANTIZER;
         if (gives_codes && (spec.output[i].kind != FXQ_UNIFORM || !std::isfinite(spec.factor[i]))) return FXQ_QUANTIZER;
     }
     return FXQ_OK;
@@ -169,6 +138,65 @@ struct LinearWork {
 int32_t done(bool finished) { return finished ? FXQ_OK : FXQ_MEMORY; }
 
 }  // namespace
+
+bool is_quantizer(const FxqQuantizer &q) {
+    if (!is_positive(q.scale) || !is_positive(1.0f / q.scale)) return false;
+    if (q.kind == FXQ_UNIFORM) return is_byte(q.zero) && is_byte(q.low) && is_byte(q.high) && q.low <= q.high;
+    if (q.kind == FXQ_REGIONS)
+        return q.bits >= 2 && q.bits <= 8 && 0 <= q.shift_small && q.shift_small <= q.shift_large &&
+               q.shift_large <= 24 && (q.negative == 0 || q.negative == 1);
+    return q.kind == FXQ_LOG2 && q.bits >= 2 && q.bits <= 4;
+}
+
+int32_t check(const FxqAttention &spec) {
+    if (!is_size(spec.heads, 1 << 16) || !is_size(spec.head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
+    for (const int32_t zero : spec.zero)
+        if (!is_byte(zero)) return FXQ_QUANTIZER;
+    return is_positive(spec.score_scale) && is_positive(spec.value_scale) && is_quantizer(spec.softmax) &&
+                   are_levels(spec.softmax_levels) && is_quantizer(spec.output)
+               ? FXQ_OK
+               : FXQ_QUANTIZER;
+}
+
+int32_t open_linear(const uint8_t *layout, int64_t bytes, FxqLinear *spec) {
+    LinearHeader header;
+    if (bytes < static_cast<int64_t>(sizeof header)) return FXQ_LAYOUT;
+    std::memcpy(&header, layout, sizeof header);  // a copy: nobody changes it between check and use
+    if (header.magic != kMagic || header.version != kVersion || check(header.spec) != FXQ_OK) return FXQ_LAYOUT;
+    if (bytes != LinearPlaces(header.spec).total || reinterpret_cast<uintptr_t>(layout) % 4) return FXQ_LAYOUT;
+    *spec = header.spec;
+    return FXQ_OK;
+}
+
+bool run_linear(const LinearCall &call, int32_t threads) {
+    if (call.rows == 0) return true;
+    LinearWork work{call, 0, 0, 0};
+    work.split(threads);
+    const int64_t row_blocks = (call.rows + work.block_rows - 1) / work.block_rows;
+    return parallel(row_blocks * work.unit_blocks, threads, LinearWork::run, &work);
+}
+
+bool run_layer_norm(const LayerNormCall &call, int64_t rows, int32_t threads) {
+    struct Work {
+        LayerNormCall call;
+        int64_t rows;
+    } work{call, rows};
+    static constexpr int64_t kBlock = 64;
+    const auto run = [](void *self, int64_t index) {
+        const Work &w = *static_cast<Work *>(self);
+        kernels().layer_norm(w.call, index * kBlock, std::min<int64_t>(kBlock, w.rows - index * kBlock));
+    };
+    return parallel((rows + kBlock - 1) / kBlock, threads, run, &work);
+}
+
+bool run_attention(AttentionCall call, int64_t batch, int32_t threads) {
+    const auto run = [](void *self, int64_t index) {
+        const AttentionCall &c = *static_cast<AttentionCall *>(self);
+        kernels().attention(c, index / c.spec->heads, index % c.spec->heads);
+    };
+    return parallel(batch * call.spec->heads, threads, run, &call);
+}
+
 }  // namespace fxq
 
 using namespace fxq;
@@ -242,30 +270,22 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
 int32_t fxq_linear(const uint8_t *layout, int64_t layout_bytes, const uint8_t *codes, int64_t code_bytes, int64_t rows,
                    const float *residual, int64_t residual_bytes, void *out, int64_t out_bytes, int32_t threads) {
     if (!layout || !codes || !out) return FXQ_NULL;
-    LinearHeader header;
-    if (layout_bytes < static_cast<int64_t>(sizeof header)) return FXQ_LAYOUT;
-    std::memcpy(&header, layout, sizeof header);  // a copy: nobody changes it between check and use
-    const FxqLinear &spec = header.spec;
-    if (header.magic != kMagic || header.version != kVersion || check(spec) != FXQ_OK) return FXQ_LAYOUT;
-    const LinearPlaces places(spec);
-    if (layout_bytes != places.total || reinterpret_cast<uintptr_t>(layout) % 4) return FXQ_LAYOUT;
+    FxqLinear spec;
+    if (const int32_t status = open_linear(layout, layout_bytes, &spec)) return status;
     const int64_t elements = product(rows, spec.out_features);
     const bool is_float = spec.epilogue == FXQ_FLOAT || spec.epilogue == FXQ_RESIDUAL;
     if (!holds(code_bytes, product(rows, spec.in_features), 1) || !holds(out_bytes, elements, is_float ? 4 : 1))
         return FXQ_SIZE;
     if (spec.epilogue == FXQ_RESIDUAL && !residual) return FXQ_NULL;
     if (residual_bytes != (spec.epilogue == FXQ_RESIDUAL ? elements * 4 : 0)) return FXQ_SIZE;
-    if (rows == 0) return FXQ_OK;
-    LinearWork work{{&spec, places, layout, codes, rows, residual, out}, 0, 0, 0};
-    work.split(threads);
-    const int64_t row_blocks = (rows + work.block_rows - 1) / work.block_rows;
-    return done(parallel(row_blocks * work.unit_blocks, threads, LinearWork::run, &work));
+    const LinearCall call{&spec, LinearPlaces(spec), layout, codes, rows, residual, out};
+    return done(run_linear(call, threads));
 }
 
 int32_t fxq_quantize(const FxqQuantizer *quantizer, const float *x, int64_t count, uint8_t *out, int64_t out_bytes,
                      int32_t threads) {
     if (!quantizer || !x || !out) return FXQ_NULL;
-    if (!is_valid(*quantizer)) return FXQ_QUANTIZER;
+    if (!is_quantizer(*quantizer)) return FXQ_QUANTIZER;
     if (!holds(out_bytes, product(count), 1)) return FXQ_SIZE;
     struct Work {
         const FxqQuantizer *quantizer;
@@ -286,25 +306,16 @@ int32_t fxq_layer_norm(const FxqQuantizer *quantizer, const float *x, int64_t ro
                        const float *weight, const float *bias, float epsilon, uint8_t *out, int64_t out_bytes,
                        int32_t threads) {
     if (!quantizer || !x || !out) return FXQ_NULL;
-    if (!is_valid(*quantizer) || !std::isfinite(epsilon) || epsilon < 0) return FXQ_QUANTIZER;
+    if (!is_quantizer(*quantizer) || !std::isfinite(epsilon) || epsilon < 0) return FXQ_QUANTIZER;
     if (!is_size(channels) || !holds(out_bytes, product(rows, channels), 1)) return FXQ_SIZE;
-    struct Work {
-        LayerNormCall call;
-        int64_t rows;
-    } work{{quantizer, x, weight, bias, channels, epsilon, out}, rows};
-    static constexpr int64_t kBlock = 64;
-    const auto run = [](void *self, int64_t index) {
-        const Work &w = *static_cast<Work *>(self);
-        kernels().layer_norm(w.call, index * kBlock, std::min<int64_t>(kBlock, w.rows - index * kBlock));
-    };
-    return done(parallel((rows + kBlock - 1) / kBlock, threads, run, &work));
+    return done(run_layer_norm({quantizer, x, weight, bias, channels, epsilon, out}, rows, threads));
 }
 
 int32_t fxq_matmul(const FxqLevels *left_levels, int32_t right_zero, float scale, const uint8_t *left,
                    int64_t left_bytes, const uint8_t *right, int64_t right_bytes, int32_t transposed, int64_t batch,
                    int64_t n, int64_t k, int64_t m, float *out, int64_t out_bytes, int32_t threads) {
     if (!left_levels || !left || !right || !out) return FXQ_NULL;
-    if (!is_valid(*left_levels) || !is_byte(right_zero) || !is_positive(scale)) return FXQ_QUANTIZER;
+    if (!are_levels(*left_levels) || !is_byte(right_zero) || !is_positive(scale)) return FXQ_QUANTIZER;
     if (!is_size(n) || !is_size(k, FXQ_MAX_INNER) || !is_size(m)) return FXQ_SIZE;
     if (!holds(left_bytes, product(batch, n, k), 1) || !holds(right_bytes, product(batch, k, m), 1) ||
         !holds(out_bytes, product(batch, n, m), 4))
@@ -317,21 +328,11 @@ int32_t fxq_matmul(const FxqLevels *left_levels, int32_t right_zero, float scale
 int32_t fxq_attention(const FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch, int64_t tokens,
                       const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes, int32_t threads) {
     if (!spec || !qkv || !out) return FXQ_NULL;
-    if (!is_size(spec->heads, 1 << 16) || !is_size(spec->head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
-    for (const int32_t zero : spec->zero)
-        if (!is_byte(zero)) return FXQ_QUANTIZER;
-    if (!is_positive(spec->score_scale) || !is_positive(spec->value_scale) || !is_valid(spec->softmax) ||
-        !is_valid(spec->softmax_levels) || !is_valid(spec->output))
-        return FXQ_QUANTIZER;
+    if (const int32_t status = check(*spec)) return status;
     if (!is_size(tokens, FXQ_MAX_INNER)) return FXQ_SIZE;
     const int64_t group_bytes = spec->heads * tokens * tokens * 4, bias_groups = bias ? bias_bytes / group_bytes : 0;
     if (bias_bytes != bias_groups * group_bytes || (bias && bias_groups < 1)) return FXQ_SIZE;
     const int64_t elements = product(batch, tokens, spec->heads, spec->head_size);
     if (!holds(out_bytes, elements, 1) || !holds(qkv_bytes, product(elements, 3), 1)) return FXQ_SIZE;
-    AttentionCall call{spec, qkv, tokens, bias_groups, bias, out};
-    const auto run = [](void *self, int64_t index) {
-        const AttentionCall &c = *static_cast<AttentionCall *>(self);
-        kernels().attention(c, index / c.spec->heads, index % c.spec->heads);
-    };
-    return done(parallel(batch * spec->heads, threads, run, &call));
+    return done(run_attention({spec, qkv, tokens, bias_groups, bias, out}, batch, threads));
 }

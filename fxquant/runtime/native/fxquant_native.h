@@ -17,7 +17,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 1, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
+enum { FXQ_ABI = 2, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -121,5 +121,29 @@ FXQ_API int32_t fxq_matmul(const struct FxqLevels *left_levels, int32_t right_ze
 FXQ_API int32_t fxq_attention(const struct FxqAttention *spec, const uint8_t *qkv, int64_t qkv_bytes, int64_t batch,
                               int64_t tokens, const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes,
                               int32_t threads);
+
+// A chain is a block of bytes too: FxqChain, `count` FxqSteps, then what their offsets point to (multiples of 64).
+// Values are rows of float32 or bytes, one row a token: value 0 is the input, value i + 1 the result of step i.
+enum FxqStepKind { FXQ_LAYER_NORM = 0, FXQ_LINEAR = 1, FXQ_ATTENTION = 2 };
+
+struct FxqChain {
+    uint32_t magic, version;
+    int64_t count;     // steps, 1 .. 4096
+    int64_t channels;  // of the input, float32
+};
+
+struct FxqStep {
+    int32_t kind, input, residual;  // numbers of values; residual: of a linear layer with FXQ_RESIDUAL, else 0
+    float epsilon;                  // layer norm
+    int64_t offset, bytes;          // of the layer's layout, the norm's FxqQuantizer or the FxqAttention
+    int64_t weight, bias;           // offsets of the norm's (channels,), or of the attention's bias; 0: none
+    int64_t bias_groups;            // attention: groups of its bias (groups, heads, tokens, tokens); 0: none
+};
+enum { FXQ_CHAIN_MAGIC = 0x43515846 };
+
+// Runs all steps on a few images at a time, which stay in the cache. x: float32 (images, tokens, channels). out: what
+// the last step gives, float32 or bytes.
+FXQ_API int32_t fxq_chain(const uint8_t *chain, int64_t chain_bytes, int64_t images, int64_t tokens, const float *x,
+                          int64_t x_bytes, void *out, int64_t out_bytes, int32_t threads);
 
 #endif

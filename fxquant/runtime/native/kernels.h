@@ -6,9 +6,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <cmath>
+#include <initializer_list>
 #include <new>
+#include <type_traits>
 
 #include "fxquant_native.h"
+
+#if defined(__GNUC__)
+#define FXQ_INLINE inline __attribute__((always_inline))
+#else
+#define FXQ_INLINE inline
+#endif
 
 namespace fxq {
 
@@ -100,11 +109,43 @@ extern const Kernels kAmxInt8;
 #endif
 #endif
 
+constexpr int64_t kMaxSize = int64_t(1) << 24, kMaxElements = int64_t(1) << 40;
+
+inline bool is_size(int64_t n, int64_t most = kMaxSize) { return n >= 1 && n <= most; }
+inline bool is_positive(float x) { return std::isfinite(x) && x > 0; }
+inline bool is_byte(int32_t n) { return n >= 0 && n <= 255; }
+
+// a * b * ... where no factor is negative, or -1 beyond kMaxElements.
+template <class... Sizes>
+int64_t product(Sizes... sizes) {
+    int64_t total = 1;
+    for (const int64_t size : {static_cast<int64_t>(sizes)...}) {
+        if (size < 0 || size > kMaxElements || (size && total > kMaxElements / size)) return -1;
+        total *= size;
+    }
+    return total;
+}
+
+// Whether a buffer of `bytes` bytes holds exactly these elements.
+inline bool holds(int64_t bytes, int64_t elements, int64_t element_bytes) {
+    return elements >= 0 && bytes == elements * element_bytes;
+}
+
+// Whether what a stranger's bytes say makes sense; `open_linear` copies what it has checked.
+bool is_quantizer(const FxqQuantizer &quantizer);
+int32_t check(const FxqAttention &spec);
+int32_t open_linear(const uint8_t *layout, int64_t bytes, FxqLinear *spec);
+
+// A call that was checked, on threads; false without memory.
+bool run_linear(const LinearCall &call, int32_t threads);
+bool run_layer_norm(const LayerNormCall &call, int64_t rows, int32_t threads);
+bool run_attention(AttentionCall call, int64_t batch, int32_t threads);
+
 // Runs task(context, i) for every i below count, on `threads` threads including the caller's; false without memory.
 bool parallel(int64_t count, int32_t threads, void (*task)(void *, int64_t), void *context);
 
 // This thread's scratch memory number `slot`, at least `bytes` long, 64-byte aligned; throws std::bad_alloc.
-enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kSlots };
+enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kChain, kSlots };
 void *scratch(Slot slot, size_t bytes);
 
 }  // namespace fxq

@@ -7,17 +7,19 @@ returns a status, which `call` turns into a BackendError.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 1
+ABI = 2
 MAX_DIGITS, MAX_INNER, MAX_RANGES = 3, 32768, 3
 UNIFORM, REGIONS, LOG2 = 0, 1, 2
 FLOAT, RESIDUAL, CODES, GELU_CODES = range(4)
+LAYER_NORM, LINEAR, ATTENTION = range(3)
+CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 2
 
 
 class QuantizerSpec(Structure):
@@ -57,6 +59,21 @@ class AttentionSpec(Structure):
     )  # fmt: skip
 
 
+class ChainHeader(Structure):
+    """`FxqChain`: what a chain begins with."""
+
+    _fields_ = (("magic", c_uint32), ("version", c_uint32), ("count", c_int64), ("channels", c_int64))
+
+
+class StepSpec(Structure):
+    """`FxqStep`: one layer of a chain."""
+
+    _fields_ = (
+        ("kind", c_int32), ("input", c_int32), ("residual", c_int32), ("epsilon", c_float), ("offset", c_int64),
+        ("bytes", c_int64), ("weight", c_int64), ("bias", c_int64), ("bias_groups", c_int64),
+    )  # fmt: skip
+
+
 _POINTER, _SIZE, _INT = c_void_p, c_int64, c_int32
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_abi": ([], _INT),
@@ -79,6 +96,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_attention": (
         [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_chain": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
 }  # fmt: skip
 
 

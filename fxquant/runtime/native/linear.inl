@@ -65,6 +65,7 @@ static Sum sum_kind(const FxqLevels &levels, int64_t inner, int64_t most_right) 
 }
 
 constexpr int kTileVectors = kTileColumns / kLanes;
+static_assert(kTileVectors * kLanes == kTileColumns, "rows of a tile are whole vectors");
 
 // A panel's columns: what turns the sums of a row into numbers. Panels begin at multiples of their width, so what is
 // read beyond the last column is padding of the layout's vectors.
@@ -82,13 +83,13 @@ struct Columns {
         weight_sum = reinterpret_cast<const int32_t *>(call.layout + call.places.weight_sum) + first;
         for (int v = 0; v < kTileVectors; ++v) {
             scale[v] = load(scales + v * kLanes, kLanes), bias[v] = load(biases + v * kLanes, kLanes);
-            correction[v] = load(weight_sum + v * kLanes, kLanes) * static_cast<uint32_t>(levels->zero);
+            correction[v] = load(weight_sum + v * kLanes, kLanes) * splat(static_cast<uint32_t>(levels->zero));
         }
         const int64_t left = call.spec->out_features - first;
         count = static_cast<int>(left < vectors * kUnit ? left : vectors * kUnit);
     }
     // Columns v kLanes and on. sums: a row of int32 (digits, kTileRows, kTileColumns).
-    inline Vec at(const int32_t *sums, int v) const {
+    FXQ_INLINE Vec at(const int32_t *sums, int v) const {
         constexpr int plane = kTileRows * kTileColumns;
         Vec total;
         sums += v * kLanes;
@@ -103,8 +104,8 @@ struct Columns {
         } else {
             // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
             Whole value = load(sums, kLanes) - correction[v];
-            if (sum == kNarrow) value += load(sums + plane, kLanes) << 8;
-            if (sum == kNarrow && levels->count == 3) value += load(sums + 2 * plane, kLanes) << 16;
+            if (sum == kNarrow) value = value + (load(sums + plane, kLanes) << 8);
+            if (sum == kNarrow && levels->count == 3) value = value + (load(sums + 2 * plane, kLanes) << 16);
             total = to_float(value);
         }
         return fused(total, scale[v], bias[v]);
@@ -117,7 +118,7 @@ struct FloatRow {
     Columns<sum> columns;
     const LinearCall &call;
     FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
-    inline void operator()(const int32_t *sums, int64_t row) const {
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
         const int64_t place = row * call.spec->out_features + columns.first;
         const float *__restrict residual = call.residual + place;
         float *__restrict out = static_cast<float *>(call.out) + place;
@@ -132,7 +133,7 @@ struct FloatRow {
 
 // One row's bytes; by way of a buffer where the compiler makes the vectors, for whom loops must have constant length.
 template <class Bytes>
-static inline void store_row(const Bytes &bytes_at, uint8_t *__restrict out, int count) {
+static FXQ_INLINE void store_row(const Bytes &bytes_at, uint8_t *__restrict out, int count) {
     if (kLanes > 1) {
 #pragma GCC unroll 4
         for (int v = 0; v < kTileVectors; ++v)
@@ -163,7 +164,7 @@ struct CodesRow {
             zero[v] = load(reinterpret_cast<const int32_t *>(zeros) + v * kLanes, kLanes);
         }
     }
-    inline void operator()(const int32_t *sums, int64_t row) const {
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
         const auto bytes = [&](int v) { return uniform_byte(columns.at(sums, v), low[v], high[v], zero[v]); };
         store_row(bytes, out + row * stride, columns.count);
     }
@@ -178,7 +179,7 @@ struct GeluRow {
     GeluRow(const LinearCall &call, int64_t unit, int vectors)
         : columns(call, unit, vectors), to_byte(call.spec->output[0]),
           out(static_cast<uint8_t *>(call.out) + columns.first), stride(call.spec->out_features) {}
-    inline void operator()(const int32_t *sums, int64_t row) const {
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
         const auto bytes = [&](int v) { return to_byte(gelu(columns.at(sums, v))); };
         store_row(bytes, out + row * stride, columns.count);
     }
@@ -191,7 +192,7 @@ struct Rows {
     const int32_t *sums;
     int64_t first;
     int count;
-    inline void some(int most) {
+    FXQ_INLINE void some(int most) {
         const int now = most < count ? most : count;
         const Row &to_row = *row;
         for (int i = 0; i < now; ++i) to_row(sums + i * kTileColumns, first + i);
@@ -256,9 +257,10 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
     if (spec.epilogue == FXQ_FLOAT) linear_with<FloatRow<sum, false>>(call, row, rows, unit, units);
     else if (spec.epilogue == FXQ_RESIDUAL) linear_with<FloatRow<sum, true>>(call, row, rows, unit, units);
     else if (spec.epilogue == FXQ_CODES) linear_with<CodesRow<sum>>(call, row, rows, unit, units);
-    else if (spec.output[0].kind == FXQ_UNIFORM) linear_with<GeluRow<sum, UniformBytes>>(call, row, rows, unit, units);
-    else if (spec.output[0].kind == FXQ_REGIONS) linear_with<GeluRow<sum, RegionBytes>>(call, row, rows, unit, units);
-    else linear_with<GeluRow<sum, Log2Bytes>>(call, row, rows, unit, units);
+    else
+        with_bytes(spec.output[0], [&](const auto &bytes) {
+            linear_with<GeluRow<sum, std::decay_t<decltype(bytes)>>>(call, row, rows, unit, units);
+        });
 }
 
 static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {

@@ -23,6 +23,7 @@ _SCHEMAS = (
     "linear(Tensor codes, Tensor layout, int out_features, bool gives_codes, Tensor? residual=None) -> Tensor",
     "matmul(Tensor left, Tensor right, Tensor levels, int right_zero, float scale, bool transposed) -> Tensor",
     "attention(Tensor qkv, Tensor spec, Tensor? bias=None) -> Tensor",
+    "chain(Tensor x, Tensor layout, int width, bool gives_codes) -> Tensor",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
@@ -136,6 +137,18 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool) -> Tensor:
+    """A chain of layers on float32 x (B, N, channels): float32 or bytes (B, N, width), as the layout says."""
+    x, layout = _bytes(x, torch.float32, "x"), _bytes(layout, torch.uint8, "the layout")
+    images, tokens, _ = x.shape
+    out = torch.empty((images, tokens, width), dtype=torch.uint8 if gives_codes else torch.float32)
+    call(
+        "chain", layout.data_ptr(), layout.numel(), images, tokens, x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def _quantize_shape(x: Tensor, quantizer: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format)
 
@@ -160,12 +173,17 @@ def _attention_shape(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> T
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
+def _chain_shape(x: Tensor, layout: Tensor, width: int, gives_codes: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], width), dtype=torch.uint8 if gives_codes else torch.float32)
+
+
 for _name, _kernel, _shape in (
     ("quantize", quantize, _quantize_shape),
     ("layer_norm", layer_norm, _layer_norm_shape),
     ("linear", linear, _linear_shape),
     ("matmul", matmul, _matmul_shape),
     ("attention", attention, _attention_shape),
+    ("chain", chain, _chain_shape),
 ):
     _LIBRARY.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"fxquant::{_name}", _shape, lib=_LIBRARY)

@@ -4,28 +4,69 @@ using Vec = float;
 using Whole = uint32_t;
 constexpr int kLanes = 1;
 
-static inline Vec splat(float x) { return x; }
-static inline Vec load(const float *from, int64_t) { return *from; }
-static inline Whole load(const int32_t *from, int64_t) { return static_cast<uint32_t>(*from); }
-static inline void store(Vec x, float *to, int64_t) { *to = x; }
-static inline void store_bytes(Whole x, uint8_t *to, int64_t) { *to = static_cast<uint8_t>(x); }
-static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where a is no number
-static inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-static inline Vec fused(Vec a, Vec b, Vec c) { return __builtin_fmaf(a, b, c); }
-static inline Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) { return a < b ? then : otherwise; }
-static inline Vec to_float(Whole x) { return static_cast<float>(static_cast<int32_t>(x)); }
-static inline Vec entry(const float *table, Whole index) { return table[index]; }
+static FXQ_INLINE Vec splat(float x) { return x; }
+static FXQ_INLINE Whole splat(uint32_t x) { return x; }
+static FXQ_INLINE Vec load(const float *from, int64_t) { return *from; }
+static FXQ_INLINE Whole load(const int32_t *from, int64_t) { return static_cast<uint32_t>(*from); }
+static FXQ_INLINE void store(Vec x, float *to, int64_t) { *to = x; }
+static FXQ_INLINE void store_bytes(Whole x, uint8_t *to, int64_t) { *to = static_cast<uint8_t>(x); }
+static FXQ_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where a is no number
+static FXQ_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+static FXQ_INLINE Vec size_of(Vec a) { return __builtin_fabsf(a); }
+static FXQ_INLINE Vec fused(Vec a, Vec b, Vec c) { return __builtin_fmaf(a, b, c); }
+static FXQ_INLINE Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) { return a < b ? then : otherwise; }
+static FXQ_INLINE Vec to_float(Whole x) { return static_cast<float>(static_cast<int32_t>(x)); }
+static FXQ_INLINE Vec entry(const float *table, Whole index) { return table[index]; }
 
-static inline Whole bits_of(Vec x) {
+static FXQ_INLINE Whole bits_of(Vec x) {
     Whole bits;
     __builtin_memcpy(&bits, &x, 4);
     return bits;
 }
 
-static inline Vec float_of(Whole bits) {
+static FXQ_INLINE Vec float_of(Whole bits) {
     Vec x;
     __builtin_memcpy(&x, &bits, 4);
     return x;
+}
+
+// The integer that a float which was rounded by adding holds, below the pieces of GELU's table.
+static FXQ_INLINE Whole piece_of(Vec sum) { return bits_of(sum) & (kGeluPieces - 1); }
+
+// Sixteen partial sums, and their sum in the order that all sets keep.
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+static FXQ_INLINE float sum_of(const Lanes &lanes) {
+    float total[8];
+    for (int i = 0; i < 8; ++i) total[i] = lanes[i] + lanes[i + 8];
+    for (int i = 0; i < 4; ++i) total[i] += total[i + 4];
+    return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+// Sum of (x - center)^power.
+template <int power>
+static float sum(const float *x, int64_t count, float center) {
+    Lanes sums[4] = {};
+    int64_t i = 0;
+    const auto add = [&](Lanes *to, int64_t at) {
+        const Lanes difference = *reinterpret_cast<const Lanes *>(x + at) - center;
+        *to += power == 2 ? difference * difference : difference;
+    };
+    for (; i + 64 <= count; i += 64)
+        for (int part = 0; part < 4; ++part) add(sums + part, i + part * 16);
+    for (; i + 16 <= count; i += 16) add(sums, i);
+    if (i < count) {
+        float rest[16];
+        for (int lane = 0; lane < 16; ++lane) rest[lane] = i + lane < count ? x[i + lane] : center;
+        x = rest, add(sums, 0);
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+static float largest(const float *x, int64_t count) {
+    float most = x[0];
+    for (int64_t i = 1; i < count; ++i) most = x[i] > most ? x[i] : most;
+    return most;
 }
 
 static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {

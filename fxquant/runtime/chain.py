@@ -1,0 +1,84 @@
+"""A chain of lowered layers as one module: one call for whole blocks, on a few images at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.runtime.lowered import IntegerAttention, IntegerLinear, LayerNormToCodes
+from fxquant.runtime.native import library, operators
+
+ChainLayer = LayerNormToCodes | IntegerLinear | IntegerAttention
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer and what it reads: number 0 is the chain's input, number i + 1 the result of step i.
+
+    residual: of a linear layer that adds one.
+    """
+
+    layer: ChainLayer
+    input: int
+    residual: int = 0
+
+
+class IntegerChain(nn.Module):
+    """Layers one after the other, from float32 to what the last one gives. `layout` is all it consists of."""
+
+    layout: Tensor
+
+    def __init__(self, steps: Sequence[Step], channels: int, width: int) -> None:
+        """channels, width: of the input and of the result of the last step."""
+        super().__init__()
+        last = steps[-1].layer
+        self.width, self.steps = width, len(steps)
+        self.gives_codes = last.epilogue.gives_codes if isinstance(last, IntegerLinear) else True
+        self.register_buffer("layout", _layout(steps, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (B, N, channels) to float32 or uint8 (B, N, width)."""
+        result: Tensor = torch.ops.fxquant.chain(x, self.layout, self.width, self.gives_codes)
+        return result
+
+    def extra_repr(self) -> str:
+        """How much it holds."""
+        return f"{self.steps} layers"
+
+
+def _layout(steps: Sequence[Step], channels: int) -> Tensor:
+    header = library.ChainHeader(library.CHAIN_MAGIC, library.LAYOUT_VERSION, len(steps), channels)
+    parts: list[Tensor] = []
+    end = ctypes.sizeof(header) + len(steps) * ctypes.sizeof(library.StepSpec)
+
+    def put(part: Tensor | None) -> int:
+        """Where the part will lie; 0 for none."""
+        nonlocal end
+        if part is None:
+            return 0
+        place = -(-end // _ALIGNMENT) * _ALIGNMENT
+        flat = part.detach().contiguous().flatten().view(torch.uint8)
+        parts.extend((torch.zeros(place - end, dtype=torch.uint8), flat))
+        end = place + flat.numel()
+        return place
+
+    records = b""
+    for step in steps:
+        layer, record = step.layer, library.StepSpec(input=step.input, residual=step.residual)
+        if isinstance(layer, IntegerLinear):
+            record.kind, body = library.LINEAR, layer.layout
+        elif isinstance(layer, IntegerAttention):
+            record.kind, body = library.ATTENTION, layer.spec
+            record.bias, record.bias_groups = put(layer.bias), 0 if layer.bias is None else len(layer.bias)
+        else:
+            record.kind, body, record.epsilon = library.LAYER_NORM, layer.spec, layer.epsilon
+            record.weight = put(None if layer.weight is None else layer.weight.float())
+            record.bias = put(None if layer.bias is None else layer.bias.float())
+        record.offset, record.bytes = put(body), body.numel()
+        records += bytes(record)
+    return torch.cat([operators.spec_tensor(header), torch.frombuffer(bytearray(records), dtype=torch.uint8), *parts])
