@@ -32,7 +32,7 @@ static void multiply(const Left *left, int64_t rows, const Panel &panel, int32_t
         const int vectors = vectors_for(panel.units - u), step = rows_for(vectors);
         for (int64_t r = 0; r < rows; r += step)
             tile(static_cast<int>(rows - r < step ? rows - r : step), vectors, left + r * padded, padded,
-                 panel.data + u * panel.unit_elements, panel.unit_elements, panel.groups, sums + r * stride + u * 16, stride,
+                 panel.data + u * panel.unit_elements, panel.unit_elements, panel.groups, nullptr, sums + r * stride + u * 16, stride,
                  nothing);
         u += vectors;
     }
@@ -118,26 +118,38 @@ static void matmul(const MatmulCall &call, int64_t batch) {
     }
 }
 
+constexpr int kParts = 32;  // partial sums of a softmax, in every set
+
+// Row becomes e^(x - top); returns the sum. Whole vectors of kParts are computed, padding must hold minus infinity.
+static FXQ_INLINE float exponentials(float *__restrict row, int64_t whole, float top) {
+    Vec sums[kParts / kLanes];
+    for (int i = 0; i < kParts / kLanes; ++i) sums[i] = splat(0.0f);
+    for (int64_t c = 0; c < whole; c += kParts)
+        for (int i = 0; i < kParts / kLanes; ++i) {
+            const Vec e = exponential(load(row + c + i * kLanes, kLanes) - splat(top));
+            store(e, row + c + i * kLanes, kLanes);
+            sums[i] = sums[i] + e;
+        }
+    return sum_of(sums);
+}
+
 // Bytes of the softmax of rows, which are spoilt; in passes over all of them, since what ends a pass of one row takes
-// long.
+// long. stride: a multiple of kParts, at least `count`.
 static void softmax(const FxqQuantizer &quantizer, float *scores, int64_t stride, int64_t rows, int64_t count,
                     uint8_t *out) {
     float most[kRowBlock], gains[kRowBlock];
     for (int64_t r = 0; r < rows; ++r) most[r] = largest(scores + r * stride, count);
     for (int64_t r = 0; r < rows; ++r) {
-        float *__restrict row = scores + r * stride;
-        const Vec top = splat(most[r]);
-        for (int64_t c = 0; c < count; c += kLanes)
-            store(exponential(load(row + c, count - c) - top), row + c, count - c);
+        for (int64_t c = count; c < stride; ++c) scores[r * stride + c] = -__builtin_inff();
+        gains[r] = 1.0f / exponentials(scores + r * stride, stride, most[r]);
     }
-    for (int64_t r = 0; r < rows; ++r) gains[r] = 1.0f / sum<1>(scores + r * stride, count, 0.0f);
     with_bytes(quantizer, [&](const auto &bytes) {
         for (int64_t r = 0; r < rows; ++r) {
             const float *__restrict row = scores + r * stride;
             uint8_t *__restrict to = out + r * count;
             const Vec gain = splat(gains[r]);
             for (int64_t c = 0; c < count; c += kLanes)
-                store_bytes(bytes(load(row + c, count - c) * gain), to + c, count - c);
+                store_bytes(bytes(load(row + c, kLanes) * gain), to + c, count - c);
         }
     });
 }
@@ -154,7 +166,7 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
     const Panel values = pack_right(kSecondPanel, query + 2 * channels, stride, false, tokens, size);
     const Product first(levels, keys, size, tokens, spec.zero[1] - 128, spec.score_scale);
     const Product second(spec.softmax_levels, values, tokens, size, spec.zero[2] - 128, spec.value_scale);
-    const int64_t whole = keys.units * 16, columns = whole > values.units * 16 ? whole : values.units * 16;
+    const int64_t whole = round_up(tokens, kParts), columns = round_up(whole > size ? whole : size, kParts);
     const int64_t widest = first.padded() > second.padded() ? first.padded() : second.padded();
     const size_t digits = size_t(spec.softmax_levels.count), float_bytes = size_t(kRowBlock * columns) * 4;
     Left *left = static_cast<Left *>(scratch(kLeft, digits * size_t(kRowBlock * widest) * sizeof(Left)));

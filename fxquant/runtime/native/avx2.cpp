@@ -18,6 +18,7 @@ namespace {
 using Left = int16_t;
 using Right = int16_t;
 constexpr int kMaxVectors = 1, kTileRows = 2, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
+constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 
 struct Session {};
 
@@ -53,7 +54,7 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
 
 template <class Work>
 void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
-          int32_t *sums, int64_t sum_stride, Work &) {
+          const int32_t *, int32_t *sums, int64_t sum_stride, Work &) {
     (rows == 2 ? tile_of<2> : tile_of<1>)(left, left_stride, right, groups, sums, sum_stride);
 }
 

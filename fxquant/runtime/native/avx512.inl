@@ -115,6 +115,8 @@ static FXQ_INLINE float largest(const float *x, int64_t count) {
     return _mm512_reduce_max_ps(most);
 }
 
+static FXQ_INLINE float sum_of(const Vec *sums) { return sum_of(_mm512_add_ps(sums->low, sums->high)); }
+
 // The table of 256 bytes is in four registers; the first bit of a code says which two hold its entry.
 static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
     const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);

@@ -254,7 +254,8 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
     float *highs = lows + places.vector / 4;
     int32_t *zeros = reinterpret_cast<int32_t *>(highs + places.vector / 4);
     for (int64_t i = 0; i < out; ++i) {
-        double factor = 1.0;
+        // What follows takes numbers in units of its own: a quantizer's scale, the step of GELU's table.
+        double factor = spec->epilogue == FXQ_GELU_CODES ? 1 / double(kGeluStep) : 1.0;
         if (spec->epilogue == FXQ_CODES) {
             const int64_t range = i / (out / spec->ranges);
             const FxqQuantizer &q = spec->output[range];

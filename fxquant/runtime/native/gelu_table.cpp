@@ -31,11 +31,12 @@ bool filled = [] {
             for (int k = kPoints - 1; k > 0; --k) coefficients[k] = coefficients[k - 1] - points[i] * coefficients[k];
             coefficients[0] = divided[i] - points[i] * coefficients[0];
         }
-        for (int k = 0; k < kPoints; ++k) gelu_table[k][piece] = static_cast<float>(coefficients[k]);
+        for (int k = 0; k < kPoints; ++k)
+            gelu_table[k][piece] = static_cast<float>(coefficients[k] * std::pow(double(kGeluStep), k));
     }
     // Exactly a line, also far beyond the last point.
     for (int k = 2; k < kPoints; ++k) gelu_table[k][kGeluPieces - 1] = 0.0f;
-    gelu_table[1][kGeluPieces - 1] = 0.5f;
+    gelu_table[1][kGeluPieces - 1] = kGeluStep / 2;
     gelu_table[0][kGeluPieces - 1] = kGeluStep * (kGeluPieces - 1) / 2;
     return true;
 }();

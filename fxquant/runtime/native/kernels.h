@@ -83,7 +83,7 @@ struct LayerNormCall {
     uint8_t *out;
 };
 
-// Row i: coefficients of t^i of the pieces' polynomials; see `gelu` in elementwise.inl.
+// Row i: coefficients of t^i of the pieces' polynomials, t in steps; see `gelu` in elementwise.inl.
 constexpr int kGeluPieces = 32;
 constexpr float kGeluStep = 0.1875f;
 extern float gelu_table[5][kGeluPieces];

@@ -219,32 +219,44 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
     }
     const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
     const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded;
-    const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(tiles * kTileInputs, kInnerStep) * kUnit;
+    // Inputs in chunks whose panel stays in the first-level cache; between them, sums wait in memory.
+    const int64_t chunk = padded < 2 * kMostInner ? padded : kMostInner, chunks = (padded + chunk - 1) / chunk;
+    const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(chunk, kTileInputs) * kUnit;
     Right *panel = is_plain ? nullptr
                             : static_cast<Right *>(scratch(kPanel, size_t(kMaxVectors * unit_elements) * sizeof(Right)));
+    constexpr int64_t kTile = kTileRows * kTileColumns;
+    const int64_t tile_rows = (rows + kTileRows - 1) / kTileRows + 1;  // one more: copied rows begin a tile of their own
+    int32_t *waiting = chunks == 1 ? nullptr : static_cast<int32_t *>(scratch(kSums, size_t(digits * tile_rows * kTile) * 4));
     // Each tile is finished while the next is multiplied.
-    alignas(64) int32_t sums[2][FXQ_MAX_DIGITS * kTileRows * kTileColumns] = {};
-    int current = 0;
+    alignas(64) int32_t sums[2][FXQ_MAX_DIGITS * kTile] = {};
+    int current = 0, panels = 0;
     Row kinds[2] = {Row(call, unit, 1), Row(call, unit, 1)};  // of the last panel and this one
     Rows<Row> before{kinds, sums[0], row, 0};
-    int panels = 0;
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
-        const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes;
-        for (int v = 0; v < vectors && !is_plain; ++v)
-            unpack(spec.weight_bits, packed + v * unit_bytes, tiles, panel + v * unit_elements);
-        const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
         Row *const kind = new (&kinds[++panels % 2]) Row(call, u, vectors);
-        for (int64_t r = 0; r < rows;) {
-            const int64_t left_over = (r < last ? last : rows) - r;
-            const Left *from = r < last ? left + r * padded : copied + (r - last) * padded;
-            const int count = static_cast<int>(left_over < step ? left_over : step);
-            for (int d = 0; d < digits; ++d)
-                tile(count, vectors, from + d * others * padded, padded, right, unit_elements, padded / 4,
-                     sums[current] + d * kTileRows * kTileColumns, kTileColumns, before);
-            before.some(kTileRows);
-            before = {kind, sums[current], row + r, count};
-            current ^= 1, r += count;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const int64_t begin = c * chunk, inputs = padded - begin < chunk ? padded - begin : chunk;
+            const int64_t first_tile = begin / kTileInputs;
+            const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes + first_tile * 64 * spec.weight_bits;
+            const int64_t count_tiles = (tiles - first_tile) * kTileInputs < inputs ? tiles - first_tile : (inputs + kTileInputs - 1) / kTileInputs;
+            for (int v = 0; v < vectors && !is_plain; ++v)
+                unpack(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
+            const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
+            int32_t *memory = waiting;
+            for (int64_t r = 0; r < rows; memory += digits * kTile) {
+                const int64_t left_over = (r < last ? last : rows) - r;
+                const Left *from = (r < last ? left + r * padded : copied + (r - last) * padded) + begin;
+                const int count = static_cast<int>(left_over < step ? left_over : step);
+                const bool is_last = c + 1 == chunks;
+                for (int d = 0; d < digits; ++d)
+                    tile(count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4,
+                         c ? memory + d * kTile : nullptr, is_last ? sums[current] + d * kTile : memory + d * kTile,
+                         kTileColumns, before);
+                before.some(kTileRows);
+                if (is_last) before = {kind, sums[current], row + r, count}, current ^= 1;
+                r += count;
+            }
         }
         u += vectors;
     }

@@ -43,6 +43,11 @@ static FXQ_INLINE float sum_of(const Lanes &lanes) {
     return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
+// Of 32 partial sums.
+static FXQ_INLINE float sum_of(const Vec *sums) {
+    return sum_of(*reinterpret_cast<const Lanes *>(sums) + *reinterpret_cast<const Lanes *>(sums + 16));
+}
+
 // Sum of (x - center)^power.
 template <int power>
 static float sum(const float *x, int64_t count, float center) {
