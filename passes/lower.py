@@ -33,10 +33,12 @@ class Lower:
     """Replace simulated nodes by integer ones.
 
     backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "simulated", nothing;
-    "auto", the first of these that this machine has.
+    "auto", the first of these that this machine has. chains: run whole blocks in one call, "cpu-native" only; without,
+    the graph shows every layer.
     """
 
     backend: str = "auto"
+    chains: bool = True
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
@@ -52,6 +54,8 @@ class Lower:
         layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
         execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
         kernels = {"cpu-native": _lower_native, "cpu-onednn": _lower_onednn}.get(backend, _keep)(graph_module)
+        if backend == "cpu-native" and self.chains:
+            fuse_chains(graph_module)
         execution |= {layer: kernel for layer, kernel in kernels.items() if layer in execution}
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
@@ -105,7 +109,6 @@ def _lower_native(graph_module: GraphModule) -> dict[str, str]:
     for node in list(planned.nodes):
         kernels[annotation_of(node).layer] = _build(planned, node)
     graph_module.graph.eliminate_dead_code()
-    fuse_chains(graph_module)
     return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
 
 

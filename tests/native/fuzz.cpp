@@ -185,6 +185,80 @@ void norm_and_quantize(bool damaged) {
         "norms or codes differ");
 }
 
+// The layout of a random linear layer; FXQ_CODES has uniform quantizers.
+std::vector<uint8_t> linear_layout(int64_t out, int64_t in, int32_t epilogue, bool one_digit) {
+    FxqLinear spec{};
+    spec.out_features = out, spec.in_features = in, spec.epilogue = epilogue, spec.ranges = 1;
+    spec.weight_bits = static_cast<int32_t>(any(2, 8));
+    spec.input = levels();
+    if (one_digit) spec.input.count = spec.input.identity = 1, spec.input.zero %= 256;
+    spec.output[0] = quantizer(epilogue == FXQ_CODES);
+    spec.factor[0] = number();
+    std::vector<int8_t> codes(out * in);
+    for (int8_t &code : codes) code = static_cast<int8_t>(any(-2, 1));
+    const auto scale = floats(out), bias = floats(out);
+    std::vector<uint8_t> layout(fxq_linear_bytes(&spec));
+    if (fxq_linear_pack(&spec, codes.data(), out * in, scale.data(), bias.data(), out * 4, layout.data(),
+                        static_cast<int64_t>(layout.size())))
+        fail("a good layer is refused");
+    return layout;
+}
+
+// Norm, qkv, attention, projection and residual, norm, fc1 with GELU, fc2 and residual.
+void chain(bool damaged) {
+    const int64_t heads = any(1, 2), size = any(1, 20), channels = any(1, 80), hidden = any(1, 80);
+    const int64_t images = any(0, 5), tokens = any(1, 40), groups = any(0, 2), width = heads * size;
+    FxqAttention attention_spec{};
+    attention_spec.heads = heads, attention_spec.head_size = size;
+    attention_spec.score_scale = attention_spec.value_scale = 1e-3f;
+    attention_spec.softmax = quantizer(), attention_spec.output = quantizer(), attention_spec.softmax_levels = levels();
+    FxqStep steps[7]{};
+    std::vector<uint8_t> memory(sizeof(FxqChain) + sizeof steps);
+    const auto put = [&](const void *data, size_t count) {
+        memory.resize((memory.size() + 63) / 64 * 64);
+        const int64_t place = static_cast<int64_t>(memory.size());
+        memory.insert(memory.end(), static_cast<const uint8_t *>(data), static_cast<const uint8_t *>(data) + count);
+        return place;
+    };
+    const auto norm = [&](FxqStep &step, int32_t input) {
+        const FxqQuantizer q = quantizer();
+        const auto weight = floats(channels);
+        step.kind = FXQ_LAYER_NORM, step.input = input, step.epsilon = 1e-6f, step.bytes = sizeof q;
+        step.offset = put(&q, sizeof q);
+        if (one_in(2)) step.weight = put(weight.data(), weight.size() * 4);
+        if (one_in(2)) step.bias = put(weight.data(), weight.size() * 4);
+    };
+    const auto add = [&](FxqStep &step, int32_t input, int32_t residual, const std::vector<uint8_t> &layout) {
+        step.kind = FXQ_LINEAR, step.input = input, step.residual = residual;
+        step.offset = put(layout.data(), layout.size()), step.bytes = static_cast<int64_t>(layout.size());
+    };
+    norm(steps[0], 0);
+    add(steps[1], 1, 0, linear_layout(3 * width, channels, FXQ_CODES, true));
+    steps[2].kind = FXQ_ATTENTION, steps[2].input = 2, steps[2].bytes = sizeof attention_spec;
+    steps[2].offset = put(&attention_spec, sizeof attention_spec);
+    const auto bias = floats(groups * heads * tokens * tokens);
+    if (groups) steps[2].bias = put(bias.data(), bias.size() * 4), steps[2].bias_groups = groups;
+    add(steps[3], 3, 0, linear_layout(channels, width, FXQ_RESIDUAL, false));
+    norm(steps[4], 4);
+    add(steps[5], 5, 0, linear_layout(hidden, channels, FXQ_GELU_CODES, false));
+    add(steps[6], 6, 4, linear_layout(channels, hidden, FXQ_RESIDUAL, false));
+    const FxqChain header{FXQ_CHAIN_MAGIC, 2, 7, channels};
+    std::memcpy(memory.data(), &header, sizeof header);
+    std::memcpy(memory.data() + sizeof header, steps, sizeof steps);
+    if (damaged) damage(memory.data(), one_in(2) ? sizeof header + sizeof steps : memory.size());
+    const auto x = floats(images * tokens * channels);
+    const auto run = [&](int32_t threads) {
+        std::vector<uint8_t> out(x.size() * 4 + 1);
+        const int32_t status = fxq_chain(memory.data(), static_cast<int64_t>(memory.size()), images, tokens, x.data(),
+                                         static_cast<int64_t>(x.size()) * 4, out.data(), static_cast<int64_t>(x.size()) * 4,
+                                         threads);
+        if (status && !damaged && images && (groups < 2 || images % groups == 0)) fail(fxq_message(status));
+        return out;
+    };
+    if (damaged) run(2);
+    else compare(run, "chains differ");
+}
+
 // Random specs and lengths: nothing may be read or written but what the lengths cover.
 void garbage() {
     FxqLinear spec;
@@ -213,6 +287,7 @@ int main(int count, char **arguments) {
             attention(damaged);
             matmul(damaged);
             norm_and_quantize(damaged);
+            chain(damaged);
             garbage();
         }
     std::printf("%d rounds on %s and %d sets below it\n", rounds, fxq_name(fxq_best()), fxq_best());

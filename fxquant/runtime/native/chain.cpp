@@ -33,8 +33,11 @@ struct Chain {
 
     // A part of the chain's memory that holds `count` floats, null where there is none; false where it does not fit.
     bool floats(int64_t offset, int64_t count, const float **found) const {
-        *found = offset ? reinterpret_cast<const float *>(memory + offset) : nullptr;
-        return offset == 0 || (offset % 64 == 0 && count >= 0 && fits(offset, count * 4));
+        *found = nullptr;
+        if (offset == 0) return true;
+        if (offset % 64 || count < 0 || !fits(offset, count * 4)) return false;
+        *found = reinterpret_cast<const float *>(memory + offset);
+        return true;
     }
     bool fits(int64_t offset, int64_t size) const {
         return offset > 0 && size >= 0 && offset <= bytes && size <= bytes - offset;
