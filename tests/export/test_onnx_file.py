@@ -20,6 +20,7 @@ from tests.passes.models import ARCHITECTURES, images
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
 
 CASES = [("vit", "mptq_vit"), ("swin that pads", "mptq_vit"), ("deit3", "adalog")]
 
