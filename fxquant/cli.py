@@ -1,5 +1,5 @@
 """The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`,
-`benchmark`.
+`benchmark`, `export`.
 
 Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
 """
@@ -16,6 +16,7 @@ from fxquant.commands.benchmark_model import benchmark_model
 from fxquant.commands.compile_model import compile_model
 from fxquant.commands.demo import demo
 from fxquant.commands.evaluate_model import evaluate_model
+from fxquant.commands.export_model import export_model
 from fxquant.commands.inspect_artefact import inspect_artefact
 from fxquant.commands.show_frontier import show_frontier
 from fxquant.commands.sweep_budgets import sweep_budgets
@@ -63,6 +64,7 @@ app.command("sweep")(sweep_budgets)
 app.command("frontier")(show_frontier)
 app.command("synthesize")(synthesize_images)
 app.command("benchmark")(benchmark_model)
+app.command("export")(export_model)
 
 
 def main() -> None:

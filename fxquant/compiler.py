@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import networkx
@@ -26,11 +27,13 @@ from allocators.allocator import Allocator
 from allocators.overrides import Bits
 from fxquant.cache import Cache
 from fxquant.errors import ArtefactError, CalibrationError, PipelineError
+from fxquant.export.onnx_file import to_onnx
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
+from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
@@ -84,7 +87,8 @@ class Compiled(nn.Module):
         """This model with integer kernels, weights packed in memory; this one stays as it is.
 
         backend: see `passes.lower.Lower`. Outputs equal this model's within float rounding; `.report()` lists the
-        kernel of each layer. Raises BackendError where the backend cannot run here.
+        kernel of each layer. Raises BackendError where the backend cannot run here, MissingExtraError without its
+        extra.
         """
         pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
         journal = Journal(list(self.journal.entries))
@@ -106,13 +110,27 @@ class Compiled(nn.Module):
         allocation = None if self.allocation is None else self.allocation.to_json()
         artefact.save(path, self.graph_module, card=card, allocation_json=allocation, journal=journal)
 
+    def export_onnx(self, path: str | PathLike[str], *, weight_type: str = "int8") -> dict[str, str]:
+        """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
+
+        Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata. weight_type:
+        "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or "simulated" (float
+        operators); what runs as int8 is up to the runtime.
+
+        Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered model, an unknown weight_type
+        and operations that torch cannot export; ArtefactError where the file cannot be written.
+        """
+        found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
+        write_file(Path(path), found.content)
+        return found.layers
+
 
 def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
 
-    backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn".
-    Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another version,
-    BackendError where the backend cannot run here.
+    backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn",
+    "openvino". Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another
+    version, BackendError where the backend cannot run here, MissingExtraError without its extra.
     """
     found = artefact.load(path)
     card = dict(found.card)

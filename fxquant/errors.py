@@ -62,6 +62,10 @@ class ArtefactError(FxQuantError):
     """A file is not an fxquant artefact, is damaged, or was written by an incompatible version."""
 
 
+class ExportError(FxQuantError):
+    """A model cannot be written for other runtimes."""
+
+
 class BackendError(FxQuantError):
     """A backend cannot run here, or refuses what it was given."""
 

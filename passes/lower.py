@@ -15,6 +15,8 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import BackendError
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul, OnednnLinear
 from fxquant.runtime.native import library
@@ -24,17 +26,19 @@ from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
 from passes.integer_plan import IntegerPlan, integer_codes, plan
 
-BACKENDS = ("auto", "cpu-native", "cpu-onednn", "simulated")
+BACKENDS = ("auto", "cpu-native", "cpu-onednn", "openvino", "simulated")
 SIMULATED = "simulated"
+_OPENVINO = "openvino_model"
 
 
 @dataclass(frozen=True)
 class Lower:
     """Replace simulated nodes by integer ones.
 
-    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "simulated", nothing;
-    "auto", the first of these that this machine has. chains: run whole blocks in one call, "cpu-native" only; without,
-    the graph shows every layer.
+    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "openvino", the whole
+    model as OpenVINO runs its ONNX export; "simulated", nothing; "auto", the first of cpu-native, cpu-onednn and
+    simulated that this machine has. chains: run whole blocks in one call, "cpu-native" only; without, the graph shows
+    every layer.
     """
 
     backend: str = "auto"
@@ -53,7 +57,8 @@ class Lower:
         backend = resolved(self.backend)
         layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
         execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
-        kernels = {"cpu-native": _lower_native, "cpu-onednn": _lower_onednn}.get(backend, _keep)(graph_module)
+        lower = {"cpu-native": _lower_native, "cpu-onednn": _lower_onednn, "openvino": _lower_openvino}
+        kernels = lower.get(backend, _keep)(graph_module)
         if backend == "cpu-native" and self.chains:
             fuse_chains(graph_module)
         execution |= {layer: kernel for layer, kernel in kernels.items() if layer in execution}
@@ -81,12 +86,17 @@ def execution_summary(execution: dict[str, str]) -> str:
 
 
 def resolved(backend: str) -> str:
-    """What "auto" means here. Raises BackendError, saying what is missing, for a backend that cannot run."""
+    """What "auto" means here.
+
+    Raises BackendError, saying what is missing, for a backend that cannot run; MissingExtraError without OpenVINO.
+    """
     has_vnni = bool(torch.cpu._is_vnni_supported())
     if backend == "auto":
         return "cpu-native" if library.why_absent() is None else "cpu-onednn" if has_vnni else SIMULATED
     if backend == "cpu-native":
         library.library()
+    if backend == "openvino":
+        check_openvino()
     if backend == "cpu-onednn" and not has_vnni:
         raise BackendError("oneDNN's int8 products are exact on CPUs with AVX512-VNNI only; use 'cpu-native'")
     return backend
@@ -135,3 +145,19 @@ def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
             graph_module.add_submodule(str(node.target), OnednnLinear(module, codes[0]))
             kernels[annotation_of(node).layer] = "linear onednn"
     return kernels
+
+
+def _lower_openvino(graph_module: GraphModule) -> dict[str, str]:
+    """One call in the place of all nodes; only the check of the image's shape stays."""
+    graph = graph_module.graph
+    if hasattr(graph_module, _OPENVINO):
+        return {}
+    module = OpenvinoModel(to_onnx(graph_module).content)
+    graph_module.add_submodule(_OPENVINO, module)
+    image, output = (next(node for node in graph.nodes if node.op == op) for op in ("placeholder", "output"))
+    with graph.inserting_before(output):
+        scores = graph.call_module(_OPENVINO, (image,))
+    scores.meta.update({key: value for key, value in output.args[0].meta.items() if key == "tensor_meta"})
+    output.args = (scores,)
+    graph.eliminate_dead_code()
+    return module.kernels()

@@ -49,7 +49,7 @@ def test_version() -> None:
 
 
 def test_help_of_every_command() -> None:
-    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier"):
+    for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier", "benchmark", "export"):
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout

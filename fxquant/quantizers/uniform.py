@@ -54,7 +54,8 @@ class UniformQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same values as quantize then dequantize; one fused kernel when the scale is a single number."""
-        if self.scale.ndim or x.dtype != torch.float32:
+        # torch cannot export the fused kernel.
+        if self.scale.ndim or x.dtype != torch.float32 or torch.compiler.is_exporting():
             codes = (x.float() * (1 / self.scale)).round_()
             low, high = self.code_range
             if self.zero_point is None:

@@ -1,0 +1,35 @@
+"""`fxquant export`: an artefact as an ONNX model for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxquant.commands import options as o
+
+
+def export_model(
+    artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
+    out: Annotated[Path, typer.Argument(help="ONNX model to write, such as model.onnx.")],
+    weight_type: Annotated[
+        str, typer.Option(help="int8; or int4, which writes weights of at most 4 bits as INT4.")
+    ] = "int8",
+    json: o.Json = False,
+) -> None:
+    """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes."""
+    from fxquant.commands.console import emit, show
+    from fxquant.compiler import load
+    from fxquant.export.onnx_file import check_export
+
+    o.check_output(out)
+    check_export(weight_type)
+    layers = load(artefact).export_onnx(out, weight_type=weight_type)
+    size = out.stat().st_size
+    if json:
+        emit({"onnx": str(out), "bytes": size, "weight_type": weight_type, "layers": layers})
+        return
+    count = sum(how == "int8" for how in layers.values())
+    rest = "" if count == len(layers) else "; the others by float operators"
+    show(f"{out}: {size / 1e6:.3f} MB; {count} of {len(layers)} layers as int8{rest}")

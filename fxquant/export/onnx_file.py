@@ -1,0 +1,137 @@
+"""A simulated graph as an ONNX model, by torch's exporter: QDQ nodes, a free batch dimension, layers by their names.
+
+Every node of a layer is called `<layer>/<operator>`, for example `blocks.3.mlp.fc1/MatMul`. The card goes into the
+metadata under `fxquant`. Nothing of the machine does: the exporter's stack traces are taken out.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.errors import ExportError, MissingExtraError
+from fxquant.export.qdq import OPSET, Weight, with_qdq
+from fxquant.graph.annotation import Fact, annotation_of, facts_of
+
+INPUT, OUTPUT = "images", "scores"
+WEIGHT_TYPES = ("int8", "int4")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_LARGEST_BYTES = 2**31 - 1  # of a protobuf message
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """content: the file's bytes. layers: by layer "int8" or "simulated", see `fxquant.export.qdq`."""
+
+    content: bytes
+    layers: dict[str, str]
+
+
+def to_onnx(
+    graph_module: GraphModule, *, weight_type: str = "int8", card: Mapping[str, Any] | None = None
+) -> OnnxModel:
+    """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores".
+
+    weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half the
+    size, for runtimes that have it. card: JSON values for the metadata. The graph is not changed.
+
+    Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, an unknown weight_type, an
+    operation that torch cannot export, naming it, and more than 2 GiB.
+    """
+    check_export(weight_type)
+    if Fact.LOWERED in facts_of(graph_module):
+        raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
+    layers_by_target = {
+        str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
+    }
+    written, layers = with_qdq(graph_module)
+    images = torch.zeros(2, *graph_module.meta["image_shape"])
+    try:
+        with torch.no_grad():
+            program: Any = torch.onnx.export(
+                written, (images,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # whatever the exporter raises for an operation it does not know
+        raise ExportError(f"torch.onnx cannot export this graph: {_last_line(error)}") from error
+    model = program.model
+    _name_nodes(model, layers_by_target)
+    if weight_type == "int4":
+        _narrow_weights(model, written)
+    model.producer_name, model.producer_version = "fxquant", None
+    model.metadata_props.clear()
+    model.metadata_props["fxquant"] = json.dumps(dict(card or {}))
+    return OnnxModel(_serialized(model), layers)
+
+
+def check_export(weight_type: str) -> None:
+    """Fail early: raises MissingExtraError without onnx and onnxscript, ExportError for an unknown weight type."""
+    if weight_type not in WEIGHT_TYPES:
+        raise ExportError(f"no weight type is called {weight_type!r}; there are {', '.join(WEIGHT_TYPES)}")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("ONNX export needs onnx and onnxscript: pip install 'fxquant[onnx]'") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """What the exporter stumbled over: the cause's message, where it has one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _name_nodes(model: Any, layers_by_target: Mapping[str, str]) -> None:
+    """Call nodes after their layer, and drop what the exporter notes of the machine."""
+    taken: set[str] = set()
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        layer = next((layers_by_target[scope] for scope in scopes if layers_by_target.get(scope)), None)
+        if layer is not None:
+            name, count = f"{layer}/{node.op_type}", 1
+            while (unique := name if count == 1 else f"{name}_{count}") in taken:
+                count += 1
+            taken.add(unique)
+            node.name = unique
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
+
+
+def _narrow_weights(model: Any, written: GraphModule) -> None:
+    """Make INT4 or UINT4 of the codes that have at most 4 bits, and of their zero-points."""
+    import ml_dtypes
+    import onnx_ir
+
+    for path, weight in written.named_modules():
+        if not isinstance(weight, Weight) or weight.bits is None or weight.bits > 4:
+            continue
+        for name in ("values", "zero"):
+            value = model.graph.initializers.get(f"{path}.{name}")
+            if value is not None:
+                numbers = value.const_value.numpy()
+                kind = ml_dtypes.int4 if numbers.dtype.kind == "i" else ml_dtypes.uint4
+                value.const_value = onnx_ir.tensor(numbers.astype(kind), name=value.name)
+                value.dtype = value.const_value.dtype
+
+
+def _serialized(model: Any) -> bytes:
+    import onnx_ir
+
+    content: bytes = onnx_ir.to_proto(model).SerializeToString()
+    if len(content) > _LARGEST_BYTES:
+        raise ExportError(f"the model has {len(content)} bytes, one ONNX file holds {_LARGEST_BYTES}")
+    return content

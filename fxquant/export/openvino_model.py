@@ -1,0 +1,78 @@
+"""An exported model as a module that OpenVINO runs on the CPU, and which of its layers run as integers there.
+
+OpenVINO decides by itself what runs as integers; `kernels` asks the compiled model, not the file. The rest runs in
+float32: bfloat16, OpenVINO's default on processors with AMX, would move codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import BackendError, MissingExtraError
+
+_PRODUCTS = {"FullyConnected": "linear", "MatMul": "matmul", "Convolution": "convolution"}
+_BYTES = ("i8", "u8")
+
+
+def check_openvino() -> None:
+    """Raises MissingExtraError without OpenVINO."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("the backend needs OpenVINO: pip install 'fxquant[openvino]'") from error
+
+
+class OpenvinoModel(nn.Module):
+    """Runs an ONNX model, on `torch.get_num_threads()` threads. content: its bytes.
+
+    Raises MissingExtraError without OpenVINO, BackendError where it cannot read or compile the model.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.content = content
+        # OpenVINO's own objects can neither be copied nor saved: made on first use, and for each number of threads.
+        self._compiled: tuple[int, Any] | None = None
+
+    def compiled(self) -> Any:
+        """OpenVINO's compiled model for the present number of threads."""
+        threads = torch.get_num_threads()
+        if self._compiled is None or self._compiled[0] != threads:
+            check_openvino()
+            import openvino
+
+            settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            core = openvino.Core()
+            try:
+                self._compiled = threads, core.compile_model(core.read_model(self.content), "CPU", settings)
+            except RuntimeError as error:
+                raise BackendError(f"OpenVINO cannot compile the model: {str(error).splitlines()[0]}") from error
+        return self._compiled[1]
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """float32 images (B, C, H, W) on the CPU to float32 scores."""
+        if images_bchw.dtype != torch.float32 or images_bchw.device.type != "cpu":
+            raise BackendError(
+                f"images are {images_bchw.dtype} on {images_bchw.device}; OpenVINO reads torch.float32 on the CPU"
+            )
+        result = self.compiled()(images_bchw.detach().contiguous().numpy())[0]
+        return torch.from_numpy(np.array(result))
+
+    def kernels(self) -> dict[str, str]:
+        """By layer, for those whose product OpenVINO runs on bytes: "linear openvino", "matmul openvino", ..."""
+        found = {}
+        for operation in self.compiled().get_runtime_model().get_ops():
+            about = {key: value.astype(str) for key, value in operation.get_rt_info().items()}
+            kind = _PRODUCTS.get(about["layerType"])
+            # The kernel's name ends in the type it computes with; `runtimePrecision` would be that of the weight alone.
+            if kind is not None and about["primitiveType"].lower().endswith(_BYTES):
+                # The nodes that were fused, the product first; they are called <layer>/<operator>.
+                found[about["originalLayersNames"].partition("/")[0]] = f"{kind} openvino"
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}

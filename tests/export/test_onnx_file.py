@@ -1,0 +1,140 @@
+"""The ONNX file: what is in it, what it computes in another runtime, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxquant
+from fxquant import embedded
+from fxquant.errors import ArtefactError, ExportError, MissingExtraError
+from fxquant.export.onnx_file import to_onnx
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.native import library
+from tests.export.models import compiled, exact, run_in_onnxruntime
+from tests.passes.models import ARCHITECTURES, images
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+CASES = [("vit", "mptq_vit"), ("swin that pads", "mptq_vit"), ("deit3", "adalog")]
+
+
+@pytest.fixture(scope="module")
+def small() -> fxquant.Compiled:
+    return compiled("vit")
+
+
+@pytest.fixture(scope="module")
+def small_onnx(small: fxquant.Compiled) -> bytes:
+    return to_onnx(small.graph_module, card=small.card).content
+
+
+@pytest.mark.parametrize(("architecture", "recipe"), CASES)
+def test_onnxruntime_computes_what_we_do(architecture: str, recipe: str) -> None:
+    model = compiled(architecture, recipe, fully_quantized=architecture != "vit")
+    x = images(8, ARCHITECTURES[architecture]()[1], seed=5)
+    content = to_onnx(model.graph_module).content
+    found, truth = run_in_onnxruntime(content, x), exact(model, x)
+    off, scale = (found - truth).abs().amax(1), truth.abs().max()
+    # As with our own kernels: equal but for images in which one code lay beside a threshold.
+    assert (off < 4e-6 * scale).float().mean() >= 0.5
+    assert off.max() < 0.1 * scale
+    torch.testing.assert_close(run_in_onnxruntime(content, x[:1]), found[:1], rtol=0, atol=float(4e-6 * scale))
+
+
+def test_embedded_model_gives_the_same_classes(tmp_path: Path) -> None:
+    model = fxquant.compile(embedded.load_model(), "W4A4", calibration=embedded.calibration_images(8))
+    layers = model.export_onnx(tmp_path / "model.onnx")
+    assert set(layers) == {row.layer for row in model.layers}
+    assert set(layers.values()) == {"int8"}
+    x = embedded.test_images(300)[0]
+    found, truth = run_in_onnxruntime((tmp_path / "model.onnx").read_bytes(), x), exact(model, x)
+    top = truth.topk(2, 1).values
+    margin = (top[:, 0] - top[:, 1])[found.argmax(1) != truth.argmax(1)]
+    assert len(margin) <= 2
+    assert (margin < 0.3).all()
+
+
+def test_what_is_in_the_file(small: fxquant.Compiled, small_onnx: bytes) -> None:
+    model = onnx.load_model_from_string(small_onnx)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert json.loads(model.metadata_props[0].value)["note"] == "a test"
+    names = {node.name for node in model.graph.node}
+    for layer in ("blocks.0.attn.qkv", "blocks.0.attn.qk", "blocks.1.mlp.fc1", "head"):
+        assert f"{layer}/MatMul" in names
+        assert f"{layer}/QuantizeLinear" in names
+    weights = {i.name: i for i in model.graph.initializer}
+    assert weights["blocks.0.mlp.fc1.weight.values"].data_type == onnx.TensorProto.INT8
+    folders = (str(Path(torch.__file__).parent), str(Path(fxquant.__file__).parent))
+    assert not any(folder.encode() in small_onnx for folder in folders)
+
+
+def test_weights_of_four_bits_become_int4(small: fxquant.Compiled, small_onnx: bytes) -> None:
+    narrow = to_onnx(small.graph_module, weight_type="int4").content
+    kinds = {i.name: i.data_type for i in onnx.load_model_from_string(narrow).graph.initializer}
+    assert kinds["blocks.0.mlp.fc1.weight.values"] == onnx.TensorProto.INT4
+    initializers = {i.name: i for i in onnx.load_model_from_string(small_onnx).graph.initializer}
+    codes = [name for name in initializers if name.endswith("weight.values")]
+    assert len(codes) >= 7
+    saved = sum(len(initializers[name].raw_data) for name in codes) / 2
+    assert saved <= len(small_onnx) - len(narrow) < saved + 2000  # the card was not written
+    x = images(4, seed=2)
+    torch.testing.assert_close(run_in_onnxruntime(narrow, x), run_in_onnxruntime(small_onnx, x), rtol=0, atol=1e-4)
+
+
+def test_zero_points_of_weights(small: fxquant.Compiled) -> None:
+    model = copy.deepcopy(small)
+    head = model.graph_module.get_submodule("head")
+    weight = head.weight
+    head.weight_quantizer = UniformQuantizer(4, (weight.amax() - weight.amin()) / 15, 7)
+    head.requantize(weight)
+    x = images(4, seed=2)
+    content = to_onnx(model.graph_module, weight_type="int4").content
+    kinds = {i.name: i.data_type for i in onnx.load_model_from_string(content).graph.initializer}
+    assert kinds["head.weight.values"] == onnx.TensorProto.UINT4
+    off = (run_in_onnxruntime(content, x) - exact(model, x)).abs().amax(1)
+    assert (off < 1e-5).float().mean() >= 0.5
+
+
+def test_float_layers_stay_float(small: fxquant.Compiled) -> None:
+    model = copy.deepcopy(small)
+    head = model.graph_module.get_submodule("head")
+    head.weight_quantizer = head.weight_codes = head.input_quantizer = None
+    found = to_onnx(model.graph_module)
+    assert found.layers["head"] == "simulated"
+    assert "head/QuantizeLinear" not in {node.name for node in onnx.load_model_from_string(found.content).graph.node}
+
+
+def test_what_is_refused(small: fxquant.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match="no weight type is called 'int2'; there are int8, int4"):
+        small.export_onnx(tmp_path / "model.onnx", weight_type="int2")
+    with pytest.raises(ArtefactError, match="there is no folder"):
+        small.export_onnx(tmp_path / "missing" / "model.onnx")
+    if library.why_absent() is None:
+        with pytest.raises(ExportError, match="export the model it was lowered from"):
+            small.lowered("cpu-native").export_onnx(tmp_path / "model.onnx")
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fxquant\[onnx\]'"):
+        small.export_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_operations_that_torch_cannot_export_are_named(small: fxquant.Compiled) -> None:
+    model = copy.deepcopy(small)
+    graph = model.graph_module.graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        strange = graph.call_function(torch.special.airy_ai, (output.args[0],))
+    output.args = (strange,)
+    model.graph_module.recompile()
+    with pytest.raises(ExportError, match="airy_ai"):
+        to_onnx(model.graph_module)

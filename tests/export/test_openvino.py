@@ -1,0 +1,75 @@
+"""The backend "openvino": the same values, layers that really run on bytes, and its errors."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import fxquant
+from fxquant.errors import BackendError, ExportError, MissingExtraError
+from fxquant.export.openvino_model import OpenvinoModel
+from fxquant.runtime.native import library
+from tests.export.models import compiled, exact
+from tests.passes.models import images
+
+pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def simulated() -> fxquant.Compiled:
+    return compiled("vit")
+
+
+@pytest.fixture(scope="module")
+def lowered(simulated: fxquant.Compiled) -> fxquant.Compiled:
+    return simulated.lowered("openvino")
+
+
+def test_openvino_computes_what_we_do(simulated: fxquant.Compiled, lowered: fxquant.Compiled) -> None:
+    x = images(8, seed=5)
+    truth = exact(simulated, x)
+    off, scale = (lowered(x) - truth).abs().amax(1), truth.abs().max()
+    assert (off < 4e-6 * scale).float().mean() >= 0.5
+    assert off.max() < 0.1 * scale
+    assert torch.equal(copy.deepcopy(lowered)(x), lowered(x))
+    torch.testing.assert_close(lowered(x[:1]), lowered(x)[:1])
+
+
+def test_layers_on_bytes_are_those_the_file_has_codes_for(lowered: fxquant.Compiled) -> None:
+    kernels = {row.layer: row.execution for row in lowered.layers}
+    assert kernels["blocks.0.attn.qkv"] == "linear openvino"
+    assert kernels["blocks.1.attn.qk"] == "matmul openvino"
+    assert kernels["blocks.1.mlp.fc2"] == "simulated"  # OPT-m of 6 bits: its levels span more than a byte
+    assert "integer: " in lowered.card["execution"]
+    assert lowered.lowered("openvino").card["execution"] == lowered.card["execution"]
+
+
+def test_the_number_of_threads_follows_torch(lowered: fxquant.Compiled) -> None:
+    module = lowered.graph_module.get_submodule("openvino_model")
+    assert isinstance(module, OpenvinoModel)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert module.compiled().get_property("INFERENCE_NUM_THREADS") == 2
+    finally:
+        torch.set_num_threads(before)
+    assert module.compiled().get_property("INFERENCE_NUM_THREADS") == before
+
+
+def test_what_is_refused(
+    simulated: fxquant.Compiled, lowered: fxquant.Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BackendError, match=r"images are torch\.float64"):
+        lowered(images(1).double())
+    with pytest.raises(BackendError, match="OpenVINO cannot compile the model"):
+        OpenvinoModel(b"nothing").compiled()
+    if library.why_absent() is None:
+        with pytest.raises(ExportError, match="export the model it was lowered from"):
+            simulated.lowered("cpu-native").lowered("openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fxquant\[openvino\]'"):
+        simulated.lowered("openvino")

@@ -1,0 +1,61 @@
+"""What QDQ nodes compute, against the quantizers themselves, in another runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.qdq import Codes, quantized
+from fxquant.quantizers.adalog import AdaLogQuantizer
+from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.uniform import UniformQuantizer
+from tests.export.models import run_in_onnxruntime, side_by_side
+
+CHANNELS = 40
+
+# Quantizers, and whether their codes are bytes in the file.
+QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
+    "symmetric, 8 bits": (UniformQuantizer(8, 0.01), True),
+    "symmetric, 3 bits": (UniformQuantizer(3, 0.3), True),
+    "with a zero-point, 8 bits": (UniformQuantizer(8, 0.02, 100), True),
+    "with a zero-point, 4 bits": (UniformQuantizer(4, 0.2, 6), True),
+    "a scale per channel": (UniformQuantizer(4, torch.linspace(0.05, 0.5, CHANNELS)), True),
+    "a scale and a zero-point per channel": (
+        UniformQuantizer(5, torch.linspace(0.05, 0.2, CHANNELS)[None], torch.arange(CHANNELS)[None] % 31), True,
+    ),
+    "12 bits": (UniformQuantizer(12, 0.001), False),
+    "a zero-point below every code": (UniformQuantizer(8, 0.01, -3), False),
+    "opt-m in a byte": (ShiftedRegionsQuantizer(4, 0.1, 1, 3), True),
+    "opt-m in two": (ShiftedRegionsQuantizer(8, 0.002, 1, 5), False),
+    "twin softmax in a byte": (ShiftedRegionsQuantizer(4, 0.01, 0, 3, negative=False), True),
+    "log2 in a byte": (Log2Quantizer(3, 1.0), True),
+    "log2 in two": (Log2Quantizer(4, 1.0), False),
+    "log2 beyond": (Log2Quantizer(6, 1.0), False),
+    "log-sqrt2": (LogSqrt2Quantizer(4, 1.0), False),
+    "adalog": (AdaLogQuantizer(4, 2.0, 20), False),
+    "adalog with an offset": (AdaLogQuantizer(3, 2.0, 30, offset=0.17), False),
+}  # fmt: skip
+
+
+def test_every_quantizer_gives_its_own_values() -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    quantizers = {name: quantizer for name, (quantizer, _) in QUANTIZERS.items()}
+    x = torch.randn(200, 1, 1, CHANNELS, generator=torch.Generator().manual_seed(0))
+    graph_module = side_by_side(quantizers, CHANNELS)
+    expected = graph_module(x)
+    found = run_in_onnxruntime(to_onnx(graph_module).content, x)
+    for index, (name, quantizer) in enumerate(quantizers.items()):
+        torch.testing.assert_close(found[:, index], expected[:, index], rtol=1e-6, atol=1e-7, msg=name)
+        if quantizer.bits < 8 and quantizer.scale.numel() == 1:
+            assert len(found[:, index].unique()) <= 2**quantizer.bits, name
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_which_quantizers_get_codes(name: str) -> None:
+    quantizer, has_codes = QUANTIZERS[name]
+    assert isinstance(quantized(quantizer), Codes) == has_codes
