@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, nodes_with_role
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.observers import Edge, Observer
 from passes.contract import PassContext
@@ -46,7 +46,7 @@ class InsertObservers:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
         chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)

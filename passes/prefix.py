@@ -5,8 +5,8 @@
     quantized = rest.run(searched, context)
 
 Kept under a signature of the traced model, the images, seed, batch size, versions, our sources and the passes' options.
-Not kept, and so run anew: graphs whose observers still have statistics (`SearchScales(keep_statistics=True)`, for
-CompensateWeights), passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
+Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph. Not kept, and
+so run anew: passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
 """
 
 from __future__ import annotations

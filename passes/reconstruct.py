@@ -34,7 +34,7 @@ from torch.fx import GraphModule
 
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.blocks import extract
 from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -74,7 +74,7 @@ class Reconstruct:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS
 
     def __post_init__(self) -> None:
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:

@@ -27,22 +27,22 @@ from passes.insert_observers import observers_of
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_statistics: keep the observers' statistics,
-    so that another search can follow without calibrating again.
+    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
+    weights' inputs, for CompensateWeights; everything else that observers have gathered is released.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     metric: Literal["hessian", "mse", "min-max"] = "hessian"
-    keep_statistics: bool = False
+    keep_grams: bool = False
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """Scores and bits made of earlier candidates; and, unless statistics are kept, the calibration."""
-        stale = frozenset({Fact.SCORED, Fact.BITS_ALLOCATED})
-        return stale if self.keep_statistics else stale | {Fact.CALIBRATED}
+        """Scores and bits made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
+        stale = frozenset({Fact.SCORED, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
 
     def __post_init__(self) -> None:
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
@@ -61,9 +61,8 @@ class SearchScales:
                 weight_sensitivity=(),
                 activation_sensitivity=(),
             )
-            if not self.keep_statistics:
-                for _, observer in found:
-                    observer.release()
+            for _, observer in found:
+                observer.release(keep_gram=self.keep_grams)
             task.advance()
         task.close()
         return len(nodes)

@@ -67,6 +67,10 @@ def _check_calibrated(graph_module: fx.GraphModule) -> None:
     _require_roles(graph_module, Fact.CALIBRATED)
 
 
+def _check_grams(graph_module: fx.GraphModule) -> None:
+    _require_roles(graph_module, Fact.GRAMS_KNOWN)
+
+
 def _check_observed(graph_module: fx.GraphModule) -> None:
     _require_roles(graph_module, Fact.OBSERVED)
 
@@ -147,6 +151,7 @@ CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.FOLDED: _check_folded,
     Fact.OBSERVED: _check_observed,
     Fact.CALIBRATED: _check_calibrated,
+    Fact.GRAMS_KNOWN: _check_grams,
     Fact.SCALES_SEARCHED: _check_scales,
     Fact.SCORED: _check_scores,
     Fact.BITS_ALLOCATED: _check_bits,
