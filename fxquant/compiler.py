@@ -135,7 +135,7 @@ def compile(
     budget: Any,
     *,
     calibration: Tensor | Synthesis | None = None,
-    recipe: str | Pipeline = "mptq_vit",
+    recipe: str | Pipeline = "best",
     allocator: Allocator | None = None,
     overrides: Mapping[str, Bits] | None = None,
     first_last_bits: int | None = None,

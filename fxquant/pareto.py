@@ -114,7 +114,7 @@ def frontier(
     *,
     axis: str = MEAN_BITS,
     limits: Sequence[float] | None = None,
-    recipe: str = "mptq_vit",
+    recipe: str = "best",
     exact: bool = True,
     realised: Literal["kl"] | Callable[[nn.Module], float] | None = None,
     images: Tensor | None = None,

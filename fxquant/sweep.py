@@ -1,6 +1,6 @@
 """Many budgets, one calibration: everything before AllocateBits runs once, and each point starts from a copy.
 
-    prepared = Prepared(model, calibration, recipe="mptq_vit")
+    prepared = Prepared(model, calibration)
     for budget in ("W8A8", "W4A4"):
         quantized = prepared.compile(budget)
 
@@ -53,7 +53,7 @@ class Prepared:
         model: nn.Module,
         calibration: Tensor | Synthesis | None = None,
         *,
-        recipe: str = "mptq_vit",
+        recipe: str = "best",
         seed: int = 0,
         batch_size: int = 8,
         progress: ProgressReporter | None = None,

@@ -19,7 +19,7 @@ def compile_model(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: o.Recipe = "mptq_vit",
+    recipe: o.Recipe = "best",
     allocator: o.AllocatorName = None,
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,

@@ -26,7 +26,7 @@ def show_frontier(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: o.Recipe = "mptq_vit",
+    recipe: o.Recipe = "best",
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,

@@ -27,7 +27,7 @@ def sweep_budgets(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "mptq_vit",
+    recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "best",
     allocator: Annotated[str | None, typer.Option(help="One or more of milp, greedy, uniform.")] = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
