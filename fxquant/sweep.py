@@ -35,6 +35,7 @@ from passes.allocate_bits import AllocateBits, allocation_of
 from passes.check_budget import CheckBudget
 from passes.contract import Journal, ProgressReporter, SilentProgress
 from passes.insert_observers import observers_of
+from passes.lower import SIMULATED
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -105,7 +106,7 @@ class Prepared:
         searched = self._searched
         context = replace(self._source.context, journal=Journal(list(self._source.context.journal.entries)))
         quantized = rest.run(searched, context)
-        card = protocol_card(self.model, self._source, pipeline, quantized)
+        card = protocol_card(self.model, self._source, pipeline, quantized, self._options.get("backend", SIMULATED))
         return Compiled(
             quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
         )

@@ -23,7 +23,9 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
+from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -100,12 +102,14 @@ class AllocateBits:
             self.image_bits if node in images and annotation.activation_candidates else FLOAT_BITS
             for node, annotation in zip(nodes, annotations, strict=True)
         ]
+        families = [[o.family for _, o in observers_of(graph_module, node) if o.family is not None] for node in nodes]
         weights = [annotation.weight_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
         return self.table(
             annotations,
             counted,
             fixed,
+            [min(map(widest_bits, named), default=bits[-1]) for named in families],
             bits,
             weight=[_scores((a.weight_candidates,), bits, a.weight_sensitivity) for a in annotations],
             activation=[_scores(a.activation_candidates, bits, a.activation_sensitivity) for a in annotations],
@@ -116,15 +120,18 @@ class AllocateBits:
         annotations: Sequence[Annotation],
         activation_elements: Sequence[int],
         fixed_activation_bits: Sequence[int],
+        widest: Sequence[int],
         bits: tuple[int, ...],
         weight: Sequence[Scores],
         activation: Sequence[Scores],
     ) -> CostTable:
         """A cost table from scores per layer: (losses, SQNR in dB), one number per width.
 
-        fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float.
+        fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float. widest: width in bits
+        up to which a layer's inputs have families. Raises OverrideError for pins above it.
         """
         everything = np.ones((len(annotations), len(bits)), dtype=bool)
+        within = np.array(bits) <= np.array(widest)[:, None]
         table = CostTable(
             layers=tuple(annotation.layer for annotation in annotations),
             roles=tuple(str(annotation.role) for annotation in annotations),
@@ -138,7 +145,7 @@ class AllocateBits:
             weight_sqnr_db=np.array([sqnr for _, sqnr in weight]),
             activation_sqnr_db=np.array([sqnr for _, sqnr in activation]),
             allowed_weight=everything,
-            allowed_activation=everything,
+            allowed_activation=within,
             fixed_activation_bits=np.array(fixed_activation_bits),
         )
         roles = {str(annotation.role) for annotation in annotations}
@@ -146,7 +153,13 @@ class AllocateBits:
         if self.first_last_bits is not None:
             ends = (Role.PATCH_EMBED, Role.HEAD)
             pins |= {str(role): self.first_last_bits for role in ends if str(role) in roles}
-        return table.override({**pins, **dict(self.overrides)})
+        pinned = table.override({**pins, **dict(self.overrides)})
+        for layer, column in np.argwhere(pinned.allowed_activation & ~within)[:1]:
+            raise OverrideError(
+                f"the inputs of layer {table.layers[layer]!r} are pinned at {bits[column]} bits, and their quantizers "
+                f"end at {widest[layer]}: pin them lower, or allow other families or another backend"
+            )
+        return pinned
 
 
 Scores = tuple[list[float], list[float]]

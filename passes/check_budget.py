@@ -14,6 +14,7 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.allocate_bits import AllocateBits
 from passes.contract import PassContext
@@ -35,12 +36,13 @@ class CheckBudget:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
         image_bits = self.allocate.image_bits
-        annotations, elements, fixed = [], [], []
+        annotations, elements, fixed, widest = [], [], [], []
         for node in nodes_with_role(graph_module):
             planned = self.insert.plan(node)
             if planned:
                 annotations.append(annotation_of(node))
                 quantized = [edge for _, edge, family in planned if family is not None]
+                widest.append(min((widest_bits(f) for _, _, f in planned if f is not None), default=self.bits[-1]))
                 elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
                 fixed.append(image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
         if image_bits in fixed and image_bits not in self.bits:
@@ -49,6 +51,6 @@ class CheckBudget:
                 f"the image in float with InsertObservers(image=None)"
             )
         nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
-        table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)
+        table = self.allocate.table(annotations, elements, fixed, widest, self.bits, nothing, nothing)
         table.check_feasible(in_numbers(self.allocate.budget, table))
         return 0

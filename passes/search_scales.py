@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
-from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.contract import PassContext
@@ -74,11 +74,19 @@ class SearchScales:
             raise CalibrationError(
                 'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
-        names = str(observer.family).split("|")
-        if self.metric == "min-max" and names == ["symmetric"]:
-            names = ["symmetric-min-max"]
-        found = [search_activation(statistics, FAMILIES[n], self.bits, observer.images, weighted) for n in names]
-        return tuple(min(candidates, key=lambda candidate: candidate.loss) for candidates in zip(*found, strict=True))
+        named = families_named(str(observer.family))
+        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+            named = families_named("symmetric-min-max")
+        found = [
+            search_activation(statistics, FAMILIES[family.name], self.bits, observer.images, weighted)
+            for family in named
+        ]
+        best = []
+        for column, bits in enumerate(self.bits):
+            # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
+            usable = [group[column] for family, group in zip(named, found, strict=True) if bits <= family.widest_bits]
+            best.append(min(usable or [group[column] for group in found], key=lambda candidate: candidate.loss))
+        return tuple(best)
 
     def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
         if node.op != "call_module" or not observer.keeps_gram:

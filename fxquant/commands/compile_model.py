@@ -24,6 +24,9 @@ def compile_model(
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
+    backend: Annotated[
+        str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn; simulated: anything.")
+    ] = "simulated",
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
@@ -61,8 +64,8 @@ def compile_model(
     with RichProgress() as progress:
         quantized = compile(
             named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
-            first_last_bits=first_last_bits, fully_quantized=fully_quantized, seed=seed, batch_size=batch_size,
-            progress=progress, cache=kept, card=card,
+            first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend, seed=seed,
+            batch_size=batch_size, progress=progress, cache=kept, card=card,
         )  # fmt: skip
     if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
         say(f"calibrated and searched before: recalled from {kept}")

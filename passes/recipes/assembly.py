@@ -15,7 +15,9 @@ from passes.check_budget import CheckBudget
 from passes.contract import Pass
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
+from passes.lower import SIMULATED
 from passes.pipeline import Pipeline
+from passes.restrict_families import restrict_families
 from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers
 
@@ -27,7 +29,8 @@ class Options(TypedDict, total=False):
 
     allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
     fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
-    bits: candidate widths.
+    bits: candidate widths. backend: only quantizers and widths that this backend runs as integers, see
+    `passes.restrict_families`.
     """
 
     allocator: Allocator | None
@@ -36,6 +39,7 @@ class Options(TypedDict, total=False):
     fully_quantized: bool
     fold: FoldSqb | None
     bits: tuple[int, ...]
+    backend: str
 
 
 def assemble(
@@ -51,9 +55,11 @@ def assemble(
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
 
-    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read.
+    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read,
+    BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits = options.get("bits", CANDIDATE_BITS)
+    insert = restrict_families(insert, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(
         Budget.parse(budget),

@@ -1,0 +1,51 @@
+"""What a backend runs as integers, as families of quantizers: chosen before anything is searched, not after.
+
+    insert = restrict_families(InsertObservers(post_softmax="log2|twin-softmax"), "cpu-native")
+    insert.post_softmax    # "log2<=4|twin-softmax"
+
+Deliberately not done: layers that no quantizer would help (grouped convolutions, softmax and layer norm under the fully
+quantized protocol); `passes.lower.backend_summary` counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fxquant.errors import BackendError
+from fxquant.quantizers.families import families_named
+from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES
+from passes.insert_observers import InsertObservers
+from passes.lower import SIMULATED, check_backend, resolved
+
+_UNIFORM = {"post_gelu": "asymmetric", "other": "symmetric"}
+"""Where oneDNN runs, and the uniform family that takes the place of others there."""
+
+
+def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
+    """The families of each edge that the backend runs, at the widths at which it runs them.
+
+    "cpu-onednn" runs uniform quantizers only, which take the place of others. The kernels need not be on this machine,
+    except to say what "auto" is. Raises BackendError for an unknown backend, and for an edge whose families
+    "cpu-native" can run at no width.
+    """
+    check_backend(backend)
+    name = resolved(backend) if backend == "auto" else backend
+    if name == SIMULATED:
+        return insert
+    runs = BYTE_FAMILIES if name == "cpu-native" else UNIFORM_FAMILIES
+    edges = ("post_gelu", "post_softmax", "other", "image") if name == "cpu-native" else tuple(_UNIFORM)
+    changes: dict[str, Any] = {}
+    for edge in edges:
+        text = getattr(insert, edge)
+        if text is None:
+            continue
+        kept = [(family, min(widest, runs[family])) for family, widest in families_named(text) if family in runs]
+        if not kept and name == "cpu-native":
+            raise BackendError(
+                f"cpu-native cannot run the quantizers of {edge}={text!r} as integers at any width: take a recipe with "
+                f"others, such as 'best', leave the backend out, or name some of {', '.join(runs)}"
+            )
+        named = [family if widest == 8 else f"{family}<={widest}" for family, widest in kept]
+        changes[edge] = "|".join(named) or _UNIFORM[edge]
+    return replace(insert, **changes)
