@@ -37,6 +37,7 @@ from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
 from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
 from passes.lower import SIMULATED, Lower, backend_summary, execution_of, execution_summary
+from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -141,6 +142,7 @@ def compile(
     first_last_bits: int | None = None,
     fully_quantized: bool = False,
     backend: str = SIMULATED,
+    latency: MeasureLatency | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: ProgressReporter | None = None,
@@ -154,7 +156,8 @@ def compile(
     name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options. allocator,
     overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. backend: "cpu-native",
     "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
-    with a backend and says in its report how many layers will run so. seed: of every random draw.
+    with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
+    budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
     batch_size: images per calibration step, bounds memory. cache: folder in which what was calibrated, searched and
     scored is kept, so that the next budget on the same model, images and options only allocates, in any process; None
     keeps nothing. card: entries to add to the protocol card, for example the data's name.
@@ -166,14 +169,15 @@ def compile(
         check_images(calibration)
     if isinstance(recipe, Pipeline):
         is_plain = allocator is None and not overrides and first_last_bits is None and not fully_quantized
-        if budget is not None or not is_plain or backend != SIMULATED:
+        if budget is not None or not is_plain or backend != SIMULATED or latency is not None:
             raise PipelineError(
-                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized "
-                "and backend: set them on its passes and give None for the budget, or name a recipe"
+                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
+                "backend and latency: set them on its passes and give None for the budget, or name a recipe"
             )
         pipeline = recipe
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}
+        options |= {} if latency is None else {"latency": latency}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
     source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress())
     prefix, rest = split(pipeline)
@@ -253,6 +257,7 @@ def protocol_card(
         str(role): sorted({annotation_of(n).weight_bits or 32 for n in nodes_with_role(graph_module, role)})
         for role in (Role.PATCH_EMBED, Role.HEAD)
     }
+    timed = next((step for step in pipeline if isinstance(step, MeasureLatency)), None)
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -266,6 +271,7 @@ def protocol_card(
         "first_last_weight_bits": bits_by_role,
         "execution": "simulated",
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
+        **({} if timed is None else {"latency": timed.described}),
         "coverage": float(graph_module.meta.get("coverage", math.nan)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

@@ -90,12 +90,16 @@ class Prepared:
         prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
         return run_prefix(prefix, self._source.traced, self._source.context)
 
-    def cost_table(self) -> CostTable:
-        """The allocation problem, with overrides and policies applied; calibrates on the first call only."""
-        _, rest = split(self.pipeline("W8A8"))
+    def cost_table(self, budget: Any = "W8A8") -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only.
+
+        budget: of it only which quantities are limited matters: times are measured where it limits the latency.
+        """
+        pipeline = self.pipeline(budget)
+        _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
         nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
-        allocate = next(step for step in self.pipeline("W8A8") if isinstance(step, AllocateBits))
+        allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.cost_table(found, nodes)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.fx import GraphModule, Node
 
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
+from allocators.arrays import FloatArray
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
 from allocators.like_uniform import in_numbers
@@ -29,6 +30,7 @@ from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
+from passes.measure_latency import LATENCY
 
 ALLOCATION = "fxquant_allocation"
 COST_TABLE = "fxquant_cost_table"
@@ -52,9 +54,14 @@ class AllocateBits:
     image_bits: int = 8
     role_bits: tuple[tuple[Role, Bits], ...] = ()
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """Candidates; and times where the budget limits the latency."""
+        timed = frozenset() if self.budget.latency_ms is None else frozenset({Fact.LATENCY_KNOWN})
+        return timed | {Fact.SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.
@@ -105,7 +112,7 @@ class AllocateBits:
         families = [[o.family for _, o in observers_of(graph_module, node) if o.family is not None] for node in nodes]
         weights = [annotation.weight_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
-        return self.table(
+        table = self.table(
             annotations,
             counted,
             fixed,
@@ -114,6 +121,8 @@ class AllocateBits:
             weight=[_scores((a.weight_candidates,), bits, a.weight_sensitivity) for a in annotations],
             activation=[_scores(a.activation_candidates, bits, a.activation_sensitivity) for a in annotations],
         )
+        measured = graph_module.meta.get(LATENCY)
+        return table if measured is None else replace(table, latency_ms=_latency_ms(measured, table))
 
     def table(
         self,
@@ -180,6 +189,15 @@ def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...], se
         ratio = float(np.mean([candidate.noise / max(candidate.signal, 1e-30) for candidate in chosen]))
         sqnr.append(-10 * math.log10(max(ratio, 1e-30)))
     return list(sensitivity or losses), sqnr
+
+
+def _latency_ms(measured: Mapping[str, Any], table: CostTable) -> FloatArray:
+    """MeasureLatency's times as (L, W, A); what no width changes counts with the first layer."""
+    found = np.zeros((len(table.layers), len(table.weight_bits), len(table.activation_bits)))
+    for layer, times in measured["layers"].items():
+        found[table.layers.index(layer)] = times
+    found[0] += measured["rest_ms"]
+    return found
 
 
 def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:

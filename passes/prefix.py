@@ -25,11 +25,11 @@ from passes.pipeline import Pipeline
 
 
 def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
-    """The passes before layers are scored or bits allocated, and the rest; all are before where none does either.
+    """The passes before layers are scored or timed or bits allocated, and the rest; all where none does any of it.
 
-    Scores have signatures of their own in the cache, so pipelines that differ in the metric only share the first part.
+    Scores and times have signatures of their own in the cache: pipelines that differ in them share the first part.
     """
-    deciding = {Fact.SCORED, Fact.BITS_ALLOCATED}
+    deciding = {Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED}
     position = next((index for index, step in enumerate(pipeline) if deciding & step.provides), len(pipeline))
     return pipeline[:position], pipeline[position:]
 

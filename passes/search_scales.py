@@ -40,8 +40,8 @@ class SearchScales:
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """Scores and bits made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
-        stale = frozenset({Fact.SCORED, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
+        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
         return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from fxquant.commands import options as o
 
 def compile_model(
     model: o.Model,
-    budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", ...')],
+    budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", "W4A8, 5ms", ...')],
     calibration: o.Calibration = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
@@ -27,6 +27,8 @@ def compile_model(
     backend: Annotated[
         str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn; simulated: anything.")
     ] = "simulated",
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1,
+    latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
@@ -50,6 +52,7 @@ def compile_model(
     from fxquant.report.picture import check_picture
     from fxquant.report.progress import RichProgress
     from fxquant.runtime.container import write_file
+    from passes.measure_latency import MeasureLatency
 
     wanted, chosen, overrides = Budget.parse(budget), o.allocator_named(allocator), o.parse_overrides(override)
     o.check_output(out, report, picture)
@@ -64,7 +67,8 @@ def compile_model(
     with RichProgress() as progress:
         quantized = compile(
             named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
-            first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend, seed=seed,
+            first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
+            latency=MeasureLatency(latency_batch, latency_threads), seed=seed,
             batch_size=batch_size, progress=progress, cache=kept, card=card,
         )  # fmt: skip
     if any(entry.notes.get("recalled") for entry in quantized.journal.entries):

@@ -64,6 +64,7 @@ class Fact(StrEnum):
     GRAMS_KNOWN = "Gram matrices known"
     SCALES_SEARCHED = "scales searched"
     SCORED = "scored"
+    LATENCY_KNOWN = "latency known"
     BITS_ALLOCATED = "bits allocated"
     QUANTIZED = "quantized"
     LOWERED = "lowered"

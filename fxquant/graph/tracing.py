@@ -57,6 +57,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         coverage = _coverage(root, graph_module, tracer, minimum_coverage)
         graph_module = normalize(graph_module)
         _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
+        for node in graph_module.graph.nodes:
+            node.type = None  # a graph read from a file has no annotations, and the same code is to look the same
         _propagate_shapes(graph_module, example_bchw)
         graph_module.graph.lint()
         graph_module.recompile()

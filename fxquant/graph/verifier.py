@@ -115,6 +115,10 @@ def _check_scores(graph_module: fx.GraphModule) -> None:
                 raise _fail(Fact.SCORED, node, problem, "run ScoreLayers after SearchScales")
 
 
+def _check_latency(graph_module: fx.GraphModule) -> None:
+    _require_roles(graph_module, Fact.LATENCY_KNOWN)
+
+
 def _check_bits(graph_module: fx.GraphModule) -> None:
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
@@ -154,6 +158,7 @@ CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.GRAMS_KNOWN: _check_grams,
     Fact.SCALES_SEARCHED: _check_scales,
     Fact.SCORED: _check_scores,
+    Fact.LATENCY_KNOWN: _check_latency,
     Fact.BITS_ALLOCATED: _check_bits,
     Fact.QUANTIZED: _check_quantized,
     Fact.LOWERED: _check_lowered,

@@ -214,6 +214,7 @@ def test_every_annotation_field_survives() -> None:
     searched = prefix.run(traced, PassContext(x))
     texts, tensors = searched_to_file(searched, traced)
     again = searched_from_file(texts, tensors, traced)
+    assert again.code == searched.code, "signatures of what is scored and timed depend on it"
     for before, after in zip(searched.graph.nodes, again.graph.nodes, strict=True):
         one, other = annotation_of(before), annotation_of(after)
         for field in ("role", "layer", "block", "parameters", "macs", "activation_elements", "weight_sensitivity"):
