@@ -181,7 +181,7 @@ def compile(
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
     source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress())
     prefix, rest = split(pipeline)
-    check_budget(prefix, source.with_roles)
+    check_budget(pipeline, source.with_roles)
     context = source.context
     quantized = rest.run(run_prefix(prefix, source.traced, context), context)
     protocol = protocol_card(model, source, pipeline, quantized, backend)

@@ -32,7 +32,6 @@ from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import AllocateBits, allocation_of
-from passes.check_budget import CheckBudget
 from passes.contract import Journal, ProgressReporter, SilentProgress
 from passes.insert_observers import observers_of
 from passes.lower import SIMULATED
@@ -87,7 +86,7 @@ class Prepared:
     @cached_property
     def _searched(self) -> GraphModule:
         """The graph as it is before bits are allocated; no budget has any say in it."""
-        prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
+        prefix, _ = split(self.pipeline("W8A8"))
         return run_prefix(prefix, self._source.traced, self._source.context)
 
     def cost_table(self, budget: Any = "W8A8") -> CostTable:

@@ -25,7 +25,6 @@ from fxquant.errors import DataError, OverrideError
 from fxquant.evaluation import Accuracy
 from fxquant.models import load_model
 from fxquant.sweep import Prepared, Results, sweep
-from passes.check_budget import CheckBudget
 from passes.prefix import split
 
 runner = CliRunner()
@@ -183,12 +182,12 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
 
     done = sweep({"best": prepared}, [Budget.parse(8), Budget.parse(4)], [Greedy(), Uniform()], measure, Results(), "x")
     assert [point["allocator"] for point in done.points] == ["greedy", "uniform"] * 2
-    prefix, rest = split(prepared.pipeline(4).without(CheckBudget))
+    prefix, rest = split(prepared.pipeline(4))
     assert sorted(calls) == sorted([1, *[len(rest)] * 4, len(prefix)]), "roles, four allocations, one calibration"
     found = prepared.compile("W4A4", Greedy())
     assert found.allocation == expected.allocation
     assert torch.equal(found(images), expected(images))
-    assert len(found.journal.entries) == len(expected.journal.entries) - 1, "all but CheckBudget"
+    assert len(found.journal.entries) == len(expected.journal.entries)
 
 
 def test_signatures_and_results_files(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def assemble(
         # Images come in 8 bits; where the candidates end below, the widest is what they get.
         image_bits=max(bits, default=8),
     )
-    passes: list[Pass] = [AssignRoles(), CheckBudget(allocate, insert, bits)]
+    passes: list[Pass] = [AssignRoles(), CheckBudget()]
     passes += [] if chosen_fold is None else [chosen_fold]
     passes += [insert, calibrate, SearchScales(bits, metric)]
     passes += [] if score is None else [score]
