@@ -34,7 +34,7 @@ from fxquant.sweep import Prepared
 from fxquant.synthesis.synthesize import Synthesis
 from passes.contract import ProgressReporter, SilentProgress
 
-_UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs")}
+_UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ simulated one. Running it again changes nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,9 +88,10 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
     The kernels need not be on this machine, except to say what "auto" is.
     """
     name = resolved(backend) if backend == "auto" else backend
-    runs = set[torch.fx.Node]()
-    if name != SIMULATED:
-        runs |= set(integer_nodes(graph_module) if name == "cpu-native" else _onednn_nodes(graph_module))
+    finders: dict[str, Callable[[GraphModule], Iterable[torch.fx.Node]]] = {
+        "cpu-native": integer_nodes, "cpu-onednn": _onednn_nodes
+    }  # fmt: skip
+    runs = set(finders[name](graph_module)) if name in finders else set()
     layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
     left = [layer for layer, is_integer in layers.items() if not is_integer]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""

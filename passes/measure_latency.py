@@ -7,7 +7,7 @@ the input's codes (`runtime.byte_codes`: OPT-m and twin scales at 8 bits have tw
 measured once on the whole lowered model, at the widest widths, less what these add: layer norm, softmax, GELU,
 attention's first product, whatever runs simulated. So only differences between widths rest on kernels run alone.
 
-Times of one shape at different weight widths that lie within NOISE are taken for equal; a wider width counts as no
+Times of one shape at different weight widths within a tenth (NOISE) are taken for equal; a wider width counts as no
 faster than a narrower one (`allocators.latency.rising`). They are kept in the context's cache, by machine and shape.
 """
 
@@ -38,7 +38,7 @@ from passes.lower import Lower
 from passes.substitute_quantizers import SubstituteQuantizers
 
 LATENCY = "fxquant_latency"
-NOISE = 0.05
+NOISE = 0.1
 
 
 @dataclass(frozen=True)

@@ -18,23 +18,30 @@ from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES
 from passes.insert_observers import InsertObservers
 from passes.lower import SIMULATED, check_backend, resolved
 
+_RUNS = {
+    "cpu-native": (BYTE_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
+    "cpu-onednn": (UNIFORM_FAMILIES, ("post_gelu", "other")),
+}
+"""By backend: families with their widest widths in bits, and the edges into layers that it runs."""
+
 _UNIFORM = {"post_gelu": "asymmetric", "other": "symmetric"}
-"""Where oneDNN runs, and the uniform family that takes the place of others there."""
+"""What takes the place of other families where only uniform ones run."""
 
 
 def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
     """The families of each edge that the backend runs, at the widths at which it runs them.
 
     "cpu-onednn" runs uniform quantizers only, which take the place of others. The kernels need not be on this machine,
-    except to say what "auto" is. Raises BackendError for an unknown backend, and for an edge whose families
-    "cpu-native" can run at no width.
+    except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an edge whose
+    families "cpu-native" can run at no width.
     """
     check_backend(backend)
     name = resolved(backend) if backend == "auto" else backend
     if name == SIMULATED:
         return insert
-    runs = BYTE_FAMILIES if name == "cpu-native" else UNIFORM_FAMILIES
-    edges = ("post_gelu", "post_softmax", "other", "image") if name == "cpu-native" else tuple(_UNIFORM)
+    if name not in _RUNS:
+        raise BackendError(f"which quantizers {name!r} runs as integers is not known; it is of {', '.join(_RUNS)}")
+    runs, edges = _RUNS[name]
     changes: dict[str, Any] = {}
     for edge in edges:
         text = getattr(insert, edge)

@@ -24,9 +24,7 @@ def compile_model(
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
-    backend: Annotated[
-        str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn; simulated: anything.")
-    ] = "simulated",
+    backend: o.Backend = "simulated",
     latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1,
     latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1,
     seed: o.Seed = 0,
