@@ -3,8 +3,8 @@
     python benchmarks/latency_budget.py embedded
     python benchmarks/latency_budget.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz
 
-One thread, its processor time; least of repeated runs. Rows: mean widths alone, and W8A8 at latencies between the slowest
-and the fastest.
+One thread, its processor time; least of repeated runs. Rows: mean widths alone, and W8A8 at latencies between the
+slowest and the fastest.
 """
 
 from __future__ import annotations
