@@ -26,7 +26,7 @@ class Allocation:
         weight_bits: bits of the layers that have quantized weights.
         activation_bits: bits of the layers whose input is quantized.
         objective: summed predicted loss.
-        usage: the four QUANTITIES, averaged as the budget asks.
+        usage: the QUANTITIES, averaged as the budget asks; latency_ms where times were measured.
         budget: what was asked.
         status: "optimal", "feasible" or "heuristic".
         gap: (objective - bound) / objective, or `None` when no bound is known.
@@ -113,7 +113,8 @@ def _is_widths(value: Any) -> bool:
 
 
 def _is_usage(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == set(QUANTITIES) and all(map(_is_number, value.values()))
+    is_named = isinstance(value, dict) and {*value, "latency_ms"} == set(QUANTITIES)
+    return is_named and all(map(_is_number, value.values()))
 
 
 _VALID = {

@@ -3,7 +3,7 @@
     mean bits = sum_l n_l * b_l / sum_l n_l    (n_l: elements of layer l, or 1 for a plain mean over layers)
 
 Sources: MPTQ-ViT and LampQ (mean bits), Mix-QViT (model size and bit operations).
-Deliberately not done: latency, which needs a device model.
+A latency holds for the batch size, threads and machine of the table of latencies it is compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fxquant.errors import BudgetError
 
 Mean = Literal["elements", "layers"]
 
-QUANTITIES: Final = ("mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations")
+QUANTITIES: Final = ("mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations", "latency_ms")
 """The budgeted quantities, in the order used by every array of usages."""
 
 TOLERANCE: Final = 1e-9
@@ -29,7 +29,7 @@ _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TOKEN = re.compile(
     rf"MP(?P<uniform>\d+)"
     rf"|(?P<operand>[WA])(?P<bits>{_NUMBER})(?:/(?P<mean>layers|elements))?"
-    rf"|(?P<amount>{_NUMBER})\s*(?P<unit>[KMGT]?BOPs?|[KMGT]i?B|B)",
+    rf"|(?P<amount>{_NUMBER})\s*(?P<unit>[KMGT]?BOPs?|[KMGT]i?B|B|ms)",
     re.IGNORECASE,
 )
 _SEPARATORS = re.compile(r"[\s,+]*")
@@ -37,7 +37,7 @@ _BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1.0}
 _BINARY_UNITS = {"KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40, "TB": 1e12}
 _OPERATION_UNITS = {"TBOPs": 1e12, "GBOPs": 1e9, "MBOPs": 1e6, "KBOPs": 1e3, "BOPs": 1.0}
 _UNITS = _BYTE_UNITS | _BINARY_UNITS | {unit.upper(): scale for unit, scale in _OPERATION_UNITS.items()}
-_EXAMPLES = "'W4A4', 'w3.5a5', 'W4', 'A6/layers', 'MP4', '6MB', '1.5MiB', '2.1GBOPs' or a mix such as 'W4A4, 6MB'"
+_EXAMPLES = "'W4A4', 'w3.5a5', 'W4', 'A6/layers', 'MP4', '6MB', '1.5MiB', '2.1GBOPs', '5ms' or a mix, 'W4A4, 6MB'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class Budget:
         mean_activation_bits: mean bits per quantized activation.
         weight_bytes: bytes of all quantized weights, without scales.
         bit_operations: sum over layers of MACs * weight bits * activation bits.
+        latency_ms: predicted time of one batch on integer kernels, ms.
         like_uniform_bits: no more weight bytes and no more bit operations than the uniform model of this width
             has ("MP4", Mix-QViT's "*" rows); `allocators.like_uniform.in_numbers` puts them into numbers.
         weight_mean: weigh layers by their number of weights ("elements") or equally ("layers").
@@ -59,7 +60,7 @@ class Budget:
 
     >>> Budget.parse("W4A4, 6MB")
     Budget(mean_weight_bits=4.0, mean_activation_bits=4.0, weight_bytes=6000000.0, bit_operations=None, \
-like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
+latency_ms=None, like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
     >>> str(Budget.parse({"mean_weight_bits": 3.5, "bit_operations": 2.1e9}))
     'W3.5, 2.1GBOPs'
     """
@@ -68,6 +69,7 @@ like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
     mean_activation_bits: float | None = None
     weight_bytes: float | None = None
     bit_operations: float | None = None
+    latency_ms: float | None = None
     like_uniform_bits: int | None = None
     weight_mean: Mean = "elements"
     activation_mean: Mean = "elements"
@@ -114,7 +116,7 @@ like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
     def parse(cls, value: Budget | float | str | Mapping[str, Any]) -> Budget:
         """Read a budget from a short form: a number (W and A alike), a string, a mapping of fields, or a Budget.
 
-        MB is 1e6 bytes and MiB is 2**20; tokens are joined by a comma, a space or "+"; case does not matter.
+        MB is 1e6 bytes, MiB 2**20 bytes, ms a latency; a comma, a space or "+" joins tokens; case does not matter.
 
         Raises:
             BudgetError: the value cannot be read; the message shows the forms that can.
@@ -180,6 +182,7 @@ like_uniform_bits=None, weight_mean='elements', activation_mean='elements')
         amounts = (
             _with_unit(self.weight_bytes, _BYTE_UNITS),
             _with_unit(self.bit_operations, _OPERATION_UNITS),
+            "" if self.latency_ms is None else f"{_shortest(self.latency_ms)}ms",
         )
         return ", ".join(part for part in (uniform, operands, *amounts) if part)
 
@@ -196,7 +199,9 @@ def _fields_of(token: re.Match[str]) -> Iterable[tuple[str, Any]]:
             yield f"{name}_mean", token["mean"].lower()
         return
     unit = token["unit"].upper().replace("BOPS", "BOP")
-    if unit.endswith("BOP"):
+    if unit == "MS":
+        yield "latency_ms", float(token["amount"])
+    elif unit.endswith("BOP"):
         yield "bit_operations", float(token["amount"]) * _UNITS[unit + "S"]
     else:
         yield "weight_bytes", float(token["amount"]) * _UNITS[unit]

@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
+from allocators.arrays import BoolArray, FloatArray, IntArray
 from allocators.budget import Budget
 from allocators.feasibility import infeasibility
-from allocators.meter import FLOAT_BITS, BoolArray, FloatArray, IntArray, Meter
+from allocators.latency import Latency, check_latency
+from allocators.meter import FLOAT_BITS, Meter
+from allocators.operands import Choices, Operand
 from allocators.overrides import Bits, restrict
 from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError, SensitivityError
 
@@ -25,50 +28,6 @@ Assignment = IntArray
 
 MATMUL_ROLES: Final = ("qk", "av")
 """Roles whose two operands are both activations."""
-
-
-class Operand(NamedTuple):
-    """One side of the table: the weights or the activations of every layer.
-
-    Attributes:
-        name: "weight" or "activation".
-        bits: int64 [C]: the candidate widths, ascending.
-        elements: int64 [L]: 0 where the layer has no such operand.
-        cost: float64 [L, C]: predicted loss.
-        sqnr_db: float64 [L, C]: signal to quantization noise, in dB.
-        allowed: bool [L, C].
-    """
-
-    name: str
-    bits: IntArray
-    elements: IntArray
-    cost: FloatArray
-    sqnr_db: FloatArray
-    allowed: BoolArray
-
-    def columns(self, layer: int) -> IntArray:
-        """The allowed columns of a layer, ascending; [-1] where it has no such operand."""
-        return np.flatnonzero(self.allowed[layer]) if self.elements[layer] > 0 else np.array([-1])
-
-    def bits_at(self, columns: IntArray) -> IntArray:
-        """The widths of `columns`; 0 for column -1."""
-        return np.where(columns >= 0, self.bits[columns], 0)
-
-
-class Choices(NamedTuple):
-    """The allowed (weight, activation) pairs of one layer, as arrays of length P (0 bits and column -1: none).
-
-    Attributes:
-        columns: int64 [2, P]: columns of the table.
-        bits: int64 [2, P]: weight and activation bits.
-        cost: float64 [P]: weight cost plus activation cost.
-        usage: float64 [4, P]: what each pair adds to QUANTITIES.
-    """
-
-    columns: IntArray
-    bits: IntArray
-    cost: FloatArray
-    usage: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,10 +49,12 @@ class CostTable:
         allowed_weight: bool [L, W]: candidates left by the policies and overrides.
         allowed_activation: bool [L, A].
         fixed_activation_bits: int64 [L]: bits of an input outside the allocation; 32, float, where not given.
+        latency_ms: float64 [L, W, A]: predicted time at each pair of widths, never less at a wider one; what takes the
+            same time whatever is chosen counts with any one layer. None: not known. Rounded to nanoseconds.
 
     Raises:
         SensitivityError: a shape is wrong, or a cost or SQNR is NaN, infinite or negative (an SQNR may be infinite
-            or negative); the message names the layer and the width.
+            or negative), or a latency falls with the width; the message names the layer and the width.
         OverrideError: a layer is left without any allowed width.
     """
 
@@ -111,6 +72,7 @@ class CostTable:
     allowed_weight: BoolArray
     allowed_activation: BoolArray
     fixed_activation_bits: IntArray | None = None
+    latency_ms: FloatArray | None = None
 
     def __post_init__(self) -> None:
         """Copy, check and lock every array."""
@@ -134,6 +96,9 @@ class CostTable:
             self._lock(f"allowed_{side}", (count, len(widths)), np.bool_)
         for operand in self.operands:
             self._check(operand)
+        if self.latency_ms is not None:
+            self._lock("latency_ms", (count, len(self.weight_bits), len(self.activation_bits)), np.float64)
+            check_latency(self.layers, self.latency_ms)
 
     def _lock(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
         try:
@@ -182,18 +147,20 @@ class CostTable:
         """What bits use, averaged as `budget` asks (by elements without one)."""
         matmul = np.isin(self.roles, MATMUL_ROLES)
         fixed = np.asarray(self.fixed_activation_bits)
-        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, fixed, budget)
+        times = self.latency_ms
+        latency = None if times is None else Latency.of(times, self.weight_bits, self.activation_bits)
+        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, fixed, budget, latency)
 
     def bits(self, assignment: Assignment) -> IntArray:
         """Weight bits and activation bits of an assignment, int64 [2, L]; 0 where a layer has none."""
         return np.stack([side.bits_at(columns) for side, columns in zip(self.operands, assignment, strict=True)])
 
     def usage(self, assignment: Assignment, budget: Budget | None = None) -> dict[str, float]:
-        """The four QUANTITIES of an assignment: mean bits, mean bits, bytes, bit operations."""
+        """The QUANTITIES of an assignment: mean bits, mean bits, bytes, bit operations and, where known, latency."""
         return self.meter(budget).total(*self.bits(assignment))
 
     def minimum_usage(self, budget: Budget | None = None, *, tied: bool = False) -> dict[str, float]:
-        """The least of every quantity; the lowest widths reach all four together."""
+        """The least of every quantity; the lowest widths reach all of them together."""
         return self.usage(self.lowest(tied=tied), budget)
 
     def objective(self, assignment: Assignment) -> float:
@@ -289,7 +256,8 @@ class CostTable:
         """All fields as lists, ready for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            name: value.tolist() if isinstance(value, np.ndarray) else list(value) for name, value in values.items()
+            name: value.tolist() if isinstance(value, np.ndarray) else value and list(value)
+            for name, value in values.items()
         }
 
     @classmethod

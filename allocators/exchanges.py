@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from allocators.arrays import FloatArray, IntArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
-from allocators.meter import FloatArray, IntArray
 
 
 class Step(NamedTuple):

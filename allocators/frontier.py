@@ -20,16 +20,16 @@ import numpy as np
 
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
+from allocators.arrays import FloatArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
-from allocators.meter import FloatArray
 from fxquant.errors import BudgetError
 
 MEAN_BITS: Final = "mean_bits"
 """Mean weight bits and mean activation bits, limited alike."""
 
 AXES: Final = (MEAN_BITS, *QUANTITIES)
-"""What a frontier can run along."""
+"""What a frontier can run along; a latency only where the table has one."""
 
 _STEP_BITS: Final = 0.1
 
@@ -144,12 +144,16 @@ def frontier(
 
 
 def default_limits(table: CostTable, axis: str) -> list[float]:
-    """Budgets a quarter bit apart (for bit operations as many between the extremes), the extremes included."""
+    """Budgets a quarter bit apart (for operations and latency as many between the extremes), the extremes included.
+
+    Raises BudgetError for a latency that the table does not have.
+    """
     widths = [
         side.bits_at(columns) for side in table.operands for columns in map(side.columns, range(len(table.layers)))
     ]
     span = max(int(bits.max()) for bits in widths) - min(int(bits[bits > 0].min()) for bits in widths if bits.any())
     limited = quantities_of(axis)
+    table.meter(budget_at(axis, 1.0))  # refuses a latency where no times are known
     least, most = table.minimum_usage(), table.usage(table.highest())
     low, high = max(least[q] for q in limited), max(most[q] for q in limited)
     return [float(limit) for limit in np.unique(np.linspace(low, high, 4 * span + 1))]
@@ -173,7 +177,7 @@ def step_of(table: CostTable, axis: str) -> float:
     """What 0.1 bit is along an axis: of every weight in bytes; for bit operations, as large a share of their range."""
     if axis == "weight_bytes":
         return float(table.weight_elements.sum()) * _STEP_BITS / 8
-    if axis == "bit_operations":
+    if axis in ("bit_operations", "latency_ms"):
         least, most = table.minimum_usage()[axis], table.usage(table.highest())[axis]
         bits = [side.bits.max() - side.bits.min() for side in table.operands]
         return _STEP_BITS * (most - least) / max(float(max(bits)), 1.0)

@@ -5,7 +5,8 @@
 
 Weights first, then activations (or the reverse), each until its quantities meet the budget; a heap keeps the largest
 alpha on top, O(widths * layers * log layers). Bytes count with the weights. Bit operations, which the paper does not
-budget, come last: whichever tensor has the largest alpha is lowered until they are met.
+budget, and latency come last: whichever tensor has the largest alpha is lowered until they are met, by several widths
+where the first of them gain no time.
 Deliberately not done: looking at costs, or raising a tensor again.
 """
 
@@ -20,9 +21,9 @@ from typing import Final, Literal
 import numpy as np
 
 from allocators.allocation import Allocation
+from allocators.arrays import FloatArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
-from allocators.meter import FloatArray
 
 _LARGEST_SQNR_DB: Final = 1e3
 """Stands for an infinite SQNR (an exact representation), so that infinity times log(1) stays a number."""
@@ -68,9 +69,11 @@ class Greedy:
         phases = [((0,), ("mean_weight_bits", "weight_bytes")), ((1,), ("mean_activation_bits",))]
         if self.order == "activations-first":
             phases.reverse()
-        for rows, quantities in [*phases, ((0, 1), ("bit_operations",))]:
+        for rows, quantities in [*phases, ((0, 1), ("bit_operations",)), ((0, 1), ("latency_ms",))]:
             descent.lower(rows, quantities)
-        return descent.assignment
+        # Both operands of a layer may have to fall together before it is any faster.
+        is_met = not budget.exceeded(table.usage(descent.assignment, budget))
+        return descent.assignment if is_met else table.lowest()
 
     def _alpha(self, table: CostTable, row: int) -> FloatArray:
         """Alpha of moving to each column, float64 [L, C]."""
@@ -91,7 +94,7 @@ class _Descent:
         self._alphas = alphas
         self._meter = table.meter(budget)
         self._limits = np.array([budget.limits.get(quantity, np.inf) for quantity in QUANTITIES]) * (1 + TOLERANCE)
-        self._usage = np.array(list(table.usage(self.assignment, budget).values()))
+        self._usage = self._meter.sums(*table.bits(self.assignment))
 
     def lower(self, rows: Iterable[int], quantities: Iterable[str]) -> None:
         """Lower the tensors of `rows`, largest alpha first, until all `quantities` are within their limits."""
@@ -104,17 +107,17 @@ class _Descent:
             old = self.assignment[row, layer]
             self.assignment[row, layer] = column
             change = self._use(layer) - before
-            if not change[watched].any():
+            if change[watched].any():
+                self._usage += change
+            else:
                 self.assignment[row, layer] = old
-                continue
-            self._usage += change
-            for entry in self._next(row, layer):
+            for entry in self._next(row, layer, column):
                 heapq.heappush(heap, entry)
 
-    def _next(self, row: int, layer: int) -> list[tuple[float, int, int, int]]:
-        """The heap entry of a tensor's next lower allowed column, if it has one; ties go to the earlier layer."""
+    def _next(self, row: int, layer: int, column: int | None = None) -> list[tuple[float, int, int, int]]:
+        """The heap entry of a tensor's allowed column below `column` or its own; ties go to the earlier layer."""
         columns = self._columns[row][layer]
-        place = columns.index(self.assignment[row, layer])
+        place = columns.index(self.assignment[row, layer] if column is None else column)
         if place == 0:
             return []
         column = columns[place - 1]

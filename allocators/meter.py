@@ -1,4 +1,4 @@
-"""What bits use: mean weight bits, mean activation bits, weight bytes and bit operations, in the order of QUANTITIES.
+"""What bits use: mean weight bits, mean activation bits, weight bytes, bit operations and latency, as in QUANTITIES.
 
     BOPs = sum_l MACs_l * b_W * b_A    (the cost that Mix-QViT equalises in its "*" rows)
 
@@ -12,13 +12,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from allocators.arrays import BoolArray, FloatArray, IntArray
 from allocators.budget import QUANTITIES, Budget
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from allocators.latency import NANOSECONDS_PER_MS, Latency
+from fxquant.errors import BudgetError
 
 FLOAT_BITS = 32
 
@@ -28,15 +26,17 @@ class Meter(NamedTuple):
 
     Attributes:
         rates: float64 [4, L], whole numbers: what one bit of a layer adds (one bit squared for bit operations).
-        divisors: float64 [4]: usage = sum of rate * bits / divisor.
+        divisors: float64 [5]: usage = sum of rate * bits / divisor; of nanoseconds / divisor for the latency.
         matmul: bool [L]: both operands are activations.
         fixed_bits: int64 [L]: bits of an activation that is not allocated.
+        latency: None where it is not known, and counts nothing.
     """
 
     rates: FloatArray
     divisors: FloatArray
     matmul: BoolArray
     fixed_bits: IntArray
+    latency: Latency | None
 
     @classmethod
     def of(
@@ -47,25 +47,41 @@ class Meter(NamedTuple):
         matmul: BoolArray,
         fixed_bits: IntArray,
         budget: Budget | None,
+        latency: Latency | None,
     ) -> Meter:
-        """The meter of a table, averaging as `budget` asks (by elements without one)."""
+        """The meter of a table, averaging as `budget` asks (by elements without one).
+
+        Raises BudgetError for a budget of latency without a table of it.
+        """
+        if budget is not None and budget.latency_ms is not None and latency is None:
+            raise BudgetError(
+                f"the budget {str(budget)!r} limits the latency, and no times have been measured: put MeasureLatency "
+                f"before AllocateBits, as recipes do, or give CostTable its latency_ms"
+            )
         means = (budget.weight_mean, budget.activation_mean) if budget else ("elements", "elements")
         shares = [
             np.sign(elements) if mean == "layers" else elements
             for elements, mean in zip((weight_elements, activation_elements), means, strict=True)
         ]
         rates = np.stack([*shares, weight_elements, macs]).astype(np.float64)
-        divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0])
-        return cls(rates, divisors, matmul, fixed_bits)
+        divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0, NANOSECONDS_PER_MS])
+        return cls(rates, divisors, matmul, fixed_bits, latency)
 
     def use(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
-        """What a layer (or a slice of them) adds to each quantity, float64 [4, ...]; the bits broadcast."""
+        """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast."""
         return self._raw(layer, weight_bits, activation_bits) / self.divisors.reshape(-1, 1)
 
+    def sums(self, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
+        """The usage of all layers together, float64 [5]; bits are int64 [L]; divided last, so whole bits stay whole."""
+        found: FloatArray = self._raw(slice(None), weight_bits, activation_bits).sum(axis=1) / self.divisors
+        return found
+
     def total(self, weight_bits: IntArray, activation_bits: IntArray) -> dict[str, float]:
-        """The usage of all layers together; both bits are int64 [L]; divided last, so whole bits stay whole."""
-        sums = self._raw(slice(None), weight_bits, activation_bits).sum(axis=1) / self.divisors
-        return dict(zip(QUANTITIES, sums.tolist(), strict=True))
+        """The same by name, without a latency that is not known."""
+        named = dict(zip(QUANTITIES, self.sums(weight_bits, activation_bits).tolist(), strict=True))
+        if self.latency is None:
+            del named["latency_ms"]
+        return named
 
     def _raw(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
         activation_operand = np.where(activation_bits > 0, activation_bits, self.fixed_bits[layer])
@@ -74,4 +90,5 @@ class Meter(NamedTuple):
         rates = self.rates[:, layer].reshape(4, -1)
         bits = np.stack([weight_bits, activation_bits, weight_bits, weight_operand * activation_operand])
         raw: FloatArray = rates * bits
-        return raw
+        times = np.zeros_like(raw[0]) if self.latency is None else self.latency.at(layer, weight_bits, activation_bits)
+        return np.concatenate([raw, np.broadcast_to(times, raw[0].shape)[None]])

@@ -6,8 +6,8 @@
 LampQ's integer program ("Iterative bit update"), in one-hot form. Pairs of widths keep bit operations linear.
 What the solver sees is small and well scaled: costs count from each layer's minimum in units of the start's excess,
 usage from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats
-in every respect, is left out. Without a budget of bit operations, and untied, nothing couples a layer's weights to its
-activations: then each operand gets its own one-hot, W + A variables a layer instead of W A.
+in every respect, is left out. Without a budget of bit operations or latency, and untied, nothing couples a layer's
+weights to its activations: then each operand gets its own one-hot, W + A variables a layer instead of W A.
 Deliberately not done: interactions between layers (a quadratic objective).
 """
 
@@ -22,10 +22,11 @@ import mip
 import numpy as np
 
 from allocators.allocation import Allocation
+from allocators.arrays import BoolArray, FloatArray, IntArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
-from allocators.cost_table import Assignment, Choices, CostTable
+from allocators.cost_table import Assignment, CostTable
 from allocators.greedy import Greedy
-from allocators.meter import BoolArray, FloatArray, IntArray
+from allocators.operands import Choices
 from allocators.swaps import Swaps
 from fxquant.errors import BudgetError
 
@@ -197,7 +198,7 @@ class _Program(NamedTuple):
     @classmethod
     def of(cls, table: CostTable, budget: Budget, known: Assignment, *, tied: bool) -> _Program:
         """The program that asks for anything better than `known`."""
-        separable = not tied and budget.bit_operations is None
+        separable = not tied and budget.bit_operations is None and budget.latency_ms is None
         parts = (slice(0, 1), slice(1, 2)) if separable else (slice(0, 2),)
         choices = [
             (layer, rows, _part(table, budget, layer, rows) if separable else table.choices(layer, budget, tied=tied))

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from allocators.meter import BoolArray
+from allocators.arrays import BoolArray
 from fxquant.errors import OverrideError
 
 if TYPE_CHECKING:
-    from allocators.cost_table import Operand
+    from allocators.operands import Operand
 
 Bits = int | tuple[int | None, int | None]
 """Bits of both operands, or (weight bits, activation bits) where `None` leaves an operand as it is."""

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from allocators.allocation import Allocation
+from allocators.arrays import FloatArray, IntArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
-from allocators.meter import FloatArray, IntArray
 from fxquant.errors import BudgetError, OverrideError
 
 HALVES = {"qkv": "msa", "proj": "msa", "fc1": "mlp", "fc2": "mlp"}

@@ -19,10 +19,11 @@ import mip
 import numpy as np
 
 from allocators.allocation import Allocation
+from allocators.arrays import FloatArray
 from allocators.budget import QUANTITIES, Budget
-from allocators.cost_table import Assignment, Choices, CostTable
-from allocators.meter import FloatArray
+from allocators.cost_table import Assignment, CostTable
 from allocators.milp import Milp
+from allocators.operands import Choices
 from fxquant.errors import BudgetError, SensitivityError
 
 OperandName = tuple[str, Literal["weight", "activation"]]

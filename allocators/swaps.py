@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from allocators.allocation import Allocation
+from allocators.arrays import FloatArray, IntArray
 from allocators.budget import QUANTITIES, Budget
 from allocators.cost_table import Assignment, CostTable
-from allocators.meter import FloatArray, IntArray, Meter
+from allocators.meter import Meter
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Swaps:
         meter = table.meter(budget)
         assignment = table.highest()
         while budget.exceeded(table.usage(assignment, budget)):
-            used = np.array(list(table.usage(assignment, budget).values()))[limited]
+            used = meter.sums(*table.bits(assignment))[limited]
             down = _steps(table, meter, assignment, limited, -1)
             freed = (np.where(used > limits, -down.usage.T, 0.0) / limits).sum(axis=1)
             useful = freed > 0
@@ -119,7 +120,7 @@ def _best_trade(
     up, down = (_steps(table, meter, assignment, limited, direction) for direction in (1, -1))
     if not up.cost.size:
         return None
-    used = np.array(list(table.usage(assignment, budget).values()))[limited]
+    used = meter.sums(*table.bits(assignment))[limited]
     nothing = np.zeros((len(limited), 1))
     usage = used[:, None, None] + up.usage[:, :, None] + np.concatenate([nothing, down.usage], axis=1)[:, None, :]
     gain = up.cost[:, None] + np.concatenate([[0.0], down.cost])[None, :]

@@ -71,7 +71,7 @@ def divergence(reference: Tensor, found: Tensor) -> float:
 
 def allocated(model: nn.Module, calibration: Tensor, name: str, budget: str) -> GraphModule:
     """Traced, searched, with bits."""
-    pipeline = recipe(name)(budget).replace(SearchScales, SearchScales(keep_statistics=True))
+    pipeline = recipe(name)(budget).replace(SearchScales, SearchScales(keep_grams=True))
     images = calibration[:SEARCH_IMAGES]
     return pipeline[: pipeline.position(AllocateBits) + 1].run(trace(model, images[:2]), PassContext(images))
 

@@ -39,7 +39,8 @@ from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
 from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
-from passes.lower import SIMULATED, Lower, execution_of, execution_summary
+from passes.lower import SIMULATED, Lower, backend_summary, execution_of, execution_summary
+from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -153,11 +154,13 @@ def compile(
     budget: Any,
     *,
     calibration: Tensor | Synthesis | None = None,
-    recipe: str | Pipeline = "mptq_vit",
+    recipe: str | Pipeline = "best",
     allocator: Allocator | None = None,
     overrides: Mapping[str, Bits] | None = None,
     first_last_bits: int | None = None,
     fully_quantized: bool = False,
+    backend: str = SIMULATED,
+    latency: MeasureLatency | None = None,
     seed: int = 0,
     batch_size: int = 8,
     progress: ProgressReporter | None = None,
@@ -169,32 +172,37 @@ def compile(
     budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
     the model wants them; 32 are usual. None, or a Synthesis with options, makes them from the model alone. recipe: a
     name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options. allocator,
-    overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. seed: of every random draw.
+    overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. backend: "cpu-native",
+    "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
+    with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
+    budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
     batch_size: images per calibration step, bounds memory. cache: folder in which what was calibrated, searched and
     scored is kept, so that the next budget on the same model, images and options only allocates, in any process; None
     keeps nothing. card: entries to add to the protocol card, for example the data's name.
 
-    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError or
-    PipelineError.
+    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
+    BackendError or PipelineError.
     """
     if calibration is not None and not isinstance(calibration, Synthesis):
         check_images(calibration)
     if isinstance(recipe, Pipeline):
-        if budget is not None or allocator is not None or overrides or first_last_bits is not None or fully_quantized:
+        is_plain = allocator is None and not overrides and first_last_bits is None and not fully_quantized
+        if budget is not None or not is_plain or backend != SIMULATED or latency is not None:
             raise PipelineError(
-                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits and "
-                "fully_quantized: set them on its passes and give None for the budget, or name a recipe"
+                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
+                "backend and latency: set them on its passes and give None for the budget, or name a recipe"
             )
         pipeline = recipe
     else:
-        options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits}
+        options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}
+        options |= {} if latency is None else {"latency": latency}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
     source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress())
     prefix, rest = split(pipeline)
-    check_budget(prefix, source.with_roles)
+    check_budget(pipeline, source.with_roles)
     context = source.context
     quantized = rest.run(run_prefix(prefix, source.traced, context), context)
-    protocol = protocol_card(model, source, pipeline, quantized)
+    protocol = protocol_card(model, source, pipeline, quantized, backend)
     return Compiled(
         quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}
     )
@@ -254,15 +262,20 @@ def _decibel(ratio: float) -> float:
 
 
 def protocol_card(
-    model: nn.Module, source: CalibrationSource, pipeline: Pipeline, graph_module: GraphModule
+    model: nn.Module,
+    source: CalibrationSource,
+    pipeline: Pipeline,
+    graph_module: GraphModule,
+    backend: str = SIMULATED,
 ) -> dict[str, Any]:
-    """How the numbers came about, as JSON values."""
+    """How the numbers came about, as JSON values. backend: what quantizers and widths were restricted to."""
     quantized = {annotation_of(n).role for n in nodes_with_role(graph_module) if annotation_of(n).activation_bits}
     float_parts = [str(role) for role in (Role.SOFTMAX, Role.GELU, Role.LAYER_NORM) if role not in quantized]
     bits_by_role = {
         str(role): sorted({annotation_of(n).weight_bits or 32 for n in nodes_with_role(graph_module, role)})
         for role in (Role.PATCH_EMBED, Role.HEAD)
     }
+    timed = next((step for step in pipeline if isinstance(step, MeasureLatency)), None)
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -275,6 +288,8 @@ def protocol_card(
         "stays_float": [*float_parts, "residual additions"],
         "first_last_weight_bits": bits_by_role,
         "execution": "simulated",
+        **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
+        **({} if timed is None else {"latency": timed.described}),
         "coverage": float(graph_module.meta.get("coverage", math.nan)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

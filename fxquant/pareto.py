@@ -34,7 +34,7 @@ from fxquant.sweep import Prepared
 from fxquant.synthesis.synthesize import Synthesis
 from passes.contract import ProgressReporter, SilentProgress
 
-_UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs")}
+_UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def frontier(
     *,
     axis: str = MEAN_BITS,
     limits: Sequence[float] | None = None,
-    recipe: str = "mptq_vit",
+    recipe: str = "best",
     exact: bool = True,
     realised: Literal["kl"] | Callable[[nn.Module], float] | None = None,
     images: Tensor | None = None,
@@ -127,7 +127,8 @@ def frontier(
     """The Pareto set of budget and predicted loss.
 
     calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`. axis: "mean_bits" (weights and
-    activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations". limits:
+    activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations",
+    "latency_ms" (with backend="cpu-native"). limits:
     budgets in that unit; by default a quarter bit apart over the whole range. exact: solve the integer program at every
     budget, else take the convex hull. realised: measure every point: "kl", mean KL divergence in nats from the float
     model on `images` (float (N, C, H, W); the calibration images if not given), or a function of the compiled model.
@@ -140,7 +141,7 @@ def frontier(
     )
     if limits is not None and limits:
         prepared.check(budget_at(axis, min(limits)))
-    table = prepared.cost_table()
+    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8")
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
     points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)

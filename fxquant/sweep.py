@@ -1,6 +1,6 @@
 """Many budgets, one calibration: everything before AllocateBits runs once, and each point starts from a copy.
 
-    prepared = Prepared(model, calibration, recipe="mptq_vit")
+    prepared = Prepared(model, calibration)
     for budget in ("W8A8", "W4A4"):
         quantized = prepared.compile(budget)
 
@@ -32,9 +32,9 @@ from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import AllocateBits, allocation_of
-from passes.check_budget import CheckBudget
 from passes.contract import Journal, ProgressReporter, SilentProgress
 from passes.insert_observers import observers_of
+from passes.lower import SIMULATED
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
@@ -53,7 +53,7 @@ class Prepared:
         model: nn.Module,
         calibration: Tensor | Synthesis | None = None,
         *,
-        recipe: str = "mptq_vit",
+        recipe: str = "best",
         seed: int = 0,
         batch_size: int = 8,
         progress: ProgressReporter | None = None,
@@ -86,15 +86,19 @@ class Prepared:
     @cached_property
     def _searched(self) -> GraphModule:
         """The graph as it is before bits are allocated; no budget has any say in it."""
-        prefix, _ = split(self.pipeline("W8A8").without(CheckBudget))
+        prefix, _ = split(self.pipeline("W8A8"))
         return run_prefix(prefix, self._source.traced, self._source.context)
 
-    def cost_table(self) -> CostTable:
-        """The allocation problem, with overrides and policies applied; calibrates on the first call only."""
-        _, rest = split(self.pipeline("W8A8"))
+    def cost_table(self, budget: Any = "W8A8") -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only.
+
+        budget: of it only which quantities are limited matters: times are measured where it limits the latency.
+        """
+        pipeline = self.pipeline(budget)
+        _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
         nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
-        allocate = next(step for step in self.pipeline("W8A8") if isinstance(step, AllocateBits))
+        allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.cost_table(found, nodes)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
@@ -105,7 +109,7 @@ class Prepared:
         searched = self._searched
         context = replace(self._source.context, journal=Journal(list(self._source.context.journal.entries)))
         quantized = rest.run(searched, context)
-        card = protocol_card(self.model, self._source, pipeline, quantized)
+        card = protocol_card(self.model, self._source, pipeline, quantized, self._options.get("backend", SIMULATED))
         return Compiled(
             quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
         )

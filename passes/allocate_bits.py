@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from torch.fx import GraphModule, Node
 
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
+from allocators.arrays import FloatArray
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
 from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
+from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
+from passes.measure_latency import LATENCY
 
 ALLOCATION = "fxquant_allocation"
 COST_TABLE = "fxquant_cost_table"
@@ -50,9 +54,14 @@ class AllocateBits:
     image_bits: int = 8
     role_bits: tuple[tuple[Role, Bits], ...] = ()
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """Candidates; and times where the budget limits the latency."""
+        timed = frozenset() if self.budget.latency_ms is None else frozenset({Fact.LATENCY_KNOWN})
+        return timed | {Fact.SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.
@@ -100,31 +109,38 @@ class AllocateBits:
             self.image_bits if node in images and annotation.activation_candidates else FLOAT_BITS
             for node, annotation in zip(nodes, annotations, strict=True)
         ]
+        families = [[o.family for _, o in observers_of(graph_module, node) if o.family is not None] for node in nodes]
         weights = [annotation.weight_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
-        return self.table(
+        table = self.table(
             annotations,
             counted,
             fixed,
+            [min(map(widest_bits, named), default=bits[-1]) for named in families],
             bits,
             weight=[_scores((a.weight_candidates,), bits, a.weight_sensitivity) for a in annotations],
             activation=[_scores(a.activation_candidates, bits, a.activation_sensitivity) for a in annotations],
         )
+        measured = graph_module.meta.get(LATENCY)
+        return table if measured is None else replace(table, latency_ms=_latency_ms(measured, table))
 
     def table(
         self,
         annotations: Sequence[Annotation],
         activation_elements: Sequence[int],
         fixed_activation_bits: Sequence[int],
+        widest: Sequence[int],
         bits: tuple[int, ...],
         weight: Sequence[Scores],
         activation: Sequence[Scores],
     ) -> CostTable:
         """A cost table from scores per layer: (losses, SQNR in dB), one number per width.
 
-        fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float.
+        fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float. widest: width in bits
+        up to which a layer's inputs have families. Raises OverrideError for pins above it.
         """
         everything = np.ones((len(annotations), len(bits)), dtype=bool)
+        within = np.array(bits) <= np.array(widest)[:, None]
         table = CostTable(
             layers=tuple(annotation.layer for annotation in annotations),
             roles=tuple(str(annotation.role) for annotation in annotations),
@@ -138,7 +154,7 @@ class AllocateBits:
             weight_sqnr_db=np.array([sqnr for _, sqnr in weight]),
             activation_sqnr_db=np.array([sqnr for _, sqnr in activation]),
             allowed_weight=everything,
-            allowed_activation=everything,
+            allowed_activation=within,
             fixed_activation_bits=np.array(fixed_activation_bits),
         )
         roles = {str(annotation.role) for annotation in annotations}
@@ -146,7 +162,13 @@ class AllocateBits:
         if self.first_last_bits is not None:
             ends = (Role.PATCH_EMBED, Role.HEAD)
             pins |= {str(role): self.first_last_bits for role in ends if str(role) in roles}
-        return table.override({**pins, **dict(self.overrides)})
+        pinned = table.override({**pins, **dict(self.overrides)})
+        for layer, column in np.argwhere(pinned.allowed_activation & ~within)[:1]:
+            raise OverrideError(
+                f"the inputs of layer {table.layers[layer]!r} are pinned at {bits[column]} bits, and their quantizers "
+                f"end at {widest[layer]}: pin them lower, or allow other families or another backend"
+            )
+        return pinned
 
 
 Scores = tuple[list[float], list[float]]
@@ -167,6 +189,15 @@ def _scores(operands: Sequence[tuple[Candidate, ...]], bits: tuple[int, ...], se
         ratio = float(np.mean([candidate.noise / max(candidate.signal, 1e-30) for candidate in chosen]))
         sqnr.append(-10 * math.log10(max(ratio, 1e-30)))
     return list(sensitivity or losses), sqnr
+
+
+def _latency_ms(measured: Mapping[str, Any], table: CostTable) -> FloatArray:
+    """MeasureLatency's times as (L, W, A); what no width changes counts with the first layer."""
+    found = np.zeros((len(table.layers), len(table.weight_bits), len(table.activation_bits)))
+    for layer, times in measured["layers"].items():
+        found[table.layers.index(layer)] = times
+    found[0] += measured["rest_ms"]
+    return found
 
 
 def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, nodes_with_role
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
@@ -43,7 +43,7 @@ class Calibrate:
     output_error: bool = False
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = STATISTICS
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:

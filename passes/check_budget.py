@@ -1,12 +1,14 @@
 """CheckBudget: refuse an unreachable budget or a mistaken override before any image is touched.
 
-Needs roles only: the least any allocation can use follows from element counts and the candidate widths.
+Needs roles only: the least any allocation can use follows from element counts and the candidate widths. Only a latency
+has to wait for AllocateBits, since digits of codes are known once scales are searched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 from torch.fx import GraphModule
 
@@ -14,19 +16,22 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.allocate_bits import AllocateBits
-from passes.contract import PassContext
+from passes.contract import Pass, PassContext
 from passes.insert_observers import InsertObservers
+from passes.search_scales import SearchScales
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
 class CheckBudget:
-    """Check the budget of an AllocateBits against what InsertObservers will quantize at these candidate widths."""
+    """Check the budget of the AllocateBits ahead against what InsertObservers and SearchScales will offer it.
 
-    allocate: AllocateBits = field(repr=False)
-    insert: InsertObservers = field(repr=False)
-    bits: tuple[int, ...]
+    Does nothing where they are not all ahead, as in a slice of a pipeline.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
@@ -34,21 +39,34 @@ class CheckBudget:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
-        image_bits = self.allocate.image_bits
-        annotations, elements, fixed = [], [], []
-        for node in nodes_with_role(graph_module):
-            planned = self.insert.plan(node)
-            if planned:
-                annotations.append(annotation_of(node))
-                quantized = [edge for _, edge, family in planned if family is not None]
-                elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
-                fixed.append(image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
-        if image_bits in fixed and image_bits not in self.bits:
-            raise OverrideError(
-                f"image_bits={image_bits} is not among the candidate bits {self.bits}: choose one of these, or leave "
-                f"the image in float with InsertObservers(image=None)"
-            )
-        nothing = [([0.0] * len(self.bits), [0.0] * len(self.bits))] * len(annotations)
-        table = self.allocate.table(annotations, elements, fixed, self.bits, nothing, nothing)
-        table.check_feasible(in_numbers(self.allocate.budget, table))
+        insert, search = _first(context.ahead, InsertObservers), _first(context.ahead, SearchScales)
+        allocate = _first(context.ahead, AllocateBits)
+        if insert is not None and search is not None and allocate is not None:
+            _check(graph_module, insert, search.bits, allocate)
         return 0
+
+
+def _first(passes: Sequence[Pass], kind: type[Kind]) -> Kind | None:
+    return next((step for step in passes if isinstance(step, kind)), None)
+
+
+def _check(graph_module: GraphModule, insert: InsertObservers, bits: tuple[int, ...], allocate: AllocateBits) -> None:
+    annotations, elements, fixed, widest = [], [], [], []
+    for node in nodes_with_role(graph_module):
+        planned = insert.plan(node)
+        if planned:
+            annotations.append(annotation_of(node))
+            quantized = [edge for _, edge, family in planned if family is not None]
+            widest.append(min((widest_bits(f) for _, _, f in planned if f is not None), default=bits[-1]))
+            elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
+            fixed.append(allocate.image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
+    if allocate.image_bits in fixed and allocate.image_bits not in bits:
+        raise OverrideError(
+            f"image_bits={allocate.image_bits} is not among the candidate bits {bits}: choose one of these, or leave "
+            f"the image in float with InsertObservers(image=None)"
+        )
+    nothing = [([0.0] * len(bits), [0.0] * len(bits))] * len(annotations)
+    table = allocate.table(annotations, elements, fixed, widest, bits, nothing, nothing)
+    budget = in_numbers(allocate.budget, table)
+    if set(budget.limits) - {"latency_ms"}:
+        table.check_feasible(replace(budget, latency_ms=None))

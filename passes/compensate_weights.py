@@ -31,13 +31,13 @@ class CompensateWeights:
 
     dampening: added to G's diagonal, relative to its mean. GPTQ's own 0.01 is for hundreds of thousands of tokens; a
     G weighted by the gradients of 32 images has few effective rows, and compensation then fits their noise. block:
-    columns between two updates of the rest. Needs the observers' statistics: `SearchScales(keep_statistics=True)`.
+    columns between two updates of the rest. Needs `SearchScales(keep_grams=True)`.
     """
 
     dampening: float = 0.5
     block: int = 128
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

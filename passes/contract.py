@@ -81,7 +81,7 @@ class PassContext:
     images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
     batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
     float rounding. seed: of every random draw. cache: where scores are kept, in memory unless it has a folder.
-    progress: where long steps report. journal: where notes go.
+    progress: where long steps report. journal: where notes go. ahead: the passes that follow, which the pipeline says.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -90,6 +90,7 @@ class PassContext:
     cache: Cache = field(default_factory=Cache, compare=False, repr=False)
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
+    ahead: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for a batch size below 1."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.blocks import extract
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -74,7 +74,7 @@ class CorrectWeights:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS
 
     def __post_init__(self) -> None:
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.channel_paths import ChannelPath, channel_paths, module_uses
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
@@ -50,7 +50,7 @@ class FoldSqb:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
-from fxquant.quantizers.families import FAMILIES
+from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, nodes_with_role
+from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
 from passes.contract import PassContext
 
@@ -29,7 +29,8 @@ _SHAPE_ONLY = frozenset(
 class InsertObservers:
     """Put observers on the edges to quantize. Each field names a family of `families.FAMILIES`.
 
-    Two families with a bar between, "log2|twin-softmax": at every width the one of less predicted loss.
+    Two families with a bar between, "log2|twin-softmax": at every width the one of less predicted loss. "log2<=4": at 4
+    bits and below only; an edge without a family at a width does not get that width.
 
     post_gelu, post_softmax: for values coming straight from GELU or softmax. image: for the patch embedding's input,
     None leaves it float. softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes
@@ -46,14 +47,13 @@ class InsertObservers:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
         chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)
-        named = [name for family in chosen if family is not None for name in family.split("|")]
-        unknown = [name for name in named if name not in FAMILIES]
-        if unknown:
-            raise PatternError(f"no quantizer family is called {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+        for named in chosen:
+            if named is not None:
+                families_named(named)
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Insert the observers (replacing earlier ones); returns how many."""

@@ -97,11 +97,7 @@ class IntegerPlan:
 def plan(graph_module: GraphModule) -> IntegerPlan:
     """Mark what runs as integers and put ToCodes nodes on its inputs; see the module."""
     found = IntegerPlan(graph_module)
-    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
-    for node in list(graph_module.graph.nodes):
-        codes = integer_codes(found.module(node), node)
-        if codes is None or calls[node.target] > 1:  # a module called twice cannot be replaced for one of its callers
-            continue
+    for node, codes in integer_nodes(graph_module).items():
         found.nodes[node] = Planned(codes)
         for index, code in enumerate(codes):
             source = node.args[index]
@@ -109,6 +105,19 @@ def plan(graph_module: GraphModule) -> IntegerPlan:
             node.update_arg(index, found.add_codes(source, code))
     for codes_node in list(found.made):
         found.hoist(codes_node)
+    return found
+
+
+def integer_nodes(graph_module: GraphModule) -> dict[Node, tuple[ByteCode, ...]]:
+    """Nodes that can run as integers, in graph order, with the codes of their inputs."""
+    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
+    found = {}
+    for node in graph_module.graph.nodes:
+        # A module called twice cannot be replaced for one of its callers.
+        if node.op == "call_module" and calls[node.target] == 1:
+            codes = integer_codes(graph_module.get_submodule(str(node.target)), node)
+            if codes is not None:
+                found[node] = codes
     return found
 
 

@@ -8,6 +8,7 @@ simulated one. Running it again changes nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,13 +19,14 @@ from fxquant.errors import BackendError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.runtime.byte_codes import ByteCode
 from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul, OnednnLinear
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from passes.contract import PassContext
 from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
-from passes.integer_plan import IntegerPlan, integer_codes, plan
+from passes.integer_plan import IntegerPlan, integer_nodes, plan
 
 BACKENDS = ("auto", "cpu-native", "cpu-onednn", "openvino", "simulated")
 SIMULATED = "simulated"
@@ -49,8 +51,7 @@ class Lower:
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise BackendError(f"no backend is called {self.backend!r}; there are {', '.join(BACKENDS)}")
+        check_backend(self.backend)
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Lower in place; returns how many layers run as integers. Raises BackendError where a backend cannot run."""
@@ -83,6 +84,29 @@ def execution_summary(execution: dict[str, str]) -> str:
     listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
     rest = "" if kernels.total() == len(execution) else "; the others simulated"
     return f"integer: {kernels.total()} of {len(execution)} layers ({listed}){rest}"
+
+
+def check_backend(backend: str) -> None:
+    """Raise BackendError for a name that is none of BACKENDS."""
+    if backend not in BACKENDS:
+        raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
+
+
+def backend_summary(graph_module: GraphModule, backend: str) -> str:
+    """One line on a simulated graph: how many of its layers a backend will run as integers, and which not.
+
+    The kernels need not be on this machine, except to say what "auto" is.
+    """
+    name = resolved(backend) if backend == "auto" else backend
+    finders: dict[str, Callable[[GraphModule], Iterable[torch.fx.Node]]] = {
+        "cpu-native": integer_nodes, "cpu-onednn": _onednn_nodes
+    }  # fmt: skip
+    runs = set(finders[name](graph_module)) if name in finders else set()
+    layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
+    left = [layer for layer, is_integer in layers.items() if not is_integer]
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    rest = f"; simulated: {', '.join(left[:3])}{more}" if left else ""
+    return f"{name}: {len(layers) - len(left)} of {len(layers)} layers run as integers{rest}"
 
 
 def resolved(backend: str) -> str:
@@ -138,13 +162,20 @@ def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:
 
 def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
     kernels = {}
-    for node in graph_module.graph.nodes:
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        codes = integer_codes(module, node)
-        if isinstance(module, QuantizedLinear) and codes is not None and codes[0].identity:
-            graph_module.add_submodule(str(node.target), OnednnLinear(module, codes[0]))
-            kernels[annotation_of(node).layer] = "linear onednn"
+    for node, code in _onednn_nodes(graph_module).items():
+        module = graph_module.get_submodule(str(node.target))
+        assert isinstance(module, QuantizedLinear)
+        graph_module.add_submodule(str(node.target), OnednnLinear(module, code))
+        kernels[annotation_of(node).layer] = "linear onednn"
     return kernels
+
+
+def _onednn_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
+    return {
+        node: codes[0]
+        for node, codes in integer_nodes(graph_module).items()
+        if isinstance(graph_module.get_submodule(str(node.target)), QuantizedLinear) and codes[0].identity
+    }
 
 
 def _lower_openvino(graph_module: GraphModule) -> dict[str, str]:

@@ -69,9 +69,9 @@ class TypeAwareFisher(FisherTrace):
     """gamma^(beta-b) alpha_t tr(F), with alpha_t = mean drop / mean tr(F) over sampled layers of each type.
 
     mu: layers sampled of each type; the same blocks for all types that every block has. beta: width of a sampled layer,
-    weights and inputs, while the others stay float. drop: "kl", nats per image from the float model's output;
-    "disagreement", the share of images whose prediction changes; "accuracy", the share of correct predictions lost,
-    which needs labels.
+    weights and inputs, while the others stay float; the nearest candidate where it is none, the narrower of two. drop:
+    "kl", nats per image from the float model's output; "disagreement", the share of images whose prediction changes;
+    "accuracy", the share of correct predictions lost, which needs labels.
     """
 
     mu: int = 4
@@ -85,22 +85,25 @@ class TypeAwareFisher(FisherTrace):
             raise SensitivityError(f'mu >= 1 is needed, and labels for drop="accuracy"; found {self}')
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of the nodes that have a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type."""
-        widths = _widths(nodes)
-        if self.beta not in widths:
-            raise SensitivityError(f"beta={self.beta} is not among the candidate bits {widths}")
+        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`."""
+        widths, beta = _widths(nodes), self._width(nodes)
         traces = self.traces(graph_module, nodes, context)
         drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
         types = {annotation_of(node).layer: str(annotation_of(node).role) for node in nodes}
         alpha = type_factors(traces, drops, types)
         scores = {
-            layer: [self.gamma ** (self.beta - b) * alpha[types[layer]] * trace for b in widths]
+            layer: [self.gamma ** (beta - b) * alpha[types[layer]] * trace for b in widths]
             for layer, trace in traces.items()
         }
-        return Scores.shared(scores, {"fisher_trace": traces, "drop": drops, "alpha": alpha})
+        return Scores.shared(scores, {"fisher_trace": traces, "beta": beta, "drop": drops, "alpha": alpha})
+
+    def _width(self, nodes: Sequence[Node]) -> int:
+        """The candidate width nearest to beta."""
+        return min(_widths(nodes), key=lambda bits: (abs(bits - self.beta), bits))
 
     def drops(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
         """The drop of each sampled layer at beta bits, in graph order."""
+        beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)
         divergence = Divergence(graph_module, context.images, context.batch_size)
         exact = divergence.log_probabilities({})
@@ -108,7 +111,7 @@ class TypeAwareFisher(FisherTrace):
         found = {}
         for node in sampled:
             annotation = annotation_of(node)
-            bits = {node: (self.beta, self.beta if annotation.activation_candidates else None)}
+            bits = {node: (beta, beta if annotation.activation_candidates else None)}
             found[annotation.layer] = self._drop(exact, divergence.log_probabilities(bits))
             task.advance()
         task.close()

@@ -12,7 +12,7 @@ import copy
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 from torch.fx import GraphModule
@@ -117,9 +117,9 @@ class Pipeline:
                 f"that provide them first"
             )
         graph_module = copy.deepcopy(graph_module)
-        for step in self.passes:
+        for index, step in enumerate(self.passes):
             start = time.perf_counter()
-            changed = step.apply(graph_module, context)
+            changed = step.apply(graph_module, replace(context, ahead=self.passes[index + 1 :]))
             declare(graph_module, step.provides, step.breaks)
             for fact in sorted(step.provides):
                 verify(graph_module, fact)

@@ -5,8 +5,8 @@
     quantized = rest.run(searched, context)
 
 Kept under a signature of the traced model, the images, seed, batch size, versions, our sources and the passes' options.
-Not kept, and so run anew: graphs whose observers still have statistics (`SearchScales(keep_statistics=True)`, for
-CompensateWeights), passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
+Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph. Not kept, and
+so run anew: passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from passes.pipeline import Pipeline
 
 
 def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
-    """The passes before layers are scored or bits allocated, and the rest; all are before where none does either.
+    """The passes before layers are scored or timed or bits allocated, and the rest; all where none does any of it.
 
-    Scores have signatures of their own in the cache, so pipelines that differ in the metric only share the first part.
+    Scores and times have signatures of their own in the cache: pipelines that differ in them share the first part.
     """
-    deciding = {Fact.SCORED, Fact.BITS_ALLOCATED}
+    deciding = {Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED}
     position = next((index for index, step in enumerate(pipeline) if deciding & step.provides), len(pipeline))
     return pipeline[:position], pipeline[position:]
 
@@ -37,20 +37,18 @@ def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
 def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule:
     """The graph after these passes, recalled or made. Recalled passes enter the journal with 0 s and `recalled`.
 
-    A budget that cannot be met is refused here only where nothing is recalled: `check_budget` comes first. Raises what
-    the passes raise.
+    Says nothing about budgets: `check_budget` comes first. Raises what the passes raise.
     """
     if context.cache.folder is None or not _can_be_kept(prefix):
         return prefix.run(traced, context)
-    steps = [repr(step) for step in prefix if not isinstance(step, CheckBudget)]
+    steps = [repr(step) for step in prefix]
     key = context.signature(traced, "searched graph", context.batch_size, steps)
     found = _recall(key, prefix, traced, context)
     if found is not None:
         return found
     first = len(context.journal.entries)
     searched = prefix.run(traced, context)
-    entries = zip(prefix, context.journal.entries[first:], strict=True)
-    kept = [asdict(entry) for step, entry in entries if not isinstance(step, CheckBudget)]
+    kept = [asdict(entry) for entry in context.journal.entries[first:]]
     try:
         texts, tensors = searched_to_file(searched, traced)
         context.cache.write(key, {**texts, "journal": to_json(kept, "the journal")}, tensors)
@@ -64,9 +62,7 @@ def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:
 
     Raises InfeasibleBudgetError or OverrideError.
     """
-    for step in pipeline:
-        if isinstance(step, CheckBudget):
-            step.apply(with_roles, PassContext())
+    CheckBudget().apply(with_roles, PassContext(ahead=tuple(pipeline)))
 
 
 def _can_be_kept(prefix: Pipeline) -> bool:
@@ -82,16 +78,10 @@ def _recall(key: str, prefix: Pipeline, traced: GraphModule, context: PassContex
     try:
         searched = searched_from_file(texts, tensors, traced)
         entries = [JournalEntry(**entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
-        if [entry.step for entry in entries] != [repr(s) for s in prefix if not isinstance(s, CheckBudget)]:
+        if [entry.step for entry in entries] != [repr(step) for step in prefix]:
             raise ArtefactError("the journal kept is another pipeline's")
     except (ArtefactError, TypeError, ValueError, KeyError):
         context.cache.forget(key)
         return None
-    remaining = iter(entries)
-    for step in prefix:
-        if isinstance(step, CheckBudget):
-            context.journal.close_step(repr(step), 0, 0.0, entries[0].peak_mib)
-            continue
-        entry = next(remaining)
-        context.journal.entries.append(replace(entry, seconds=0.0, notes={**entry.notes, "recalled": True}))
+    context.journal.entries += [replace(e, seconds=0.0, notes={**e.notes, "recalled": True}) for e in entries]
     return searched

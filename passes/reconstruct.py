@@ -4,7 +4,7 @@ Each block of the quantized network is trained to give the float block's output:
 one factor on every activation quantizer's scale (straight-through), and biases; QDrop leaves elements of the block's
 input and of every quantizer's output in float with probability `drop`. A block's input comes from the blocks already
 reconstructed. Sources: BRECQ (Li et al., eq. 10), AdaRound (Nagel et al., eq. 22-25), QDrop (Wei et al., eq. 9),
-FIMA-Q (Wu et al.) for the Fisher-weighted loss. How this differs from their 20,000 steps on a GPU:
+FIMA-Q (Wu et al.) for the Fisher-weighted loss (`passes.block_error`). How this differs from their 20,000 GPU steps:
 
 - Few steps: weights start from the closed form (`CorrectWeights`: ridge, then GPTQ), each logit at the grid point the
   closed form chose, and logits learn twenty times as fast as the papers'. `closed_form=None` starts at the float
@@ -12,9 +12,6 @@ FIMA-Q (Wu et al.) for the Fisher-weighted loss. How this differs from their 20,
 - The error is relative to what it is at the start, and the rounding penalty is a mean, so `penalty` has no unit.
 - One image in eight is held out. The state of least error there, hard rounded, is kept, the start included: on these
   images no block gets worse. Learning stops when two checks in a row bring nothing.
-- Fisher: F = J^T (diag(p) - p p^T) J of the float rest of the network at the quantized block's output, as the mean of
-  its diagonal over images and, image by image, `rank` outer products of random gradients (as in Calibrate); FIMA-Q
-  takes gradients of the KL divergence itself.
 
 Learned weights lie on their grid; bits and weight scales stay. Not idempotent: its float targets are those of the
 weights it finds, so run it once, and not after CompensateWeights or CorrectWeights.
@@ -23,7 +20,6 @@ weights it finds, so run it once, and not after CompensateWeights or CorrectWeig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,12 +30,11 @@ from torch.fx import GraphModule
 
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
-from fxquant.graph.blocks import extract
+from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import quantize_rows
-from fxquant.sensitivity.logit_gradients import class_scores, logit_gradients
+from passes.block_error import BlockError, block_error
 from passes.block_pairs import BlockPair, BlockPairs, adopt
 from passes.contract import PassContext, ProgressTask
 from passes.correct_weights import CorrectWeights
@@ -74,7 +69,7 @@ class Reconstruct:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS
 
     def __post_init__(self) -> None:
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
@@ -125,7 +120,7 @@ class _Learning:
         if not len(self.held):
             self.held = self.train
         self.taken = 0
-        self.error_of: Callable[[Tensor, Tensor], Tensor]
+        self.error_of: BlockError
         self.roundings: dict[str, SoftRounding] = {}
         self.biases: dict[str, nn.Parameter] = {}
         self.scales: list[LearnedScale] = []
@@ -133,7 +128,7 @@ class _Learning:
     def run(self) -> dict[str, Tensor]:
         """Learn; returns the tensors that `take` wants and `errors`: before, after, steps taken."""
         options = self.options
-        self.error_of = self._loss()
+        self.error_of = block_error(self.pair, self.pairs, options.loss, options.rank)
         layers = self.pair.layers()
         starts = {str(node.target): layer.weight.detach() for node, _, layer in layers}
         modules = {str(node.target): module for node, module, _ in layers}
@@ -277,42 +272,6 @@ class _Learning:
                 output = functional_call(self.pair.quantized, tensors, (self.pair.quantized_input[images],))
                 total += float(self.error_of(output, images)) * len(images)
         return total / len(self.held)
-
-    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The error of an output (B, ...) for the images (B,) of these indices, relative to the target's power."""
-        target = self.pair.target
-        if self.options.loss == "mse":
-            power = target.square().mean().clamp_min(1e-30)
-            return lambda output, images: (output - target[images]).square().mean() / power
-        gradients, diagonal = self._fisher()
-        scale = (diagonal * target.square().mean(0)).sum().clamp_min(1e-30)
-
-        def error(output: Tensor, images: Tensor) -> Tensor:
-            missing = (output - target[images]).flatten(1)
-            along = (gradients[:, images].to(missing.dtype).flatten(2) * missing).sum(2).square().mean()
-            return 0.5 * (along + (missing.square() * diagonal.flatten()).sum(1).mean()) / scale
-
-        return error
-
-    def _fisher(self) -> tuple[Tensor, Tensor]:
-        """Gradients (rank, N, ...) in bfloat16 and the mean over images of their squares (...), float32."""
-        pair, context = self.pair, self.pairs.context
-        result = self.pairs.blocks[-1].result
-        rest = extract(self.pairs.original, pair.block.result, result)
-        outputs = self.pairs.run(pair.quantized, pair.quantized_input)
-        found: list[Tensor] = []
-        first = 0
-        for batch in torch.split(outputs, context.batch_size):
-            batch = batch.clone().requires_grad_()
-            logits = class_scores(rest(batch), 'Reconstruct(loss="fisher")', 'use loss="mse"')
-            cotangents = logit_gradients(
-                logits.detach().float().softmax(1).cpu(), "signs", self.options.rank, context.seed, first
-            )
-            rows = [torch.autograd.grad(logits, batch, v, retain_graph=True)[0] for v in cotangents.to(logits)]
-            found.append(torch.stack(rows).bfloat16())
-            first += len(batch)
-        gradients = torch.cat(found, dim=1)
-        return gradients, gradients.float().square().mean((0, 1))
 
 
 def _tensors(module: Any) -> tuple[Tensor, Tensor | None]:

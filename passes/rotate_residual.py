@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.channel_paths import channel_paths, module_uses
 from fxquant.graph.residual_stream import ResidualStream, residual_streams
 from passes.contract import PassContext
@@ -32,7 +32,7 @@ class RotateResidual:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rotate in place; returns the number of norms, layers and parameters changed."""

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
-from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.contract import PassContext
@@ -27,22 +27,22 @@ from passes.insert_observers import observers_of
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_statistics: keep the observers' statistics,
-    so that another search can follow without calibrating again.
+    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
+    weights' inputs, for CompensateWeights; everything else that observers have gathered is released.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     metric: Literal["hessian", "mse", "min-max"] = "hessian"
-    keep_statistics: bool = False
+    keep_grams: bool = False
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """Scores and bits made of earlier candidates; and, unless statistics are kept, the calibration."""
-        stale = frozenset({Fact.SCORED, Fact.BITS_ALLOCATED})
-        return stale if self.keep_statistics else stale | {Fact.CALIBRATED}
+        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
+        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
 
     def __post_init__(self) -> None:
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
@@ -61,9 +61,8 @@ class SearchScales:
                 weight_sensitivity=(),
                 activation_sensitivity=(),
             )
-            if not self.keep_statistics:
-                for _, observer in found:
-                    observer.release()
+            for _, observer in found:
+                observer.release(keep_gram=self.keep_grams)
             task.advance()
         task.close()
         return len(nodes)
@@ -75,11 +74,19 @@ class SearchScales:
             raise CalibrationError(
                 'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
-        names = str(observer.family).split("|")
-        if self.metric == "min-max" and names == ["symmetric"]:
-            names = ["symmetric-min-max"]
-        found = [search_activation(statistics, FAMILIES[n], self.bits, observer.images, weighted) for n in names]
-        return tuple(min(candidates, key=lambda candidate: candidate.loss) for candidates in zip(*found, strict=True))
+        named = families_named(str(observer.family))
+        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+            named = families_named("symmetric-min-max")
+        found = [
+            search_activation(statistics, FAMILIES[family.name], self.bits, observer.images, weighted)
+            for family in named
+        ]
+        best = []
+        for column, bits in enumerate(self.bits):
+            # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
+            usable = [group[column] for family, group in zip(named, found, strict=True) if bits <= family.widest_bits]
+            best.append(min(usable or [group[column] for group in found], key=lambda candidate: candidate.loss))
+        return tuple(best)
 
     def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
         if node.op != "call_module" or not observer.keeps_gram:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.contract import PassContext
@@ -26,7 +26,7 @@ class SubstituteQuantizers:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.CALIBRATED, Fact.SCALES_SEARCHED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Substitute in place; returns the number of nodes that now compute in low bits."""

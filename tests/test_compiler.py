@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fxquant.errors import (
 from fxquant.graph.annotation import Role
 from passes.calibrate import Calibrate
 from passes.fold_sqb import FoldSqb
-from passes.recipes import mptq_vit, naive_min_max
+from passes.recipes import best, mptq_vit, naive_min_max
 from tests.passes.models import SWIN, VIT, images, timm_model, vit
 
 
@@ -49,6 +50,14 @@ class Unsized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x.mean((2, 3)))
+
+
+def quantized_by_torch() -> nn.Module:
+    model = vit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates what it quantizes with
+        model.head = torch.ao.nn.quantized.dynamic.Linear(24, 7)  # type: ignore[assignment]
+    return model
 
 
 BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
@@ -77,6 +86,9 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "override": ({"overrides": {"blocks.9.mlp.fc1": 8}}, OverrideError, "blocks.1.mlp.fc1"),
     "override bits": ({"overrides": {"head": 11}}, OverrideError, "11"),
     "NaN weight": ({"model": with_nan(vit())}, ModelError, "blocks.1.mlp.fc1.weight"),
+    "bfloat16": ({"model": vit().bfloat16(), "calibration": images(4).bfloat16()}, ModelError, "model.float()"),
+    "float16, no images": ({"model": vit().half(), "calibration": None}, ModelError, "model.float()"),
+    "quantized by torch": ({"model": quantized_by_torch()}, ModelError, "quantized already"),
     "no model": ({"model": "vit"}, ModelError, "str"),
     "no parameters": ({"model": nn.ReLU()}, ModelError, "no parameters"),
 }
@@ -95,6 +107,14 @@ def test_bad_input_is_refused_before_any_calibration(case: str, monkeypatch: pyt
     with pytest.raises(error) as caught:
         fxquant.compile(model, budget, **arguments)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("calibration", [images(4), None], ids=["images", "no images"])
+def test_a_quantized_model_is_refused(small: Compiled, tmp_path: Path, calibration: Tensor | None) -> None:
+    small.save(tmp_path / "small.fxq")
+    for model in (small, small.graph_module, fxquant.load(tmp_path / "small.fxq"), nn.Sequential(small)):
+        with pytest.raises(ModelError, match="quantized already: give the float model"):
+            fxquant.compile(model, 8, calibration=calibration)
 
 
 def test_output_without_class_scores_says_what_to_do() -> None:
@@ -164,7 +184,7 @@ class TestCompiled:
         assert small.card["image_shape"] == [3, 32, 32]
         assert small.card["stays_float"] == ["softmax", "gelu", "layer_norm", "residual additions"]
         assert small.card["labels_used"] is False
-        assert len(small.journal.entries) == len(small.card["pipeline"]) == 8
+        assert len(small.journal.entries) == len(small.card["pipeline"]) == len(best(4))
 
     def test_any_batch_size_and_no_other_image_size(self, small: Compiled) -> None:
         x = images(5)

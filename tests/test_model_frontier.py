@@ -25,7 +25,7 @@ def found() -> Frontier:
 def test_points_are_what_compile_gives(found: Frontier) -> None:
     assert [point.limit for point in found.points] == [2.5, 3, 4, 8]
     model, x = vit(depth=1), images(3)
-    compiled = fxquant.compile(model, 3, calibration=x, recipe="mptq_vit")
+    compiled = fxquant.compile(model, 3, calibration=x)
     assert compiled.allocation is not None
     assert all(point.allocation.status == "optimal" for point in found.points)
     prepared = fxquant.frontier(model, x, limits=[3], realised=lambda compiled: float(compiled(x).sum()), **FEW)

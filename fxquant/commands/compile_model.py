@@ -12,18 +12,21 @@ from fxquant.commands import options as o
 
 def compile_model(
     model: o.Model,
-    budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", ...')],
+    budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", "W4A8, 5ms", ...')],
     calibration: o.Calibration = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: o.Recipe = "mptq_vit",
+    recipe: o.Recipe = "best",
     allocator: o.AllocatorName = None,
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
+    backend: o.Backend = "simulated",
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1,
+    latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
@@ -47,6 +50,7 @@ def compile_model(
     from fxquant.report.picture import check_picture
     from fxquant.report.progress import RichProgress
     from fxquant.runtime.container import write_file
+    from passes.measure_latency import MeasureLatency
 
     wanted, chosen, overrides = Budget.parse(budget), o.allocator_named(allocator), o.parse_overrides(override)
     o.check_output(out, report, picture)
@@ -61,8 +65,9 @@ def compile_model(
     with RichProgress() as progress:
         quantized = compile(
             named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
-            first_last_bits=first_last_bits, fully_quantized=fully_quantized, seed=seed, batch_size=batch_size,
-            progress=progress, cache=kept, card=card,
+            first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
+            latency=MeasureLatency(latency_batch, latency_threads), seed=seed,
+            batch_size=batch_size, progress=progress, cache=kept, card=card,
         )  # fmt: skip
     if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
         say(f"calibrated and searched before: recalled from {kept}")

@@ -13,7 +13,7 @@ from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocat
 
 def demo(
     budget: Annotated[str, typer.Option(help='"W4A4", "W3", "0.4MB", "W4, 0.5GBOPs", ...')] = "W4A4",
-    recipe: Recipe = "mptq_vit",
+    recipe: Recipe = "best",
     allocator: AllocatorName = None,
     out: Annotated[Path, typer.Option(help="Folder for the artefact and the picture.")] = Path("fxquant-demo"),
     limit: Limit = None,

@@ -13,7 +13,11 @@ from fxquant.commands import options as o
 def show_frontier(
     model: o.Model,
     axis: Annotated[
-        str, typer.Option(help="mean_bits, mean_weight_bits, mean_activation_bits, weight_bytes or bit_operations.")
+        str,
+        typer.Option(
+            help="mean_bits, mean_weight_bits, mean_activation_bits, weight_bytes, bit_operations or "
+            "latency_ms, which needs --backend cpu-native."
+        ),
     ] = "mean_bits",
     limits: Annotated[
         str | None, typer.Option(help="Budgets along it, comma-separated: bits, bytes or operations, such as 3,3.5,4.")
@@ -26,10 +30,11 @@ def show_frontier(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: o.Recipe = "mptq_vit",
+    recipe: o.Recipe = "best",
     override: o.Override = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
+    backend: o.Backend = "simulated",
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
     plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
@@ -57,7 +62,8 @@ def show_frontier(
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     data = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
     options: dict[str, Any] = {
-        "overrides": overrides, "first_last_bits": first_last_bits, "fully_quantized": fully_quantized
+        "overrides": overrides, "first_last_bits": first_last_bits, "fully_quantized": fully_quantized,
+        "backend": backend,
     }  # fmt: skip
     with RichProgress() as progress:
         found = frontier(

@@ -27,10 +27,11 @@ def sweep_budgets(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "mptq_vit",
+    recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "best",
     allocator: Annotated[str | None, typer.Option(help="One or more of milp, greedy, uniform.")] = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
+    backend: o.Backend = "simulated",
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
     limit: o.Limit = None,
@@ -67,7 +68,9 @@ def sweep_budgets(
     tested = o.labelled_images(data, preprocessing, model == "embedded")
     found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
-    options: dict[str, Any] = {"first_last_bits": first_last_bits, "fully_quantized": fully_quantized}
+    options: dict[str, Any] = {
+        "first_last_bits": first_last_bits, "fully_quantized": fully_quantized, "backend": backend
+    }  # fmt: skip
     data_used = found if isinstance(found, Tensor) else repr(found)
     settings = signature(named.model, data_used, card, options, seed, batch_size, tested.name, tested.count, limit)
     with RichProgress() as progress:

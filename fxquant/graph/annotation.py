@@ -61,11 +61,17 @@ class Fact(StrEnum):
     FOLDED = "folded"
     OBSERVED = "observed"
     CALIBRATED = "calibrated"
+    GRAMS_KNOWN = "Gram matrices known"
     SCALES_SEARCHED = "scales searched"
     SCORED = "scored"
+    LATENCY_KNOWN = "latency known"
     BITS_ALLOCATED = "bits allocated"
     QUANTIZED = "quantized"
     LOWERED = "lowered"
+
+
+STATISTICS = frozenset({Fact.CALIBRATED, Fact.GRAMS_KNOWN})
+"""What observers have gathered: stale wherever weights or observed edges change."""
 
 
 @dataclass(frozen=True, slots=True)

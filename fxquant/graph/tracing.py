@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
-from fxquant.graph.annotation import Fact, declare
+from fxquant.graph.annotation import Fact, declare, facts_of
 from fxquant.graph.normalization import normalize
 from fxquant.graph.shape_tracer import ShapeTracer
 
@@ -41,11 +41,11 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
     gradients; its state is independent of the model's.
 
-    Raises ModelError for weights that are missing, not float or not finite; CalibrationError for an example of the
-    wrong kind or a size the model refuses; CoverageError for hidden weights; TraceError for everything else,
-    naming the line of the model that stands in the way.
+    Raises ModelError for a quantized model and for weights that are missing, not float32 or float64, or not finite;
+    CalibrationError for an example of the wrong kind or a size the model refuses; CoverageError for hidden weights;
+    TraceError for everything else, naming the line of the model that stands in the way.
     """
-    _check_model(model)
+    check_model(model)
     _check_example(example_bchw)
     root = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
@@ -57,6 +57,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         coverage = _coverage(root, graph_module, tracer, minimum_coverage)
         graph_module = normalize(graph_module)
         _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
+        for node in graph_module.graph.nodes:
+            node.type = None  # a graph read from a file has no annotations, and the same code is to look the same
         _propagate_shapes(graph_module, example_bchw)
         graph_module.graph.lint()
         graph_module.recompile()
@@ -67,9 +69,16 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     return graph_module
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise ModelError unless a model can be quantized: not quantized yet, finite float32 or float64 weights."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a torch.nn.Module is traced, not {type(model).__name__}")
+    for module in model.modules():
+        if _is_quantized(module):
+            raise ModelError(
+                f"{type(model).__name__} is quantized already: give the float model it was made from, an artefact does "
+                f"not hold its weights"
+            )
     parameters = list(model.named_parameters())
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
@@ -78,6 +87,17 @@ def _check_model(model: nn.Module) -> None:
             raise ModelError(f"parameter '{name}' is {tensor.dtype}, not float: pass the model before it is quantized")
         if name in dict(parameters) and not torch.isfinite(tensor).all():
             raise ModelError(f"parameter '{name}' has NaN or infinite values: load or train the weights again")
+        if name in dict(parameters) and tensor.dtype not in (torch.float32, torch.float64):
+            raise ModelError(
+                f"parameter '{name}' is {tensor.dtype}, too coarse to search scales with: pass model.float() and "
+                f"float32 images; what comes out is as small and as fast"
+            )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantized graph of ours, or one of torch's quantized layers."""
+    ours = isinstance(module, fx.GraphModule) and bool(facts_of(module) & {Fact.QUANTIZED, Fact.LOWERED})
+    return ours or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
 
 
 def _check_example(example_bchw: torch.Tensor) -> None:

@@ -67,6 +67,10 @@ def _check_calibrated(graph_module: fx.GraphModule) -> None:
     _require_roles(graph_module, Fact.CALIBRATED)
 
 
+def _check_grams(graph_module: fx.GraphModule) -> None:
+    _require_roles(graph_module, Fact.GRAMS_KNOWN)
+
+
 def _check_observed(graph_module: fx.GraphModule) -> None:
     _require_roles(graph_module, Fact.OBSERVED)
 
@@ -111,6 +115,10 @@ def _check_scores(graph_module: fx.GraphModule) -> None:
                 raise _fail(Fact.SCORED, node, problem, "run ScoreLayers after SearchScales")
 
 
+def _check_latency(graph_module: fx.GraphModule) -> None:
+    _require_roles(graph_module, Fact.LATENCY_KNOWN)
+
+
 def _check_bits(graph_module: fx.GraphModule) -> None:
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
@@ -147,8 +155,10 @@ CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.FOLDED: _check_folded,
     Fact.OBSERVED: _check_observed,
     Fact.CALIBRATED: _check_calibrated,
+    Fact.GRAMS_KNOWN: _check_grams,
     Fact.SCALES_SEARCHED: _check_scales,
     Fact.SCORED: _check_scores,
+    Fact.LATENCY_KNOWN: _check_latency,
     Fact.BITS_ALLOCATED: _check_bits,
     Fact.QUANTIZED: _check_quantized,
     Fact.LOWERED: _check_lowered,

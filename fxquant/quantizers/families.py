@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fxquant.errors import PatternError
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
 from fxquant.quantizers.histogram import Array, SortedMoments
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -26,6 +28,7 @@ from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer, magnitud
 from fxquant.quantizers.uniform import UniformQuantizer
 
 STEPS = 100
+WIDEST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,31 @@ FAMILIES: dict[str, Family] = {
     "adalog-gelu": adalog_gelu,
     "o-2sf": symmetric,
 }
+
+
+class Limited(NamedTuple):
+    """A family's name and the widest width, in bits, at which it may be used."""
+
+    name: str
+    widest_bits: int
+
+
+def families_named(text: str) -> list[Limited]:
+    """`"log2<=4|twin-softmax"` as names and limits, 8 bits where there is none. Raises PatternError for others."""
+    found = []
+    for part in text.split("|"):
+        name, _, widest = part.partition("<=")
+        if name not in FAMILIES:
+            raise PatternError(f"no quantizer family is called {name!r}; there are {', '.join(FAMILIES)}")
+        if widest and not widest.isdigit():
+            raise PatternError(f"a family's widest width is a number of bits, such as log2<=4; found {part!r}")
+        found.append(Limited(name, int(widest or WIDEST_BITS)))
+    return found
+
+
+def widest_bits(text: str) -> int:
+    """The widest width at which one of the named families may be used. Raises PatternError."""
+    return max(family.widest_bits for family in families_named(text))
 
 
 def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch.Tensor:

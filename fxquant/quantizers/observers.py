@@ -40,14 +40,14 @@ class Observer(nn.Module):
         self.family, self.edge, self.keeps_gram = family, edge, gram
         self.release()
 
-    def release(self) -> None:
-        """Forget all statistics and free their memory."""
+    def release(self, keep_gram: bool = False) -> None:
+        """Forget all statistics, or all but the Gram matrix, and free their memory."""
         self.histogram: Bfloat16Histogram | None = None
         self.minimum, self.maximum = float("inf"), float("-inf")
         self.image_minimum_sum, self.images = 0.0, 0
         self.channel_magnitude: Tensor | None = None
         self.channel_factor: Tensor | None = None
-        self.gram: Tensor | None = None
+        self.gram: Tensor | None = self.gram if keep_gram else None
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
         self.coherence_sum, self.coherence_count = 0.0, 0

@@ -48,7 +48,10 @@ def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -
     if card.get("weights") == "random":
         lines.insert(1, ("weights", "RANDOM: not trained, accuracy means nothing"))
     execution = str(card.get("execution", "simulated"))
-    return Lines("fxquant report", (*lines, ("execution", EXECUTION.get(execution, execution))))
+    lines.append(("execution", EXECUTION.get(execution, execution)))
+    if "backend" in card:
+        lines.append(("made for", str(card["backend"])))
+    return Lines("fxquant report", tuple(lines))
 
 
 def _recipe(card: Mapping[str, Any]) -> str:
@@ -171,6 +174,8 @@ def protocol(card: Mapping[str, Any]) -> Lines:
     ]
     if preprocessing := card.get("preprocessing"):
         lines.insert(1, ("preprocessing", ", ".join(f"{key} {value}" for key, value in preprocessing.items())))
+    if latency := card.get("latency"):
+        lines.append(("latency of", str(latency)))
     return Lines("Protocol", tuple(lines))
 
 

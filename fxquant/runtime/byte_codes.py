@@ -24,6 +24,14 @@ from fxquant.runtime.native.library import LOG2, MAX_DIGITS, REGIONS, UNIFORM, L
 _WIDEST = 8
 _WIDEST_LOG2 = 4
 
+UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"), _WIDEST)
+"""Families whose bytes are levels as they are, and their widest widths in bits."""
+
+_REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
+
+BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | {"log2": _WIDEST_LOG2}
+"""Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
+
 
 @dataclass(frozen=True)
 class ByteCode:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ArtefactError
-from fxquant.quantizers.observers import Edge, Observer
+from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.observer_json import observer_from_json, observer_to_json
 from fxquant.runtime.packing import WIDTHS, pack, unpack
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from fxquant.runtime.untrusted import check_positive, dtype_named, element_count, field, sizes, take
@@ -94,7 +95,7 @@ def module_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
         source, source_state = quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
         return {"class": "QuantizedInput", "inner": inner, "input": source}, inner_state | source_state
     if type(module) is Observer:
-        return _observer_to_json(module, path), {}
+        return observer_to_json(module, path)
     if type(module) not in _CLASSES:
         raise ArtefactError(
             f"module '{path}' is a {type(module).__module__}.{type(module).__name__}, which artefacts do not know: "
@@ -140,21 +141,13 @@ def _build(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> n
             raise ArtefactError(f"module '{path}' has inside a {inner.get('class')!r}, which is not a plain module")
         return QuantizedInput(module_from_json(inner, f"{path}.inner", tensors), source)
     if name == "Observer":
-        family = None if spec.get("family") is None else field(spec, "family", str, path)
-        return Observer(family, Edge(field(spec, "edge", str, path)), field(spec, "gram", bool, path))
+        return observer_from_json(spec, path, tensors)
     if name not in _BY_NAME:
         raise ArtefactError(f"module '{path}' has the unknown class {name!r}")
     with torch.device("meta"):
         module = _BY_NAME[name](**{key: _from_list(value) for key, value in spec.items() if key != "class"})
     _assign(module, path, tensors)
     return module
-
-
-def _observer_to_json(observer: Observer, path: str) -> Spec:
-    """Where it stands and what for; statistics are not kept, so there may be none."""
-    if observer.images or observer.gram is not None:
-        raise ArtefactError(f"observer '{path}' has statistics, which a file does not keep: release it first")
-    return {"class": "Observer", "family": observer.family, "edge": str(observer.edge), "gram": observer.keeps_gram}
 
 
 def _plain_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:

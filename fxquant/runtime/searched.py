@@ -2,7 +2,8 @@
 
 The graph is written as in an artefact (`graph_json`); besides, every field of every annotation, with the candidates'
 quantizers as settings and tensors. Tensors that the traced model has under the same name are left out: whoever reads
-has that model. Nothing is pickled. Not kept: observers' statistics; a graph that still has them is refused.
+has that model. Nothing is pickled. Of what observers have gathered only Gram matrices are kept; a graph that still has
+more is refused.
 """
 
 from __future__ import annotations

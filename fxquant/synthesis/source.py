@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.cache import Cache
-from fxquant.graph.tracing import trace
+from fxquant.graph.tracing import check_model, trace
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.assign_roles import AssignRoles
 from passes.contract import PassContext, ProgressReporter
@@ -41,6 +41,7 @@ class CalibrationSource:
     @cached_property
     def traced(self) -> GraphModule:
         """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
+        check_model(self._model)
         if isinstance(self._given, Synthesis):
             return trace_without_images(self._model, self._pictures)
         return trace(self._model, self._given[:2])

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.overrides import Bits
+from fxquant.errors import BudgetError
 from passes.allocate_bits import AllocateBits, normalized_overrides
 from passes.assign_roles import AssignRoles
 from passes.calibrate import Calibrate
@@ -15,7 +16,10 @@ from passes.check_budget import CheckBudget
 from passes.contract import Pass
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
+from passes.lower import SIMULATED, resolved
+from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
+from passes.restrict_families import restrict_families
 from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers
 
@@ -27,7 +31,8 @@ class Options(TypedDict, total=False):
 
     allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
     fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
-    bits: candidate widths.
+    bits: candidate widths. backend: only quantizers and widths that this backend runs as integers, see
+    `passes.restrict_families`. latency: for which batch size and threads a budget's latency holds.
     """
 
     allocator: Allocator | None
@@ -36,6 +41,8 @@ class Options(TypedDict, total=False):
     fully_quantized: bool
     fold: FoldSqb | None
     bits: tuple[int, ...]
+    backend: str
+    latency: MeasureLatency
 
 
 def assemble(
@@ -51,20 +58,36 @@ def assemble(
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
 
-    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read.
+    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read,
+    BackendError for a backend that cannot run the recipe's quantizers.
     """
-    bits = options.get("bits", CANDIDATE_BITS)
+    bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
+    insert = restrict_families(insert, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(
-        Budget.parse(budget),
+        parsed,
         options.get("allocator") or allocator,
         normalized_overrides(options.get("overrides")),
         options.get("first_last_bits"),
         # Images come in 8 bits; where the candidates end below, the widest is what they get.
         image_bits=max(bits, default=8),
     )
-    passes: list[Pass] = [AssignRoles(), CheckBudget(allocate, insert, bits)]
+    passes: list[Pass] = [AssignRoles(), CheckBudget()]
     passes += [] if chosen_fold is None else [chosen_fold]
     passes += [insert, calibrate, SearchScales(bits, metric)]
     passes += [] if score is None else [score]
+    passes += [] if parsed.latency_ms is None else [timed(options)]
     return Pipeline([*passes, allocate, SubstituteQuantizers()])
+
+
+def timed(options: Options) -> MeasureLatency:
+    """The measurement that a budget of latency needs.
+
+    Raises BudgetError unless the backend is the one whose kernels are timed, BackendError where they are absent.
+    """
+    backend = options.get("backend", SIMULATED)
+    if resolved(backend) != "cpu-native":
+        raise BudgetError(
+            f"a budget in ms needs backend='cpu-native', whose kernels are timed on this machine; found {backend!r}"
+        )
+    return options.get("latency") or MeasureLatency()

@@ -30,7 +30,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     pipeline = pipeline.after(CheckBudget, RotateResidual())
     if thorough:
         return pipeline.after(AllocateBits, CorrectWeights())
-    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_statistics=True)
+    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_grams=True)
     return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
 
 

@@ -24,7 +24,6 @@ from allocators.pareto import Pareto
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import WEIGHT_ROLES, Role
 from passes.allocate_bits import AllocateBits
-from passes.check_budget import CheckBudget
 from passes.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog
@@ -85,15 +84,9 @@ def _mixed(
     own: Options = {"allocator": options.get("allocator") or allocator}
     pipeline = base(budget, **(options | own))
     allocate = pipeline[pipeline.position(AllocateBits)]
-    check = pipeline[pipeline.position(CheckBudget)]
     assert isinstance(allocate, AllocateBits)
-    assert isinstance(check, CheckBudget)
     fixed = replace(allocate, role_bits=_outside(budget, outside_bits))
-    return (
-        pipeline.replace(CheckBudget, replace(check, allocate=fixed))
-        .replace(AllocateBits, fixed)
-        .before(AllocateBits, score)
-    )
+    return pipeline.replace(AllocateBits, fixed).before(AllocateBits, score)
 
 
 def _outside(budget: Budget, bits: Bits | None) -> tuple[tuple[Role, Bits], ...]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
+from allocators.latency import rising
 
 ROLES = ("qkv", "qk", "softmax", "av", "proj", "fc1", "fc2")
 
@@ -20,7 +21,10 @@ def random_table(
     decades: float = 3.0,
     masked: bool = True,
 ) -> CostTable:
-    """A table with matmuls, weightless layers, a float input and masks; costs span `decades` and mostly fall."""
+    """A table with matmuls, weightless layers, a float input and masks; costs span `decades` and mostly fall.
+
+    Times have plateaus, as digits of activation codes make them.
+    """
     generator = np.random.default_rng(seed)
     roles = [ROLES[index % len(ROLES)] for index in range(count)]
     weightless = np.isin(roles, ("qk", "softmax", "av"))
@@ -48,6 +52,7 @@ def random_table(
         activation_sqnr_db=6.02 * np.array(activation_bits) + generator.uniform(-6, 6, (count, len(activation_bits))),
         allowed_weight=allowed[0],
         allowed_activation=allowed[1],
+        latency_ms=rising(generator.integers(1, 4, (count, len(weight_bits), len(activation_bits))) * 0.25),
     )
 
 

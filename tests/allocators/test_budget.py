@@ -30,6 +30,8 @@ from fxquant.errors import BudgetError
         ("W4 A5", {"mean_weight_bits": 4, "mean_activation_bits": 5}),
         ("6MB+2GBOPs+A4", {"weight_bytes": 6e6, "bit_operations": 2e9, "mean_activation_bits": 4}),
         ("W4/layers A4/elements", {"mean_weight_bits": 4, "mean_activation_bits": 4, "weight_mean": "layers"}),
+        ("5ms", {"latency_ms": 5}),
+        ("W4A8, 2.5 MS", {"mean_weight_bits": 4, "mean_activation_bits": 8, "latency_ms": 2.5}),
         ({"weight_bytes": 5}, {"weight_bytes": 5}),
     ],
 )

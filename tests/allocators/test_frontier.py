@@ -94,7 +94,9 @@ def test_gain_and_price_of_a_tenth_of_a_bit() -> None:
 def test_default_limits_reach_both_ends() -> None:
     table = plain_table()
     assert default_limits(table, "mean_bits") == [2 + 0.25 * index for index in range(25)]
-    for axis in AXES:
+    with pytest.raises(BudgetError, match="no times have been measured"):
+        default_limits(table, "latency_ms")
+    for axis in AXES[:-1]:
         points = frontier(table, axis)
         assert points[0].loss > points[-1].loss
 

@@ -77,7 +77,7 @@ def test_whole_mean_bits_are_reached_exactly():
 
 def test_one_table_alone_under_every_constraint():
     table = random_table(2, count=5, masked=False)
-    budget = budget_between(table, dict(zip(QUANTITIES, (0.5, 0.4, 0.3, 0.2), strict=True)))
+    budget = budget_between(table, dict(zip(QUANTITIES, (0.5, 0.4, 0.3, 0.2, 0.5), strict=True)))
     allocation = Milp().allocate(table, budget)
     assert not budget.exceeded(allocation.usage)
     assert allocation.objective == pytest.approx(brute_force(table, budget), rel=1e-6)

@@ -81,8 +81,8 @@ def test_substitution_finds_the_compensated_codes() -> None:
     assert checked == 25
 
 
-def test_needs_statistics_that_are_kept() -> None:
+def test_needs_gram_matrices_that_are_kept() -> None:
     pipeline = mptq_vit(Budget.parse("W4A4"))
-    with pytest.raises(PipelineError, match=r"CompensateWeights.*requires 'calibrated'"):
+    with pytest.raises(PipelineError, match=r"CompensateWeights.*requires 'Gram matrices known'"):
         pipeline.after(AllocateBits, CompensateWeights())
-    pipeline.replace(SearchScales, SearchScales(keep_statistics=True)).after(AllocateBits, CompensateWeights())
+    pipeline.replace(SearchScales, SearchScales(keep_grams=True)).after(AllocateBits, CompensateWeights())

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import Fact, Role
+from fxquant.graph.annotation import STATISTICS, Fact, Role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
@@ -156,7 +156,7 @@ def test_unknown_families_are_refused_with_the_known_ones() -> None:
 
 
 def test_what_was_known_of_the_old_observers_no_longer_holds() -> None:
-    assert InsertObservers().breaks == {Fact.CALIBRATED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    assert InsertObservers().breaks == {*STATISTICS, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
 
 def test_convolutions_that_pad_otherwise_are_refused() -> None:

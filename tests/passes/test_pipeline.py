@@ -191,10 +191,14 @@ class TestBeforeAnyImage:
         (allocate,) = [step for step in pipeline if isinstance(step, AllocateBits)]
         assert allocate.image_bits == 5
         wrong = AllocateBits(Budget.parse("W4A4"), Greedy(), image_bits=8)
-        from passes.check_budget import CheckBudget
-
         with pytest.raises(OverrideError, match=r"image_bits=8 is not among the candidate bits \(3, 4, 5\)"):
-            pipeline.replace(CheckBudget, CheckBudget(wrong, InsertObservers(), (3, 4, 5))).run(graph, PassContext())
+            pipeline.replace(AllocateBits, wrong).run(graph, PassContext())
+
+
+def test_a_slice_without_the_allocation_checks_nothing(graph: GraphModule) -> None:
+    context = PassContext()
+    mptq_vit("W1.5A4")[:2].run(graph, context)
+    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", "CheckBudget()"]
 
 
 def test_recipes_by_name() -> None:

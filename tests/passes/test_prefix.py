@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.errors import InfeasibleBudgetError, OverrideError
+from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError
 from fxquant.graph.annotation import Fact, annotation_of
 from fxquant.graph.tracing import trace
 from fxquant.runtime.searched import searched_from_file, searched_to_file
@@ -22,7 +22,7 @@ from passes.calibrate import Calibrate
 from passes.contract import PassContext
 from passes.fold_sqb import FoldSqb
 from passes.prefix import split
-from passes.recipes import RECIPES, mptq_vit, recipe
+from passes.recipes import RECIPES, best, mptq_vit, recipe
 from passes.search_scales import SearchScales
 from tests.passes.models import SWIN, images, timm_model, vit
 
@@ -50,15 +50,11 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
 }
 
 
-KEPT = [name for name in RECIPES if name not in ("mptq_vit", "best")]
-"""Recipes whose searched graph is kept; best needs the observers' statistics afterwards."""
-
-
 @pytest.mark.parametrize(
     ("recipe_name", "name"),
     [
         *(("mptq_vit", name) for name in MODELS),
-        *((name, "vit") for name in RECIPES if name not in ("mptq_vit", "best")),
+        *((name, "vit") for name in RECIPES if name != "mptq_vit"),
     ],
 )
 def test_a_second_budget_is_as_without_a_cache_and_only_allocates(
@@ -167,13 +163,16 @@ def test_a_file_that_is_not_right_counts_as_absent(damage: str, tmp_path: Path) 
     assert again.read_bytes() != before
 
 
-def test_statistics_that_later_passes_need_are_not_missing(tmp_path: Path) -> None:
-    model, x = vit(depth=1), images(3)
-    expected = fxquant.compile(model, "W4A4", calibration=x, recipe="best")(x)
-    for _ in range(2):
-        found = fxquant.compile(model, "W4A4", calibration=x, recipe="best", cache=tmp_path)
-        assert torch.equal(found(x), expected)
-    assert not cached_files(tmp_path)
+def test_a_gram_matrix_that_is_none_counts_as_absent(tmp_path: Path) -> None:
+    model, x = vit(depth=1), images(2)
+    traced = trace(model, x[:2])
+    searched = split(best("W4A4", **FEW))[0].run(traced, PassContext(x))
+    texts, tensors = searched_to_file(searched, traced)
+    grams = [name for name in tensors if name.endswith(".gram")]
+    assert len(grams) == 6
+    for wrong in (tensors[grams[0]][1:], tensors[grams[0]].int()):
+        with pytest.raises(ArtefactError, match="no Gram matrix"):
+            searched_from_file(texts, {**tensors, grams[0]: wrong}, traced)
 
 
 @dataclass(frozen=True)
@@ -215,6 +214,7 @@ def test_every_annotation_field_survives() -> None:
     searched = prefix.run(traced, PassContext(x))
     texts, tensors = searched_to_file(searched, traced)
     again = searched_from_file(texts, tensors, traced)
+    assert again.code == searched.code, "signatures of what is scored and timed depend on it"
     for before, after in zip(searched.graph.nodes, again.graph.nodes, strict=True):
         one, other = annotation_of(before), annotation_of(after)
         for field in ("role", "layer", "block", "parameters", "macs", "activation_elements", "weight_sensitivity"):

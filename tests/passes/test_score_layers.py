@@ -79,6 +79,16 @@ def test_type_aware_scores_average_to_the_measured_drops(searched: GraphModule) 
     assert ratios["blocks.0.mlp.fc1"] != pytest.approx(ratios["blocks.0.mlp.fc2"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("beta", "nearest"), [(5, 4), (7, 8), (1, BITS[0]), (3, 3)])
+def test_layers_are_sampled_at_the_candidate_width_nearest_to_beta(
+    searched: GraphModule, beta: int, nearest: int
+) -> None:
+    layers, notes = scored(searched, TypeAwareFisher(mu=1, beta=beta))
+    expected, exact = scored(searched, TypeAwareFisher(mu=1, beta=nearest))
+    assert (notes["beta"], notes["drop"]) == (nearest, exact["drop"])
+    assert total(layers["blocks.0.mlp.fc1"]) == total(expected["blocks.0.mlp.fc1"])
+
+
 def test_the_same_blocks_are_sampled_for_every_type_and_follow_the_seed(searched: GraphModule) -> None:
     metric = TypeAwareFisher(mu=1)
     nodes = nodes_with_role(searched, *LAMPQ_ROLES)
@@ -178,8 +188,6 @@ def test_bad_scores_are_refused(searched: GraphModule) -> None:
 
     with pytest.raises(SensitivityError, match=r"Negative\(\) gives blocks.0.attn.qkv"):
         ScoreLayers(Negative()).apply(copy.deepcopy(searched), CONTEXT)
-    with pytest.raises(SensitivityError, match="beta=5 is not among the candidate bits"):
-        scored(searched, TypeAwareFisher(beta=5))
     for bad in (
         lambda: FisherTrace(gamma=1.0),
         lambda: TypeAwareFisher(mu=0),

@@ -12,7 +12,6 @@ from fxquant.graph.annotation import Annotation, Role, annotation_of, nodes_with
 from passes.calibrate import Calibrate, coherence
 from passes.contract import PassContext
 from passes.insert_observers import InsertObservers, observers_of
-from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.search_scales import SearchScales
 from tests.passes.models import images, traced, vit
@@ -94,25 +93,22 @@ class TestTwice:
         with pytest.raises(PipelineError, match="'calibrated'"):
             mptq_vit(4).after(SearchScales, SearchScales())
 
-    def test_works_and_changes_nothing_with_statistics_kept(self, calibrated: GraphModule) -> None:
-        graph_module = copy.deepcopy(calibrated)
-        search = SearchScales(BITS, keep_statistics=True)
-        results = []
-        for _ in range(2):
-            search.apply(graph_module, PassContext())
-            candidates = [annotation_of(n).activation_candidates for n in nodes_with_role(graph_module)]
-            results.append([c.loss for node in candidates for group in node for c in group])
-        assert results[0] == results[1]
-        assert isinstance(mptq_vit(4).replace(SearchScales, search).after(SearchScales, search), Pipeline)
+    def test_is_refused_where_only_gram_matrices_are_kept(self) -> None:
+        with pytest.raises(PipelineError, match="'calibrated'"):
+            mptq_vit(4).replace(SearchScales, SearchScales(keep_grams=True)).after(SearchScales, SearchScales())
 
 
-def test_statistics_are_released(calibrated: GraphModule) -> None:
+@pytest.mark.parametrize("keep_grams", [False, True])
+def test_statistics_are_released(calibrated: GraphModule, keep_grams: bool) -> None:
     graph_module = copy.deepcopy(calibrated)
-    SearchScales(BITS).apply(graph_module, PassContext())
+    SearchScales(BITS, keep_grams=keep_grams).apply(graph_module, PassContext())
+    grams = 0
     for node in nodes_with_role(graph_module):
         for _, observer in observers_of(graph_module, node):
             assert observer.histogram is None
-            assert observer.gram is None
+            assert observer.output_weight is None
+            grams += observer.gram is not None
+    assert grams == (sum(bool(annotation_of(n).weight_candidates) for n in nodes_with_role(graph_module)) * keep_grams)
 
 
 @pytest.mark.parametrize("bits", [(), (4, 3), (4, 4), (1, 4), (4, 9)])
