@@ -28,6 +28,7 @@ from fxquant.cache import signature
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import Fact, annotate, annotation_of, nodes_with_role
 from fxquant.quantizers.families import widest_bits
+from fxquant.quantizers.observers import Edge
 from fxquant.runtime.byte_codes import ByteCode, byte_code
 from fxquant.runtime.kernel_times import least_ms, linear_ms, machine, matmul_ms
 from fxquant.runtime.simulated import QuantizedConv2d
@@ -105,7 +106,7 @@ class MeasureLatency:
             rows.append(self._kernel(graph_module, node, widest, known, context) if len(known) == len(codes) else None)
         slowest = np.max([row for row in rows if row is not None], axis=0)
         times = np.stack([slowest if row is None else row for row in rows], axis=-1)
-        is_image = any(o.edge.value == "image" for _, o in observers_of(graph_module, node))
+        is_image = any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))
         return rising(np.broadcast_to(times[:, -1:], times.shape) if is_image else times)
 
     def _kernel(

@@ -81,16 +81,17 @@ def test_str_is_short():
 amounts = st.none() | st.floats(1e-3, 1e15)
 
 
-@given(amounts, amounts, amounts, amounts, st.booleans(), st.booleans())
-def test_str_and_dict_round_trip(weight, activation, size, operations, weight_layers, activation_layers):
-    values = (weight, activation, size, operations)
-    if values == (None,) * 4:
+@given(amounts, amounts, amounts, amounts, amounts, st.booleans(), st.booleans())
+def test_str_and_dict_round_trip(weight, activation, size, operations, latency, weight_layers, activation_layers):
+    values = (weight, activation, size, operations, latency)
+    if values == (None,) * 5:
         return
     budget = Budget(
         mean_weight_bits=weight,
         mean_activation_bits=activation,
         weight_bytes=size,
         bit_operations=operations,
+        latency_ms=latency,
         weight_mean="layers" if weight_layers and weight else "elements",
         activation_mean="layers" if activation_layers and activation else "elements",
     )
