@@ -99,7 +99,7 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
     """
     name = resolved(backend) if backend == "auto" else backend
     finders: dict[str, Callable[[GraphModule], Iterable[torch.fx.Node]]] = {
-        "cpu-native": integer_nodes, "cpu-onednn": _onednn_nodes
+        "cpu-native": integer_nodes, "cpu-onednn": _onednn_nodes, "openvino": _uniform_nodes
     }  # fmt: skip
     runs = set(finders[name](graph_module)) if name in finders else set()
     layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
@@ -170,11 +170,17 @@ def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
     return kernels
 
 
+def _uniform_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
+    """What runs as integers on uniform codes, with the code of its first input."""
+    found = integer_nodes(graph_module).items()
+    return {node: codes[0] for node, codes in found if all(code.identity for code in codes)}
+
+
 def _onednn_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
     return {
-        node: codes[0]
-        for node, codes in integer_nodes(graph_module).items()
-        if isinstance(graph_module.get_submodule(str(node.target)), QuantizedLinear) and codes[0].identity
+        node: code
+        for node, code in _uniform_nodes(graph_module).items()
+        if isinstance(graph_module.get_submodule(str(node.target)), QuantizedLinear)
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.errors import BackendError, OverrideError, PatternError, PipelineError
+from fxquant.errors import BackendError, MissingExtraError, OverrideError, PatternError, PipelineError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
 from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
@@ -42,6 +42,8 @@ def test_families_and_widths_that_a_backend_runs() -> None:
     onednn = restrict_families(insert, "cpu-onednn")
     assert (onednn.post_gelu, onednn.other) == ("asymmetric", "symmetric")
     assert onednn.post_softmax == insert.post_softmax, "oneDNN runs no attention, whatever its quantizers"
+    openvino = restrict_families(insert, "openvino")
+    assert (openvino.post_gelu, openvino.post_softmax, openvino.other) == ("asymmetric", "asymmetric", "symmetric")
     with pytest.raises(BackendError, match="post_gelu='adalog-gelu'"):
         adalog(4, backend="cpu-native")
     with pytest.raises(BackendError, match="no backend is called 'gpu'"):
@@ -89,6 +91,7 @@ def test_a_width_without_a_family_cannot_be_pinned(monkeypatch: pytest.MonkeyPat
         ("cpu-native", "mptq_vit", 8),
         ("cpu-onednn", "best", 5),
         ("cpu-onednn", "mptq_vit", 5),
+        ("openvino", "best", 8),
     ],
 )
 def test_every_layer_a_backend_can_run_runs_as_integers(backend: str, name: str, integer: int) -> None:
@@ -98,7 +101,7 @@ def test_every_layer_a_backend_can_run_runs_as_integers(backend: str, name: str,
     assert f"{backend}: {integer} of 8 layers" in str(found.report())
     try:
         lowered = found.lowered(backend)
-    except BackendError:
+    except (BackendError, MissingExtraError):
         pytest.skip(f"{backend} cannot run on this machine")
     assert sum(row.execution != "simulated" for row in lowered.layers) == integer
     prepared = Prepared(vit(depth=1), x, recipe=name, backend=backend)
