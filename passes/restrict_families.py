@@ -32,8 +32,8 @@ _UNIFORM = {"post_gelu": "asymmetric", "post_softmax": "asymmetric", "other": "s
 def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
     """The families of each edge that the backend runs, at the widths at which it runs them.
 
-    "cpu-onednn" and "openvino" run uniform quantizers only, which take the place of others. The kernels need not be on this machine,
-    except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an edge whose
+    "cpu-onednn" and "openvino" run uniform quantizers only, which take the place of others. The kernels need not be on
+    this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an edge whose
     families "cpu-native" can run at no width.
     """
     check_backend(backend)

@@ -92,9 +92,8 @@ def test_same_seed_same_images_and_another_seed_others() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(synthesize(model, QUICK), first)
     assert not torch.allclose(synthesize(model, QUICK, seed=1), first)
-    # Images do not influence each other; where a gradient is all but zero, rounding decides the direction of a step.
     apart = (synthesize(model, QUICK, batch_size=2) - first).abs()
-    assert (apart < 1e-3).float().mean() > 0.95
+    assert apart[:2].max() < 1e-3, "images do not influence each other"
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
