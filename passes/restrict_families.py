@@ -33,8 +33,8 @@ def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
     """The families of each edge that the backend runs, at the widths at which it runs them.
 
     "cpu-onednn" and "openvino" run uniform quantizers only, which take the place of others. The kernels need not be on
-    this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an edge whose
-    families "cpu-native" can run at no width.
+    this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an
+    edge whose families "cpu-native" can run at no width.
     """
     check_backend(backend)
     name = resolved(backend) if backend == "auto" else backend
