@@ -16,6 +16,8 @@ from fxquant.errors import BackendError, MissingExtraError
 
 _PRODUCTS = {"FullyConnected": "linear", "MatMul": "matmul", "Convolution": "convolution"}
 _BYTES = ("i8", "u8")
+# What is not on bytes in float32: no bfloat16, no quantization that the model does not ask for.
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 def check_openvino() -> None:
@@ -45,7 +47,7 @@ class OpenvinoModel(nn.Module):
             check_openvino()
             import openvino
 
-            settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            settings = {"INFERENCE_NUM_THREADS": threads, **_EXACT}
             core = openvino.Core()
             try:
                 self._compiled = threads, core.compile_model(core.read_model(self.content), "CPU", settings)

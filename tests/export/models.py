@@ -36,12 +36,12 @@ def exact(model: fxquant.Compiled, images_bchw: Tensor) -> Tensor:
     return scores
 
 
-def side_by_side(quantizers: dict[str, Quantizer], channels: int) -> GraphModule:
+def side_by_side(quantizers: list[Quantizer], channels: int) -> GraphModule:
     """(B, 1, 1, channels) to every quantizer's values of it, stacked along dimension 1."""
     root, graph = nn.Module(), fx.Graph()
     x = graph.placeholder("x")
     results = []
-    for index, quantizer in enumerate(quantizers.values()):
+    for index, quantizer in enumerate(quantizers):
         root.add_module(f"q{index}", QuantizedInput(nn.Identity(), quantizer))
         results.append(graph.call_module(f"q{index}", (x,)))
     graph.output(graph.call_function(torch.cat, (results, 1)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fxquant.export.onnx_file import to_onnx
+from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import Codes, quantized
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -41,16 +43,22 @@ QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
 }  # fmt: skip
 
 
-def test_every_quantizer_gives_its_own_values() -> None:
-    for package in ("onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    quantizers = {name: quantizer for name, (quantizer, _) in QUANTIZERS.items()}
+@pytest.fixture(scope="module")
+def exported() -> tuple[bytes, Tensor, Tensor]:
+    """All quantizers in one file, images and the quantizers' values of them."""
+    pytest.importorskip("onnxscript")
     x = torch.randn(200, 1, 1, CHANNELS, generator=torch.Generator().manual_seed(0))
-    graph_module = side_by_side(quantizers, CHANNELS)
-    expected = graph_module(x)
-    found = run_in_onnxruntime(to_onnx(graph_module).content, x)
-    for index, (name, quantizer) in enumerate(quantizers.items()):
-        torch.testing.assert_close(found[:, index], expected[:, index], rtol=1e-6, atol=1e-7, msg=name)
+    graph_module = side_by_side([quantizer for quantizer, _ in QUANTIZERS.values()], CHANNELS)
+    return to_onnx(graph_module).content, x, graph_module(x)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_every_quantizer_gives_its_own_values(exported: tuple[bytes, Tensor, Tensor], runtime: str) -> None:
+    pytest.importorskip(runtime)
+    content, x, expected = exported
+    found = run_in_onnxruntime(content, x) if runtime == "onnxruntime" else OpenvinoModel(content)(x)
+    for index, (name, (quantizer, _)) in enumerate(QUANTIZERS.items()):
+        torch.testing.assert_close(found[:, index], expected[:, index], rtol=1e-6, atol=2e-6, msg=name)
         if quantizer.bits < 8 and quantizer.scale.numel() == 1:
             assert len(found[:, index].unique()) <= 2**quantizer.bits, name
 
