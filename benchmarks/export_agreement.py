@@ -67,15 +67,16 @@ def main() -> None:
         found = {name: scores(run, data, options.limit) for name, run in variants.items()}
         size_mb = path.stat().st_size / 1e6
     truth, labels = found["float64"]
-    rows = {
-        name: {
+    rows = {}
+    for name, (result, _) in found.items():
+        error = (result - truth).abs().amax(1) / truth.abs().max()
+        rows[name] = {
             "right": int((result.argmax(1) == labels).sum()),
             "equal": int((result.argmax(1) == truth.argmax(1)).sum()),
-            "error": float(((result - truth).abs().amax(1) / truth.abs().max()).median()),
+            "error": float(error.median()),
+            "moved": int((error > 1e-4).sum()),
         }
-        for name, (result, _) in found.items()
-    }
-    result = {
+    report = {
         "artefact": options.artefact.name,
         "budget": str(simulated.allocation.budget) if simulated.allocation else None,
         "images": len(labels),
@@ -88,8 +89,8 @@ def main() -> None:
         "rows": rows,
     }
     out = Path(__file__).parent / "results" / f"export_{options.name or options.artefact.stem}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
