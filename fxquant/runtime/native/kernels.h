@@ -133,6 +133,8 @@ inline bool holds(int64_t bytes, int64_t elements, int64_t element_bytes) {
 
 // Whether what a stranger's bytes say makes sense; `open_linear` copies what it has checked.
 bool is_quantizer(const FxqQuantizer &quantizer);
+bool are_levels(const FxqLevels &levels);
+int32_t check(const FxqLinear &spec);
 int32_t check(const FxqAttention &spec);
 int32_t open_linear(const uint8_t *layout, int64_t bytes, FxqLinear *spec);
 
