@@ -94,8 +94,12 @@ class BlockPairs:
         self.blocks = cut(self.quantized)
 
     def __iter__(self) -> Iterator[BlockPair]:
+        """The pairs in order, over all images."""
+        return self.over(self.context.images)
+
+    def over(self, images_bchw: Tensor) -> Iterator[BlockPair]:
         """The pairs in order; a block's quantized output is computed after the caller is done with it."""
-        inputs = self.context.images.to(self.device)
+        inputs = images_bchw.to(self.device)
         float_input = quantized_input = inputs
         for index, block in enumerate(self.blocks):
             original = extract(self.original, block.source, block.result)

@@ -31,15 +31,15 @@ from torch.nn import functional
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
-from fxquant.quantizers.learned import LearnedScale
-from fxquant.quantizers.quantizer import Quantizer
-from fxquant.runtime.simulated import QuantizedWeightModule
+from fxquant.quantizers.learned import LearnedCodes, LearnedScale
+from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.logit_gradients import class_scores
 from passes.block_pairs import BlockPairs, activation_quantizers, adopt, weight_layers
 from passes.contract import PassContext
 from passes.correct_weights import CorrectWeights
 
 HELD_OUT = 8  # one image in so many
+CLOSED_FORM = 128  # images at most; more hardly help it
 WARM_UP = 0.05  # of the steps
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
@@ -48,19 +48,19 @@ THINNING = 4  # a scale's gradient is that of a quarter of the images: half the 
 class Distil:
     """Train the quantized network.
 
-    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights; of the logarithms
-    of scales; of biases, norms and embeddings. All rise over the first twentieth of the steps and fall by a cosine.
-    features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop keeps; 1: images whole,
-    mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else
-    where the model is.
+    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
+    grid; of the logarithms of scales; of biases, norms and embeddings. All rise over the first twentieth of the steps
+    and fall by a cosine. features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop
+    keeps; 1: images whole, mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of
+    the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else where the model is.
 
-    Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have run
-    before it.
+    Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
+    run before it.
     """
 
     steps: int = 800
     images: int = 16
-    weight_rate: float = 1e-4
+    weight_rate: float = 5e-3
     scale_rate: float = 2e-3
     rest_rate: float = 5e-4
     features: float = 1.0
@@ -90,10 +90,11 @@ class Distil:
         task = context.progress.track("distilling", self.checks)
         kept = next((found for key in reversed(keys) if (found := context.cache.read(key)) is not None), None)
         train, held = held_out(len(context.images))
+        wanted: dict[str, Tensor] = {}
         if kept is None and self.closed_form is not None:
-            for pair in pairs:
-                self.closed_form.correct(pair, pairs, train)
-        training = _Training(self, pairs, train, held)
+            for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
+                wanted |= {found.layer: found.weight for found in self.closed_form.correct(pair, pairs)}
+        training = _Training(self, pairs, wanted, train, held)
         if kept is not None:
             training.restore(kept[1])
             task.advance(training.check)
@@ -104,8 +105,8 @@ class Distil:
                 context.cache.forget(keys[training.check - 2])
             task.advance()
         task.close()
-        found = training.divergences
-        context.note(divergences=found, kept_check=found.index(min(found)))
+        divergences = training.divergences
+        context.note(divergences=divergences, kept_check=divergences.index(min(divergences)))
         training.finish()
         return adopt(graph_module, pairs.quantized)
 
@@ -125,7 +126,9 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
 class _Training:
     """The network in training: what learns, the optimizer, and the best state so far."""
 
-    def __init__(self, options: Distil, pairs: BlockPairs, train: Tensor, held: Tensor) -> None:
+    def __init__(
+        self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: Tensor
+    ) -> None:
         self.options, self.device, self.images = options, pairs.device, pairs.context.images
         self.train, self.held = train, held
         self.teacher = with_outputs(pairs.original, [block.result for block in pairs.blocks[:-1]])
@@ -133,12 +136,12 @@ class _Training:
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + 17)
         self.order = torch.empty(0, dtype=torch.int64)
         self.check = 0
-        self.weights: dict[str, tuple[nn.Parameter, LearnedScale]] = {}
+        self.weights: dict[str, LearnedCodes] = {}
         self.rest = {name: nn.Parameter(p.detach().clone()) for name, p in self.student.named_parameters()}
-        for node, module, _ in weight_layers(pairs.original, pairs.quantized):
+        for node, module, layer in weight_layers(pairs.original, pairs.quantized):
             path, quantizer = str(node.target), module.weight_quantizer
-            if isinstance(quantizer, Quantizer):
-                self.weights[path] = nn.Parameter(module.weight.clone()), LearnedScale(quantizer, rows=True)
+            if isinstance(quantizer, UniformQuantizer):
+                self.weights[path] = LearnedCodes(wanted.get(path, layer.weight), quantizer, module.weight_codes)
             if module.bias is not None:
                 self.rest[f"{path}.bias"] = nn.Parameter(module.bias.clone())
         self.places = activation_quantizers(self.student)
@@ -146,8 +149,8 @@ class _Training:
         for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
             setattr(owner, name, scale)
         groups = [
-            ([weight for weight, _ in self.weights.values()], options.weight_rate),
-            ([s.log_factor for s in (*self.scales, *(s for _, s in self.weights.values()))], options.scale_rate),
+            ([weight.units for weight in self.weights.values()], options.weight_rate),
+            ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
         self.rates = [rate for _, rate in groups]
@@ -192,7 +195,7 @@ class _Training:
         for name, value in state.items():
             if name.startswith("adam."):
                 _, index, moment = name.split(".")
-                moments.setdefault(int(index), {})[moment] = value
+                moments.setdefault(int(index), {})[moment] = value.clone()  # equal ones may share memory
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     def finish(self) -> None:
@@ -200,10 +203,10 @@ class _Training:
         self._take(self.best)
         for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
             setattr(owner, name, scale.finish())
-        for path, (weight, scale) in self.weights.items():
+        for path, weight in self.weights.items():
             module: Any = self.student.get_submodule(path)
-            module.weight_quantizer = scale.finish()
-            module.requantize(weight.detach())
+            module.weight_quantizer = weight.finish()
+            module.requantize(weight().detach())
         with torch.no_grad():
             for name, value in self.rest.items():
                 path, _, attribute = name.rpartition(".")
@@ -222,11 +225,7 @@ class _Training:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the student computes with, by name."""
-        weights = {
-            f"{path}.weight": scale(weight.flatten(1)).reshape(weight.shape)
-            for path, (weight, scale) in self.weights.items()
-        }
-        return {**self.rest, **weights}
+        return {**self.rest, **{f"{path}.weight": weight() for path, weight in self.weights.items()}}
 
     def _step(self, step: int) -> None:
         options = self.options
@@ -276,12 +275,13 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
 
 def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean over tokens of |found - wanted|^2 / |wanted|^2, float (); both (..., channels)."""
-    power = wanted.float().square().sum(-1).clamp_min(1e-30)
+    power = wanted.float().square().sum(-1)
+    power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
     return ((found.float() - wanted.float()).square().sum(-1) / power).mean()
 
 
 def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:
-    """Each image cropped to a random part, at least `least` of each side, scaled to full size, mirrored half the time."""
+    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored."""
     count = len(images_bchw)
 
     def draw(*shape: int) -> Tensor:

@@ -25,6 +25,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 
 HOMOGENEOUS = (UniformQuantizer, ShiftedRegionsQuantizer, Log2Quantizer, LevelTableQuantizer)
 _NEAREST = 0.6  # at least this share of a step towards the grid point where rounding starts
+_LEANING = 0.4  # of a step, at most: where rounding starts from a given code
 _BEYOND = 2.0**26  # scales: further out than the levels of any quantizer reach
 
 
@@ -37,10 +38,9 @@ class LearnedScale(nn.Module):
     """A quantizer with a learned scale and dropped quantization.
 
     quantizer: where learning starts. drop: probability, 0 to 1, that an element stays float. generator: of these draws,
-    on the device of the input. rows: one factor for every entry of the scale, as weights with a scale per row want
-    them, not one for the tensor. thinning: one factor learns from the first of so many parts of the batch, which is
-    noisier and cheaper; all values are quantized. `log_factor`: float32 (), or shape of the scale, the parameter t; scales are
-    multiplied by exp(t).
+    on the device of the input. thinning: the factor learns from the first of so many parts of the batch, which is
+    noisier and cheaper; all values are quantized. `log_factor`: float32 (), the parameter t; scales are multiplied by
+    exp(t).
     """
 
     def __init__(
@@ -48,8 +48,6 @@ class LearnedScale(nn.Module):
         quantizer: Quantizer,
         drop: float = 0.0,
         generator: torch.Generator | None = None,
-        *,
-        rows: bool = False,
         thinning: int = 1,
     ) -> None:
         super().__init__()
@@ -58,9 +56,8 @@ class LearnedScale(nn.Module):
         scale = scale_of(quantizer)
         self.learns = scale is not None
         self.offset = quantizer.offset if isinstance(quantizer, LevelTableQuantizer) else 0.0
-        shape = scale.shape if rows and scale is not None else ()
         where = None if scale is None else scale.device
-        self.log_factor = nn.Parameter(torch.zeros(shape, device=where), requires_grad=self.learns)
+        self.log_factor = nn.Parameter(torch.zeros((), device=where), requires_grad=self.learns)
         edge = torch.zeros(()) if scale is None else scale.detach() * _BEYOND
         self.low: Tensor
         self.high: Tensor
@@ -109,7 +106,7 @@ class _StraightThrough(torch.autograd.Function):
         counted = x + owner.offset if owner.offset else x
         slope = None
         if owner.learns:
-            part = slice(None if log_factor.ndim else -(-len(x) // owner.thinning))
+            part = slice(-(-len(x) // owner.thinning))
             slope = result[part] + owner.offset if owner.offset else result[part]
             slope = slope - owner.inside(counted[part], counted[part])
             slope = slope if kept is None else slope.masked_fill_(kept[part], 0)
@@ -127,12 +124,42 @@ class _StraightThrough(torch.autograd.Function):
         to_x = ctx.owner.inside(gradient.to(counted.dtype), counted)
         if kept is not None:
             to_x = torch.where(kept, gradient, to_x)
-        shape = ctx.owner.log_factor.shape
-        if shape:
-            return to_x, (gradient * slope).sum_to_size(shape), None, None
         some = gradient[: len(slope)].to(slope.dtype)
         to_factor = torch.dot(some.reshape(-1), slope.reshape(-1)).float() * (len(gradient) / len(slope))
         return to_x, to_factor, None, None
+
+
+class LearnedCodes(nn.Module):
+    """A weight whose codes and scales learn: W^ = s exp(t) round(clamp(u)), the derivative of rounding taken as 1.
+
+    weight: float (out, ...). quantizer: symmetric uniform, its scale () or (out, 1). codes: integer (out, ...), where
+    learning starts, each leaning towards the weight as far as it stays the same code; None: the nearest to the weight.
+    Parameters: `units` u, (out, columns), in steps of the grid, so that a rate of learning means the same at every
+    width; `log_factor` t, shape of the scale.
+    """
+
+    def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
+        super().__init__()
+        self.start, self.shape = quantizer, weight.shape
+        units = weight.detach().flatten(1).float() / quantizer.scale
+        if codes is not None:
+            start = codes.flatten(1).to(units.dtype)
+            units = units.clamp(start - _LEANING, start + _LEANING)
+        self.units = nn.Parameter(units)
+        self.log_factor = nn.Parameter(torch.zeros_like(quantizer.scale))
+
+    def forward(self) -> Tensor:
+        """The weight on its grid, float, shape of the weight."""
+        units = self.units.clamp(*self.start.code_range)
+        codes = units + (units.detach().round() - units.detach())
+        return (codes * self._scale()).reshape(self.shape)
+
+    def finish(self) -> UniformQuantizer:
+        """The quantizer that was learned, as a new module; it leaves the learned weight as it is."""
+        return UniformQuantizer(self.start.bits, self._scale().detach())
+
+    def _scale(self) -> Tensor:
+        return self.start.scale * self.log_factor.exp()
 
 
 class SoftRounding(nn.Module):

@@ -45,7 +45,7 @@ class Log2Quantizer(Quantizer):
         # The nearest power of two: from a mantissa of sqrt(2) on, the exponent carries; then the mantissa goes.
         units.view(torch.int32).add_(_CARRY).bitwise_and_(_EXPONENT)
         smallest = 2.0 ** -(2**self.bits - 1.5)
-        return functional.threshold_(units, smallest, 0.0).clamp_(max=1.0).mul_(self.scale).to(x.dtype)
+        return functional.threshold(units, smallest, 0.0).clamp_(max=1.0).mul_(self.scale).to(x.dtype)
 
     @classmethod
     def empty(cls, **arguments: Any) -> Log2Quantizer:

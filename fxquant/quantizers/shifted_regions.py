@@ -60,7 +60,7 @@ class ShiftedRegionsQuantizer(Quantizer):
         small = (units * (1 / self.small_step)).round_().clamp_(0, self.small_max).mul_(self.small_step)
         large = (units * (1 / self.large_step)).round_().clamp_(0, self.large_max).mul_(self.large_step)
         # As torch.where(units < boundary, small, large), which is not vectorised.
-        multiples = small.lerp_(large, units.ge(self.boundary).to(units.dtype))
+        multiples: Tensor = small.lerp_(large, units.ge(self.boundary).to(units.dtype))
         return multiples.add_(units.round_().clamp_(-self.small_max, 0)) if self.negative else multiples
 
     def settings(self) -> dict[str, Any]:
