@@ -58,7 +58,7 @@ class Distil:
     run before it.
     """
 
-    steps: int = 800
+    steps: int = 600
     images: int = 16
     weight_rate: float = 5e-3
     scale_rate: float = 2e-3
@@ -66,7 +66,7 @@ class Distil:
     features: float = 1.0
     crop: float = 0.6
     closed_form: CorrectWeights | None = CorrectWeights()
-    checks: int = 8
+    checks: int = 6
     device: str | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
@@ -207,10 +207,12 @@ class _Training:
             module: Any = self.student.get_submodule(path)
             module.weight_quantizer = weight.finish()
             module.requantize(weight().detach())
-        with torch.no_grad():
-            for name, value in self.rest.items():
-                path, _, attribute = name.rpartition(".")
-                getattr(self.student.get_submodule(path), attribute).copy_(value)
+        for name, value in self.rest.items():
+            path, _, attribute = name.rpartition(".")
+            owner, found = self.student.get_submodule(path), value.detach().clone()
+            # Not in place: equal tensors of a recalled graph share memory.
+            is_parameter = attribute in dict(owner.named_parameters(recurse=False))
+            setattr(owner, attribute, nn.Parameter(found, requires_grad=False) if is_parameter else found)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

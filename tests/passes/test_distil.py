@@ -28,7 +28,7 @@ from passes.substitute_quantizers import SubstituteQuantizers
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
 UNSEEN = IMAGES[64:]
-QUICK = Distil(steps=40, images=8, weight_rate=0.01, crop=0.9, checks=2, closed_form=None)
+QUICK = Distil(steps=50, images=8, weight_rate=0.008, scale_rate=4e-3, crop=0.8, checks=2, closed_form=None)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def everything(graph_module: GraphModule) -> dict[str, Tensor]:
 
 
 def test_closer_to_the_float_model_on_unseen_images(allocated: GraphModule, distilled: GraphModule) -> None:
-    assert unseen_divergence(distilled) < 0.8 * unseen_divergence(allocated)
+    assert unseen_divergence(distilled) < 0.7 * unseen_divergence(allocated)
 
 
 def test_the_given_graph_is_not_changed(allocated: GraphModule) -> None:
