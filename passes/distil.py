@@ -3,8 +3,7 @@
 The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
 al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the blocks' outputs
 h. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
-scale of every row of weights and of every activation quantizer (LSQ), biases, and what else is float (norms, class and
-position embeddings). Bits stay as allocated. After RotateResidual and FoldSqb the float network is the folded one, so
+scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After RotateResidual and FoldSqb the float network is the folded one, so
 both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees another crop and mirror image of each, which costs nothing
@@ -49,7 +48,7 @@ class Distil:
     """Train the quantized network.
 
     steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases, norms and embeddings. All rise over the first twentieth of the steps
+    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps
     and fall by a cosine. features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop
     keeps; 1: images whole, mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of
     the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else where the model is.
@@ -137,7 +136,12 @@ class _Training:
         self.order = torch.empty(0, dtype=torch.int64)
         self.check = 0
         self.weights: dict[str, LearnedCodes] = {}
-        self.rest = {name: nn.Parameter(p.detach().clone()) for name, p in self.student.named_parameters()}
+        constants = {node.target for node in self.student.graph.nodes if node.op == "get_attr"}
+        self.rest = {
+            name: nn.Parameter(value.detach().clone())
+            for name, value in self.student.named_parameters()
+            if name not in constants
+        }
         for node, module, layer in weight_layers(pairs.original, pairs.quantized):
             path, quantizer = str(node.target), module.weight_quantizer
             if isinstance(quantizer, UniformQuantizer):
