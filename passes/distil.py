@@ -1,10 +1,10 @@
 """Distil: train the quantized network, as a whole, to give the float network's outputs on unlabelled images.
 
 The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
-al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the blocks' outputs
-h. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
-scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After RotateResidual and FoldSqb the float network is the folded one, so
-both speak of the same channels.
+al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of
+blocks. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
+scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
+RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees another crop and mirror image of each, which costs nothing
 since the float network labels whatever it is shown; one image in eight is held out, whole, and the state of least
