@@ -32,6 +32,7 @@ from passes.allocate_bits import AllocateBits
 from passes.compensate_weights import CompensateWeights
 from passes.contract import Pass, PassContext
 from passes.correct_weights import CorrectWeights
+from passes.distil import Distil
 from passes.pipeline import Pipeline
 from passes.recipes import recipe
 from passes.reconstruct import Reconstruct
@@ -50,6 +51,11 @@ METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
     ("ridge + nearest", 128, (CorrectWeights(rounding="nearest"),)),
     ("ridge + GPTQ, tokens unweighted", 128, (CorrectWeights(robust=False),)),
     ("ridge + GPTQ", 128, (CorrectWeights(),)),
+    ("distil", 1024, (Distil(),)),
+    ("distil, weights' rounding kept", 1024, (Distil(weight_rate=0.0),)),
+    ("distil, from nearest", 1024, (Distil(closed_form=None),)),
+    ("distil, outputs only", 1024, (Distil(features=0.0),)),
+    ("distil, whole images", 1024, (Distil(crop=1.0),)),
     ("reconstruct, 40 steps", 128, (Reconstruct(steps=40),)),
     ("reconstruct, 40 steps, Fisher", 128, (Reconstruct(steps=40, loss="fisher"),)),
     ("reconstruct, 100 steps", 128, (Reconstruct(),)),
@@ -93,14 +99,14 @@ def main() -> None:
     torch.set_num_threads(1)
 
     if options.model == "embedded":
-        model, calibration = embedded.load_model(), embedded.calibration_images(128)
+        model, calibration = embedded.load_model(), embedded.calibration_images(1024)
         images, labels = embedded.test_images(options.limit)
     else:
         test = np.load(options.test)
         labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
         named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
         model, mean, std = named.model, named.preprocessing.mean, named.preprocessing.std
-        calibration = normalized(np.load(options.calibration)["images"][:128], mean, std)
+        calibration = normalized(np.load(options.calibration)["images"][:1024], mean, std)
         images = normalized(test["images"][: options.limit], mean, std)
     results = Results(RESULTS / f"reconstruction_{options.model}.json")
     settings = signature(model, calibration, len(images), options.recipe)
@@ -129,7 +135,8 @@ def main() -> None:
 
     for budget in options.budgets.split(","):
         start: GraphModule | None = None
-        for name, count, steps in METHODS:
+        for name, images_wanted, steps in METHODS:
+            count = min(images_wanted, len(calibration))
             if not re.search(options.methods, f"{name}, {count} images"):
                 continue
 

@@ -44,7 +44,8 @@ class AllocateBits:
     (layer name, role or glob; bits or (weight bits, activation bits)), later ones win. role_bits: the same for whole
     roles, where the model has them, before overrides. first_last_bits: pin the patch embedding's weight and the head
     to this width; None lets the allocator decide, as ViT papers do. image_bits: width of the patch embedding's input
-    where it is quantized at all; images come in 8 bits, so it is not counted in the mean activation bits.
+    where it is quantized at all; images come in 8 bits, so it is not counted in the mean activation bits. narrowest:
+    widths below are used only where the budget cannot be met without them.
     """
 
     budget: Budget
@@ -53,6 +54,7 @@ class AllocateBits:
     first_last_bits: int | None = None
     image_bits: int = 8
     role_bits: tuple[tuple[Role, Bits], ...] = ()
+    narrowest: int = 2
 
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
@@ -70,8 +72,11 @@ class AllocateBits:
         """
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         table = self.cost_table(graph_module, nodes)
+        budget = in_numbers(self.budget, table)
+        wide = table.at_least(self.narrowest)
+        table = table if budget.exceeded(wide.minimum_usage(budget)) else wide
         task = context.progress.track("allocating bits", 1)
-        allocation = self.allocator.allocate(table, in_numbers(self.budget, table))
+        allocation = self.allocator.allocate(table, budget)
         task.advance()
         task.close()
         images = image_readers(graph_module, nodes)

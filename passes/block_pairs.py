@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Candidate, annotate, annotation_of, nodes_with_role
 from fxquant.graph.blocks import Block, cut, extract
+from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
 from passes.contract import PassContext
 from passes.insert_observers import observers_of, remove_observers
@@ -43,26 +44,36 @@ class BlockPair:
     target: Tensor
 
     def layers(self) -> list[tuple[Node, QuantizedWeightModule, nn.Linear | nn.Conv2d]]:
-        """Layers with quantized weights: (node of `quantized`, its module, the float module), in graph order."""
-        floats = {node.name: node for node in self.original.graph.nodes}
-        found = []
-        for node in self.quantized.graph.nodes:
-            module = self.quantized.get_submodule(node.target) if node.op == "call_module" else None
-            if isinstance(module, QuantizedWeightModule) and module.weight_quantizer is not None:
-                layer = self.original.get_submodule(floats[node.name].target)
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    found.append((node, module, layer))
-        return found
+        """Layers with quantized weights, see `weight_layers`."""
+        return weight_layers(self.original, self.quantized)
 
     def quantizers(self) -> list[tuple[str, nn.Module, str]]:
-        """Activation quantizers of the block: (path of the module, the module, its attribute)."""
-        found: list[tuple[str, nn.Module, str]] = []
-        for path, module in self.quantized.named_modules():
-            if isinstance(module, QuantizedWeightModule | QuantizedMatmul | QuantizedInput):
-                found += [
-                    (path, module, a) for a in QUANTIZER_PLACES if isinstance(getattr(module, a, None), nn.Module)
-                ]
-        return found
+        """Activation quantizers of the block, see `activation_quantizers`."""
+        return activation_quantizers(self.quantized)
+
+
+def weight_layers(
+    original: GraphModule, quantized: GraphModule
+) -> list[tuple[Node, QuantizedWeightModule, nn.Linear | nn.Conv2d]]:
+    """Layers with quantized weights: (node of `quantized`, its module, the float module), in graph order."""
+    floats = {node.name: node for node in original.graph.nodes}
+    found = []
+    for node in quantized.graph.nodes:
+        module = quantized.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, QuantizedWeightModule) and module.weight_quantizer is not None:
+            layer = original.get_submodule(floats[node.name].target)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                found.append((node, module, layer))
+    return found
+
+
+def activation_quantizers(quantized: GraphModule) -> list[tuple[str, nn.Module, str]]:
+    """Activation quantizers: (path of the module, the module, its attribute)."""
+    found: list[tuple[str, nn.Module, str]] = []
+    for path, module in quantized.named_modules():
+        if isinstance(module, QuantizedWeightModule | QuantizedMatmul | QuantizedInput):
+            found += [(path, module, a) for a in QUANTIZER_PLACES if isinstance(getattr(module, a, None), nn.Module)]
+    return found
 
 
 class BlockPairs:
@@ -83,8 +94,12 @@ class BlockPairs:
         self.blocks = cut(self.quantized)
 
     def __iter__(self) -> Iterator[BlockPair]:
+        """The pairs in order, over all images."""
+        return self.over(self.context.images)
+
+    def over(self, images_bchw: Tensor) -> Iterator[BlockPair]:
         """The pairs in order; a block's quantized output is computed after the caller is done with it."""
-        inputs = self.context.images.to(self.device)
+        inputs = images_bchw.to(self.device)
         float_input = quantized_input = inputs
         for index, block in enumerate(self.blocks):
             original = extract(self.original, block.source, block.result)
@@ -102,10 +117,15 @@ class BlockPairs:
 def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
     """Give the graph module what its quantized copy has learned; returns how many layers' weights.
 
-    Weights lie on their grid afterwards, so that substitution finds exactly the copy's codes; biases are taken over;
-    activation candidates of the allocated widths get the copy's quantizers (their predicted losses stay as searched).
+    Weights lie on their grid afterwards, so that substitution finds exactly the copy's codes; biases and whatever else
+    is float are taken over; candidates of the allocated widths get the copy's quantizers (their predicted losses stay
+    as searched).
     """
     copies = {node.name: node for node in quantized.graph.nodes}
+    rest = {name.replace(".inner.", "."): parameter for name, parameter in quantized.named_parameters()}
+    for name, parameter in graph_module.named_parameters():
+        if name in rest:
+            parameter.data = rest[name].detach().to(parameter.device, parameter.dtype, copy=True)
     changed = 0
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
@@ -117,19 +137,25 @@ def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
             layer.weight = _like(learned.weight, layer.weight)
             if learned.bias is not None:
                 layer.bias = _like(learned.bias, layer.weight)
+            weights = _with_quantizer(annotation.weight_candidates, annotation.weight_bits, learned.weight_quantizer)
+            annotate(node, weight_candidates=weights)
             changed += 1
         places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
         groups = list(annotation.activation_candidates)
         for position, place in enumerate(places):
             found = getattr(learned, _place_name(learned, place))
-            groups[position] = tuple(
-                replace(candidate, quantizer=copy.deepcopy(found).to("cpu"))
-                if found is not None and candidate.bits == annotation.activation_bits
-                else candidate
-                for candidate in groups[position]
-            )
+            groups[position] = _with_quantizer(groups[position], annotation.activation_bits, found)
         annotate(node, activation_candidates=tuple(groups))
     return changed
+
+
+def _with_quantizer(
+    candidates: tuple[Candidate, ...], bits: int | None, quantizer: Quantizer | None
+) -> tuple[Candidate, ...]:
+    """The candidates, that of this width with another quantizer; None: as they are."""
+    if quantizer is None:
+        return candidates
+    return tuple(replace(c, quantizer=copy.deepcopy(quantizer).to("cpu")) if c.bits == bits else c for c in candidates)
 
 
 def _place_name(module: nn.Module, argument: int) -> str:

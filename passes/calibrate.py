@@ -6,7 +6,7 @@ Under the Hessian-guided metric each batch is also run backward, from logit grad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,13 +34,14 @@ class Calibrate:
     weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
     gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
     (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch,
-    averaged: more draws, less variance of the Fisher estimate.
+    averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
     """
 
     gradient: bool = True
     fisher: Fisher = "signs"
     draws: int = 4
     output_error: bool = False
+    images: int | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
@@ -48,6 +49,7 @@ class Calibrate:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fill the observers; returns how many. Raises CalibrationError for non-finite activations."""
+        context = replace(context, images_bchw=context.images[: self.images])
         watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
         observers = [observer for found in watched.values() for _, observer in found]
         for observer in observers:
@@ -86,8 +88,8 @@ class Calibrate:
                 observer.settle_channels()
 
     def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise CalibrationError(f"at least one draw is needed, found {self.draws}")
+        if self.draws < 1 or (self.images is not None and self.images < 1):
+            raise CalibrationError(f"at least one draw and one image are needed: {self}")
 
     def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
         """Root mean square, over draws, of the gradient that each watched node's metric needs."""

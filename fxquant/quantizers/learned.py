@@ -25,6 +25,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 
 HOMOGENEOUS = (UniformQuantizer, ShiftedRegionsQuantizer, Log2Quantizer, LevelTableQuantizer)
 _NEAREST = 0.6  # at least this share of a step towards the grid point where rounding starts
+_LEANING = 0.4  # of a step, at most: where rounding starts from a given code
 _BEYOND = 2.0**26  # scales: further out than the levels of any quantizer reach
 
 
@@ -34,69 +35,131 @@ def scale_of(quantizer: Quantizer) -> Tensor | None:
 
 
 class LearnedScale(nn.Module):
-    """An activation quantizer with a learned scale and dropped quantization.
+    """A quantizer with a learned scale and dropped quantization.
 
     quantizer: where learning starts. drop: probability, 0 to 1, that an element stays float. generator: of these draws,
-    on the device of the input. `log_factor`: float32 (), the parameter t; scales are multiplied by exp(t).
+    on the device of the input. thinning: the factor learns from the first of so many parts of the batch, which is
+    noisier and cheaper; all values are quantized. `log_factor`: float32 (), the parameter t; scales are multiplied by
+    exp(t).
     """
 
-    def __init__(self, quantizer: Quantizer, drop: float, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        drop: float = 0.0,
+        generator: torch.Generator | None = None,
+        thinning: int = 1,
+    ) -> None:
         super().__init__()
-        self.start, self.drop, self.generator = quantizer, drop, generator
-        self.low: Tensor
-        self.high: Tensor
+        self.thinning = thinning
+        self.start, self.current, self.drop, self.generator = quantizer, copy.deepcopy(quantizer), drop, generator
         scale = scale_of(quantizer)
         self.learns = scale is not None
         self.offset = quantizer.offset if isinstance(quantizer, LevelTableQuantizer) else 0.0
         where = None if scale is None else scale.device
         self.log_factor = nn.Parameter(torch.zeros((), device=where), requires_grad=self.learns)
         edge = torch.zeros(()) if scale is None else scale.detach() * _BEYOND
+        self.low: Tensor
+        self.high: Tensor
         self.register_buffer("low", quantizer(-edge), persistent=False)
         self.register_buffer("high", quantizer(edge), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float to the same shape, quantized; while training, some elements stay as they are."""
+        self._follow()
         kept = None
         if self.training and self.drop:
             kept = torch.rand(x.shape, generator=self.generator, device=x.device) < self.drop
+        if not torch.is_grad_enabled() and kept is None:
+            return self.current(x)  # type: ignore[no-any-return]
         quantized: Tensor = _StraightThrough.apply(x, self.log_factor, self, kept)
         return quantized
 
     def finish(self) -> Quantizer:
         """The quantizer that was learned, as a new module."""
-        found = copy.deepcopy(self.start)
-        scale = scale_of(found)
-        if scale is not None:
+        self._follow()
+        return copy.deepcopy(self.current)
+
+    def _follow(self) -> None:
+        scale, current = scale_of(self.start), scale_of(self.current)
+        if scale is not None and current is not None:
             with torch.no_grad():
-                scale.copy_(as_scale(scale * self.log_factor.detach().exp()))
-        return found
+                current.copy_(as_scale(scale * self.log_factor.exp()))
+
+    def inside(self, values: Tensor, x: Tensor) -> Tensor:
+        """values where x lies between the outermost levels, else 0; both count from the offset."""
+        factor = self.log_factor.detach().exp()
+        low, high = (self.low + self.offset) * factor, (self.high + self.offset) * factor
+        if low.ndim:
+            return values * ((x >= low) & (x <= high))
+        # What hardtanh's derivative does, in one pass.
+        return torch.ops.aten.hardtanh_backward(values, x, float(low), float(high))  # type: ignore[no-any-return]
 
 
 class _StraightThrough(torch.autograd.Function):
-    """c Q(x / c), c = exp(t), or x where it is kept; with P = 1 inside the range or where kept, else 0,
-    d/dx = P and d/dt = result - P x: one mask for all of it; both x and result count from the offset."""
+    """Q at its learned scale, or x where it is kept; with P = 1 inside the range or where kept, else 0,
+    d/dx = P and d/dt = result - P x; both x and result count from the offset."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_factor: Tensor, owner: LearnedScale, kept: Tensor | None) -> Tensor:
-        factor, offset = log_factor.exp(), owner.offset
-        units = (x + offset) / factor - offset if offset else x / factor
-        result: Tensor = (owner.start(units) + offset) * factor - offset if offset else owner.start(units) * factor
-        passes = torch.ones_like(x, dtype=torch.bool)
+        result: Tensor = owner.current(x)
+        counted = x + owner.offset if owner.offset else x
+        slope = None
         if owner.learns:
-            passes = (units >= owner.low) & (units <= owner.high)
+            part = slice(-(-len(x) // owner.thinning))
+            slope = result[part] + owner.offset if owner.offset else result[part]
+            slope = slope - owner.inside(counted[part], counted[part])
+            slope = slope if kept is None else slope.masked_fill_(kept[part], 0)
         if kept is not None:
-            passes |= kept
             result = torch.where(kept, x, result)
-        ctx.offset = offset
-        ctx.save_for_backward(x, result, passes)
+        ctx.owner = owner
+        ctx.save_for_backward(counted, slope, kept)
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, result, passes = ctx.saved_tensors
-        to_x = gradient * passes
-        to_factor = (gradient * (result + ctx.offset) - to_x * (x + ctx.offset)).sum()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        counted, slope, kept = ctx.saved_tensors
+        if slope is None:
+            return gradient, None, None, None
+        to_x = ctx.owner.inside(gradient.to(counted.dtype), counted)
+        if kept is not None:
+            to_x = torch.where(kept, gradient, to_x)
+        some = gradient[: len(slope)].to(slope.dtype)
+        to_factor = torch.dot(some.reshape(-1), slope.reshape(-1)).float() * (len(gradient) / len(slope))
         return to_x, to_factor, None, None
+
+
+class LearnedCodes(nn.Module):
+    """A weight whose codes and scales learn: W^ = s exp(t) round(clamp(u)), the derivative of rounding taken as 1.
+
+    weight: float (out, ...). quantizer: symmetric uniform, its scale () or (out, 1). codes: integer (out, ...), where
+    learning starts, each leaning towards the weight as far as it stays the same code; None: the nearest to the weight.
+    Parameters: `units` u, (out, columns), in steps of the grid, so that a rate of learning means the same at every
+    width; `log_factor` t, shape of the scale.
+    """
+
+    def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
+        super().__init__()
+        self.start, self.shape = quantizer, weight.shape
+        units = weight.detach().flatten(1).float() / quantizer.scale
+        if codes is not None:
+            start = codes.flatten(1).to(units.dtype)
+            units = units.clamp(start - _LEANING, start + _LEANING)
+        self.units = nn.Parameter(units)
+        self.log_factor = nn.Parameter(torch.zeros_like(quantizer.scale))
+
+    def forward(self) -> Tensor:
+        """The weight on its grid, float, shape of the weight."""
+        units = self.units.clamp(*self.start.code_range)
+        codes = units + (units.detach().round() - units.detach())
+        return (codes * self._scale()).reshape(self.shape)
+
+    def finish(self) -> UniformQuantizer:
+        """The quantizer that was learned, as a new module; it leaves the learned weight as it is."""
+        return UniformQuantizer(self.start.bits, self._scale().detach())
+
+    def _scale(self) -> Tensor:
+        return self.start.scale * self.log_factor.exp()
 
 
 class SoftRounding(nn.Module):

@@ -10,8 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+_CARRY = 0x800000 - 0x3504F3
+_EXPONENT = -0x800000
 
 
 class Log2Quantizer(Quantizer):
@@ -34,6 +38,14 @@ class Log2Quantizer(Quantizer):
         """Values of exponents, float32."""
         value = torch.exp2(-codes.float()) * self.scale
         return torch.where(codes == 2**self.bits - 1, 0.0, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same values as quantize then dequantize, up to values within float rounding of a threshold."""
+        units = x.float() * (1 / self.scale)
+        # The nearest power of two: from a mantissa of sqrt(2) on, the exponent carries; then the mantissa goes.
+        units.view(torch.int32).add_(_CARRY).bitwise_and_(_EXPONENT)
+        smallest = 2.0 ** -(2**self.bits - 1.5)
+        return functional.threshold(units, smallest, 0.0).clamp_(max=1.0).mul_(self.scale).to(x.dtype)
 
     @classmethod
     def empty(cls, **arguments: Any) -> Log2Quantizer:

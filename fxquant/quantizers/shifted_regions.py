@@ -59,7 +59,8 @@ class ShiftedRegionsQuantizer(Quantizer):
         units = x.float() * (1 / self.scale)
         small = (units * (1 / self.small_step)).round_().clamp_(0, self.small_max).mul_(self.small_step)
         large = (units * (1 / self.large_step)).round_().clamp_(0, self.large_max).mul_(self.large_step)
-        multiples = torch.where(units < self.boundary, small, large)
+        # As torch.where(units < boundary, small, large), which is not vectorised.
+        multiples: Tensor = small.lerp_(large, units.ge(self.boundary).to(units.dtype))
         return multiples.add_(units.round_().clamp_(-self.small_max, 0)) if self.negative else multiples
 
     def settings(self) -> dict[str, Any]:

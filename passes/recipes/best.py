@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Unpack
 
 from allocators.milp import Milp
 from passes.allocate_bits import AllocateBits
+from passes.calibrate import Calibrate
 from passes.check_budget import CheckBudget
 from passes.compensate_weights import CompensateWeights
-from passes.correct_weights import CorrectWeights
+from passes.distil import Distil
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
@@ -16,20 +18,26 @@ from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
 from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 
+NARROWEST = 3  # below, tensors cost more than any prediction says
+SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
+
 
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
     """Rotation and SQ-b before; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
-    budget: anything `Budget.parse` takes. thorough: weights are corrected by ridge regression on quantized inputs
-    before they are rounded; give it 128 images, it takes some times as long. What each part adds: docs/results.md.
-    Under the fully quantized protocol LayerNorm's inputs get O-2SF.
+    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without.
+    thorough: instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
+    trained with all scales towards the float model's outputs; give it 1,024 images, it takes some 15 minutes of one
+    core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized protocol LayerNorm's inputs get
+    O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
     insert = InsertObservers(post_softmax="log2|twin-softmax", **(norms if options.get("fully_quantized") else {}))
-    pipeline = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-    pipeline = pipeline.after(CheckBudget, RotateResidual())
+    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb()).after(CheckBudget, RotateResidual())
+    passes = (replace(step, narrowest=NARROWEST) if isinstance(step, AllocateBits) else step for step in assembled)
+    pipeline = Pipeline(passes)
     if thorough:
-        return pipeline.after(AllocateBits, CorrectWeights())
+        return pipeline.replace(Calibrate, Calibrate(images=SEARCHED)).after(AllocateBits, Distil())
     search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_grams=True)
     return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
 

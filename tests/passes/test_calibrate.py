@@ -70,6 +70,11 @@ def test_streaming_equals_one_batch(observed: GraphModule, fisher: str | None) -
     assert_same_statistics(results[1], results[2], 1e-3)
 
 
+def test_only_the_first_images_where_asked(observed: GraphModule) -> None:
+    x = images(5)
+    assert_same_statistics(calibrated(observed, x, images=2), calibrated(observed, x[:2]), 1e-6)
+
+
 def test_idempotent(observed: GraphModule) -> None:
     graph_module = copy.deepcopy(observed)
     Calibrate().apply(graph_module, PassContext(images()))

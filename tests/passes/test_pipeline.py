@@ -201,6 +201,22 @@ def test_a_slice_without_the_allocation_checks_nothing(graph: GraphModule) -> No
     assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", "CheckBudget()"]
 
 
+@pytest.mark.parametrize(("budget", "least"), [("W3A3", 3), ("W2.5A3", 2), ("W3A2.5", 2)])
+def test_narrow_widths_only_where_the_budget_needs_them(graph: GraphModule, budget: str, least: int) -> None:
+    pipeline = mptq_vit(budget, bits=(2, 3, 4))
+    allocate = AllocateBits(Budget.parse(budget), image_bits=4, narrowest=3)
+    allocated = pipeline.replace(AllocateBits, allocate).run(graph, PassContext(images(2)))
+    found = [annotation_of(node) for node in nodes_with_role(allocated)]
+    widths = [bits for a in found for bits in (a.weight_bits, a.activation_bits) if bits is not None]
+    assert min(widths) == least
+
+
+def test_best_has_three_bits_at_least() -> None:
+    for name in ("best", "best_thorough"):
+        allocate = next(step for step in recipe(name)("W3A3") if isinstance(step, AllocateBits))
+        assert allocate.narrowest == 3
+
+
 def test_recipes_by_name() -> None:
     assert recipe("mptq_vit") is mptq_vit
     for name in RECIPES:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant.quantizers.adalog import AdaLogQuantizer
-from fxquant.quantizers.learned import LearnedScale, SoftRounding
+from fxquant.quantizers.learned import LearnedCodes, LearnedScale, SoftRounding
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
@@ -67,6 +67,35 @@ class TestSoftRounding:
         torch.testing.assert_close(rounding(), rounding.hard())
 
 
+class TestLearnedCodes:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    quantizer = UniformQuantizer(3, weight.abs().amax(1, keepdim=True) / 3)
+
+    def test_starts_at_the_nearest_or_the_given_codes(self) -> None:
+        torch.testing.assert_close(LearnedCodes(self.weight, self.quantizer)(), self.quantizer(self.weight))
+        codes = (self.quantizer.quantize(self.weight) + 1).clamp(*self.quantizer.code_range)
+        learned = LearnedCodes(self.weight, self.quantizer, codes)
+        torch.testing.assert_close(learned(), self.quantizer.dequantize(codes))
+        leaning = (learned.units - codes) * (self.weight / self.quantizer.scale - codes)
+        assert float(leaning.detach().min()) >= 0, "units lean towards the weight"
+
+    def test_gradients_are_straight_through(self) -> None:
+        """d/du = s inside the range of codes, 0 outside; d/dt = the weight itself."""
+        weight = torch.tensor([[0.2, 1.3, 9.0, -9.0]])
+        learned = LearnedCodes(weight, UniformQuantizer(3, torch.tensor([[0.5]])))
+        learned().sum().backward()
+        assert learned.units.grad.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+        torch.testing.assert_close(learned.log_factor.grad, learned().sum(1, keepdim=True).detach())
+
+    def test_what_was_learned_is_what_is_kept(self) -> None:
+        learned = LearnedCodes(self.weight, self.quantizer)
+        with torch.no_grad():
+            learned.log_factor += 0.1 * torch.randn(6, 1, generator=torch.Generator().manual_seed(2))
+            learned.units += 0.7
+        torch.testing.assert_close(learned.finish()(learned()), learned())
+        assert not torch.equal(learned(), self.quantizer(self.weight))
+
+
 class TestLearnedScale:
     @pytest.mark.parametrize("quantizer", FAMILIES, ids=repr)
     def test_starts_as_the_quantizer(self, quantizer: Quantizer) -> None:
@@ -110,6 +139,15 @@ class TestLearnedScale:
         error(0.0).backward()
         slope = (float(error(0.05).detach()) - float(error(-0.05).detach())) / 0.1
         assert float(learned.log_factor.grad) == pytest.approx(slope, rel=0.1)
+
+    def test_a_thinned_gradient_is_that_of_the_first_images(self) -> None:
+        x = values()[:8]
+        whole, thinned = LearnedScale(FAMILIES[0]), LearnedScale(FAMILIES[0], thinning=4)
+        whole(x[:2]).sum().backward()
+        learned = thinned(x)
+        learned.sum().backward()
+        assert torch.equal(learned, FAMILIES[0](x))
+        torch.testing.assert_close(thinned.log_factor.grad, 4 * whole.log_factor.grad)
 
     def test_dropping(self) -> None:
         x, quantizer = values(), UniformQuantizer(2, 1.0)

@@ -1,0 +1,312 @@
+"""Distil: train the quantized network, as a whole, to give the float network's outputs on unlabelled images.
+
+The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
+al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of
+blocks. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
+scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
+RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
+
+Few images would soon be learned by heart. So every step sees another crop and mirror image of each, which costs nothing
+since the float network labels whatever it is shown; one image in eight is held out, whole, and the state of least
+divergence there is kept, the start included.
+
+Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
+quantizers. State is kept at every check, so an interrupted run goes on from the last one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from fxquant.cache import signature
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Fact
+from fxquant.quantizers.learned import LearnedCodes, LearnedScale
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.sensitivity.logit_gradients import class_scores
+from passes.block_pairs import BlockPairs, activation_quantizers, adopt, weight_layers
+from passes.contract import PassContext
+from passes.correct_weights import CorrectWeights
+
+HELD_OUT = 8  # one image in so many
+CLOSED_FORM = 128  # images at most; more hardly help it
+WARM_UP = 0.05  # of the steps
+THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Train the quantized network.
+
+    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
+    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps
+    and fall by a cosine. features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop
+    keeps; 1: images whole, mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of
+    the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+
+    Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
+    run before it.
+    """
+
+    steps: int = 600
+    images: int = 16
+    weight_rate: float = 5e-3
+    scale_rate: float = 2e-3
+    rest_rate: float = 5e-4
+    features: float = 1.0
+    crop: float = 0.6
+    closed_form: CorrectWeights | None = CorrectWeights()
+    checks: int = 6
+    device: str | None = None
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.images, self.checks) < 1 or not 0 < self.crop <= 1:
+            raise CalibrationError(f"steps, images and checks are at least 1, crop is over 0 and at most 1: {self}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
+
+        Notes the held-out divergence (nats per image) at the start and at every check, and the check that was kept.
+        """
+        pairs = BlockPairs(graph_module, context, self._device(graph_module))
+        quantizers = [repr(module) for module in pairs.quantized.modules() if not list(module.children())]
+        quantized = signature(pairs.quantized, pairs.quantized.code)
+        key = context.signature(pairs.original, quantized, quantizers, repr(self), pairs.device.type)
+        keys = [signature(key, check) for check in range(1, self.checks + 1)]
+        task = context.progress.track("distilling", self.checks)
+        kept = next((found for key in reversed(keys) if (found := context.cache.read(key)) is not None), None)
+        train, held = held_out(len(context.images))
+        wanted: dict[str, Tensor] = {}
+        if kept is None and self.closed_form is not None:
+            for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
+                wanted |= {found.layer: found.weight for found in self.closed_form.correct(pair, pairs)}
+        training = _Training(self, pairs, wanted, train, held)
+        if kept is not None:
+            training.restore(kept[1])
+            task.advance(training.check)
+        while training.check < self.checks:
+            training.advance()
+            context.cache.write(keys[training.check - 1], {}, training.state())
+            if training.check > 1:
+                context.cache.forget(keys[training.check - 2])
+            task.advance()
+        task.close()
+        divergences = training.divergences
+        context.note(divergences=divergences, kept_check=divergences.index(min(divergences)))
+        training.finish()
+        return adopt(graph_module, pairs.quantized)
+
+    def _device(self, graph_module: GraphModule) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device
+
+
+def held_out(count: int) -> tuple[Tensor, Tensor]:
+    """Indices of images to train on and to check on, int64; the same where there are too few."""
+    held = torch.arange(count) % HELD_OUT == HELD_OUT - 1
+    train = torch.nonzero(~held)[:, 0]
+    return train, torch.nonzero(held)[:, 0] if bool(held.any()) else train
+
+
+class _Training:
+    """The network in training: what learns, the optimizer, and the best state so far."""
+
+    def __init__(
+        self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: Tensor
+    ) -> None:
+        self.options, self.device, self.images = options, pairs.device, pairs.context.images
+        self.train, self.held = train, held
+        self.teacher = with_outputs(pairs.original, [block.result for block in pairs.blocks[:-1]])
+        self.student = with_outputs(pairs.quantized, [block.result for block in pairs.blocks[:-1]])
+        self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + 17)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.check = 0
+        self.weights: dict[str, LearnedCodes] = {}
+        constants = {node.target for node in self.student.graph.nodes if node.op == "get_attr"}
+        self.rest = {
+            name: nn.Parameter(value.detach().clone())
+            for name, value in self.student.named_parameters()
+            if name not in constants
+        }
+        for node, module, layer in weight_layers(pairs.original, pairs.quantized):
+            path, quantizer = str(node.target), module.weight_quantizer
+            if isinstance(quantizer, UniformQuantizer):
+                self.weights[path] = LearnedCodes(wanted.get(path, layer.weight), quantizer, module.weight_codes)
+            if module.bias is not None:
+                self.rest[f"{path}.bias"] = nn.Parameter(module.bias.clone())
+        self.places = activation_quantizers(self.student)
+        self.scales = [LearnedScale(getattr(owner, name), thinning=THINNING) for _, owner, name in self.places]
+        for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
+            setattr(owner, name, scale)
+        groups = [
+            ([weight.units for weight in self.weights.values()], options.weight_rate),
+            ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
+            (list(self.rest.values()), options.rest_rate),
+        ]
+        self.rates = [rate for _, rate in groups]
+        self.optimizer = torch.optim.Adam([{"params": p, "lr": rate} for p, rate in groups], betas=(0.9, 0.99))
+        self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
+        self.divergences = [self._divergence()]
+        self.best = self._values()
+
+    def advance(self) -> None:
+        """Train up to the next check."""
+        first, last = (
+            round(self.options.steps * check / self.options.checks) for check in (self.check, self.check + 1)
+        )
+        for step in range(first, last):
+            self._step(step)
+        self.check += 1
+        self.divergences.append(self._divergence())
+        if self.divergences[-1] <= min(self.divergences):
+            self.best = self._values()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that going on from here depends on."""
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            "check": torch.tensor(self.check),
+            "divergences": torch.tensor(self.divergences, dtype=torch.float64),
+            "order": self.order,
+            "random": self.generator.get_state(),
+            **{f"now.{i}": value for i, value in enumerate(self._values())},
+            **{f"best.{i}": value for i, value in enumerate(self.best)},
+            **{f"adam.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        self.check, self.divergences = int(state["check"]), state["divergences"].tolist()
+        self.order = state["order"]
+        self.generator.set_state(state["random"])
+        self._take([state[f"now.{i}"] for i in range(len(self.best))])
+        self.best = [state[f"best.{i}"].to(self.device) for i in range(len(self.best))]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = value.clone()  # equal ones may share memory
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def finish(self) -> None:
+        """Put the best state into the quantized network."""
+        self._take(self.best)
+        for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
+            setattr(owner, name, scale.finish())
+        for path, weight in self.weights.items():
+            module: Any = self.student.get_submodule(path)
+            module.weight_quantizer = weight.finish()
+            module.requantize(weight().detach())
+        for name, value in self.rest.items():
+            path, _, attribute = name.rpartition(".")
+            owner, found = self.student.get_submodule(path), value.detach().clone()
+            # Not in place: equal tensors of a recalled graph share memory.
+            is_parameter = attribute in dict(owner.named_parameters(recurse=False))
+            setattr(owner, attribute, nn.Parameter(found, requires_grad=False) if is_parameter else found)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters()]
+
+    def _take(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters(), values, strict=True):
+                parameter.copy_(value)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the student computes with, by name."""
+        return {**self.rest, **{f"{path}.weight": weight() for path, weight in self.weights.items()}}
+
+    def _step(self, step: int) -> None:
+        options = self.options
+        warm = min(1.0, (step + 1) / (WARM_UP * options.steps + 1))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+        while len(self.order) < options.images:
+            more = self.train[torch.randperm(len(self.train), generator=self.generator)]
+            self.order = torch.cat([self.order, more])
+        chosen, self.order = self.order[: options.images], self.order[options.images :]
+        images = random_crops(self.images[chosen], options.crop, self.generator).to(self.device)
+        with self._precision():
+            with torch.no_grad():
+                wanted, *wanted_features = self.teacher(images)
+            found, *features = functional_call(self.student, self._tensors(), (images,))
+        loss = divergence(wanted, found)
+        if options.features:
+            errors = [token_errors(a, b) for a, b in zip(wanted_features, features, strict=True)]
+            loss = loss + options.features * torch.stack(errors).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def _divergence(self) -> float:
+        with torch.no_grad():
+            tensors = self._tensors()
+            parts = torch.split(self.held, self.options.images)
+            found = torch.cat([self._logits(self.student, tensors, images) for images in parts])
+        return float(divergence(self.reference, found))
+
+    def _logits(self, network: GraphModule, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+        with torch.no_grad(), self._precision():
+            output = functional_call(network, tensors, (self.images[images].to(self.device),))
+        return class_scores(output, "Distil", "use CorrectWeights or Reconstruct")
+
+    def _precision(self) -> torch.autocast:
+        kind = self.device.type
+        fast = bool(torch.cpu._is_avx512_bf16_supported()) if kind == "cpu" else kind == "cuda"
+        return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean over images of KL(softmax(wanted) || softmax(found)), nats, float (); both (B, classes)."""
+    expected = wanted.float().log_softmax(1)
+    return functional.kl_div(found.float().log_softmax(1), expected, reduction="batchmean", log_target=True)
+
+
+def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean over tokens of |found - wanted|^2 / |wanted|^2, float (); both (..., channels)."""
+    power = wanted.float().square().sum(-1)
+    power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
+    return ((found.float() - wanted.float()).square().sum(-1) / power).mean()
+
+
+def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:
+    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored."""
+    count = len(images_bchw)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    side = least + (1 - least) * draw(count, 2)
+    side = (side.mean(1, keepdim=True) + 0.3 * (side - side.mean(1, keepdim=True))).clamp(least, 1)  # nearly square
+    places = torch.zeros(count, 2, 3)
+    places[:, (0, 1), (0, 1)] = side
+    places[:, 0, 0] *= torch.where(draw(count) < 0.5, -1.0, 1.0)
+    places[:, :, 2] = (2 * draw(count, 2) - 1) * (1 - side)
+    grid = functional.affine_grid(places, list(images_bchw.shape), align_corners=False).to(images_bchw)
+    return functional.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
+
+
+def with_outputs(graph_module: GraphModule, names: list[str]) -> GraphModule:
+    """A graph module that also returns these nodes' values, after its output; modules are shared, not copied."""
+    graph = copy.deepcopy(graph_module.graph)
+    nodes = {node.name: node for node in graph.nodes}
+    end = next(node for node in graph.nodes if node.op == "output")
+    end.args = ((end.args[0], *(nodes[name] for name in names)),)
+    return GraphModule(graph_module, graph)
