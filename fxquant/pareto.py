@@ -129,7 +129,8 @@ def frontier(
     calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`. axis: "mean_bits" (weights and
     activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations",
     "latency_ms" (with backend="cpu-native"). limits:
-    budgets in that unit; by default a quarter bit apart over the whole range. exact: solve the integer program at every
+    budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids (`best`: 2
+    bits) are used at all limits if the lowest needs them. exact: solve the integer program at every
     budget, else take the convex hull. realised: measure every point: "kl", mean KL divergence in nats from the float
     model on `images` (float (N, C, H, W); the calibration images if not given), or a function of the compiled model.
 
@@ -139,9 +140,10 @@ def frontier(
     prepared = Prepared(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
     )
-    if limits is not None and limits:
-        prepared.check(budget_at(axis, min(limits)))
-    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8")
+    lowest = budget_at(axis, min(limits)) if limits else None
+    if lowest is not None:
+        prepared.check(lowest)
+    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
     points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)

@@ -89,17 +89,18 @@ class Prepared:
         prefix, _ = split(self.pipeline("W8A8"))
         return run_prefix(prefix, self._source.traced, self._source.context)
 
-    def cost_table(self, budget: Any = "W8A8") -> CostTable:
+    def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
         """The allocation problem, with overrides and policies applied; calibrates on the first call only.
 
-        budget: of it only which quantities are limited matters: times are measured where it limits the latency.
+        budget: of it only which quantities are limited matters: times are measured where it limits the latency. Widths
+        that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
         """
         pipeline = self.pipeline(budget)
         _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
         nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
-        return allocate.cost_table(found, nodes)
+        return allocate.without_narrow(allocate.cost_table(found, nodes), lowest)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
         """The model quantized within one budget; calibrates on the first call only."""

@@ -72,9 +72,7 @@ class AllocateBits:
         """
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         table = self.cost_table(graph_module, nodes)
-        budget = in_numbers(self.budget, table)
-        wide = table.at_least(self.narrowest)
-        table = table if budget.exceeded(wide.minimum_usage(budget)) else wide
+        table, budget = self.without_narrow(table, self.budget), in_numbers(self.budget, table)
         task = context.progress.track("allocating bits", 1)
         allocation = self.allocator.allocate(table, budget)
         task.advance()
@@ -101,6 +99,14 @@ class AllocateBits:
             **({"role_bits": {str(role): bits for role, bits in self.role_bits}} if self.role_bits else {}),
         )
         return len(nodes)
+
+    def without_narrow(self, table: CostTable, budget: Budget | None) -> CostTable:
+        """The table without widths below `narrowest`, where the budget can be met without them; None: in any case."""
+        wide = table.at_least(self.narrowest)
+        if budget is None:
+            return wide
+        budget = in_numbers(budget, table)
+        return table if budget.exceeded(wide.minimum_usage(budget)) else wide
 
     def cost_table(self, graph_module: GraphModule, nodes: Sequence[Node]) -> CostTable:
         """The allocation problem of these nodes, with overrides and policies applied."""

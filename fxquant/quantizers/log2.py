@@ -41,6 +41,8 @@ class Log2Quantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same values as quantize then dequantize, up to values within float rounding of a threshold."""
+        if torch.compiler.is_exporting():  # ONNX has no operator for the bits of a float
+            return self.dequantize(self.quantize(x)).to(x.dtype)
         units = x.float() * (1 / self.scale)
         # The nearest power of two: from a mantissa of sqrt(2) on, the exponent carries; then the mantissa goes.
         units.view(torch.int32).add_(_CARRY).bitwise_and_(_EXPONENT)
