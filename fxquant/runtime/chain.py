@@ -74,7 +74,9 @@ def _layout(steps: Sequence[Step], channels: int) -> Tensor:
             record.kind, body = library.LINEAR, layer.layout
         elif isinstance(layer, IntegerAttention):
             record.kind, body = library.ATTENTION, layer.spec
-            record.bias, record.bias_groups = put(layer.bias), 0 if layer.bias is None else len(layer.bias)
+            if layer.bias is not None:
+                bias = layer.bias.float()
+                record.bias, record.bias_groups, record.bias_bytes = put(bias), len(bias), bias.nbytes
         else:
             record.kind, body, record.epsilon = library.LAYER_NORM, layer.spec, layer.epsilon
             record.weight = put(None if layer.weight is None else layer.weight.float())

@@ -237,12 +237,15 @@ void chain(bool damaged) {
     steps[2].kind = FXQ_ATTENTION, steps[2].input = 2, steps[2].bytes = sizeof attention_spec;
     steps[2].offset = put(&attention_spec, sizeof attention_spec);
     const auto bias = floats(groups * heads * tokens * tokens);
-    if (groups) steps[2].bias = put(bias.data(), bias.size() * 4), steps[2].bias_groups = groups;
+    if (groups) {
+        steps[2].bias = put(bias.data(), bias.size() * 4), steps[2].bias_groups = groups;
+        steps[2].bias_bytes = static_cast<int64_t>(bias.size()) * 4;
+    }
     add(steps[3], 3, 0, linear_layout(channels, width, FXQ_RESIDUAL, false));
     norm(steps[4], 4);
     add(steps[5], 5, 0, linear_layout(hidden, channels, FXQ_GELU_CODES, false));
     add(steps[6], 6, 4, linear_layout(channels, hidden, FXQ_RESIDUAL, false));
-    const FxqChain header{FXQ_CHAIN_MAGIC, 2, 7, channels};
+    const FxqChain header{FXQ_CHAIN_MAGIC, 3, 7, channels};
     std::memcpy(memory.data(), &header, sizeof header);
     std::memcpy(memory.data() + sizeof header, steps, sizeof steps);
     if (damaged) damage(memory.data(), one_in(2) ? sizeof header + sizeof steps : memory.size());

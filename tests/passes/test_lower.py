@@ -390,3 +390,42 @@ def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     low = lower(graph_module, "auto")
     assert set(execution_of(low).values()) == {"simulated"}
     assert execution_summary(execution_of(low)) == "simulated"
+
+
+@needs_kernels
+def test_chains_with_several_groups_of_biases() -> None:
+    code = byte_code(UniformQuantizer(8, 0.1))
+    assert code is not None
+    steps, channels = [], 6
+    torch.manual_seed(0)
+    for index, groups in enumerate((2, 3)):
+        qkv, projection = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        sources = [
+            simulated.QuantizedLinear(w.weight, w.bias, UniformQuantizer(4, torch.full((len(w.weight), 1), 0.1)), None)
+            for w in (qkv, projection)
+        ]
+        bias = torch.randn(groups, 2, 5, 5) * 5
+        codes = lowered.Epilogue(library.CODES, (code,))
+        attention = lowered.IntegerAttention(2, 3, lowered.AttentionCodes((code,) * 3, code, code), bias)
+        first = 4 * index
+        steps += [
+            Step(lowered.LayerNormToCodes(nn.LayerNorm(channels), code), first),
+            Step(lowered.IntegerLinear(sources[0], code, codes), first + 1),
+            Step(attention, first + 2),
+            Step(lowered.IntegerLinear(sources[1], code), first + 3),
+        ]
+    chain, x = IntegerChain(steps, channels, channels), torch.randn(12, 5, channels)
+    expected = x
+    for step in steps:
+        expected = step.layer(expected)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 6, 12):
+            torch.set_num_threads(count)
+            assert torch.equal(chain(x), expected)
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(BackendError, match="a size is out of range"):
+        chain(x[:, :4])
+    with pytest.raises(BackendError, match="a size is out of range"):
+        chain(x[:4])

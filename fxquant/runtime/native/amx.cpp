@@ -45,6 +45,7 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
              const int32_t *begin, int32_t *sums, int64_t sum_stride, Work &work) {
     // Not in the first step: what the work reads is still on its way to memory.
     const int portion = static_cast<int>((work.count + steps - 2) / (steps > 1 ? steps - 1 : 1));
+    asm volatile("" ::: "memory");  // compilers do not all know that loading a tile reads memory
     const int64_t bytes = sum_stride * 4, tall = 16 * sum_stride;
     if (begin) {
         _tile_loadd(0, begin, bytes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -80,6 +81,7 @@ int32_t Chain::open(Step &s, Value *result) {
     const FxqStep &step = s.step;
     const Value &input = values[static_cast<size_t>(step.input)], &residual = values[static_cast<size_t>(step.residual)];
     const float *unused;
+    if (step.kind != FXQ_ATTENTION && (step.bias_groups || step.bias_bytes)) return FXQ_SIZE;
     if (step.kind == FXQ_LAYER_NORM) {
         *result = {input.width, 1};
         const bool has_parts = floats(step.weight, input.width, &unused) && floats(step.bias, input.width, &unused);
@@ -101,7 +103,8 @@ int32_t Chain::open(Step &s, Value *result) {
     const bool has_bias = step.bias != 0;
     if (has_bias ? !is_size(step.bias_groups) : step.bias_groups != 0) return FXQ_SIZE;
     const int64_t scores = product(step.bias_groups, s.attention.heads, tokens, tokens);
-    if (!is_size(tokens, FXQ_MAX_INNER) || scores < 0 || !floats(step.bias, scores, &unused)) return FXQ_SIZE;
+    if (!is_size(tokens, FXQ_MAX_INNER) || !holds(step.bias_bytes, scores, 4) || !floats(step.bias, scores, &unused))
+        return FXQ_SIZE;
     return input.bytes == 1 && input.width == 3 * result->width ? FXQ_OK : FXQ_SIZE;
 }
 
@@ -183,13 +186,17 @@ int32_t fxq_chain(const uint8_t *memory, int64_t memory_bytes, int64_t images, i
     const int64_t rows = product(images, tokens);
     if (rows < 0 || !holds(x_bytes, product(rows, first.width), 4)) return FXQ_SIZE;
     if (!holds(out_bytes, product(rows, last.width), last.bytes)) return FXQ_SIZE;
-    for (const Step &s : chain.steps)  // image i takes group i mod groups, whichever piece it is in
-        if (s.step.bias_groups > 1 && images % s.step.bias_groups) return FXQ_SIZE;
+    if (rows == 0) return FXQ_OK;
+    int64_t groups = 1;  // image i takes group i mod groups, whichever piece it is in
+    for (const Step &s : chain.steps) {
+        groups = std::lcm(groups, std::max<int64_t>(1, s.step.bias_groups));
+        if (images % groups) return FXQ_SIZE;
+    }
     int64_t row_bytes = 0;
     for (const int64_t slot : chain.slots) row_bytes += slot;
     int64_t piece = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, row_bytes * tokens));
     piece = std::min(piece, std::max<int64_t>(1, (images + threads - 1) / std::max(threads, 1)));
-    for (const Step &s : chain.steps) piece = round_up(piece, std::max<int64_t>(1, s.step.bias_groups));
+    piece = round_up(piece, groups);
     struct Work {
         const Chain &chain;
         int64_t images, piece;

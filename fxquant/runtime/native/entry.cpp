@@ -61,8 +61,8 @@ struct LinearWork {
         block_rows = round_up(std::max<int64_t>(96, (int64_t(1) << 18) / row_bytes), 96);
         const int64_t row_blocks = (call.rows + block_rows - 1) / block_rows;
         block_units = call.places.units;
-        if (threads > 1 && row_blocks < 4 * threads) {
-            const int64_t pieces = (4 * threads + row_blocks - 1) / row_blocks;
+        if (threads > 1 && row_blocks < int64_t(4) * threads) {
+            const int64_t pieces = (int64_t(4) * threads + row_blocks - 1) / row_blocks;
             block_units = round_up((call.places.units + pieces - 1) / pieces, kPanelColumns / kUnit);
         }
         unit_blocks = (call.places.units + block_units - 1) / block_units;

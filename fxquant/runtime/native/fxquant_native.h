@@ -17,7 +17,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 2, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
+enum { FXQ_ABI = 3, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -138,6 +138,7 @@ struct FxqStep {
     int64_t offset, bytes;          // of the layer's layout, the norm's FxqQuantizer or the FxqAttention
     int64_t weight, bias;           // offsets of the norm's (channels,), or of the attention's bias; 0: none
     int64_t bias_groups;            // attention: groups of its bias (groups, heads, tokens, tokens); 0: none
+    int64_t bias_bytes;             // attention: length of that bias; others: 0
 };
 enum { FXQ_CHAIN_MAGIC = 0x43515846 };
 

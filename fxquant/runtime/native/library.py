@@ -14,12 +14,12 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 2
+ABI = 3
 MAX_DIGITS, MAX_INNER, MAX_RANGES = 3, 32768, 3
 UNIFORM, REGIONS, LOG2 = 0, 1, 2
 FLOAT, RESIDUAL, CODES, GELU_CODES = range(4)
 LAYER_NORM, LINEAR, ATTENTION = range(3)
-CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 2
+CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 3
 
 
 class QuantizerSpec(Structure):
@@ -70,7 +70,7 @@ class StepSpec(Structure):
 
     _fields_ = (
         ("kind", c_int32), ("input", c_int32), ("residual", c_int32), ("epsilon", c_float), ("offset", c_int64),
-        ("bytes", c_int64), ("weight", c_int64), ("bias", c_int64), ("bias_groups", c_int64),
+        ("bytes", c_int64), ("weight", c_int64), ("bias", c_int64), ("bias_groups", c_int64), ("bias_bytes", c_int64),
     )  # fmt: skip
 
 

@@ -120,8 +120,8 @@ struct FloatRow {
     FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
     FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
         const int64_t place = row * call.spec->out_features + columns.first;
-        const float *__restrict residual = call.residual + place;
-        float *__restrict out = static_cast<float *>(call.out) + place;
+        const float *residual = call.residual + place;  // may be `out` itself
+        float *out = static_cast<float *>(call.out) + place;
         for (int v = 0; v * kLanes < columns.count; ++v) {
             const int i = v * kLanes, left = columns.count - i;
             Vec y = columns.at(sums, v);
