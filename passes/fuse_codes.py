@@ -1,7 +1,8 @@
 """Fusions that keep bytes between layers: each is a small rewrite of an `IntegerPlan`, sound by itself.
 
 - `fuse_attention`: qkv -> split -> scale -> q k^T (+ bias) -> softmax -> v becomes one node, bytes to bytes.
-- `fuse_epilogues`: linear -> GELU -> codes (by a table where GELU's input has 14-bit codes), linear -> codes and linear -> residual addition become the linear's.
+- `fuse_epilogues`: linear -> GELU -> codes (by a table, where GELU takes 14-bit codes), linear -> codes and linear ->
+  residual addition become the linear's.
 - `fuse_layer_norms`: layer norm -> codes becomes one node.
 
 What does not match stays as it is, and runs: patterns only make it faster.

@@ -45,14 +45,13 @@ class TabulateGelu:
         for node in nodes_with_role(graph_module, Role.GELU):
             before, after = input_of(node), only_reader(node)
             gelu, linear = modules.get(str(node.target)), modules.get(str(getattr(after, "target", None)))
-            is_between = isinstance(linear, QuantizedLinear) and only_reader(before) is node
-            if not isinstance(gelu, nn.GELU) or not is_between or calls.count(str(node.target)) > 1:
+            following = linear.input_quantizer if isinstance(linear, QuantizedLinear) else None
+            is_alone = only_reader(before) is node and calls.count(str(node.target)) == 1
+            if not isinstance(gelu, nn.GELU) or following is None or not is_alone:
                 continue
-            if linear.input_quantizer is None:
-                continue
-            quantizer = _quantizer(gelu, linear.input_quantizer)
+            quantizer = _quantizer(gelu, following)
             x = quantizer.dequantize(torch.arange(2**BITS, dtype=torch.int32))
-            if fits(linear.input_quantizer.quantize(gelu(x))):
+            if fits(following.quantize(gelu(x))):
                 graph_module.add_submodule(str(node.target), QuantizedInput(gelu, quantizer))
                 changed += 1
         graph_module.recompile()

@@ -42,7 +42,7 @@ def fits(codes: Tensor) -> bool:
 
 
 def byte_table(source: Quantizer, function: nn.Module, code: ByteCode) -> ByteTable | None:
-    """Bytes of `code` of function(x), x by the codes of `source`; None where it is no 14-bit one or changes too often."""
+    """Bytes of `code` of function(x), x by the codes of `source`; None where they change too often."""
     if not isinstance(source, UniformQuantizer) or source.zero_point is None or source.scale.numel() != 1:
         return None
     if source.bits != BITS:

@@ -17,7 +17,6 @@ from passes.contract import PassContext
 from passes.lower import Lower
 from passes.tabulate_gelu import TabulateGelu
 
-
 MODEL, IMAGES = embedded.load_model(), embedded.calibration_images(16)
 
 

@@ -45,8 +45,8 @@ class LinearSpec(Structure):
 
     _fields_ = (
         ("out_features", c_int64), ("in_features", c_int64), ("weight_bits", c_int32), ("epilogue", c_int32),
-        ("ranges", c_int32), ("steps", c_int32), ("factor", c_float * MAX_RANGES), ("output", QuantizerSpec * MAX_RANGES),
-        ("input", LevelsSpec),
+        ("ranges", c_int32), ("steps", c_int32), ("factor", c_float * MAX_RANGES),
+        ("output", QuantizerSpec * MAX_RANGES), ("input", LevelsSpec),
     )  # fmt: skip
 
 

@@ -289,6 +289,10 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
         Row *const kind = new (&kinds[++panels % 2]) Row(call, u, vectors);
+        if (u + vectors < unit + units) {  // the next panel is on its way while this one multiplies
+            const uint8_t *next = call.layout + call.places.weights + (u + vectors) * unit_bytes;
+            for (int64_t byte = 0; byte < vectors * unit_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        }
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t begin = c * chunk, inputs = padded - begin < chunk ? padded - begin : chunk;
             const int64_t first_tile = begin / kTileInputs;
