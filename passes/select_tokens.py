@@ -39,8 +39,9 @@ def select_tokens(graph_module: GraphModule) -> int:
 
 
 def _selected(node: Node) -> int | None:
-    """i of x[:, i], x (B, N, C); None for all else."""
-    if node.target is not operator.getitem or len(shape_of(node.args[0]) or ()) != 3:
+    """i of x[:, i], x (B, N, C) with N over one; None for all else."""
+    shape = shape_of(node.args[0]) if node.target is operator.getitem else None
+    if shape is None or len(shape) != 3 or shape[1] == 1:
         return None
     index = node.args[1]
     if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None) or type(index[1]) is not int:

@@ -133,7 +133,8 @@ def test_bytes_flow_from_layer_to_layer() -> None:
         "%blocks_1_norm1 = layer_norm(%blocks_0_mlp_fc2)\n"
         "%blocks_1_attn_qkv = qkv[w4a6](%blocks_1_norm1)\n"
         "%blocks_1_attn_integer_attention = IntegerAttention(%blocks_1_attn_qkv)\n"
-        "%blocks_1_attn_proj = proj[w4a6](%blocks_1_attn_integer_attention, %blocks_0_mlp_fc2)\n"
+        "%getitem_17 = getitem(%blocks_1_attn_integer_attention, (:, 0:1))\n"  # from here on, the class token
+        "%blocks_1_attn_proj = proj[w4a6](%getitem_17, %getitem_18)\n"
         "%blocks_1_norm2 = layer_norm(%blocks_1_attn_proj)\n"
         "%blocks_1_mlp_fc1 = fc1[w4a6](%blocks_1_norm2)\n"
         "%blocks_1_mlp_fc2 = fc2[w4a6](%blocks_1_mlp_fc1, %blocks_1_attn_proj)\n"
@@ -159,14 +160,14 @@ def test_chains_give_the_same_bits(architecture: str) -> None:
 
 
 @needs_kernels
-def test_all_blocks_of_a_vit_are_one_chain() -> None:
+def test_blocks_of_a_vit_are_chains() -> None:
     low = lower(quantized("vit"), chains=True)
     text = format_graph(low)
-    assert text.count("IntegerChain") == 1
     assert "attention" not in text
-    chain = next(module for module in low.modules() if isinstance(module, IntegerChain))
-    assert chain.steps == 14
-    assert not chain.gives_codes
+    # All but the last; up to the last attention; the last MLP, on the class token.
+    found = [module for module in low.modules() if isinstance(module, IntegerChain)]
+    assert [chain.steps for chain in found] == [7, 3, 3]
+    assert [chain.gives_codes for chain in found] == [False, True, False]
 
 
 @needs_kernels

@@ -98,6 +98,7 @@ void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Ri
 
 #include "avx512.inl"
 #include "elementwise.inl"
+#include "epilogue.inl"
 #include "linear.inl"
 #include "attention.inl"
 

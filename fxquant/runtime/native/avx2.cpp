@@ -61,6 +61,7 @@ void tile(int rows, int, const Left *left, int64_t left_stride, const Right *rig
 
 #include "portable.inl"
 #include "elementwise.inl"
+#include "epilogue.inl"
 #include "linear.inl"
 #include "attention.inl"
 
