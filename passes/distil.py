@@ -33,6 +33,7 @@ from fxquant.graph.annotation import Fact
 from fxquant.quantizers.learned import LearnedCodes, LearnedScale
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.logit_gradients import class_scores
+from passes.augment import Augment
 from passes.block_pairs import BlockPairs, activation_quantizers, adopt, weight_layers
 from passes.contract import PassContext
 from passes.correct_weights import CorrectWeights
@@ -48,10 +49,10 @@ class Distil:
     """Train the quantized network.
 
     steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps
-    and fall by a cosine. features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop
-    keeps; 1: images whole, mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of
-    the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps and fall by a
+    cosine. features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
+    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
+    example "cuda"; None: a GPU where there is one, else where the model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
@@ -63,7 +64,7 @@ class Distil:
     scale_rate: float = 2e-3
     rest_rate: float = 5e-4
     features: float = 1.0
-    crop: float = 0.6
+    augment: Augment = Augment()
     closed_form: CorrectWeights | None = CorrectWeights()
     checks: int = 6
     device: str | None = None
@@ -73,8 +74,8 @@ class Distil:
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.images, self.checks) < 1 or not 0 < self.crop <= 1:
-            raise CalibrationError(f"steps, images and checks are at least 1, crop is over 0 and at most 1: {self}")
+        if min(self.steps, self.images, self.checks) < 1:
+            raise CalibrationError(f"steps, images and checks are at least 1: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
@@ -158,7 +159,8 @@ class _Training:
             (list(self.rest.values()), options.rest_rate),
         ]
         self.rates = [rate for _, rate in groups]
-        self.optimizer = torch.optim.Adam([{"params": p, "lr": rate} for p, rate in groups], betas=(0.9, 0.99))
+        named = [{"params": parameters, "lr": rate} for parameters, rate in groups]
+        self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
         self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
         self.divergences = [self._divergence()]
         self.best = self._values()
@@ -242,7 +244,7 @@ class _Training:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
-        images = random_crops(self.images[chosen], options.crop, self.generator).to(self.device)
+        images = options.augment(self.images[chosen], self.generator).to(self.device)
         with self._precision():
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
@@ -284,23 +286,6 @@ def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
     power = wanted.float().square().sum(-1)
     power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
     return ((found.float() - wanted.float()).square().sum(-1) / power).mean()
-
-
-def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:
-    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored."""
-    count = len(images_bchw)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    side = least + (1 - least) * draw(count, 2)
-    side = (side.mean(1, keepdim=True) + 0.3 * (side - side.mean(1, keepdim=True))).clamp(least, 1)  # nearly square
-    places = torch.zeros(count, 2, 3)
-    places[:, (0, 1), (0, 1)] = side
-    places[:, 0, 0] *= torch.where(draw(count) < 0.5, -1.0, 1.0)
-    places[:, :, 2] = (2 * draw(count, 2) - 1) * (1 - side)
-    grid = functional.affine_grid(places, list(images_bchw.shape), align_corners=False).to(images_bchw)
-    return functional.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
 
 
 def with_outputs(graph_module: GraphModule, names: list[str]) -> GraphModule:

@@ -18,8 +18,9 @@ from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
 from fxquant.graph.tracing import trace
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.allocate_bits import AllocateBits
+from passes.augment import Augment
 from passes.contract import Journal, PassContext
-from passes.distil import Distil, divergence, held_out, random_crops, token_errors
+from passes.distil import Distil, divergence, held_out, token_errors
 from passes.lower import Lower, execution_of
 from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
@@ -28,7 +29,7 @@ from passes.substitute_quantizers import SubstituteQuantizers
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
 UNSEEN = IMAGES[64:]
-QUICK = Distil(steps=50, images=8, weight_rate=0.008, scale_rate=4e-3, crop=0.8, checks=2, closed_form=None)
+QUICK = Distil(steps=50, images=8, weight_rate=0.008, scale_rate=4e-3, augment=Augment(0.8), checks=2, closed_form=None)
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +137,6 @@ def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))
 
 
-def test_a_crop_of_everything_is_the_image_or_its_mirror() -> None:
-    found = random_crops(IMAGES[:16], 1.0, torch.Generator().manual_seed(0))
-    mirrored = 0
-    for image, crop in zip(IMAGES[:16], found, strict=True):
-        same, turned = (float((crop - other).abs().max()) < 1e-3 for other in (image, image.flip(-1)))
-        assert same or turned
-        mirrored += turned
-    assert 0 < mirrored < 16
-
-
-def test_crops_stay_inside_the_image() -> None:
-    """Of a ramp from 0 to 1, a crop that keeps half a side or more shows a range between 0.4 and 1."""
-    ramp = torch.linspace(0, 1, 64).expand(8, 1, 64, 64)
-    spread = random_crops(ramp, 0.5, torch.Generator().manual_seed(0)).flatten(1)
-    assert bool((spread.amax(1) - spread.amin(1) >= 0.4).all())
-    assert float(spread.min()) >= 0
-    assert float(spread.max()) <= 1
-
-
 def test_losses_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = 0.5 * (0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75)))
@@ -173,5 +155,3 @@ def test_held_out_images_are_not_trained_on() -> None:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="at least 1"):
         Distil(steps=0)
-    with pytest.raises(CalibrationError, match="crop is over 0"):
-        Distil(crop=1.5)
