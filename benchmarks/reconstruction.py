@@ -56,7 +56,7 @@ METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
     ("distil, weights' rounding kept", 1024, (Distil(weight_rate=0.0),)),
     ("distil, from nearest", 1024, (Distil(closed_form=None),)),
     ("distil, outputs only", 1024, (Distil(features=0.0),)),
-    ("distil, whole images", 1024, (Distil(augment=Augment(crop=1.0)),)),
+    ("distil, whole images, none mixed", 1024, (Distil(augment=Augment(1.0, 0.0, 0.0)),)),
     ("reconstruct, 40 steps", 128, (Reconstruct(steps=40),)),
     ("reconstruct, 40 steps, Fisher", 128, (Reconstruct(steps=40, loss="fisher"),)),
     ("reconstruct, 100 steps", 128, (Reconstruct(),)),

@@ -25,9 +25,9 @@ class Augment:
     of the images are mirrored.
     """
 
-    crop: float = 0.6
-    mixed: float = 0.0
-    colour: float = 0.0
+    crop: float = 0.4
+    mixed: float = 0.7
+    colour: float = 0.3
 
     def __post_init__(self) -> None:
         if not (0 < self.crop <= 1 and 0 <= self.mixed <= 1 and 0 <= self.colour < 1):

@@ -16,8 +16,8 @@ quantizers. State is kept at every check, so an interrupted run goes on from the
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from torch.nn import functional
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
+from fxquant.graph.blocks import with_outputs
 from fxquant.quantizers.learned import LearnedCodes, LearnedScale
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.logit_gradients import class_scores
@@ -41,6 +42,7 @@ from passes.correct_weights import CorrectWeights
 HELD_OUT = 8  # one image in so many
 CLOSED_FORM = 128  # images at most; more hardly help it
 WARM_UP = 0.05  # of the steps
+NOMINAL_BITS = 3  # of weights, at which rates are as given
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
 
@@ -49,8 +51,9 @@ class Distil:
     """Train the quantized network.
 
     steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps and fall by a
-    cosine. features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
+    grid; of the logarithms of scales; of biases and norms. They hold for a mean of 3 bits of weights, half of them with
+    every further bit; they rise over the first twentieth of the steps and fall by a cosine. features: weight of the
+    blocks' outputs in the loss. augment: what both networks see of the images.
     closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
     example "cuda"; None: a GPU where there is one, else where the model is.
 
@@ -58,15 +61,15 @@ class Distil:
     run before it.
     """
 
-    steps: int = 600
+    steps: int = 1000
     images: int = 16
-    weight_rate: float = 5e-3
-    scale_rate: float = 2e-3
-    rest_rate: float = 5e-4
-    features: float = 1.0
+    weight_rate: float = 7e-3
+    scale_rate: float = 3e-3
+    rest_rate: float = 1.5e-3
+    features: float = 40.0
     augment: Augment = Augment()
     closed_form: CorrectWeights | None = CorrectWeights()
-    checks: int = 6
+    checks: int = 5
     device: str | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
@@ -158,8 +161,9 @@ class _Training:
             ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
-        self.rates = [rate for _, rate in groups]
-        named = [{"params": parameters, "lr": rate} for parameters, rate in groups]
+        scaled = 2 ** (NOMINAL_BITS - _mean_bits(self.weights.values()))
+        self.rates = [rate * scaled for _, rate in groups]
+        named = [{"params": parameters} for parameters, _ in groups]
         self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
         self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
         self.divergences = [self._divergence()]
@@ -275,6 +279,12 @@ class _Training:
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
+def _mean_bits(weights: Iterable[LearnedCodes]) -> float:
+    """Of all weights that learn; NOMINAL_BITS where none does."""
+    sizes = [(weight.units.numel(), weight.start.bits) for weight in weights]
+    return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes) if sizes else NOMINAL_BITS
+
+
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean over images of KL(softmax(wanted) || softmax(found)), nats, float (); both (B, classes)."""
     expected = wanted.float().log_softmax(1)
@@ -286,12 +296,3 @@ def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
     power = wanted.float().square().sum(-1)
     power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
     return ((found.float() - wanted.float()).square().sum(-1) / power).mean()
-
-
-def with_outputs(graph_module: GraphModule, names: list[str]) -> GraphModule:
-    """A graph module that also returns these nodes' values, after its output; modules are shared, not copied."""
-    graph = copy.deepcopy(graph_module.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    end = next(node for node in graph.nodes if node.op == "output")
-    end.args = ((end.args[0], *(nodes[name] for name in names)),)
-    return GraphModule(graph_module, graph)

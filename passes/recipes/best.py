@@ -32,7 +32,11 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(post_softmax="log2|twin-softmax", **(norms if options.get("fully_quantized") else {}))
+    insert = InsertObservers(
+        post_softmax="log2|twin-softmax",
+        other="symmetric|asymmetric" if thorough else "symmetric",
+        **(norms if options.get("fully_quantized") else {}),
+    )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb()).after(CheckBudget, RotateResidual())
     passes = (replace(step, narrowest=NARROWEST) if isinstance(step, AllocateBits) else step for step in assembled)
     pipeline = Pipeline(passes)

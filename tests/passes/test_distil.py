@@ -29,7 +29,17 @@ from passes.substitute_quantizers import SubstituteQuantizers
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
 UNSEEN = IMAGES[64:]
-QUICK = Distil(steps=50, images=8, weight_rate=0.008, scale_rate=4e-3, augment=Augment(0.8), checks=2, closed_form=None)
+QUICK = Distil(
+    steps=50,
+    images=8,
+    weight_rate=0.004,
+    scale_rate=2e-3,
+    rest_rate=2.5e-4,
+    features=1.0,
+    augment=Augment(0.8),
+    checks=2,
+    closed_form=None,
+)
 
 
 @pytest.fixture(scope="module")
