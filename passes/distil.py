@@ -6,9 +6,10 @@ blocks. What learns, by Adam: weights, through their rounding (straight-through,
 scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
 RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
 
-Few images would soon be learned by heart. So every step sees another crop and mirror image of each, which costs nothing
-since the float network labels whatever it is shown; one image in eight is held out, whole, and the state of least
-divergence there is kept, the start included.
+Few images would soon be learned by heart. So every step sees other crops and mixtures of them (`passes/augment.py`),
+which the float network labels whatever they show, and the outputs of blocks, which say more about an image than its
+class probabilities, weigh most. One image in eight is held out, whole, and the state of least divergence there is kept,
+the start included.
 
 Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
 quantizers. State is kept at every check, so an interrupted run goes on from the last one.
@@ -97,7 +98,7 @@ class Distil:
         if kept is None and self.closed_form is not None:
             for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
                 wanted |= {found.layer: found.weight for found in self.closed_form.correct(pair, pairs)}
-        training = _Training(self, pairs, wanted, train, held)
+        training = Training(self, pairs, wanted, train, held)
         if kept is not None:
             training.restore(kept[1])
             task.advance(training.check)
@@ -126,7 +127,7 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
     return train, torch.nonzero(held)[:, 0] if bool(held.any()) else train
 
 
-class _Training:
+class Training:
     """The network in training: what learns, the optimizer, and the best state so far."""
 
     def __init__(
@@ -161,7 +162,7 @@ class _Training:
             ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
-        scaled = 2 ** (NOMINAL_BITS - _mean_bits(self.weights.values()))
+        scaled = 2 ** (NOMINAL_BITS - mean_bits(self.weights.values()))
         self.rates = [rate * scaled for _, rate in groups]
         named = [{"params": parameters} for parameters, _ in groups]
         self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
@@ -279,7 +280,7 @@ class _Training:
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
-def _mean_bits(weights: Iterable[LearnedCodes]) -> float:
+def mean_bits(weights: Iterable[LearnedCodes]) -> float:
     """Of all weights that learn; NOMINAL_BITS where none does."""
     sizes = [(weight.units.numel(), weight.start.bits) for weight in weights]
     return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes) if sizes else NOMINAL_BITS

@@ -16,11 +16,14 @@ from fxquant.cache import Cache
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
 from fxquant.graph.tracing import trace
+from fxquant.quantizers.learned import LearnedCodes
+from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.allocate_bits import AllocateBits
 from passes.augment import Augment
+from passes.block_pairs import BlockPairs
 from passes.contract import Journal, PassContext
-from passes.distil import Distil, divergence, held_out, token_errors
+from passes.distil import NOMINAL_BITS, Distil, Training, divergence, held_out, mean_bits, token_errors
 from passes.lower import Lower, execution_of
 from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
@@ -165,3 +168,19 @@ def test_held_out_images_are_not_trained_on() -> None:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="at least 1"):
         Distil(steps=0)
+
+
+def test_mean_bits_count_every_weight() -> None:
+    """192 weights of 3 bits and 64 of 5 have 3.5; rates are scaled by 2 to the power of 3 less that."""
+    weights = [
+        LearnedCodes(torch.randn(8, n), UniformQuantizer(bits, torch.ones(8, 1))) for n, bits in ((24, 3), (8, 5))
+    ]
+    assert mean_bits(weights) == 3.5
+    assert mean_bits([]) == NOMINAL_BITS
+
+
+def test_rates_fall_with_the_bits(allocated: GraphModule) -> None:
+    """Weights of 2 bits learn at twice the rates given, which hold for 3."""
+    pairs = BlockPairs(allocated, CONTEXT)
+    training = Training(QUICK, pairs, {}, *held_out(16))
+    assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
