@@ -43,7 +43,7 @@ from passes.correct_weights import CorrectWeights
 HELD_OUT = 8  # one image in so many
 CLOSED_FORM = 128  # images at most; more hardly help it
 WARM_UP = 0.05  # of the steps
-NOMINAL_BITS = 3  # of weights, at which rates are as given
+NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
 
@@ -52,9 +52,9 @@ class Distil:
     """Train the quantized network.
 
     steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. They hold for a mean of 3 bits of weights, half of them with
-    every further bit; they rise over the first twentieth of the steps and fall by a cosine. features: weight of the
-    blocks' outputs in the loss. augment: what both networks see of the images.
+    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
+    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
+    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
     closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
     example "cuda"; None: a GPU where there is one, else where the model is.
 
@@ -162,8 +162,9 @@ class Training:
             ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
-        scaled = 2 ** (NOMINAL_BITS - mean_bits(self.weights.values()))
-        self.rates = [rate * scaled for _, rate in groups]
+        bits = mean_bits(self.weights.values())
+        self.steps = math.ceil(options.steps * NOMINAL_BITS / bits)
+        self.rates = [rate * 2 ** (NOMINAL_BITS - bits) for _, rate in groups]
         named = [{"params": parameters} for parameters, _ in groups]
         self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
         self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
@@ -172,9 +173,7 @@ class Training:
 
     def advance(self) -> None:
         """Train up to the next check."""
-        first, last = (
-            round(self.options.steps * check / self.options.checks) for check in (self.check, self.check + 1)
-        )
+        first, last = (round(self.steps * check / self.options.checks) for check in (self.check, self.check + 1))
         for step in range(first, last):
             self._step(step)
         self.check += 1
@@ -242,9 +241,9 @@ class Training:
 
     def _step(self, step: int) -> None:
         options = self.options
-        warm = min(1.0, (step + 1) / (WARM_UP * options.steps + 1))
+        warm = min(1.0, (step + 1) / (WARM_UP * self.steps + 1))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
         while len(self.order) < options.images:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])

@@ -33,7 +33,7 @@ IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
 UNSEEN = IMAGES[64:]
 QUICK = Distil(
-    steps=50,
+    steps=34,
     images=8,
     weight_rate=0.004,
     scale_rate=2e-3,
@@ -179,8 +179,8 @@ def test_mean_bits_count_every_weight() -> None:
     assert mean_bits([]) == NOMINAL_BITS
 
 
-def test_rates_fall_with_the_bits(allocated: GraphModule) -> None:
-    """Weights of 2 bits learn at twice the rates given, which hold for 3."""
-    pairs = BlockPairs(allocated, CONTEXT)
-    training = Training(QUICK, pairs, {}, *held_out(16))
+def test_steps_and_rates_fall_with_the_bits(allocated: GraphModule) -> None:
+    """Weights of 2 bits learn at twice the rates given and for half as many steps again: those hold for 3."""
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
+    assert training.steps == 1.5 * QUICK.steps
     assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
