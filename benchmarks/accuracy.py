@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py embedded
     python benchmarks/accuracy.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
+    python benchmarks/accuracy.py ... --images 1024 --methods best_thorough --protocol float-norms --bits 4,3
 
 The .npz files hold uint8 `images` (N, H, W, 3) of the model's size and, for the test, `labels` (N,). Results go to
 benchmarks/results/accuracy_MODEL.json after every row, so an interrupted run goes on where it was.
@@ -60,7 +61,9 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"+ SQ-b + OPT-m": Uniform(), "MPTQ-ViT (Greedy MP)": Greedy(), "MPTQ-ViT with MILP": Milp()},
     ),
     ("best", {}, {"best": Milp()}),
+    ("best_thorough", {}, {"best_thorough": Milp()}),
 ]
+THOROUGH_IMAGES = 512  # of calibration; fewer are too few for best_thorough
 
 
 def points(bits: list[int]) -> Iterator[tuple[bool, str, dict[str, Any], int, dict[str, Any]]]:
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--protocol", choices=("both", "float-norms", "fully-quantized"), default="both")
     parser.add_argument("--methods", default="", help="only rows whose name contains this")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, help="folder for what long steps keep, so that they go on after a stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -115,13 +119,17 @@ def main() -> None:
         for method, allocator in allocators.items():
             if options.methods not in method or options.protocol == ("float-norms" if full else "fully-quantized"):
                 continue
+            if method == "best_thorough" and len(calibration) < THOROUGH_IMAGES:
+                continue
             key = signature(settings, method, full, width)
             if key in results.points:
                 continue
             group = f"{recipe} {extra} {full}"
             if group not in prepared:
                 prepared.clear()
-                prepared[group] = Prepared(model, calibration, recipe=recipe, fully_quantized=full, **extra)
+                prepared[group] = Prepared(
+                    model, calibration, recipe=recipe, cache=options.cache, fully_quantized=full, **extra
+                )
             start = time.perf_counter()
             compiled = prepared[group].compile(f"W{width}A{width}", allocator)
             seconds = time.perf_counter() - start

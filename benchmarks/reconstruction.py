@@ -29,6 +29,7 @@ from fxquant.graph.tracing import trace
 from fxquant.models import load_model
 from fxquant.sweep import Results
 from passes.allocate_bits import AllocateBits
+from passes.augment import Augment
 from passes.compensate_weights import CompensateWeights
 from passes.contract import Pass, PassContext
 from passes.correct_weights import CorrectWeights
@@ -55,7 +56,7 @@ METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
     ("distil, weights' rounding kept", 1024, (Distil(weight_rate=0.0),)),
     ("distil, from nearest", 1024, (Distil(closed_form=None),)),
     ("distil, outputs only", 1024, (Distil(features=0.0),)),
-    ("distil, whole images", 1024, (Distil(crop=1.0),)),
+    ("distil, whole images, none mixed", 1024, (Distil(augment=Augment(1.0, 0.0, 0.0)),)),
     ("reconstruct, 40 steps", 128, (Reconstruct(steps=40),)),
     ("reconstruct, 40 steps, Fisher", 128, (Reconstruct(steps=40, loss="fisher"),)),
     ("reconstruct, 100 steps", 128, (Reconstruct(),)),

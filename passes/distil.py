@@ -6,9 +6,10 @@ blocks. What learns, by Adam: weights, through their rounding (straight-through,
 scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
 RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
 
-Few images would soon be learned by heart. So every step sees another crop and mirror image of each, which costs nothing
-since the float network labels whatever it is shown; one image in eight is held out, whole, and the state of least
-divergence there is kept, the start included.
+Few images would soon be learned by heart. So every step sees other crops and mixtures of them (`passes/augment.py`),
+which the float network labels whatever they show, and the outputs of blocks, which say more about an image than its
+class probabilities, weigh most. One image in eight is held out, whole, and the state of least divergence there is kept,
+the start included.
 
 Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
 quantizers. State is kept at every check, so an interrupted run goes on from the last one.
@@ -16,8 +17,8 @@ quantizers. State is kept at every check, so an interrupted run goes on from the
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,9 +31,11 @@ from torch.nn import functional
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
+from fxquant.graph.blocks import with_outputs
 from fxquant.quantizers.learned import LearnedCodes, LearnedScale
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.logit_gradients import class_scores
+from passes.augment import Augment
 from passes.block_pairs import BlockPairs, activation_quantizers, adopt, weight_layers
 from passes.contract import PassContext
 from passes.correct_weights import CorrectWeights
@@ -40,6 +43,7 @@ from passes.correct_weights import CorrectWeights
 HELD_OUT = 8  # one image in so many
 CLOSED_FORM = 128  # images at most; more hardly help it
 WARM_UP = 0.05  # of the steps
+NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
 
@@ -48,24 +52,25 @@ class Distil:
     """Train the quantized network.
 
     steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. All rise over the first twentieth of the steps
-    and fall by a cosine. features: weight of the blocks' outputs in the loss. crop: least share of a side that a crop
-    keeps; 1: images whole, mirrored only. closed_form: where weights start; None: at their nearest rounding. checks: of
-    the held-out divergence. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
+    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
+    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
+    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
+    example "cuda"; None: a GPU where there is one, else where the model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
     """
 
-    steps: int = 600
+    steps: int = 1000
     images: int = 16
-    weight_rate: float = 5e-3
-    scale_rate: float = 2e-3
-    rest_rate: float = 5e-4
-    features: float = 1.0
-    crop: float = 0.6
+    weight_rate: float = 7e-3
+    scale_rate: float = 3e-3
+    rest_rate: float = 1.5e-3
+    features: float = 40.0
+    augment: Augment = Augment()
     closed_form: CorrectWeights | None = CorrectWeights()
-    checks: int = 6
+    checks: int = 5
     device: str | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
@@ -73,8 +78,8 @@ class Distil:
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.images, self.checks) < 1 or not 0 < self.crop <= 1:
-            raise CalibrationError(f"steps, images and checks are at least 1, crop is over 0 and at most 1: {self}")
+        if min(self.steps, self.images, self.checks) < 1:
+            raise CalibrationError(f"steps, images and checks are at least 1: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
@@ -93,7 +98,7 @@ class Distil:
         if kept is None and self.closed_form is not None:
             for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
                 wanted |= {found.layer: found.weight for found in self.closed_form.correct(pair, pairs)}
-        training = _Training(self, pairs, wanted, train, held)
+        training = Training(self, pairs, wanted, train, held)
         if kept is not None:
             training.restore(kept[1])
             task.advance(training.check)
@@ -122,7 +127,7 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
     return train, torch.nonzero(held)[:, 0] if bool(held.any()) else train
 
 
-class _Training:
+class Training:
     """The network in training: what learns, the optimizer, and the best state so far."""
 
     def __init__(
@@ -157,17 +162,18 @@ class _Training:
             ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
-        self.rates = [rate for _, rate in groups]
-        self.optimizer = torch.optim.Adam([{"params": p, "lr": rate} for p, rate in groups], betas=(0.9, 0.99))
+        bits = mean_bits(self.weights.values())
+        self.steps = math.ceil(options.steps * NOMINAL_BITS / bits)
+        self.rates = [rate * 2 ** (NOMINAL_BITS - bits) for _, rate in groups]
+        named = [{"params": parameters} for parameters, _ in groups]
+        self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
         self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
         self.divergences = [self._divergence()]
         self.best = self._values()
 
     def advance(self) -> None:
         """Train up to the next check."""
-        first, last = (
-            round(self.options.steps * check / self.options.checks) for check in (self.check, self.check + 1)
-        )
+        first, last = (round(self.steps * check / self.options.checks) for check in (self.check, self.check + 1))
         for step in range(first, last):
             self._step(step)
         self.check += 1
@@ -235,14 +241,14 @@ class _Training:
 
     def _step(self, step: int) -> None:
         options = self.options
-        warm = min(1.0, (step + 1) / (WARM_UP * options.steps + 1))
+        warm = min(1.0, (step + 1) / (WARM_UP * self.steps + 1))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+            group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
         while len(self.order) < options.images:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
-        images = random_crops(self.images[chosen], options.crop, self.generator).to(self.device)
+        images = options.augment(self.images[chosen], self.generator).to(self.device)
         with self._precision():
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
@@ -273,6 +279,12 @@ class _Training:
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
 
+def mean_bits(weights: Iterable[LearnedCodes]) -> float:
+    """Of all weights that learn; NOMINAL_BITS where none does."""
+    sizes = [(weight.units.numel(), weight.start.bits) for weight in weights]
+    return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes) if sizes else NOMINAL_BITS
+
+
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean over images of KL(softmax(wanted) || softmax(found)), nats, float (); both (B, classes)."""
     expected = wanted.float().log_softmax(1)
@@ -284,29 +296,3 @@ def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
     power = wanted.float().square().sum(-1)
     power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
     return ((found.float() - wanted.float()).square().sum(-1) / power).mean()
-
-
-def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:
-    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored."""
-    count = len(images_bchw)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    side = least + (1 - least) * draw(count, 2)
-    side = (side.mean(1, keepdim=True) + 0.3 * (side - side.mean(1, keepdim=True))).clamp(least, 1)  # nearly square
-    places = torch.zeros(count, 2, 3)
-    places[:, (0, 1), (0, 1)] = side
-    places[:, 0, 0] *= torch.where(draw(count) < 0.5, -1.0, 1.0)
-    places[:, :, 2] = (2 * draw(count, 2) - 1) * (1 - side)
-    grid = functional.affine_grid(places, list(images_bchw.shape), align_corners=False).to(images_bchw)
-    return functional.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
-
-
-def with_outputs(graph_module: GraphModule, names: list[str]) -> GraphModule:
-    """A graph module that also returns these nodes' values, after its output; modules are shared, not copied."""
-    graph = copy.deepcopy(graph_module.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    end = next(node for node in graph.nodes if node.op == "output")
-    end.args = ((end.args[0], *(nodes[name] for name in names)),)
-    return GraphModule(graph_module, graph)

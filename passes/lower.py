@@ -154,9 +154,9 @@ def _add_in_place(graph_module: GraphModule) -> None:
     """Positions are added to the concatenated tokens where those lie."""
     for node in graph_module.graph.nodes:
         source = node.args[0] if node.target is operator.add else None
-        if isinstance(source, torch.fx.Node) and source.target is torch.cat and list(source.users) == [node]:
-            if shape_of(source) is not None and shape_of(source) == shape_of(node):
-                node.target = operator.iadd
+        is_fresh = isinstance(source, torch.fx.Node) and source.target is torch.cat and list(source.users) == [node]
+        if is_fresh and shape_of(source) is not None and shape_of(source) == shape_of(node):
+            node.target = operator.iadd
 
 
 def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:

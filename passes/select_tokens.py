@@ -50,7 +50,7 @@ def _selected(node: Node) -> int | None:
 
 
 def _moves_up(graph_module: GraphModule, layer: Any, selection: Node) -> bool:
-    """Whether only the selection reads the layer's result (B, N, C), and each token of it depends on that token only."""
+    """Whether only the selection reads the layer's result (B, N, C), and tokens of it depend on that token only."""
     if only_reader(layer) is not selection or len(layer.users) != 1:
         return False
     shapes = [shape_of(source) for source in layer.all_input_nodes]

@@ -8,6 +8,7 @@ blocks. No names and no classes of a model are looked at. What cannot be cut, be
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,15 @@ def extract(graph_module: GraphModule, source: str, result: str) -> GraphModule:
         if node in needed and node is not entry:
             copies[node] = graph.node_copy(node, lambda original: copies[original])
     graph.output(copies[nodes[result]])
+    return GraphModule(graph_module, graph)
+
+
+def with_outputs(graph_module: GraphModule, names: list[str]) -> GraphModule:
+    """A graph module that also returns these nodes' values, after its output; modules are shared, not copied."""
+    graph = copy.deepcopy(graph_module.graph)
+    nodes = {node.name: node for node in graph.nodes}
+    end = next(node for node in graph.nodes if node.op == "output")
+    end.args = ((end.args[0], *(nodes[name] for name in names)),)
     return GraphModule(graph_module, graph)
 
 

@@ -102,7 +102,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_factor: Tensor, owner: LearnedScale, kept: Tensor | None) -> Tensor:
-        result: Tensor = owner.current(x)
+        result = _by_images(owner.current, x)
         counted = x + owner.offset if owner.offset else x
         slope = None
         if owner.learns:
@@ -127,6 +127,18 @@ class _StraightThrough(torch.autograd.Function):
         some = gradient[: len(slope)].to(slope.dtype)
         to_factor = torch.dot(some.reshape(-1), slope.reshape(-1)).float() * (len(gradient) / len(slope))
         return to_x, to_factor, None, None
+
+
+def _by_images(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """quantizer(x), image by image, which stay in the cache; in the type that autocast has products in."""
+    kind = x.device.type
+    if kind != "cpu":
+        return quantizer(x)  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    result = torch.empty_like(x, dtype=dtype)
+    for to, part in zip(torch.split(result, 1), torch.split(x, 1), strict=True):
+        to.copy_(quantizer(part))
+    return result
 
 
 class LearnedCodes(nn.Module):

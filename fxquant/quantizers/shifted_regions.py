@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
@@ -55,12 +56,13 @@ class ShiftedRegionsQuantizer(Quantizer):
         return self._multiples(x).mul_(self.scale).to(x.dtype)
 
     def _multiples(self, x: Tensor) -> Tensor:
-        # In place wherever possible: fresh memory costs more here than arithmetic.
+        # In place wherever possible: fresh memory costs more here than arithmetic. Comparisons are not vectorised: what
+        # is below the boundary is 0 among the large ones, and the small ones end below it.
         units = x.float() * (1 / self.scale)
+        large = functional.threshold(units, self.boundary, 0.0).mul_(1 / self.large_step).round_()
+        large = large.clamp_(max=self.large_max).mul_(self.large_step)
         small = (units * (1 / self.small_step)).round_().clamp_(0, self.small_max).mul_(self.small_step)
-        large = (units * (1 / self.large_step)).round_().clamp_(0, self.large_max).mul_(self.large_step)
-        # As torch.where(units < boundary, small, large), which is not vectorised.
-        multiples: Tensor = small.lerp_(large, units.ge(self.boundary).to(units.dtype))
+        multiples: Tensor = torch.maximum(small, large)
         return multiples.add_(units.round_().clamp_(-self.small_max, 0)) if self.negative else multiples
 
     def settings(self) -> dict[str, Any]:

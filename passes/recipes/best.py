@@ -27,16 +27,17 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
     """Rotation and SQ-b before; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
-    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without.
+    budget: anything `Budget.parse` takes. After GELU and softmax, uniform scales where they cost next to nothing. No tensor gets fewer than 3 bits where the budget can be met without.
     thorough: instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
-    trained with all scales towards the float model's outputs; give it 1,024 images, it takes some 15 minutes of one
-    core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized protocol LayerNorm's inputs get
-    O-2SF.
+    trained with all scales towards the float model's outputs, and activations may be asymmetric; give it 1,024 images,
+    it takes some 20 minutes of one core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized
+    protocol LayerNorm's inputs get O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
     insert = InsertObservers(
-        post_gelu="asymmetric|opt-m",
-        post_softmax="asymmetric|log2|twin-softmax",
+        post_gelu="opt-m" if thorough else "asymmetric|opt-m",
+        post_softmax="log2|twin-softmax" if thorough else "asymmetric|log2|twin-softmax",
+        other="symmetric|asymmetric" if thorough else "symmetric",
         **(norms if options.get("fully_quantized") else {}),
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb()).after(CheckBudget, RotateResidual())

@@ -16,10 +16,14 @@ from fxquant.cache import Cache
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
 from fxquant.graph.tracing import trace
+from fxquant.quantizers.learned import LearnedCodes
+from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.allocate_bits import AllocateBits
+from passes.augment import Augment
+from passes.block_pairs import BlockPairs
 from passes.contract import Journal, PassContext
-from passes.distil import Distil, divergence, held_out, random_crops, token_errors
+from passes.distil import NOMINAL_BITS, Distil, Training, divergence, held_out, mean_bits, token_errors
 from passes.lower import Lower, execution_of
 from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
@@ -28,7 +32,17 @@ from passes.substitute_quantizers import SubstituteQuantizers
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
 UNSEEN = IMAGES[64:]
-QUICK = Distil(steps=50, images=8, weight_rate=0.008, scale_rate=4e-3, crop=0.8, checks=2, closed_form=None)
+QUICK = Distil(
+    steps=34,
+    images=8,
+    weight_rate=0.004,
+    scale_rate=2e-3,
+    rest_rate=2.5e-4,
+    features=1.0,
+    augment=Augment(0.8),
+    checks=2,
+    closed_form=None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +150,6 @@ def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))
 
 
-def test_a_crop_of_everything_is_the_image_or_its_mirror() -> None:
-    found = random_crops(IMAGES[:16], 1.0, torch.Generator().manual_seed(0))
-    mirrored = 0
-    for image, crop in zip(IMAGES[:16], found, strict=True):
-        same, turned = (float((crop - other).abs().max()) < 1e-3 for other in (image, image.flip(-1)))
-        assert same or turned
-        mirrored += turned
-    assert 0 < mirrored < 16
-
-
-def test_crops_stay_inside_the_image() -> None:
-    """Of a ramp from 0 to 1, a crop that keeps half a side or more shows a range between 0.4 and 1."""
-    ramp = torch.linspace(0, 1, 64).expand(8, 1, 64, 64)
-    spread = random_crops(ramp, 0.5, torch.Generator().manual_seed(0)).flatten(1)
-    assert bool((spread.amax(1) - spread.amin(1) >= 0.4).all())
-    assert float(spread.min()) >= 0
-    assert float(spread.max()) <= 1
-
-
 def test_losses_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = 0.5 * (0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75)))
@@ -173,5 +168,19 @@ def test_held_out_images_are_not_trained_on() -> None:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="at least 1"):
         Distil(steps=0)
-    with pytest.raises(CalibrationError, match="crop is over 0"):
-        Distil(crop=1.5)
+
+
+def test_mean_bits_count_every_weight() -> None:
+    """192 weights of 3 bits and 64 of 5 have 3.5; rates are scaled by 2 to the power of 3 less that."""
+    weights = [
+        LearnedCodes(torch.randn(8, n), UniformQuantizer(bits, torch.ones(8, 1))) for n, bits in ((24, 3), (8, 5))
+    ]
+    assert mean_bits(weights) == 3.5
+    assert mean_bits([]) == NOMINAL_BITS
+
+
+def test_steps_and_rates_fall_with_the_bits(allocated: GraphModule) -> None:
+    """Weights of 2 bits learn at twice the rates given and for half as many steps again: those hold for 3."""
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
+    assert training.steps == 1.5 * QUICK.steps
+    assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]

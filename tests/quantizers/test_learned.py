@@ -149,6 +149,16 @@ class TestLearnedScale:
         assert torch.equal(learned, FAMILIES[0](x))
         torch.testing.assert_close(thinned.log_factor.grad, 4 * whole.log_factor.grad)
 
+    def test_under_autocast_values_have_the_type_of_products_and_gradients_that_of_the_input(self) -> None:
+        quantizer = UniformQuantizer(3, 0.25)
+        learned, x = LearnedScale(quantizer), values().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = learned(x)
+        assert result.dtype == torch.bfloat16
+        assert torch.equal(result.float(), quantizer(x)), "multiples of a quarter are exact in bfloat16"
+        result.sum().backward()
+        assert x.grad.dtype == torch.float32
+
     def test_dropping(self) -> None:
         x, quantizer = values(), UniformQuantizer(2, 1.0)
         learned = LearnedScale(quantizer, 0.5, torch.Generator().manual_seed(0)).train()
