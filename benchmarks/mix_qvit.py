@@ -104,7 +104,7 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
     with RichProgress() as progress:
         for optimise in options.optimise.split(","):
             for bits in options.bits.split(","):
-                for method in (m for m in METHODS if options.methods in m):
+                for method in (m for m in METHODS if not options.methods or m in options.methods.split(";")):
                     key = signature(settings, method, bits, optimise)
                     if key in results.points:
                         continue
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="test images")
     parser.add_argument("--bits", default="6,4,3")
-    parser.add_argument("--methods", default="", help="only rows whose name contains this")
+    parser.add_argument("--methods", default="", help="only these rows, separated by ;")
     parser.add_argument("--optimise", default=",".join(OPTIMISATIONS))
     parser.add_argument("--cache", type=Path, help="folder for scores")
     parser.add_argument("--threads", type=int, default=1)

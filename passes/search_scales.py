@@ -28,12 +28,14 @@ class SearchScales:
     """Search scales at all candidate widths.
 
     bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
-    weights' inputs, for CompensateWeights; everything else that observers have gathered is released.
+    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. weights:
+    "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     metric: Literal["hessian", "mse", "min-max"] = "hessian"
     keep_grams: bool = False
+    weights: Literal["symmetric", "asymmetric"] = "symmetric"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
@@ -102,4 +104,5 @@ class SearchScales:
             observer.gram if hessian else None,
             observer.channel_weight() if hessian else None,
             search=self.metric != "min-max",
+            asymmetric=self.weights == "asymmetric",
         )
