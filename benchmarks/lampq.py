@@ -28,7 +28,6 @@ from allocators.budget import Budget
 from allocators.uniform import Uniform
 from fxquant import embedded
 from fxquant.cache import signature
-from fxquant.compiler import Compiled
 from fxquant.models import load_model
 from fxquant.sweep import Prepared, Results
 from passes.metrics import NuclearNorm, PredictedLoss
@@ -74,16 +73,19 @@ def resolved(name: str, base: str) -> tuple[str, dict[str, Any]] | None:
     return recipe, found
 
 
-def measured(model: nn.Module, quantized: Compiled, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and the divergence from the float model in nats per image."""
-    correct, divergence = 0, 0.0
+def outputs(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Logits, float64 (N, classes)."""
     with torch.inference_mode():
-        for x, y in zip(images.split(20), labels.split(20), strict=True):
-            logits = quantized(x)
-            log_p, log_q = model(x).double().log_softmax(1), logits.double().log_softmax(1)
-            correct += int((logits.argmax(1) == y).sum())
-            divergence += float((log_p.exp() * (log_p - log_q)).sum())
-    return {"top1": 100 * correct / len(labels), "divergence": divergence / len(labels)}
+        return torch.cat([model(x).double() for x in images.split(20)])
+
+
+def measured(exact: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and the divergence from the float model's logits `exact` in nats per image."""
+    log_p, log_q = exact.log_softmax(1), logits.log_softmax(1)
+    return {
+        "top1": 100 * float((logits.argmax(1) == labels).double().mean()),
+        "divergence": float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+    }
 
 
 def point(
@@ -95,6 +97,7 @@ def point(
     calibration: Tensor,
     images: Tensor,
     labels: Tensor,
+    exact: Tensor,
     cache: Path | None = None,
 ) -> dict[str, Any] | None:
     """One row: a whole compile and its accuracy."""
@@ -116,7 +119,7 @@ def point(
         "method": name.format(base=base),
         "budget": budget,
         "seed": seed,
-        **measured(model, quantized, images, labels),
+        **measured(exact, outputs(quantized, images), labels),
         "usage": quantized.allocation.usage,
         "seconds": seconds,
         "allocation_seconds": own,
@@ -174,7 +177,9 @@ def main() -> None:
     model, calibrations, images, labels = loaded(options)
     results = Results(RESULTS / f"lampq_{options.model}.json")
     settings = signature(model, len(images), options.images)
-    results.point(signature(settings, "float"), lambda: {"method": "float", **float_row(model, images, labels)})
+    exact = outputs(model, images)
+    row = {"method": "float", **measured(exact, exact, labels), "test_images": len(labels)}
+    results.point(signature(settings, "float"), lambda: row)
     for seed in range(options.seeds):
         for budget in options.budgets.split(","):
             for name in [n for n in ROWS if not options.rows or n in options.rows.split(";")]:
@@ -182,7 +187,7 @@ def main() -> None:
                 if key in results.points:
                     continue
                 found = point(
-                    name, options.base, budget, seed, model, calibrations(seed), images, labels, options.cache
+                    name, options.base, budget, seed, model, calibrations(seed), images, labels, exact, options.cache
                 )
                 if found is None:
                     print(f"left out, a recipe is missing: {name.format(base=options.base)}", flush=True)
@@ -190,15 +195,6 @@ def main() -> None:
                 results.point(key, lambda found=found: found)
                 print(json.dumps(found), flush=True)
     print("\n".join(table([p for p in results.points.values() if p["test_images"] == len(images)])))
-
-
-def float_row(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1 of the float model."""
-    with torch.inference_mode():
-        right = sum(
-            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(20), labels.split(20), strict=True)
-        )
-    return {"top1": 100 * right / len(labels), "test_images": len(labels)}
 
 
 def loaded(options: argparse.Namespace) -> tuple[nn.Module, Callable[[int], Tensor], Tensor, Tensor]:
