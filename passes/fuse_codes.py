@@ -1,7 +1,8 @@
 """Fusions that keep bytes between layers: each is a small rewrite of an `IntegerPlan`, sound by itself.
 
 - `fuse_attention`: qkv -> split -> scale -> q k^T (+ bias) -> softmax -> v becomes one node, bytes to bytes.
-- `fuse_epilogues`: linear -> GELU -> codes, linear -> codes and linear -> residual addition become the linear's.
+- `fuse_epilogues`: linear -> GELU -> codes (by a table, where GELU takes 14-bit codes), linear -> codes and linear ->
+  residual addition become the linear's.
 - `fuse_layer_norms`: layer norm -> codes becomes one node.
 
 What does not match stays as it is, and runs: patterns only make it faster.
@@ -18,9 +19,10 @@ from torch.fx import Node
 
 from fxquant.graph.annotation import Role, annotation_of
 from fxquant.graph.normalization import constant_of
+from fxquant.runtime.byte_table import byte_table
 from fxquant.runtime.lowered import AttentionCodes, Epilogue, IntegerAttention, LayerNormToCodes
 from fxquant.runtime.native import library
-from fxquant.runtime.simulated import QuantizedLinear
+from fxquant.runtime.simulated import QuantizedInput, QuantizedLinear
 from passes.integer_plan import IntegerPlan, input_of, only_reader, set_dtype, shape_of
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add")
@@ -186,6 +188,12 @@ def fuse_epilogues(plan: IntegerPlan) -> None:
             codes = only_reader(follower)
             if codes is not None and codes in plan.made:
                 _give_codes(plan, node, codes, Epilogue(library.GELU_CODES, (plan.made[codes],)))
+        elif isinstance(activation, QuantizedInput) and isinstance(activation.inner, nn.GELU):
+            codes = only_reader(follower)
+            found = plan.made.get(codes) if codes is not None else None
+            table = None if found is None else byte_table(activation.input_quantizer, activation.inner, found)
+            if codes is not None and table is not None:
+                _give_codes(plan, node, codes, Epilogue(library.TABLE_CODES, table=table))
         elif follower.target in _SUMS and len(follower.args) == 2 and not follower.kwargs:
             _add_residual(plan, node, follower)
 

@@ -28,13 +28,15 @@ class SearchScales:
     """Search scales at all candidate widths.
 
     bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
-    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. weights:
-    "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
+    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
+    edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
+    weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     metric: Literal["hessian", "mse", "min-max"] = "hessian"
     keep_grams: bool = False
+    negligible: float = 0.0
     weights: Literal["symmetric", "asymmetric"] = "symmetric"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
@@ -87,7 +89,9 @@ class SearchScales:
         for column, bits in enumerate(self.bits):
             # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
             usable = [group[column] for family, group in zip(named, found, strict=True) if bits <= family.widest_bits]
-            best.append(min(usable or [group[column] for group in found], key=lambda candidate: candidate.loss))
+            usable = usable or [group[column] for group in found]
+            enough = min(candidate.loss for candidate in usable) + self.negligible
+            best.append(next(candidate for candidate in usable if candidate.loss <= enough))
         return tuple(best)
 
     def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:

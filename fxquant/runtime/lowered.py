@@ -17,6 +17,7 @@ from torch.nn import functional
 from fxquant.errors import BackendError
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import ByteCode
+from fxquant.runtime.byte_table import ByteTable
 from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedWeightModule
 
@@ -28,17 +29,18 @@ class Epilogue:
     """What a linear kernel does with its float result.
 
     kind: `library.FLOAT`, `RESIDUAL` (adds a tensor), `CODES` (column range i of len(codes) equal ones: times
-    factors[i], then codes[i]) or `GELU_CODES` (codes[0] of GELU).
+    factors[i], then codes[i]), `GELU_CODES` (codes[0] of GELU) or `TABLE_CODES` (what the table says).
     """
 
     kind: int = library.FLOAT
     codes: tuple[ByteCode, ...] = ()
     factors: tuple[float, ...] = ()
+    table: ByteTable | None = None
 
     @property
     def gives_codes(self) -> bool:
         """Whether the result is bytes."""
-        return self.kind in (library.CODES, library.GELU_CODES)
+        return self.kind in (library.CODES, library.GELU_CODES, library.TABLE_CODES)
 
 
 class ToCodes(nn.Module):
@@ -102,8 +104,9 @@ def _packed(
     source: QuantizedWeightModule, quantizer: UniformQuantizer, codes: Tensor, code: ByteCode, epilogue: Epilogue
 ) -> Tensor:
     out_features, in_features = codes.shape[0], codes[0].numel()
-    spec = library.LinearSpec(out_features, in_features, quantizer.bits, epilogue.kind, max(1, len(epilogue.codes)))
-    spec.input = code.levels_spec()
+    ranges = max(1, len(epilogue.codes))
+    spec = library.LinearSpec(out_features, in_features, quantizer.bits, epilogue.kind, ranges)
+    spec.input, spec.steps = code.levels_spec(), 0 if epilogue.table is None else epilogue.table.steps
     for index, output in enumerate(epilogue.codes):
         spec.output[index] = output.quantizer_spec()
         spec.factor[index] = epilogue.factors[index] if epilogue.factors else 1.0
@@ -111,9 +114,13 @@ def _packed(
     flat = codes.detach().flatten(1).contiguous()
     scale = quantizer.scale.reshape(-1).expand(out_features).contiguous()
     bias = torch.zeros(out_features) if source.bias is None else source.bias.detach().float().contiguous()
+    entries = torch.empty(0, dtype=torch.uint8)
+    if epilogue.table is not None:
+        entries = epilogue.table.entries
+        scale, bias = scale / epilogue.table.scale, bias / epilogue.table.scale + epilogue.table.zero
     library.call(
         "linear_pack", ctypes.byref(spec), flat.data_ptr(), flat.numel(), scale.data_ptr(), bias.data_ptr(),
-        bias.nbytes, layout.data_ptr(), layout.numel(),
+        bias.nbytes, entries.data_ptr() or None, entries.numel(), layout.data_ptr(), layout.numel(),
     )  # fmt: skip
     return layout
 

@@ -17,6 +17,7 @@ from fxquant.errors import ArtefactError
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.byte_table import BITS as TABLE_BITS
 from fxquant.runtime.observer_json import observer_from_json, observer_to_json
 from fxquant.runtime.packing import WIDTHS, pack, unpack
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
@@ -185,10 +186,7 @@ def quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | No
     """Settings of a quantizer and its tensors, named below `path`; None for none. Raises ArtefactError."""
     if quantizer is None:
         return None, {}
-    if quantizer.bits not in WIDTHS:
-        raise ArtefactError(
-            f"quantizer '{path}' has {quantizer.bits} bits; {WIDTHS.start} to {WIDTHS.stop - 1} are kept"
-        )
+    _check_width(quantizer.bits, path)
     state = {f"{path}.{name}": tensor for name, tensor in quantizer.state_dict().items()}
     _check_scales(state)
     return quantizer.settings(), state
@@ -198,10 +196,7 @@ def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor])
     """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together."""
     if settings is None:
         return None
-    if field(settings, "bits", int, f"quantizer '{path}'") not in WIDTHS:
-        raise ArtefactError(
-            f"quantizer '{path}' has {settings['bits']} bits; {WIDTHS.start} to {WIDTHS.stop - 1} exist"
-        )
+    _check_width(field(settings, "bits", int, f"quantizer '{path}'"), path)
     if "shape" in settings:
         sizes(settings["shape"], f"quantizer '{path}'")
     with torch.device("meta"):
@@ -214,6 +209,13 @@ def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor])
     _assign(quantizer, path, tensors)
     _check_scales({f"{path}.{name}": tensor for name, tensor in quantizer.state_dict().items()})
     return quantizer
+
+
+def _check_width(bits: int, path: str) -> None:
+    if bits not in WIDTHS and bits != TABLE_BITS:
+        raise ArtefactError(
+            f"quantizer '{path}' has {bits} bits; there are {WIDTHS.start} to {WIDTHS.stop - 1} and {TABLE_BITS}"
+        )
 
 
 def _check_scales(state: State) -> None:

@@ -17,7 +17,9 @@ from passes.pipeline import Pipeline
 from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
 from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
+from passes.tabulate_gelu import TabulateGelu
 
+NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product for OPT-m's levels
 NARROWEST = 3  # below, tensors cost more than any prediction says
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
@@ -32,13 +34,17 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(post_softmax="log2|twin-softmax", **(norms if options.get("fully_quantized") else {}))
+    insert = InsertObservers(
+        post_gelu="asymmetric|opt-m",
+        post_softmax="asymmetric|log2|twin-softmax",
+        **(norms if options.get("fully_quantized") else {}),
+    )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb()).after(CheckBudget, RotateResidual())
     passes = (replace(step, narrowest=NARROWEST) if isinstance(step, AllocateBits) else step for step in assembled)
-    pipeline = Pipeline(passes)
+    pipeline = Pipeline([*passes, TabulateGelu()])
     if thorough:
         return pipeline.replace(Calibrate, Calibrate(images=SEARCHED)).after(AllocateBits, Distil())
-    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_grams=True)
+    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_grams=True, negligible=NEGLIGIBLE)
     return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
 
 

@@ -77,12 +77,20 @@ void compare(const Work &work, const char *what) {
         }
 }
 
+// A table for a layer that has one, and none for others.
+std::vector<uint8_t> table_of(FxqLinear *spec) {
+    const bool has_table = spec->epilogue == FXQ_TABLE_CODES;
+    spec->steps = has_table ? static_cast<int32_t>(any(1, FXQ_MAX_STEPS)) : 0;
+    return bytes(has_table ? (1 + 2 * spec->steps) * FXQ_TABLE_ENTRIES / 256 : 0);
+}
+
 void linear(bool damaged) {
     FxqLinear spec{};
     spec.out_features = any(1, 90);
     spec.in_features = any(1, 90);
     spec.weight_bits = static_cast<int32_t>(any(2, 8));
-    spec.epilogue = static_cast<int32_t>(any(0, 3));
+    spec.epilogue = static_cast<int32_t>(any(0, 4));
+    const auto table = table_of(&spec);
     spec.ranges = spec.epilogue == FXQ_CODES && spec.out_features % 3 == 0 ? 3 : 1;
     spec.input = levels();
     for (int i = 0; i < FXQ_MAX_RANGES; ++i) {
@@ -95,8 +103,8 @@ void linear(bool damaged) {
     for (int8_t &code : codes) code = static_cast<int8_t>(any(-limit, limit - 1));
     const auto scale = floats(spec.out_features), bias = floats(spec.out_features);
     std::vector<uint8_t> layout(fxq_linear_bytes(&spec));
-    if (fxq_linear_pack(&spec, codes.data(), count, scale.data(), bias.data(), spec.out_features * 4, layout.data(),
-                        static_cast<int64_t>(layout.size())))
+    if (fxq_linear_pack(&spec, codes.data(), count, scale.data(), bias.data(), spec.out_features * 4, table.data(),
+                        static_cast<int64_t>(table.size()), layout.data(), static_cast<int64_t>(layout.size())))
         fail("a good layer is refused");
     if (damaged) damage(layout.data(), one_in(2) ? sizeof spec + 8 : layout.size());
     const int64_t rows = any(0, 40);
@@ -190,6 +198,7 @@ std::vector<uint8_t> linear_layout(int64_t out, int64_t in, int32_t epilogue, bo
     FxqLinear spec{};
     spec.out_features = out, spec.in_features = in, spec.epilogue = epilogue, spec.ranges = 1;
     spec.weight_bits = static_cast<int32_t>(any(2, 8));
+    const auto table = table_of(&spec);
     spec.input = levels();
     if (one_digit) spec.input.count = spec.input.identity = 1, spec.input.zero %= 256;
     spec.output[0] = quantizer(epilogue == FXQ_CODES);
@@ -198,8 +207,8 @@ std::vector<uint8_t> linear_layout(int64_t out, int64_t in, int32_t epilogue, bo
     for (int8_t &code : codes) code = static_cast<int8_t>(any(-2, 1));
     const auto scale = floats(out), bias = floats(out);
     std::vector<uint8_t> layout(fxq_linear_bytes(&spec));
-    if (fxq_linear_pack(&spec, codes.data(), out * in, scale.data(), bias.data(), out * 4, layout.data(),
-                        static_cast<int64_t>(layout.size())))
+    if (fxq_linear_pack(&spec, codes.data(), out * in, scale.data(), bias.data(), out * 4, table.data(),
+                        static_cast<int64_t>(table.size()), layout.data(), static_cast<int64_t>(layout.size())))
         fail("a good layer is refused");
     return layout;
 }
@@ -243,9 +252,9 @@ void chain(bool damaged) {
     }
     add(steps[3], 3, 0, linear_layout(channels, width, FXQ_RESIDUAL, false));
     norm(steps[4], 4);
-    add(steps[5], 5, 0, linear_layout(hidden, channels, FXQ_GELU_CODES, false));
+    add(steps[5], 5, 0, linear_layout(hidden, channels, one_in(2) ? FXQ_GELU_CODES : FXQ_TABLE_CODES, false));
     add(steps[6], 6, 4, linear_layout(channels, hidden, FXQ_RESIDUAL, false));
-    const FxqChain header{FXQ_CHAIN_MAGIC, 3, 7, channels};
+    const FxqChain header{FXQ_CHAIN_MAGIC, 4, 7, channels};
     std::memcpy(memory.data(), &header, sizeof header);
     std::memcpy(memory.data() + sizeof header, steps, sizeof steps);
     if (damaged) damage(memory.data(), one_in(2) ? sizeof header + sizeof steps : memory.size());
@@ -274,7 +283,8 @@ void garbage() {
     const int64_t rows = any(-2, 50);
     fxq_linear_bytes(&spec);
     fxq_linear_pack(&spec, reinterpret_cast<int8_t *>(codes.data()), static_cast<int64_t>(codes.size()),
-                    reinterpret_cast<float *>(out.data()), nullptr, 4, layout.data(), static_cast<int64_t>(layout.size()));
+                    reinterpret_cast<float *>(out.data()), nullptr, 4, codes.data(), static_cast<int64_t>(codes.size()),
+                    layout.data(), static_cast<int64_t>(layout.size()));
     if (fxq_linear(layout.data(), static_cast<int64_t>(layout.size()), codes.data(), static_cast<int64_t>(codes.size()),
                    rows, nullptr, 0, out.data(), static_cast<int64_t>(out.size()), 1) == FXQ_OK)
         fail("garbage is taken for a layer");

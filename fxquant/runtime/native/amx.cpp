@@ -19,6 +19,7 @@ using Left = uint8_t;
 using Right = int8_t;
 constexpr int kMaxVectors = 2, kTileRows = 32, kWholeRows = 16, kInnerStep = 64, kRowBlock = 32;
 constexpr int64_t kMostInner = 512;
+constexpr bool kBegins = true;
 
 int vectors_for(int64_t units) { return units < 2 ? 1 : 2; }
 int rows_for(int) { return kTileRows; }
@@ -42,16 +43,19 @@ struct Session {
 // Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
 template <bool is_tall, bool is_wide, class Work>
 void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements, int64_t steps,
-             const int32_t *begin, int32_t *sums, int64_t sum_stride, Work &work) {
-    // Not in the first step: what the work reads is still on its way to memory.
-    const int portion = static_cast<int>((work.count + steps - 2) / (steps > 1 ? steps - 1 : 1));
+             const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
+    // Copies: stores of bytes may change whatever is in memory. Not const: only so do compilers keep them in registers.
+    auto task = work.task();
+    Work mine = work;
+    const int portion = static_cast<int>((mine.count + 2 * steps - 1) / (2 * steps));
     asm volatile("" ::: "memory");  // compilers do not all know that loading a tile reads memory
     const int64_t bytes = sum_stride * 4, tall = 16 * sum_stride;
     if (begin) {
-        _tile_loadd(0, begin, bytes);
-        if (is_wide) _tile_loadd(1, begin + 16, bytes);
-        if (is_tall) _tile_loadd(2, begin + tall, bytes);
-        if (is_tall && is_wide) _tile_loadd(3, begin + tall + 16, bytes);
+        const int64_t begin_bytes = begin_stride * 4, begin_tall = 16 * begin_stride;
+        _tile_loadd(0, begin, begin_bytes);
+        if (is_wide) _tile_loadd(1, begin + 16, begin_bytes);
+        if (is_tall) _tile_loadd(2, begin + begin_tall, begin_bytes);
+        if (is_tall && is_wide) _tile_loadd(3, begin + begin_tall + 16, begin_bytes);
     } else {
         _tile_zero(0);
         if (is_wide) _tile_zero(1);
@@ -66,27 +70,30 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
             _tile_loadd(7, right + unit_elements + s * 1024, 64);
             _tile_dpbusd(1, 4, 7);
         }
+        mine.some(task, portion);
         if (is_tall) {
             _tile_loadd(5, left + 16 * left_stride + s * 64, left_stride);
             _tile_dpbusd(2, 5, 6);
             if (is_wide) _tile_dpbusd(3, 5, 7);
         }
-        if (s > 0) work.some(portion);
+        mine.some(task, portion);
     }
+    work = mine;
     _tile_stored(0, sums, bytes);
     if (is_wide) _tile_stored(1, sums + 16, bytes);
     if (is_tall) _tile_stored(2, sums + tall, bytes);
     if (is_tall && is_wide) _tile_stored(3, sums + tall + 16, bytes);
 }
 
-// Reads whole rows of 16 or 32, and writes as many, added to `begin` where there is one; meanwhile does some of `work`.
+// Reads whole rows of 16 or 32, and writes as many, added to `begin` where there is one (one row for all with stride 0);
+// meanwhile does some of `work`.
 template <class Work>
 void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
-          int64_t groups, const int32_t *begin, int32_t *sums, int64_t sum_stride, Work &work) {
+          int64_t groups, const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
     const bool is_wide = vectors == 2;
     (rows > 16 ? is_wide ? tile_of<true, true, Work> : tile_of<true, false, Work>
                : is_wide ? tile_of<false, true, Work> : tile_of<false, false, Work>)(
-        left, left_stride, right, unit_elements, groups / 16, begin, sums, sum_stride, work);
+        left, left_stride, right, unit_elements, groups / 16, begin, begin_stride, sums, sum_stride, work);
 }
 
 #include "avx512.inl"

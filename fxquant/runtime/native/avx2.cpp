@@ -19,6 +19,7 @@ using Left = int16_t;
 using Right = int16_t;
 constexpr int kMaxVectors = 1, kTileRows = 2, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
+constexpr bool kBegins = false;  // all sums begin at zero
 
 struct Session {};
 
@@ -54,7 +55,7 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
 
 template <class Work>
 void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
-          const int32_t *, int32_t *sums, int64_t sum_stride, Work &) {
+          const int32_t *, int64_t, int32_t *sums, int64_t sum_stride, Work &) {
     (rows == 2 ? tile_of<2> : tile_of<1>)(left, left_stride, right, groups, sums, sum_stride);
 }
 

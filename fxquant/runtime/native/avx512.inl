@@ -61,10 +61,22 @@ static FXQ_INLINE Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.low, b.low, _CMP_LT_OQ), otherwise.low, then.low),
             _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.high, b.high, _CMP_LT_OQ), otherwise.high, then.high)};
 }
+static FXQ_INLINE Vec only(Vec x, int64_t count, float rest) {  // the first `count` of x
+    if (count >= kLanes) return x;
+    const __m512 other = _mm512_set1_ps(rest);
+    return {_mm512_mask_mov_ps(other, mask_of(count), x.low), _mm512_mask_mov_ps(other, mask_of(count - 16), x.high)};
+}
 static FXQ_INLINE Vec to_float(Whole x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
-static FXQ_INLINE Vec entry(const float *table, Whole index) {
-    const __m512 first = _mm512_loadu_ps(table), second = _mm512_loadu_ps(table + 16);
-    return {_mm512_permutex2var_ps(first, index.low, second), _mm512_permutex2var_ps(first, index.high, second)};
+struct Table {
+    __m512 first, second;
+};
+static FXQ_INLINE Table scaled(const float *table, float factor) {  // 32 numbers times a factor
+    return {_mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(factor)),
+            _mm512_mul_ps(_mm512_loadu_ps(table + 16), _mm512_set1_ps(factor))};
+}
+static FXQ_INLINE Vec entry(const Table &table, Whole index) {
+    return {_mm512_permutex2var_ps(table.first, index.low, table.second),
+            _mm512_permutex2var_ps(table.first, index.high, table.second)};
 }
 static FXQ_INLINE Whole bits_of(Vec x) { return {_mm512_castps_si512(x.low), _mm512_castps_si512(x.high)}; }
 static FXQ_INLINE Vec float_of(Whole x) { return {_mm512_castsi512_ps(x.low), _mm512_castsi512_ps(x.high)}; }
@@ -108,12 +120,7 @@ static FXQ_INLINE float sum(const float *x, int64_t count, float center) {
     return sum_of(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-static FXQ_INLINE float largest(const float *x, int64_t count) {
-    __m512 most = _mm512_set1_ps(x[0]);
-    for (int64_t i = 0; i < count; i += 16)
-        most = _mm512_max_ps(_mm512_mask_loadu_ps(most, mask_of(count - i), x + i), most);
-    return _mm512_reduce_max_ps(most);
-}
+static FXQ_INLINE float largest_of(const Vec *x) { return _mm512_reduce_max_ps(_mm512_max_ps(x->low, x->high)); }
 
 static FXQ_INLINE float sum_of(const Vec *sums) { return sum_of(_mm512_add_ps(sums->low, sums->high)); }
 
@@ -127,6 +134,28 @@ static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, L
         const __m512i low = _mm512_permutex2var_epi8(a, code, b), high = _mm512_permutex2var_epi8(c, code, d);
         _mm512_mask_storeu_epi8(out + i, mask, _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), low, high));
     }
+}
+
+// As in portable.inl; what no int32 holds becomes the least one, and 0.
+template <int count>
+static FXQ_INLINE void table_bytes(const uint8_t *table, int steps, const Vec *x, uint8_t *out) {
+    static_assert(count == 64, "four registers");
+    const __m512 most = _mm512_set1_ps(float(FXQ_TABLE_ENTRIES - 1));
+    const auto whole = [most](__m512 y) { return _mm512_cvtps_epi32(_mm512_min_ps(y, most)); };
+    const __m512i a = _mm512_packus_epi32(whole(x[0].low), whole(x[0].high));
+    const __m512i b = _mm512_packus_epi32(whole(x[1].low), whole(x[1].high));
+    const __m512i low_byte = _mm512_set1_epi16(255);
+    const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    const __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, low_byte), _mm512_and_si512(b, low_byte));
+    const auto row = [&](int i) FXQ_ALWAYS {
+        return _mm512_permutexvar_epi8(high, _mm512_loadu_si512(table + i * kTableRow));
+    };
+    __m512i bytes = row(0);
+    for (int step = 0; step < steps; ++step)
+        bytes = _mm512_mask_mov_epi8(bytes, _mm512_cmpge_epu8_mask(low, row(2 * step + 1)), row(2 * step + 2));
+    // Packing has put groups of four numbers of each quarter of a register side by side.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(order, bytes));
 }
 
 // Up to 64 bytes less 128; zero beyond `count`.

@@ -10,7 +10,7 @@
 namespace fxq {
 namespace {
 
-constexpr int64_t kMaxSteps = 4096, kCacheBytes = 10 << 19;
+constexpr int64_t kMaxSteps = 4096, kCacheBytes = 1 << 21;
 
 struct Value {
     int64_t width = 0, bytes = 0;  // elements of a row, bytes of an element

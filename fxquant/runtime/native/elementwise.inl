@@ -17,7 +17,9 @@ struct UniformBytes {
     explicit UniformBytes(const FxqQuantizer &q)
         : inverse(splat(1.0f / q.scale)), low(splat(float(q.low - q.zero))), high(splat(float(q.high - q.zero))),
           zero(splat(static_cast<uint32_t>(q.zero))) {}
-    FXQ_INLINE Whole operator()(Vec x) const { return uniform_byte(x * inverse, low, high, zero); }
+    FXQ_INLINE void multiply_inputs(Vec gain) { inverse = inverse * gain; }
+    FXQ_INLINE Whole operator()(Vec x) const { return of_units(x * inverse); }
+    FXQ_INLINE Whole of_units(Vec x) const { return uniform_byte(x, low, high, zero); }
 };
 
 // Index of the level: negatives, zero and small ones, then large ones from zero on; ShiftedRegionsQuantizer.
@@ -37,8 +39,10 @@ struct RegionBytes {
         next = splat(float(small + 1)), least = splat(has_negative ? float(-small) : 0.0f);
         base = splat(has_negative ? static_cast<uint32_t>(small) : 0u);
     }
-    FXQ_INLINE Whole operator()(Vec x) const {
-        const Vec units = x * inverse, zero = splat(0.0f);
+    FXQ_INLINE void multiply_inputs(Vec gain) { inverse = inverse * gain; }
+    FXQ_INLINE Whole operator()(Vec x) const { return of_units(x * inverse); }
+    FXQ_INLINE Whole of_units(Vec units) const {
+        const Vec zero = splat(0.0f);
         Vec step = if_less(units, boundary, small_inverse, large_inverse);
         if (has_negative) step = if_less(units, zero, splat(1.0f), step);
         const Vec most = if_less(units, boundary, small_max, large_max);
@@ -51,9 +55,11 @@ struct Log2Bytes {
     Vec inverse, least;
     explicit Log2Bytes(const FxqQuantizer &q)
         : inverse(splat(1.0f / q.scale)), least(splat(1.0f / float(1 << ((1 << q.bits) - 1)))) {}
-    FXQ_INLINE Whole operator()(Vec x) const {
+    FXQ_INLINE void multiply_inputs(Vec gain) { inverse = inverse * gain; }
+    FXQ_INLINE Whole operator()(Vec x) const { return of_units(x * inverse); }
+    FXQ_INLINE Whole of_units(Vec x) const {
         // The sum carries into the exponent where the significand is above that of sqrt 2, 0x3504f3.
-        const Whole bits = bits_of(clamp(x * inverse, least, splat(1.0f)));
+        const Whole bits = bits_of(clamp(x, least, splat(1.0f)));
         return splat(127u) - ((bits + splat(0x800000u - 0x3504f4u)) >> 23);
     }
 };
@@ -67,35 +73,38 @@ static void with_bytes(const FxqQuantizer &q, const Task &task) {
     else task(RegionBytes<false>(q));
 }
 
-// e^x for x <= 0; below -80 as e^-80, which no later product makes subnormal, and slow. Cody-Waite reduction, a polynomial of degree 5: relative error 2^-22.
-static FXQ_INLINE Vec exponential(Vec x) {
-    x = larger(x, splat(-80.0f));
-    const Vec sum = fused(x, splat(1.44269504f), splat(kRounding)), n = sum - splat(kRounding);
-    Vec r = fused(n, splat(-0.693359375f), x);
-    r = fused(n, splat(2.12194440e-4f), r);
-    Vec p = splat(8.31252057e-3f);
-    p = fused(p, r, splat(4.18901555e-2f));
-    p = fused(p, r, splat(1.66671142e-1f));
-    p = fused(p, r, splat(4.99992311e-1f));
-    p = fused(p, r, splat(1.0f));
+// 2^x for x <= 0; below -115 as 2^-115, which no later product makes subnormal, and slow. Relative error 2^-22.
+static FXQ_INLINE Vec power_of_two(Vec x) {
+    x = larger(x, splat(-115.0f));
+    const Vec sum = x + splat(kRounding), r = x - (sum - splat(kRounding));
+    Vec p = splat(1.32647273e-3f);
+    p = fused(p, r, splat(9.67151299e-3f));
+    p = fused(p, r, splat(5.55073358e-2f));
+    p = fused(p, r, splat(2.40222424e-1f));
+    p = fused(p, r, splat(6.93147004e-1f));
     p = fused(p, r, splat(1.0f));
     return float_of(bits_of(p) + (bits_of(sum) << 23));
 }
 
-// GELU of kGeluStep x: y Phi(y) = y / 2 + |y| (Phi(|y|) - 1 / 2), the second term by polynomials of degree 4 around
-// whole x.
-static FXQ_INLINE Vec gelu(Vec x) {
-    const Vec size = size_of(x);
-    const Vec sum = smaller(size, splat(float(kGeluPieces - 1))) + splat(kRounding);
-    const Vec t = size - (sum - splat(kRounding));
-    const Whole piece = piece_of(sum);
-    Vec p = entry(gelu_table[4], piece);
-    p = fused(p, t, entry(gelu_table[3], piece));
-    p = fused(p, t, entry(gelu_table[2], piece));
-    p = fused(p, t, entry(gelu_table[1], piece));
-    p = fused(p, t, entry(gelu_table[0], piece));
-    return fused(x, splat(kGeluStep / 2), p);
-}
+// GELU of kGeluStep x, times a factor: y Phi(y) = y / 2 + |y| (Phi(|y|) - 1 / 2), the second term by polynomials of
+// degree 3 around whole x.
+struct ScaledGelu {
+    Table coefficients[kGeluDegree + 1];
+    Vec half;
+    explicit ScaledGelu(float factor) : half(splat(kGeluStep / 2 * factor)) {
+        for (int k = 0; k <= kGeluDegree; ++k) coefficients[k] = scaled(gelu_table[k], factor);
+    }
+    FXQ_INLINE Vec operator()(Vec x) const {
+        const Vec size = size_of(x);
+        const Vec sum = smaller(size, splat(float(kGeluPieces - 1))) + splat(kRounding);
+        const Vec t = size - (sum - splat(kRounding));
+        const Whole piece = piece_of(sum);
+        Vec p = entry(coefficients[kGeluDegree], piece);
+#pragma GCC unroll 8
+        for (int k = kGeluDegree - 1; k >= 0; --k) p = fused(p, t, entry(coefficients[k], piece));
+        return fused(x, half, p);
+    }
+};
 
 static void quantize(const FxqQuantizer &quantizer, const float *x, int64_t count, uint8_t *out) {
     with_bytes(quantizer, [=](const auto &bytes) {

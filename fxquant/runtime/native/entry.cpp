@@ -89,11 +89,12 @@ bool are_levels(const FxqLevels &levels) {
 int32_t check(const FxqLinear &spec) {
     if (!is_size(spec.out_features) || !is_size(spec.in_features, FXQ_MAX_INNER)) return FXQ_SIZE;
     if (spec.weight_bits < 2 || spec.weight_bits > 8) return FXQ_WIDTH;
-    if (spec.epilogue < FXQ_FLOAT || spec.epilogue > FXQ_GELU_CODES || !are_levels(spec.input)) return FXQ_QUANTIZER;
-    const bool gives_codes = spec.epilogue == FXQ_CODES;
+    if (spec.epilogue < FXQ_FLOAT || spec.epilogue > FXQ_TABLE_CODES || !are_levels(spec.input)) return FXQ_QUANTIZER;
+    const bool gives_codes = spec.epilogue == FXQ_CODES, has_table = spec.epilogue == FXQ_TABLE_CODES;
+    if (has_table ? spec.steps < 1 || spec.steps > FXQ_MAX_STEPS : spec.steps != 0) return FXQ_QUANTIZER;
     if (spec.ranges < 1 || spec.ranges > (gives_codes ? FXQ_MAX_RANGES : 1) || spec.out_features % spec.ranges)
         return FXQ_QUANTIZER;
-    for (int32_t i = 0; i < spec.ranges && spec.epilogue >= FXQ_CODES; ++i) {
+    for (int32_t i = 0; i < spec.ranges && spec.epilogue >= FXQ_CODES && !has_table; ++i) {
         if (!is_quantizer(spec.output[i])) return FXQ_QUANTIZER;
         if (gives_codes && (spec.output[i].kind != FXQ_UNIFORM || !std::isfinite(spec.factor[i]))) return FXQ_QUANTIZER;
     }

@@ -17,7 +17,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 3, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768 };
+enum { FXQ_ABI = 4, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_TABLE_ENTRIES = 1 << 14 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -55,7 +55,8 @@ enum FxqEpilogue {
     FXQ_FLOAT = 0,      // float32 y
     FXQ_RESIDUAL = 1,   // float32 residual + y
     FXQ_CODES = 2,      // bytes: y times a constant, then a uniform quantizer; column range i has constant and quantizer i
-    FXQ_GELU_CODES = 3  // bytes: quantizer 0 of gelu(y), the exact one
+    FXQ_GELU_CODES = 3, // bytes: quantizer 0 of gelu(y), the exact one
+    FXQ_TABLE_CODES = 4 // bytes: the table's entry for round(y), limited to 0 .. FXQ_TABLE_ENTRIES - 1
 };
 enum { FXQ_MAX_RANGES = 3 };
 
@@ -63,6 +64,7 @@ struct FxqLinear {
     int64_t out_features, in_features;  // 1 .. 2^24, 1 .. FXQ_MAX_INNER
     int32_t weight_bits, epilogue;
     int32_t ranges;                     // FXQ_CODES: 1..3 equal column ranges; else 1
+    int32_t steps;                      // FXQ_TABLE_CODES: 1..FXQ_MAX_STEPS; else 0
     float factor[FXQ_MAX_RANGES];       // FXQ_CODES: finite
     struct FxqQuantizer output[FXQ_MAX_RANGES];
     struct FxqLevels input;
@@ -92,9 +94,11 @@ FXQ_API int32_t fxq_selected(void);
 FXQ_API int64_t fxq_linear_bytes(const struct FxqLinear *spec);
 
 // codes: int8 (out, in), each within weight_bits. scale, bias: float32 (out,), finite; bias may be null.
+// table: for FXQ_TABLE_CODES (1 + 2 steps, 64) bytes, else null. Entry 256 h + l is row 0 at h, or, for the last step i
+// whose position, row 2 i + 1 at h, is at most l, row 2 i + 2 at h.
 FXQ_API int32_t fxq_linear_pack(const struct FxqLinear *spec, const int8_t *codes, int64_t code_bytes,
-                                const float *scale, const float *bias, int64_t vector_bytes, uint8_t *layout,
-                                int64_t layout_bytes);
+                                const float *scale, const float *bias, int64_t vector_bytes, const uint8_t *table,
+                                int64_t table_bytes, uint8_t *layout, int64_t layout_bytes);
 
 // codes: (rows, in) bytes. residual: float32 (rows, out) for FXQ_RESIDUAL, else null. out: float32 or bytes (rows, out).
 FXQ_API int32_t fxq_linear(const uint8_t *layout, int64_t layout_bytes, const uint8_t *codes, int64_t code_bytes,

@@ -6,16 +6,16 @@
 
 namespace fxq {
 
-alignas(64) float gelu_table[5][kGeluPieces];
+alignas(64) float gelu_table[kGeluDegree + 1][kGeluPieces];
 
 namespace {
 
 // x (Phi(x) - 1 / 2), the even part of GELU.
 double even_part(double x) { return x * std::erf(x / std::sqrt(2.0)) / 2; }
 
-// Interpolation at the five Chebyshev points of each piece; the last piece is the line that GELU becomes.
+// Interpolation at the Chebyshev points of each piece; the last piece is the line that GELU becomes.
 bool filled = [] {
-    constexpr int kPoints = 5;
+    constexpr int kPoints = kGeluDegree + 1;
     for (int piece = 0; piece < kGeluPieces; ++piece) {
         const double center = piece * double(kGeluStep);
         double points[kPoints], divided[kPoints];

@@ -10,13 +10,16 @@
 #include <initializer_list>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "fxquant_native.h"
 
 #if defined(__GNUC__)
 #define FXQ_INLINE inline __attribute__((always_inline))
+#define FXQ_ALWAYS __attribute__((always_inline))  // of lambdas
 #else
 #define FXQ_INLINE inline
+#define FXQ_ALWAYS
 #endif
 
 namespace fxq {
@@ -24,19 +27,20 @@ namespace fxq {
 // Weights: units of 16 output channels; in a unit, tiles of 32 inputs; in a tile, 8 groups of [16 channels][4 inputs].
 // A tile of b bits is b 64-byte lines: bit planes of 4, 2 and 1 bits as b says; 8 bits are plain bytes.
 constexpr int64_t kUnit = 16, kTileInputs = 32, kGroups = 8, kGroupBytes = 64, kPanelColumns = 64;
+constexpr int64_t kTableRow = FXQ_TABLE_ENTRIES / 256;
 
 struct LinearHeader {
     uint32_t magic, version;
     FxqLinear spec;
 };
-constexpr uint32_t kMagic = 0x4c515846, kVersion = 3;
+constexpr uint32_t kMagic = 0x4c515846, kVersion = 4;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Where the parts of a layout lie, in bytes from its start. Vectors are float32 or int32, one number per column, and
 // padded to whole panels.
 struct LinearPlaces {
-    int64_t units, tiles, vector, weights, scale, bias, weight_sum, columns, total;
+    int64_t units, tiles, vector, weights, scale, bias, weight_sum, columns, table, table_bytes, total;
     explicit LinearPlaces(const FxqLinear &spec)
         : units((spec.out_features + kUnit - 1) / kUnit), tiles((spec.in_features + kTileInputs - 1) / kTileInputs),
           vector(round_up(spec.out_features, kPanelColumns) * 4) {
@@ -45,7 +49,9 @@ struct LinearPlaces {
         bias = scale + vector;
         weight_sum = bias + vector;
         columns = weight_sum + vector;  // FXQ_CODES, of each column: low and high less zero, int32 zero
-        total = columns + (spec.epilogue == FXQ_CODES ? 3 * vector : 0);
+        table = columns + (spec.epilogue == FXQ_CODES ? 3 * vector : 0);
+        table_bytes = spec.epilogue == FXQ_TABLE_CODES ? (1 + 2 * spec.steps) * kTableRow : 0;
+        total = table + table_bytes;
     }
 };
 
@@ -83,10 +89,10 @@ struct LayerNormCall {
     uint8_t *out;
 };
 
-// Row i: coefficients of t^i of the pieces' polynomials, t in steps; see `gelu` in elementwise.inl.
-constexpr int kGeluPieces = 32;
+// Row i: coefficients of t^i of the pieces' polynomials, t in steps; see `ScaledGelu` in elementwise.inl.
+constexpr int kGeluPieces = 32, kGeluDegree = 3;
 constexpr float kGeluStep = 0.1875f;
-extern float gelu_table[5][kGeluPieces];
+extern float gelu_table[kGeluDegree + 1][kGeluPieces];
 
 // The kernels of one instruction set. All sets give the same bytes and the same floats, bit for bit.
 struct Kernels {

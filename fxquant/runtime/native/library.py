@@ -14,12 +14,12 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 3
-MAX_DIGITS, MAX_INNER, MAX_RANGES = 3, 32768, 3
+ABI = 4
+MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS = 3, 32768, 3, 8
 UNIFORM, REGIONS, LOG2 = 0, 1, 2
-FLOAT, RESIDUAL, CODES, GELU_CODES = range(4)
+FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
 LAYER_NORM, LINEAR, ATTENTION = range(3)
-CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 3
+CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 4
 
 
 class QuantizerSpec(Structure):
@@ -45,8 +45,8 @@ class LinearSpec(Structure):
 
     _fields_ = (
         ("out_features", c_int64), ("in_features", c_int64), ("weight_bits", c_int32), ("epilogue", c_int32),
-        ("ranges", c_int32), ("factor", c_float * MAX_RANGES), ("output", QuantizerSpec * MAX_RANGES),
-        ("input", LevelsSpec),
+        ("ranges", c_int32), ("steps", c_int32), ("factor", c_float * MAX_RANGES),
+        ("output", QuantizerSpec * MAX_RANGES), ("input", LevelsSpec),
     )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_select": ([_INT], _INT),
     "fxq_selected": ([], _INT),
     "fxq_linear_bytes": ([POINTER(LinearSpec)], _SIZE),
-    "fxq_linear_pack": ([POINTER(LinearSpec), _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE], _INT),
+    "fxq_linear_pack": (
+        [POINTER(LinearSpec), _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE], _INT,
+    ),
     "fxq_linear": ([_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
     "fxq_quantize": ([_POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
     "fxq_layer_norm": (

@@ -67,12 +67,44 @@ static Sum sum_kind(const FxqLevels &levels, int64_t inner, int64_t most_right) 
 constexpr int kTileVectors = kTileColumns / kLanes;
 static_assert(kTileVectors * kLanes == kTileColumns, "rows of a tile are whole vectors");
 
+// Digits' sums of kLanes columns as numbers, less what zero-points add: plus `correction`, or where int32 does not hold it,
+// less zero times column_sum, plus a constant. sums: int32, `plane` apart for each digit.
+// Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
+template <Sum sum>
+static FXQ_INLINE Vec total_of(const FxqLevels &levels, const int32_t *sums, int64_t plane, Whole correction,
+                               const int32_t *column_sum, double constant, int64_t count) {
+    if (sum == kWide) {
+        alignas(64) float totals[kLanes] = {};
+        for (int lane = 0; lane < kLanes && lane < count; ++lane) {
+            double value = double(sums[lane]) + 256.0 * double(sums[plane + lane]);
+            if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + lane]);
+            totals[lane] = float(value - double(column_sum[lane]) * double(levels.zero) + constant);
+        }
+        return load(totals, kLanes);
+    }
+    Whole value = load(sums, count) + correction;
+    if (sum == kNarrow) value = value + (load(sums + plane, count) << 8);
+    if (sum == kNarrow && levels.count == 3) value = value + (load(sums + 2 * plane, count) << 16);
+    return to_float(value);
+}
+
+// Calls task(v) for every vector of a row, v constant: only so do compilers keep arrays of vectors in registers.
+template <class Task, int... v>
+static FXQ_INLINE void each_vector(const Task &task, std::integer_sequence<int, v...>) {
+    (task(std::integral_constant<int, v>()), ...);
+}
+template <class Task>
+static FXQ_INLINE void each_vector(const Task &task) {
+    each_vector(task, std::make_integer_sequence<int, kTileVectors>());
+}
+
 // A panel's columns: what turns the sums of a row into numbers. Panels begin at multiples of their width, so what is
 // read beyond the last column is padding of the layout's vectors.
 template <Sum sum>
 struct Columns {
     Vec scale[kTileVectors], bias[kTileVectors];
-    Whole correction[kTileVectors];
+    alignas(64) int32_t begin[kTileColumns];  // what sums begin at
+    Whole correction[kTileVectors];           // what is left to add
     const FxqLevels *levels;
     const int32_t *weight_sum;
     int64_t first;
@@ -83,31 +115,17 @@ struct Columns {
         weight_sum = reinterpret_cast<const int32_t *>(call.layout + call.places.weight_sum) + first;
         for (int v = 0; v < kTileVectors; ++v) {
             scale[v] = load(scales + v * kLanes, kLanes), bias[v] = load(biases + v * kLanes, kLanes);
-            correction[v] = load(weight_sum + v * kLanes, kLanes) * splat(static_cast<uint32_t>(levels->zero));
         }
+        for (int i = 0; i < kTileColumns; ++i)
+            begin[i] = static_cast<int32_t>(0u - static_cast<uint32_t>(weight_sum[i]) * static_cast<uint32_t>(levels->zero));
+        for (int v = 0; v < kTileVectors; ++v) correction[v] = kBegins ? splat(0u) : load(begin + v * kLanes, kLanes);
         const int64_t left = call.spec->out_features - first;
         count = static_cast<int>(left < vectors * kUnit ? left : vectors * kUnit);
     }
     // Columns v kLanes and on. sums: a row of int32 (digits, kTileRows, kTileColumns).
     FXQ_INLINE Vec at(const int32_t *sums, int v) const {
-        constexpr int plane = kTileRows * kTileColumns;
-        Vec total;
-        sums += v * kLanes;
-        if (sum == kWide) {
-            alignas(64) float totals[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) {
-                double value = double(sums[lane]) + 256.0 * double(sums[plane + lane]);
-                if (levels->count == 3) value += 65536.0 * double(sums[2 * plane + lane]);
-                totals[lane] = float(value - double(weight_sum[v * kLanes + lane]) * double(levels->zero));
-            }
-            total = load(totals, kLanes);
-        } else {
-            // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
-            Whole value = load(sums, kLanes) - correction[v];
-            if (sum == kNarrow) value = value + (load(sums + plane, kLanes) << 8);
-            if (sum == kNarrow && levels->count == 3) value = value + (load(sums + 2 * plane, kLanes) << 16);
-            total = to_float(value);
-        }
+        const Vec total = total_of<sum>(*levels, sums + v * kLanes, kTileRows * kTileColumns, correction[v],
+                                        weight_sum + v * kLanes, 0.0, kLanes);
         return fused(total, scale[v], bias[v]);
     }
 };
@@ -115,19 +133,24 @@ struct Columns {
 // What becomes of a row of a tile. Whole panels are computed, and as much stored as there are columns.
 template <Sum sum, bool has_residual>
 struct FloatRow {
+    static constexpr int kAtOnce = 1;
     Columns<sum> columns;
     const LinearCall &call;
     FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
-    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int) const {
         const int64_t place = row * call.spec->out_features + columns.first;
         const float *residual = call.residual + place;  // may be `out` itself
         float *out = static_cast<float *>(call.out) + place;
-        for (int v = 0; v * kLanes < columns.count; ++v) {
+        const auto part = [&](int v) FXQ_ALWAYS {
             const int i = v * kLanes, left = columns.count - i;
+            if (left <= 0) return;
             Vec y = columns.at(sums, v);
             if (has_residual) y = load(residual + i, left) + y;
             store(y, out + i, left);
-        }
+        };
+        if (kLanes > 1) each_vector(part);
+        else
+            for (int v = 0; v < columns.count; ++v) part(v);
     }
 };
 
@@ -135,9 +158,9 @@ struct FloatRow {
 template <class Bytes>
 static FXQ_INLINE void store_row(const Bytes &bytes_at, uint8_t *__restrict out, int count) {
     if (kLanes > 1) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kTileVectors; ++v)
+        each_vector([&](int v) FXQ_ALWAYS {
             if (v * kLanes < count) store_bytes(bytes_at(v), out + v * kLanes, count - v * kLanes);
+        });
         return;
     }
     alignas(64) uint8_t bytes[kTileColumns];
@@ -148,6 +171,7 @@ static FXQ_INLINE void store_row(const Bytes &bytes_at, uint8_t *__restrict out,
 // Scales and biases of such a layer are in units of the output's scale.
 template <Sum sum>
 struct CodesRow {
+    static constexpr int kAtOnce = 1;
     Columns<sum> columns;
     Vec low[kTileVectors], high[kTileVectors];
     Whole zero[kTileVectors];
@@ -164,24 +188,52 @@ struct CodesRow {
             zero[v] = load(reinterpret_cast<const int32_t *>(zeros) + v * kLanes, kLanes);
         }
     }
-    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
-        const auto bytes = [&](int v) { return uniform_byte(columns.at(sums, v), low[v], high[v], zero[v]); };
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int) const {
+        const auto bytes = [&](int v) FXQ_ALWAYS { return uniform_byte(columns.at(sums, v), low[v], high[v], zero[v]); };
         store_row(bytes, out + row * stride, columns.count);
     }
 };
 
 template <Sum sum, class Bytes>
 struct GeluRow {
+    static constexpr int kAtOnce = 1;
     Columns<sum> columns;
     Bytes to_byte;
+    ScaledGelu gelu;
     uint8_t *out;
     int64_t stride;
     GeluRow(const LinearCall &call, int64_t unit, int vectors)
-        : columns(call, unit, vectors), to_byte(call.spec->output[0]),
+        : columns(call, unit, vectors), to_byte(call.spec->output[0]), gelu(1.0f / call.spec->output[0].scale),
           out(static_cast<uint8_t *>(call.out) + columns.first), stride(call.spec->out_features) {}
-    FXQ_INLINE void operator()(const int32_t *sums, int64_t row) const {
-        const auto bytes = [&](int v) { return to_byte(gelu(columns.at(sums, v))); };
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int) const {
+        const auto bytes = [&](int v) FXQ_ALWAYS { return to_byte.of_units(gelu(columns.at(sums, v))); };
         store_row(bytes, out + row * stride, columns.count);
+    }
+};
+
+// Several rows at a time, 64 numbers where tiles have so many.
+template <Sum sum>
+struct TableRow {
+    static constexpr int kAtOnce = 64 / kTileColumns < kTileRows ? 64 / kTileColumns : kTileRows;
+    static constexpr int kNumbers = kAtOnce * kTileColumns;
+    Columns<sum> columns;
+    const uint8_t *table;
+    int steps;
+    uint8_t *out;
+    int64_t stride;
+    TableRow(const LinearCall &call, int64_t unit, int vectors)
+        : columns(call, unit, vectors), table(call.layout + call.places.table), steps(call.spec->steps),
+          out(static_cast<uint8_t *>(call.out) + columns.first), stride(call.spec->out_features) {}
+    FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int count) const {
+        Vec x[kNumbers / kLanes];
+        for (int i = 0; i < kNumbers / kLanes; ++i) x[i] = columns.at(sums + i / kTileVectors * kTileColumns, i % kTileVectors);
+        alignas(64) uint8_t bytes[kNumbers];
+        table_bytes<kNumbers>(table, steps, x, bytes);
+        for (int r = 0; r < count; ++r) {
+            uint8_t *to = out + (row + r) * stride;
+            if (columns.count == kTileColumns) __builtin_memcpy(to, bytes + r * kTileColumns, kTileColumns);
+            else __builtin_memcpy(to, bytes + r * kTileColumns, static_cast<size_t>(columns.count));
+        }
     }
 };
 
@@ -192,15 +244,17 @@ struct Rows {
     const int32_t *sums;
     int64_t first;
     int count;
-    FXQ_INLINE void some(int most) {
+    FXQ_INLINE Row task() const { return *row; }
+    FXQ_INLINE void some(const Row &to_row, int most) {
+        most = (most + Row::kAtOnce - 1) / Row::kAtOnce * Row::kAtOnce;
         const int now = most < count ? most : count;
-        const Row &to_row = *row;
-        for (int i = 0; i < now; ++i) to_row(sums + i * kTileColumns, first + i);
+        for (int i = 0; i < now; i += Row::kAtOnce)
+            to_row(sums + i * kTileColumns, first + i, now - i < Row::kAtOnce ? now - i : Row::kAtOnce);
         sums += now * kTileColumns, first += now, count -= now;
     }
 };
 
-template <class Row>
+template <Sum sum, class Row>
 static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     [[maybe_unused]] const Session session;
     const FxqLinear &spec = *call.spec;
@@ -235,6 +289,10 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
         Row *const kind = new (&kinds[++panels % 2]) Row(call, u, vectors);
+        if (u + vectors < unit + units) {  // the next panel is on its way while this one multiplies
+            const uint8_t *next = call.layout + call.places.weights + (u + vectors) * unit_bytes;
+            for (int64_t byte = 0; byte < vectors * unit_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
+        }
         for (int64_t c = 0; c < chunks; ++c) {
             const int64_t begin = c * chunk, inputs = padded - begin < chunk ? padded - begin : chunk;
             const int64_t first_tile = begin / kTileInputs;
@@ -249,29 +307,31 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
                 const Left *from = (r < last ? left + r * padded : copied + (r - last) * padded) + begin;
                 const int count = static_cast<int>(left_over < step ? left_over : step);
                 const bool is_last = c + 1 == chunks;
-                for (int d = 0; d < digits; ++d)
-                    tile(count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4,
-                         c ? memory + d * kTile : nullptr, is_last ? sums[current] + d * kTile : memory + d * kTile,
-                         kTileColumns, before);
-                before.some(kTileRows);
+                for (int d = 0; d < digits; ++d) {
+                    const int32_t *begin = c ? memory + d * kTile : d == 0 && sum != kWide ? kind->columns.begin : nullptr;
+                    tile(count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4, begin,
+                         c ? kTileColumns : 0, is_last ? sums[current] + d * kTile : memory + d * kTile, kTileColumns, before);
+                }
+                before.some(before.task(), kTileRows);
                 if (is_last) before = {kind, sums[current], row + r, count}, current ^= 1;
                 r += count;
             }
         }
         u += vectors;
     }
-    before.some(kTileRows);
+    before.some(before.task(), kTileRows);
 }
 
 template <Sum sum>
 static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     const FxqLinear &spec = *call.spec;
-    if (spec.epilogue == FXQ_FLOAT) linear_with<FloatRow<sum, false>>(call, row, rows, unit, units);
-    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<FloatRow<sum, true>>(call, row, rows, unit, units);
-    else if (spec.epilogue == FXQ_CODES) linear_with<CodesRow<sum>>(call, row, rows, unit, units);
+    if (spec.epilogue == FXQ_FLOAT) linear_with<sum, FloatRow<sum, false>>(call, row, rows, unit, units);
+    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<sum, FloatRow<sum, true>>(call, row, rows, unit, units);
+    else if (spec.epilogue == FXQ_CODES) linear_with<sum, CodesRow<sum>>(call, row, rows, unit, units);
+    else if (spec.epilogue == FXQ_TABLE_CODES) linear_with<sum, TableRow<sum>>(call, row, rows, unit, units);
     else
         with_bytes(spec.output[0], [&](const auto &bytes) {
-            linear_with<GeluRow<sum, std::decay_t<decltype(bytes)>>>(call, row, rows, unit, units);
+            linear_with<sum, GeluRow<sum, std::decay_t<decltype(bytes)>>>(call, row, rows, unit, units);
         });
 }
 

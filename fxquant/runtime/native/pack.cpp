@@ -57,11 +57,14 @@ int64_t fxq_linear_bytes(const FxqLinear *spec) {
 }
 
 int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code_bytes, const float *scale,
-                        const float *bias, int64_t vector_bytes, uint8_t *layout, int64_t layout_bytes) {
+                        const float *bias, int64_t vector_bytes, const uint8_t *table, int64_t table_bytes,
+                        uint8_t *layout, int64_t layout_bytes) {
     if (!spec || !codes || !scale || !layout) return FXQ_NULL;
     if (const int32_t status = check(*spec)) return status;
     const int64_t out = spec->out_features, count = out * spec->in_features;
     const LinearPlaces places(*spec);
+    if (table_bytes != places.table_bytes) return FXQ_SIZE;
+    if (table_bytes && !table) return FXQ_NULL;
     if (code_bytes != count || vector_bytes != out * 4 || layout_bytes != places.total) return FXQ_SIZE;
     const int limit = 1 << (spec->weight_bits - 1);
     for (int64_t i = 0; i < count; ++i)
@@ -72,6 +75,7 @@ int32_t fxq_linear_pack(const FxqLinear *spec, const int8_t *codes, int64_t code
     const LinearHeader header{kMagic, kVersion, *spec};
     std::memcpy(layout, &header, sizeof header);
     pack_weights(*spec, codes, places, layout);
+    if (table_bytes) std::memcpy(layout + places.table, table, static_cast<size_t>(table_bytes));
     const auto vector_at = [&](int64_t place) { return reinterpret_cast<float *>(layout + place); };
     float *scales = vector_at(places.scale), *biases = vector_at(places.bias), *lows = vector_at(places.columns);
     float *highs = lows + places.vector / 4;

@@ -15,8 +15,17 @@ static FXQ_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 static FXQ_INLINE Vec size_of(Vec a) { return __builtin_fabsf(a); }
 static FXQ_INLINE Vec fused(Vec a, Vec b, Vec c) { return __builtin_fmaf(a, b, c); }
 static FXQ_INLINE Vec if_less(Vec a, Vec b, Vec then, Vec otherwise) { return a < b ? then : otherwise; }
+static FXQ_INLINE Vec only(Vec x, int64_t, float) { return x; }
 static FXQ_INLINE Vec to_float(Whole x) { return static_cast<float>(static_cast<int32_t>(x)); }
-static FXQ_INLINE Vec entry(const float *table, Whole index) { return table[index]; }
+struct Table {
+    float numbers[32];
+};
+static FXQ_INLINE Table scaled(const float *table, float factor) {  // 32 numbers times a factor
+    Table result;
+    for (int i = 0; i < 32; ++i) result.numbers[i] = table[i] * factor;
+    return result;
+}
+static FXQ_INLINE Vec entry(const Table &table, Whole index) { return table.numbers[index]; }
 
 static FXQ_INLINE Whole bits_of(Vec x) {
     Whole bits;
@@ -68,14 +77,29 @@ static float sum(const float *x, int64_t count, float center) {
     return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-static float largest(const float *x, int64_t count) {
+// Of 32 numbers.
+static FXQ_INLINE float largest_of(const Vec *x) {
     float most = x[0];
-    for (int64_t i = 1; i < count; ++i) most = x[i] > most ? x[i] : most;
+    for (int i = 1; i < 32; ++i) most = larger(x[i], most);
     return most;
 }
 
 static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, Left *out) {
     for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
+}
+
+// The table's entries for rounded numbers, limited to its size.
+template <int count>
+static FXQ_INLINE void table_bytes(const uint8_t *table, int steps, const Vec *x, uint8_t *out) {
+    for (int i = 0; i < count; ++i) {
+        const Vec y = smaller(x[i], float(FXQ_TABLE_ENTRIES - 1));
+        const int32_t entry = static_cast<int32_t>(__builtin_rintf(larger(y, 0.0f)));
+        const uint8_t *at = table + (entry >> 8);
+        uint8_t byte = at[0];
+        for (int step = 0; step < steps; ++step)
+            if ((entry & 255) >= at[(2 * step + 1) * kTableRow]) byte = at[(2 * step + 2) * kTableRow];
+        out[i] = byte;
+    }
 }
 
 // Bytes less 128 as units of 16 columns, and their sums; padding is zero. Element (k, column) lies at
