@@ -5,8 +5,9 @@
 
 Seeds are different slices of the calibration file: seed s calibrates on images 32 s to 32 s + 31 and draws with seed s.
 The .npz files are those of benchmarks/accuracy.py. Every row keeps both means, of weights (by parameters) and of inputs
-(by elements), at or below the bits; what is outside the four layers of a block has exactly these bits. Results go to
-benchmarks/results/lampq_MODEL.json after every row, so an interrupted run goes on where it was.
+(by elements), at or below the budget's; what is outside the four layers of a block has exactly these bits. Where the
+two means differ, a layer's weights and inputs are not tied. Results go to benchmarks/results/lampq_MODEL.json after
+every row, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from allocators.budget import Budget
 from allocators.uniform import Uniform
 from fxquant import embedded
 from fxquant.cache import signature
-from fxquant.compiler import Compiled
 from fxquant.models import load_model
 from fxquant.sweep import Prepared, Results
 from passes.metrics import NuclearNorm, PredictedLoss
@@ -34,6 +35,7 @@ from passes.recipes import RECIPES
 from passes.update_bits import UpdateBits
 
 RESULTS = Path(__file__).parent / "results"
+MEANS = ("mean_weight_bits", "mean_activation_bits")
 
 # Row: recipe, its options (a base by name). Rows with a recipe that is not there are left out.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,27 +73,31 @@ def resolved(name: str, base: str) -> tuple[str, dict[str, Any]] | None:
     return recipe, found
 
 
-def measured(model: nn.Module, quantized: Compiled, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and the divergence from the float model in nats per image."""
-    correct, divergence = 0, 0.0
+def outputs(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Logits, float64 (N, classes)."""
     with torch.inference_mode():
-        for x, y in zip(images.split(20), labels.split(20), strict=True):
-            logits = quantized(x)
-            log_p, log_q = model(x).double().log_softmax(1), logits.double().log_softmax(1)
-            correct += int((logits.argmax(1) == y).sum())
-            divergence += float((log_p.exp() * (log_p - log_q)).sum())
-    return {"top1": 100 * correct / len(labels), "divergence": divergence / len(labels)}
+        return torch.cat([model(x).double() for x in images.split(20)])
+
+
+def measured(exact: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and the divergence from the float model's logits `exact` in nats per image."""
+    log_p, log_q = exact.log_softmax(1), logits.log_softmax(1)
+    return {
+        "top1": 100 * float((logits.argmax(1) == labels).double().mean()),
+        "divergence": float((log_p.exp() * (log_p - log_q)).sum(1).mean()),
+    }
 
 
 def point(
     name: str,
     base: str,
-    bits: int,
+    budget: str,
     seed: int,
     model: nn.Module,
     calibration: Tensor,
     images: Tensor,
     labels: Tensor,
+    exact: Tensor,
     cache: Path | None = None,
 ) -> dict[str, Any] | None:
     """One row: a whole compile and its accuracy."""
@@ -102,7 +108,7 @@ def point(
     allocator = options.pop("allocator", None)
     start = time.perf_counter()
     quantized = Prepared(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(
-        f"W{bits}A{bits}", allocator
+        budget, allocator
     )
     seconds = time.perf_counter() - start
     notes = {entry.step.split("(")[0]: entry for entry in quantized.journal.entries}
@@ -111,9 +117,9 @@ def point(
     assert quantized.allocation is not None
     return {
         "method": name.format(base=base),
-        "bits": bits,
+        "budget": budget,
         "seed": seed,
-        **measured(model, quantized, images, labels),
+        **measured(exact, outputs(quantized, images), labels),
         "usage": quantized.allocation.usage,
         "seconds": seconds,
         "allocation_seconds": own,
@@ -125,23 +131,30 @@ def point(
 
 
 def table(points: list[dict[str, Any]]) -> list[str]:
-    """Mean and spread (standard deviation over seeds) of the top-1, rows methods, columns bits."""
-    widths = sorted({p["bits"] for p in points if "bits" in p})
-    heads = " | ".join(f"W{b}A{b}" for b in widths)
-    lines = [f"| method | {heads} | mean W, A bits | allocation s |", "|---" * (len(widths) + 3) + "|"]
-    for method in dict.fromkeys(p["method"] for p in points if "bits" in p):
+    """Mean and spread (standard deviation over seeds) of the top-1, rows methods, columns budgets."""
+    points = [p for p in points if "budget" in p]
+    budgets = sorted({p["budget"] for p in points})
+    heads = " | ".join(budgets)
+    lines = [f"| method | {heads} | mean W, A bits beyond | allocation s |", "|---" * (len(budgets) + 3) + "|"]
+    for method in dict.fromkeys(p["method"] for p in points):
         mine = [p for p in points if p["method"] == method]
         cells = []
-        for bits in widths:
-            top1 = [p["top1"] for p in mine if p["bits"] == bits]
+        for budget in budgets:
+            top1 = [p["top1"] for p in mine if p["budget"] == budget]
             spread = f" ± {statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
             cells.append(f"{statistics.mean(top1):.1f}{spread}" if top1 else "-")
-        usage = [max(p["usage"][key] - p["bits"] for p in mine) for key in ("mean_weight_bits", "mean_activation_bits")]
-        least = [min(p["usage"][key] - p["bits"] for p in mine) for key in ("mean_weight_bits", "mean_activation_bits")]
-        means = ", ".join(f"{low:+.2f} to {high:+.2f}" for low, high in zip(least, usage, strict=True))
+        means = ", ".join(
+            f"{low:+.2f} to {high:+.2f}" for low, high in (extremes(mine, quantity) for quantity in MEANS)
+        )
         seconds = statistics.mean(sum(p["allocation_seconds"].values()) for p in mine)
         lines.append(f"| {method} | {' | '.join(cells)} | {means} | {seconds:.1f} |")
     return lines
+
+
+def extremes(points: list[dict[str, Any]], quantity: str) -> tuple[float, float]:
+    """Least and largest of what a quantity of `Budget` came to, less what the budget allows."""
+    beyond = [p["usage"][quantity] - getattr(Budget.parse(p["budget"]), quantity) for p in points]
+    return min(beyond), max(beyond)
 
 
 def main() -> None:
@@ -152,7 +165,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--test", type=Path)
     parser.add_argument("--base", default="adalog" if "adalog" in RECIPES else "mptq_vit", help="recipe of all rows")
-    parser.add_argument("--bits", default="3,4,6")
+    parser.add_argument("--budgets", default="W3A3,W3A4,W4A4,W6A6")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--limit", type=int, default=1000, help="test images")
@@ -164,29 +177,24 @@ def main() -> None:
     model, calibrations, images, labels = loaded(options)
     results = Results(RESULTS / f"lampq_{options.model}.json")
     settings = signature(model, len(images), options.images)
-    results.point(signature(settings, "float"), lambda: {"method": "float", **float_row(model, images, labels)})
+    exact = outputs(model, images)
+    row = {"method": "float", **measured(exact, exact, labels), "test_images": len(labels)}
+    results.point(signature(settings, "float"), lambda: row)
     for seed in range(options.seeds):
-        for bits in [int(b) for b in options.bits.split(",")]:
+        for budget in options.budgets.split(","):
             for name in [n for n in ROWS if not options.rows or n in options.rows.split(";")]:
-                key = signature(settings, name.format(base=options.base), options.base, bits, seed)
+                key = signature(settings, name.format(base=options.base), options.base, budget, seed)
                 if key in results.points:
                     continue
-                found = point(name, options.base, bits, seed, model, calibrations(seed), images, labels, options.cache)
+                found = point(
+                    name, options.base, budget, seed, model, calibrations(seed), images, labels, exact, options.cache
+                )
                 if found is None:
                     print(f"left out, a recipe is missing: {name.format(base=options.base)}", flush=True)
                     continue
                 results.point(key, lambda found=found: found)
                 print(json.dumps(found), flush=True)
-    print("\n".join(table(list(results.points.values()))))
-
-
-def float_row(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1 of the float model."""
-    with torch.inference_mode():
-        right = sum(
-            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(20), labels.split(20), strict=True)
-        )
-    return {"top1": 100 * right / len(labels), "test_images": len(labels)}
+    print("\n".join(table([p for p in results.points.values() if p["test_images"] == len(images)])))
 
 
 def loaded(options: argparse.Namespace) -> tuple[nn.Module, Callable[[int], Tensor], Tensor, Tensor]:

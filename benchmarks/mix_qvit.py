@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fxquant.sensitivity.measured import Divergence
 from fxquant.sweep import Results
 from passes.allocate_bits import AllocateBits, allocation_of, image_readers
 from passes.contract import PassContext
+from passes.pipeline import Pipeline
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
 from passes.score_layers import ScoreLayers
 
@@ -48,6 +50,8 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "sensitivity only, W and A tied": ({"importance": "none", "operands": "together"}, True),
     "product, W and A tied": ({"operands": "together"}, True),
     "sensitivity only, others at 4 bits": ({"importance": "none", "baseline_bits": 4}, True),
+    "sensitivity only, from 3 bits on": ({"importance": "none"}, True),
+    "product, from 3 bits on": ({}, True),
     "sensitivity with interactions": ({"importance": "none"}, True),
 }
 STRONGEST, INTERACTION_BITS = 12, 3
@@ -59,6 +63,8 @@ def compiled(searched: GraphModule, context: PassContext, method: str, budget: s
     if method.endswith("interactions"):
         options = {**options, "allocator": Quadratic(interactions(searched, context))}
     pipeline = mix_qvit(budget, optimise=optimise, **options)
+    if method.endswith("from 3 bits on"):
+        pipeline = Pipeline(replace(step, narrowest=3) if isinstance(step, AllocateBits) else step for step in pipeline)
     if not scored:
         pipeline = pipeline.without(ScoreLayers)
     return pipeline[pipeline.position(ScoreLayers if scored else AllocateBits) :].run(searched, context)
@@ -104,7 +110,7 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
     with RichProgress() as progress:
         for optimise in options.optimise.split(","):
             for bits in options.bits.split(","):
-                for method in (m for m in METHODS if options.methods in m):
+                for method in (m for m in METHODS if not options.methods or m in options.methods.split(";")):
                     key = signature(settings, method, bits, optimise)
                     if key in results.points:
                         continue
@@ -172,7 +178,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--limit", type=int, default=2000, help="test images")
     parser.add_argument("--bits", default="6,4,3")
-    parser.add_argument("--methods", default="", help="only rows whose name contains this")
+    parser.add_argument("--methods", default="", help="only these rows, separated by ;")
     parser.add_argument("--optimise", default=",".join(OPTIMISATIONS))
     parser.add_argument("--cache", type=Path, help="folder for scores")
     parser.add_argument("--threads", type=int, default=1)

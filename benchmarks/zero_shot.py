@@ -1,9 +1,13 @@
-"""Accuracy of the embedded model calibrated on real images, on noise, and on images synthesised in n steps a stage.
+"""Accuracy of a model calibrated on real images, on noise, and on images synthesised in n steps a stage.
 
-    python benchmarks/zero_shot.py --steps 10,30,100 --seeds 2 --budgets W4A4,W3A3
+    python benchmarks/zero_shot.py embedded --steps 10,30,100 --seeds 2
+    python benchmarks/zero_shot.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz \\
+        --recipe best --budgets W6A6,W4A4
 
-Protocol: mptq_vit with widths 2 to 6, allocator Swaps, 32 calibration images, all 2,000 test images. Real images of
-seed s are the s-th 32 of the 512 that come with the package; noise is a standard normal, held in the pictures' range.
+32 calibration images; the .npz files are those of accuracy.py. Real images of seed s are the s-th 32 of the calibration
+file; noise is a standard normal, held in the pictures' range. The recipe mptq_vit has widths 2 to 6 and allocator Swaps
+here, others their own. Quantized models run on integer kernels where layers have them. Results go to
+benchmarks/results/zero_shot_MODEL.json after every row, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,51 +15,91 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accuracy import RESULTS, load
 from torch import Tensor, nn
 
 import fxquant
 from allocators.swaps import Swaps
 from fxquant import embedded
-from fxquant.data import embedded_test
-from fxquant.evaluation import evaluate
-from fxquant.sweep import Prepared
+from fxquant.cache import signature
+from fxquant.sweep import Prepared, Results
 from fxquant.synthesis.synthesize import Pictures, Synthesis
 
 COUNT = 32
+PICTURES: dict[str, dict[str, Any]] = {"embedded": {"mean": (embedded.MEAN,), "std": (embedded.STD,)}}
+OWN: dict[str, dict[str, Any]] = {"mptq_vit": {"bits": (2, 3, 4, 5, 6)}}
 
 
 def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", default="10,30,100")
-    parser.add_argument("--seeds", type=int, default=2)
+    """Measure what is missing and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights")
+    parser.add_argument("--calibration")
+    parser.add_argument("--test")
+    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser.add_argument("--steps", default="30")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budgets", default="W4A4,W3A3")
+    parser.add_argument("--recipe", default="mptq_vit")
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    model = embedded.load_model().requires_grad_(False)
-    print(json.dumps({"images": "float32", "top1": evaluate(model, embedded_test()).top1}))
-    real = embedded.calibration_images(COUNT * given.seeds)
+    torch.set_num_threads(given.threads)
+    given.images = COUNT * given.seeds
+    model, real, images, labels = load(given)
+    model.requires_grad_(False)
+    results = Results(RESULTS / f"zero_shot_{given.model}.json")
+    settings = signature(model, real, len(images), given.recipe)
+    sources = ["real", "noise", *(int(steps) for steps in given.steps.split(",") if steps)]
+    results.point(signature(settings, "float"), lambda: {"images": "float", "top1": top1(model, images, labels)})
     for seed in range(given.seeds):
-        report(model, "real", seed, real[COUNT * seed : COUNT * (seed + 1)], given.budgets)
-        options = Synthesis(COUNT, mean=(embedded.MEAN,), std=(embedded.STD,))
-        low, high = Pictures.of(model, options).limits
-        noise = torch.randn(COUNT, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-        report(model, "noise", seed, noise.clamp(low, high), given.budgets)
-        for steps in map(int, given.steps.split(",")):
-            options = Synthesis(COUNT, steps, mean=(embedded.MEAN,), std=(embedded.STD,))
-            started_s = time.process_time()
-            images = fxquant.synthesize(model, options, seed=seed, batch_size=COUNT)
-            seconds = round(time.process_time() - started_s, 1)
-            report(model, f"2 x {steps} steps, {seconds} CPU s", seed, images, given.budgets)
+        for source in sources:
+            prepared: Prepared | None = None
+            for budget in given.budgets.split(","):
+                key = signature(settings, source, seed, budget)
+                if key in results.points:
+                    continue
+                if prepared is None:
+                    pixels, cpu_s = calibration(model, real, source, seed, PICTURES.get(given.model, {}))
+                    own = OWN.get(given.recipe, {})
+                    prepared = Prepared(model, pixels, recipe=given.recipe, seed=seed, **own)
+                quantized = prepared.compile(budget, Swaps() if given.recipe in OWN else None)
+                point = {
+                    "images": source if isinstance(source, str) else f"2 x {source} steps",
+                    "seed": seed,
+                    "budget": budget,
+                    "recipe": given.recipe,
+                    "top1": top1(quantized.lowered("auto"), images, labels),
+                    "synthesis_cpu_s": cpu_s,
+                    "test_images": len(labels),
+                }
+                results.point(key, lambda point=point: point)
+                print(json.dumps(point), flush=True)
 
 
-def report(model: nn.Module, name: str, seed: int, images: Tensor, budgets: str) -> None:
-    """Print one line of JSON: accuracy (%) at each budget."""
-    prepared = Prepared(model, images, bits=(2, 3, 4, 5, 6))
-    found = {budget: evaluate(prepared.compile(budget, Swaps()), embedded_test()).top1 for budget in budgets.split(",")}
-    print(json.dumps({"images": name, "seed": seed, **found}), flush=True)
+def calibration(
+    model: nn.Module, real: Tensor, source: str | int, seed: int, pictures: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """Images, float (32, C, H, W), and the CPU seconds they took. source: "real", "noise" or steps a stage."""
+    started_s = time.process_time()
+    pixels = real[COUNT * seed : COUNT * (seed + 1)]
+    if source == "noise":
+        low, high = Pictures.of(model, Synthesis(**pictures)).limits
+        pixels = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).clamp(low, high)
+    elif isinstance(source, int):
+        pixels = fxquant.synthesize(model, Synthesis(COUNT, source, **pictures), seed=seed)
+    return pixels, round(time.process_time() - started_s, 1)
+
+
+def top1(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    """Accuracy in percent."""
+    with torch.inference_mode():
+        predicted = torch.cat([model(x).argmax(1) for x in images.split(50)])
+    return 100 * float((predicted == labels).double().mean())
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ class SearchScales:
     bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
     weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
     edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
+    weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     metric: Literal["hessian", "mse", "min-max"] = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
+    weights: Literal["symmetric", "asymmetric"] = "symmetric"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
@@ -106,4 +108,5 @@ class SearchScales:
             observer.gram if hessian else None,
             observer.channel_weight() if hessian else None,
             search=self.metric != "min-max",
+            asymmetric=self.weights == "asymmetric",
         )

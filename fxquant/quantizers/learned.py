@@ -144,7 +144,7 @@ def _by_images(quantizer: Quantizer, x: Tensor) -> Tensor:
 class LearnedCodes(nn.Module):
     """A weight whose codes and scales learn: W^ = s exp(t) round(clamp(u)), the derivative of rounding taken as 1.
 
-    weight: float (out, ...). quantizer: symmetric uniform, its scale () or (out, 1). codes: integer (out, ...), where
+    weight: float (out, ...). quantizer: uniform, its scale () or (out, 1). codes: integer (out, ...), where
     learning starts, each leaning towards the weight as far as it stays the same code; None: the nearest to the weight.
     Parameters: `units` u, (out, columns), in steps of the grid, so that a rate of learning means the same at every
     width; `log_factor` t, shape of the scale.
@@ -153,7 +153,7 @@ class LearnedCodes(nn.Module):
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
         super().__init__()
         self.start, self.shape = quantizer, weight.shape
-        units = weight.detach().flatten(1).float() / quantizer.scale
+        units = _in_steps(weight, quantizer)
         if codes is not None:
             start = codes.flatten(1).to(units.dtype)
             units = units.clamp(start - _LEANING, start + _LEANING)
@@ -164,11 +164,11 @@ class LearnedCodes(nn.Module):
         """The weight on its grid, float, shape of the weight."""
         units = self.units.clamp(*self.start.code_range)
         codes = units + (units.detach().round() - units.detach())
-        return (codes * self._scale()).reshape(self.shape)
+        return ((codes - _zero(self.start)) * self._scale()).reshape(self.shape)
 
     def finish(self) -> UniformQuantizer:
         """The quantizer that was learned, as a new module; it leaves the learned weight as it is."""
-        return UniformQuantizer(self.start.bits, self._scale().detach())
+        return UniformQuantizer(self.start.bits, self._scale().detach(), self.start.zero_point)
 
     def _scale(self) -> Tensor:
         return self.start.scale * self.log_factor.exp()
@@ -177,7 +177,7 @@ class LearnedCodes(nn.Module):
 class SoftRounding(nn.Module):
     """A weight between the two grid points around each of its entries (AdaRound).
 
-    weight: float (out, ...). quantizer: symmetric uniform, its scale () or (out, 1). codes: integer (out, ...), where
+    weight: float (out, ...). quantizer: uniform, its scale () or (out, 1). codes: integer (out, ...), where
     hard rounding starts: the other point is the neighbour towards the weight. None: the two points around the weight,
     and the soft weight equals it wherever it lies within the grid. `logits`: the parameter a, shape of the flattened
     weight.
@@ -185,9 +185,9 @@ class SoftRounding(nn.Module):
 
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
         super().__init__()
-        units = weight.detach().flatten(1).float() / quantizer.scale
+        units = _in_steps(weight, quantizer)
         self.shape, self.code_range = weight.shape, quantizer.code_range
-        self.scale = quantizer.scale.detach()
+        self.scale, self.zero = quantizer.scale.detach(), _zero(quantizer)
         self.floor = torch.floor(units)
         if codes is None:
             share = (units - self.floor).clamp(0, 1)
@@ -218,4 +218,14 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
 
     def _weight(self, share: Tensor) -> Tensor:
-        return ((self.floor + share).clamp(*self.code_range) * self.scale).reshape(self.shape)
+        codes = (self.floor + share).clamp(*self.code_range)
+        return ((codes - self.zero) * self.scale).reshape(self.shape)
+
+
+def _in_steps(weight: Tensor, quantizer: UniformQuantizer) -> Tensor:
+    """The weight (out, ...) in steps of its grid, counted as codes are: float32 (out, columns)."""
+    return weight.detach().flatten(1).float() / quantizer.scale + _zero(quantizer)
+
+
+def _zero(quantizer: UniformQuantizer) -> Tensor | int:
+    return 0 if quantizer.zero_point is None else quantizer.zero_point

@@ -41,4 +41,5 @@ class LevelTableQuantizer(Quantizer):
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of level indices, float32."""
-        return self.levels()[codes]
+        # The same as levels[codes], several times faster.
+        return self.levels().index_select(0, codes.flatten()).reshape(codes.shape)

@@ -24,6 +24,8 @@ from fxquant.quantizers.uniform import UniformQuantizer
 
 COARSE_RATIOS = tuple(np.linspace(0.3, 1.1, 9))
 FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
+END_STEPS = (-0.3, -0.2, -0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
+WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
 
 def search_activation(
@@ -54,40 +56,60 @@ def search_weight(
     channel_weight_o: Tensor | None = None,
     *,
     search: bool = True,
+    asymmetric: bool = False,
 ) -> tuple[Candidate, ...]:
-    """The best symmetric per-output-channel scales at each width.
+    """The best per-output-channel scales at each width, and zero-points where they are asked for.
 
     weight_oi: float (out, in). gram_ii: G above, float (in, in); None for plain squared error of the weight.
-    channel_weight_o: b_o, float (out,). Candidates are scales relative to the one that just covers each channel: nine
-    coarse ratios, then steps around each channel's best. search: False takes the covering scale.
+    channel_weight_o: b_o, float (out,). Candidates are ranges relative to the one that just covers each channel: nine
+    coarse ratios, then steps around each channel's best; asymmetric ranges then move each of their ends, twice.
+    search: False takes the covering range. asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
     """
     weight = weight_oi.detach().float()
     gram = None if gram_ii is None else gram_ii.float()
     scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
-    covering = weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
     signal = float(weight.double().square().sum())
     found = []
     for width in bits:
-        unit = covering / (2 ** (width - 1) - 1)
-        best = torch.ones(len(weight), 1)
-        cost = _weight_costs(weight, best * unit, width, gram)
-        for steps in (COARSE_RATIOS, FINE_STEPS) if search else ():
+        covering = _covering(weight, asymmetric and width <= WIDEST_ASYMMETRIC)
+        together, each = torch.ones(covering.shape[1]), torch.eye(covering.shape[1])
+        best = torch.ones_like(covering)
+        cost = _weight_costs(weight, _spanning(best * covering, width), gram)
+        tried = [(together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each) if len(each) > 1)]
+        for moved, steps in ((together, COARSE_RATIOS), *tried) if search else ():
             centre = torch.zeros_like(best) if steps is COARSE_RATIOS else best.clone()
             for step in steps:
-                ratio = centre + step
-                challenger = _weight_costs(weight, ratio * unit, width, gram)
+                ratio = (centre + step * moved).clamp_min(END_STEPS[-1] / 4)
+                challenger = _weight_costs(weight, _spanning(ratio * covering, width), gram)
                 better = challenger < cost
                 cost = torch.where(better, challenger, cost)
                 best = torch.where(better[:, None], ratio, best)
-        quantizer = UniformQuantizer(width, best * unit)
+        quantizer = _spanning(best * covering, width)
         noise = float((quantizer(weight) - weight).double().square().sum())
         loss = 0.5 * float((cost.clamp_min(0) * scaling).double().sum()) / images
         found.append(Candidate(width, quantizer, loss, noise, signal))
     return tuple(found)
 
 
-def _weight_costs(weight: Tensor, scale: Tensor, width: int, gram: Tensor | None) -> Tensor:
-    """Cost of each output channel (out,) under per-channel scales (out, 1)."""
-    error = UniformQuantizer(width, scale)(weight).sub_(weight)
+def _covering(weight: Tensor, asymmetric: bool) -> Tensor:
+    """The range of each row that just covers it: (out, 1), the largest magnitude, or (out, 2), how far below and above
+    zero it reaches.
+    """
+    if not asymmetric:
+        return weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    return torch.stack([-weight.amin(1), weight.amax(1)], 1).clamp_min(1e-12)
+
+
+def _spanning(range_or: Tensor, width: int) -> UniformQuantizer:
+    """The quantizer of ranges as `_covering` gives them."""
+    if range_or.shape[1] == 1:
+        return UniformQuantizer(width, range_or / (2 ** (width - 1) - 1))
+    scale = range_or.sum(1, keepdim=True) / (2**width - 1)
+    return UniformQuantizer(width, scale, torch.round(range_or[:, :1] / scale))
+
+
+def _weight_costs(weight: Tensor, quantizer: UniformQuantizer, gram: Tensor | None) -> Tensor:
+    """Cost of each output channel (out,) under per-channel scales."""
+    error = quantizer(weight).sub_(weight)
     cost: Tensor = error.square() if gram is None else (error @ gram).mul_(error)
     return cost.sum(1)

@@ -25,7 +25,7 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
     insert = InsertObservers(
         post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", **_norm_inputs(options)
     )
-    return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE)
+    return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, weights="asymmetric")
 
 
 def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
@@ -35,8 +35,9 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     )
     calibrate = Calibrate(gradient=False)
     return assemble(
-        budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, calibrate=calibrate, metric="mse"
-    )
+        budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE,
+        calibrate=calibrate, metric="mse", weights="asymmetric",
+    )  # fmt: skip
 
 
 def _norm_inputs(options: Options) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
@@ -54,12 +54,13 @@ def assemble(
     fold: FoldSqb | None,
     calibrate: Calibrate = Calibrate(),
     metric: Any = "hessian",
+    weights: Literal["symmetric", "asymmetric"] = "symmetric",
     score: Pass | None = None,
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
 
-    score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that cannot be read,
-    BackendError for a backend that cannot run the recipe's quantizers.
+    weights: see SearchScales. score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that
+    cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
     insert = restrict_families(insert, options.get("backend", SIMULATED))
@@ -74,7 +75,7 @@ def assemble(
     )
     passes: list[Pass] = [AssignRoles(), CheckBudget()]
     passes += [] if chosen_fold is None else [chosen_fold]
-    passes += [insert, calibrate, SearchScales(bits, metric)]
+    passes += [insert, calibrate, SearchScales(bits, metric, weights=weights)]
     passes += [] if score is None else [score]
     passes += [] if parsed.latency_ms is None else [timed(options)]
     return Pipeline([*passes, allocate, SubstituteQuantizers()])

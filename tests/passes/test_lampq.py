@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fxquant
 from allocators.milp import Milp
@@ -12,6 +14,8 @@ from allocators.pareto import Pareto
 from fxquant import embedded
 from fxquant.compiler import Compiled
 from fxquant.errors import BudgetError
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from fxquant.sweep import Prepared
 from passes.allocate_bits import AllocateBits
 from passes.metrics import FisherTrace, NoiseRatio, NuclearNorm, TypeAwareFisher
@@ -157,3 +161,17 @@ def test_budgets_without_means_need_outside_bits() -> None:
     quantized = compiled(pipeline)
     assert widths(quantized, "head") == {(4, 8)}
     assert RECIPES["lampq"] is lampq
+
+
+@pytest.mark.parametrize("base", ["adalog", "repq_vit"])
+def test_published_bases_give_weights_zero_points(base: str, tmp_path: Path) -> None:
+    found = Prepared(embedded.load_model(), IMAGES, recipe=base, bits=(4,)).compile("W4A4")
+    quantizers = [
+        module.weight_quantizer for module in found.modules() if isinstance(module, QuantizedLinear | QuantizedConv2d)
+    ]
+    assert quantizers
+    assert all(isinstance(quantizer, UniformQuantizer) and not quantizer.symmetric for quantizer in quantizers)
+    assert all(int(quantizer.zero_point.unique().numel()) > 1 for quantizer in quantizers), "one for each channel"
+    found.save(tmp_path / "model.fxq")
+    with torch.inference_mode():
+        assert torch.equal(fxquant.load(tmp_path / "model.fxq")(IMAGES), found(IMAGES))

@@ -30,6 +30,31 @@ def values(seed: int = 0) -> torch.Tensor:
     return torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def with_zero_points(weight: torch.Tensor, bits: int) -> UniformQuantizer:
+    """Asymmetric, each row's range just covered."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    return UniformQuantizer(bits, scale, torch.round(-low / scale))
+
+
+class TestZeroPoints:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(3)) + 0.5
+    quantizer = with_zero_points(weight, 4)
+
+    @pytest.mark.parametrize("shift", [0, 1])
+    def test_codes_to_start_from(self, shift: int) -> None:
+        codes = (self.quantizer.quantize(self.weight) + shift).clamp(*self.quantizer.code_range)
+        wanted = self.quantizer.dequantize(codes)
+        torch.testing.assert_close(SoftRounding(self.weight, self.quantizer, codes).hard(), wanted)
+        torch.testing.assert_close(LearnedCodes(self.weight, self.quantizer, codes)(), wanted)
+
+    def test_what_was_learned_is_what_is_kept(self) -> None:
+        learned = LearnedCodes(self.weight, self.quantizer)
+        with torch.no_grad():
+            learned.log_factor += 0.1
+        torch.testing.assert_close(learned.finish()(learned()), learned())
+
+
 class TestSoftRounding:
     weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     quantizer = UniformQuantizer(4, weight.abs().amax(1, keepdim=True) / 7)

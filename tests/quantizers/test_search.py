@@ -77,3 +77,32 @@ def test_a_channel_of_zeros_stays_zero() -> None:
     (found,) = search_weight(weight, (4,), 1, rows.T @ rows)
     assert not found.quantizer(weight)[2].any()
     assert bool(torch.isfinite(found.quantizer(weight)).all())
+
+
+class TestZeroPoints:
+    def test_against_symmetric_ranges_on_weights_off_centre(self) -> None:
+        rows, weight = rows_and_weight()
+        weight, gram = weight + weight.std(), rows.T @ rows
+        for bits in (2, 3, 4):
+            (symmetric,) = search_weight(weight, (bits,), 10, gram)
+            (found,) = search_weight(weight, (bits,), 10, gram, asymmetric=True)
+            reached = costs(weight, found.quantizer(weight), rows)
+            assert found.loss < 0.75 * symmetric.loss
+            assert found.loss == pytest.approx(0.5 * float(reached.sum()) / 10, rel=1e-3)
+            assert found.quantizer.zero_point is not None
+            assert 0 <= int(found.quantizer.zero_point.min()) <= int(found.quantizer.zero_point.max()) < 2**bits
+
+    def test_rows_of_one_sign_spend_no_code_on_the_other(self) -> None:
+        _, weight = rows_and_weight()
+        (found,) = search_weight(torch.stack([weight[0].abs(), -weight[0].abs()]), (4,), 1, asymmetric=True)
+        assert found.quantizer.zero_point.flatten().tolist() == [0, 15]
+
+    def test_codes_fit_eight_signed_bits(self) -> None:
+        _, weight = rows_and_weight()
+        for found in search_weight(weight, (7, 8), 1, asymmetric=True):
+            codes = found.quantizer.quantize(weight)
+            assert torch.equal(codes.to(torch.int8).to(torch.int32), codes)
+
+    def test_zeros_stay_zero(self) -> None:
+        (found,) = search_weight(torch.zeros(2, 5), (4,), 1, asymmetric=True)
+        assert not found.quantizer(torch.zeros(2, 5)).any()
