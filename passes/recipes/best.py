@@ -27,7 +27,8 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
     """Rotation and SQ-b before; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
-    budget: anything `Budget.parse` takes. After GELU and softmax, uniform scales where they cost next to nothing. No tensor gets fewer than 3 bits where the budget can be met without.
+    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without. After
+    GELU and softmax, uniform scales where they cost next to nothing; GELU itself takes 14-bit codes.
     thorough: instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
     trained with all scales towards the float model's outputs, and activations may be asymmetric; give it 1,024 images,
     it takes some 20 minutes of one core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized
