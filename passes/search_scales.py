@@ -91,7 +91,7 @@ class SearchScales:
             usable = [group[column] for family, group in zip(named, found, strict=True) if bits <= family.widest_bits]
             usable = usable or [group[column] for group in found]
             enough = min(candidate.loss for candidate in usable) + self.negligible
-            best.append(next(candidate for candidate in usable if candidate.loss <= enough))
+            best.append(next((candidate for candidate in usable if candidate.loss <= enough), usable[0]))
         return tuple(best)
 
     def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:

@@ -17,8 +17,6 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
 from passes.integer_plan import only_reader, shape_of
 
-_SUMS = (operator.add, operator.iadd)
-
 
 def select_tokens(graph_module: GraphModule) -> int:
     """Move selections of one token up, in place; returns past how many layers."""
@@ -62,7 +60,7 @@ def _moves_up(graph_module: GraphModule, layer: Any, selection: Node) -> bool:
             return len(module.normalized_shape) == 1
         is_known = isinstance(module, IntegerLinear | LayerNormToCodes | ToCodes)
         return is_known and not isinstance(module, IntegerConv2d)
-    return layer.target in _SUMS and len(shapes) == len(layer.args)
+    return layer.target is operator.add and len(shapes) == len(layer.args)
 
 
 def _move_up(graph_module: GraphModule, selection: Node, token: int) -> list[Node]:

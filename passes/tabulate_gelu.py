@@ -26,6 +26,7 @@ from passes.contract import PassContext
 from passes.integer_plan import input_of, only_reader
 
 LOWEST = -12.0  # GELU is zero in float32 below
+BEYOND = 0.25  # x is above GELU(x) by at most 0.17 where it is positive
 POINTS = 1 << 20
 
 
@@ -44,12 +45,15 @@ class TabulateGelu:
         changed = 0
         for node in nodes_with_role(graph_module, Role.GELU):
             before, after = input_of(node), only_reader(node)
+            is_fed = isinstance(modules.get(str(getattr(before, "target", None))), QuantizedLinear)
             gelu, linear = modules.get(str(node.target)), modules.get(str(getattr(after, "target", None)))
             following = linear.input_quantizer if isinstance(linear, QuantizedLinear) else None
             is_alone = only_reader(before) is node and calls.count(str(node.target)) == 1
-            if not isinstance(gelu, nn.GELU) or following is None or not is_alone:
+            if not isinstance(gelu, nn.GELU) or following is None or not (is_alone and is_fed):
                 continue
-            quantizer = _quantizer(gelu, following)
+            if getattr(following, "scale", torch.ones(1)).numel() != 1:
+                continue
+            quantizer = input_quantizer(gelu, following)
             x = quantizer.dequantize(torch.arange(2**BITS, dtype=torch.int32))
             if fits(following.quantize(gelu(x))):
                 graph_module.add_submodule(str(node.target), QuantizedInput(gelu, quantizer))
@@ -58,10 +62,10 @@ class TabulateGelu:
         return changed
 
 
-def _quantizer(gelu: nn.GELU, following: Quantizer) -> UniformQuantizer:
+def input_quantizer(gelu: nn.GELU, following: Quantizer) -> UniformQuantizer:
     """Points over the x for which the code of GELU(x) is neither that of the smallest nor that of the largest x."""
     top = float(following(torch.tensor([1e30])))
-    x = torch.linspace(LOWEST, 1.1 * max(top, 1.0), POINTS)
+    x = torch.linspace(LOWEST, max(top, 0.0) + BEYOND, POINTS)
     codes = following.quantize(gelu(x))
     low = float(torch.where(codes != codes[0], x, 0.0).min())
     high = float(torch.where(codes != codes[-1], x, 0.0).max())

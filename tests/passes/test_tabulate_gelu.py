@@ -7,15 +7,17 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import fxquant
 from fxquant import embedded
+from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_table import BITS
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
 from passes.contract import PassContext
 from passes.lower import Lower
-from passes.tabulate_gelu import TabulateGelu
+from passes.tabulate_gelu import TabulateGelu, input_quantizer
 
 MODEL, IMAGES = embedded.load_model(), embedded.calibration_images(16)
 
@@ -59,3 +61,13 @@ def test_kernels_look_up_what_the_graph_computes(quantized: fxquant.Compiled) ->
 def test_levels_too_close_for_a_table_keep_gelu() -> None:
     quantized = fxquant.compile(MODEL, "W8A8", calibration=IMAGES, recipe="mptq_vit")
     assert TabulateGelu().apply(quantized.graph_module, PassContext(IMAGES)) < 6
+
+
+@pytest.mark.parametrize("top", [0.2, 0.5, 0.9, 1.0, 1.1, 1.2, 2.0, 9.0])
+@pytest.mark.parametrize("bits", [3, 4, 6, 7])
+def test_what_is_far_out_gets_the_first_and_the_last_code(top: float, bits: int) -> None:
+    levels = 2**bits - 1
+    following = UniformQuantizer(bits, (top + 0.17) / levels, round(0.17 * levels / (top + 0.17)))
+    quantizer = input_quantizer(nn.GELU(), following)
+    x = torch.tensor([-100.0, -9.0, top + 0.3, 100.0])
+    assert torch.equal(following.quantize(functional.gelu(quantizer(x))), following.quantize(functional.gelu(x)))
