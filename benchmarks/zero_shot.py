@@ -15,11 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from accuracy import RESULTS, load
+from accuracy import RESULTS, load, top1
 from torch import Tensor, nn
 
 import fxquant
@@ -93,13 +92,6 @@ def calibration(
     elif isinstance(source, int):
         pixels = fxquant.synthesize(model, Synthesis(COUNT, source, **pictures), seed=seed)
     return pixels, round(time.process_time() - started_s, 1)
-
-
-def top1(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent."""
-    with torch.inference_mode():
-        predicted = torch.cat([model(x).argmax(1) for x in images.split(50)])
-    return 100 * float((predicted == labels).double().mean())
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ class ByteTable:
 
 def fits(codes: Tensor) -> bool:
     """Whether a table holds these codes (16,384,) of all entries, or (64, 256)."""
-    rows = codes.reshape(_ROW, 256)
-    return bool((rows[:, 1:] != rows[:, :-1]).sum(1).max() <= MAX_STEPS)
+    return int(_changes(codes.reshape(_ROW, 256)).sum(1).max()) <= MAX_STEPS
 
 
 def byte_table(source: Quantizer, function: nn.Module, code: ByteCode) -> ByteTable | None:
@@ -49,10 +48,10 @@ def byte_table(source: Quantizer, function: nn.Module, code: ByteCode) -> ByteTa
         return None
     x = source.dequantize(torch.arange(1 << BITS, dtype=torch.int32))
     found = operators.quantize(function(x), operators.spec_tensor(code.quantizer_spec())).reshape(_ROW, 256)
-    changes = found[:, 1:] != found[:, :-1]
-    steps = max(1, int(changes.sum(1).max()))
     if not fits(found):
         return None
+    changes = _changes(found)
+    steps = max(1, int(changes.sum(1).max()))
     entries = torch.full((1 + 2 * steps, _ROW), 255, dtype=torch.uint8)
     entries[0] = found[:, 0]
     entries[2::2] = found[:, -1]  # a step that is not needed ends where the last one does
@@ -61,3 +60,8 @@ def byte_table(source: Quantizer, function: nn.Module, code: ByteCode) -> ByteTa
     entries[1 + 2 * index, upper] = (position + 1).to(torch.uint8)
     entries[2 + 2 * index, upper] = found[upper, position + 1]
     return ByteTable(float(source.scale), int(source.zero_point), entries.contiguous())
+
+
+def _changes(rows: Tensor) -> Tensor:
+    """Where a row's codes (64, 256) differ from the ones before, bool (64, 255)."""
+    return rows[:, 1:] != rows[:, :-1]

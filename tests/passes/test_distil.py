@@ -39,7 +39,7 @@ QUICK = Distil(
     scale_rate=2e-3,
     rest_rate=2.5e-4,
     features=1.0,
-    augment=Augment(0.8),
+    augment=Augment(0.8, 0.0, 0.0),
     checks=2,
     closed_form=None,
 )
@@ -75,7 +75,7 @@ def everything(graph_module: GraphModule) -> dict[str, Tensor]:
 
 
 def test_closer_to_the_float_model_on_unseen_images(allocated: GraphModule, distilled: GraphModule) -> None:
-    assert unseen_divergence(distilled) < 0.85 * unseen_divergence(allocated)
+    assert unseen_divergence(distilled) < 0.7 * unseen_divergence(allocated)
 
 
 def test_the_given_graph_is_not_changed(allocated: GraphModule) -> None:
@@ -144,7 +144,7 @@ def test_resumes_at_the_check_where_it_stopped(allocated: GraphModule, tmp_path:
 def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
     """Rates that destroy everything: the start is what stays."""
     journal = Journal()
-    step = replace(QUICK, steps=2, weight_rate=50.0, scale_rate=5.0)
+    step = replace(QUICK, steps=2, weight_rate=50.0, scale_rate=5.0, augment=Augment(0.8))
     result = run(allocated, step, replace(CONTEXT, journal=journal))
     assert journal.entries[-1].notes["kept_check"] == 0
     assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))

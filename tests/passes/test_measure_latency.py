@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason="no int
 BITS = (2, 4, 8)
 OPTIONS: dict[str, Any] = {"backend": "cpu-native", "bits": BITS}
 WHOLE_MS = 20.0
-NOT_FOR_KERNELS = ("adalog", "repq_vit", "lampq", "vt_ptq", "naive_min_max", "best", "best_thorough")
+NOT_FOR_KERNELS = ("adalog", "repq_vit", "lampq", "vt_ptq", "naive_min_max", "best")
 """Recipes of quantizers that have no byte codes, or have one digit at every width wherever that costs nothing."""
 
 
