@@ -22,3 +22,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
+
+
+@pytest.fixture(autouse=True)
+def own_seed() -> None:
+    """A test draws the same numbers alone, with others and on any worker."""
+    torch.manual_seed(0)
