@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from passes.allocate_bits import AllocateBits
+from passes.balance_heads import BalanceHeads
 from passes.calibrate import Calibrate
 from passes.check_budget import CheckBudget
 from passes.compensate_weights import CompensateWeights
@@ -25,7 +26,7 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 
 
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
-    """Rotation and SQ-b before; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
+    """Rotation, balanced heads, SQ-b; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without. After
     GELU and softmax, uniform scales where they cost next to nothing; GELU itself takes 14-bit codes.
@@ -41,7 +42,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         other="symmetric|asymmetric" if thorough else "symmetric",
         **(norms if options.get("fully_quantized") else {}),
     )
-    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb()).after(CheckBudget, RotateResidual())
+    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
+    assembled = assembled.after(CheckBudget, RotateResidual(), BalanceHeads())
     passes = (replace(step, narrowest=NARROWEST) if isinstance(step, AllocateBits) else step for step in assembled)
     pipeline = Pipeline([*passes, TabulateGelu()])
     if thorough:

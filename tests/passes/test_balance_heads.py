@@ -1,0 +1,114 @@
+"""BalanceHeads: the model computes the same, with fewer levels for q and k; what cannot be turned is left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Role, nodes_with_role
+from passes.balance_heads import BalanceHeads, balancing, spreading
+from passes.contract import PassContext
+from passes.rotate_residual import RotateResidual
+from tests.passes.models import ARCHITECTURES, images, timm_model, traced, vit
+
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_computes_the_same_in_float64(name: str) -> None:
+    model, size = ARCHITECTURES[name]()
+    graph_module = traced(model.double(), images(2, size).double())
+    x = images(3, size, seed=9).double()
+    expected, before = graph_module(x), copy.deepcopy(graph_module.state_dict())
+    context = PassContext(images(4, size).double())
+    count = len(nodes_with_role(graph_module, Role.QK))
+    assert BalanceHeads().apply(graph_module, context) == count
+    assert context.journal.pending["refused"] == {}
+    assert float((graph_module(x) - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    factors = context.journal.pending["balanced"]
+    assert len(factors) == count
+    assert all(0 < factor <= 1 for factor in factors.values())
+    for key, value in graph_module.state_dict().items():
+        if key.endswith("qkv.weight"):
+            rows = len(value) // 3
+            assert not torch.allclose(value[: 2 * rows], before[key][: 2 * rows])
+            assert torch.equal(value[2 * rows :], before[key][2 * rows :]), "values stay"
+        elif "qkv" not in key:
+            assert torch.equal(value, before[key]), key
+
+
+def test_given_model_stays_and_rotation_goes_with_it() -> None:
+    model = vit().double()
+    x = images(4).double()
+    graph_module = traced(model, x)
+    expected = model(x).detach()
+    RotateResidual().apply(graph_module, PassContext(x))
+    BalanceHeads().apply(graph_module, PassContext(x))
+    assert torch.equal(model(x), expected)
+    assert float((graph_module(x).detach() - expected).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "linear layer"),
+        ("eva02_tiny_patch14_224", {"patch_size": 16}, "linear layer"),
+        ("swinv2_tiny_window8_256", {"window_size": 4, "depths": (1, 1), "num_heads": (2, 4)}, "linear layer"),
+    ],
+    ids=["norms of q and k", "rotary", "cosine"],
+)
+def test_what_stands_in_the_way_is_named(name: str, options: dict[str, object], reason: str) -> None:
+    common = {**SMALL, **options}
+    if "swin" in name:
+        common |= {"embed_dim": 12, "img_size": 64}
+        common.pop("depth")
+    model = timm_model(name, **common)
+    x = images(2, int(str(common["img_size"])))
+    graph_module = traced(model, x)
+    before, context = copy.deepcopy(graph_module.state_dict()), PassContext(x)
+    assert BalanceHeads().apply(graph_module, context) == 0
+    assert context.journal.pending["balanced"] == {}
+    refused = context.journal.pending["refused"]
+    assert len(refused) == len(nodes_with_role(graph_module, Role.QK)) > 0
+    assert all(reason in text for text in refused.values()), refused
+    assert all(torch.equal(value, before[key]) for key, value in graph_module.state_dict().items())
+
+
+@given(size=st.integers(1, 12), seed=st.integers(0, 1000), rank=st.integers(0, 12))
+def test_balancing_equals_out_and_never_costs(size: int, seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def moment(rank: int) -> Tensor:
+        draw = torch.randn(size, rank, dtype=torch.float64, generator=generator)
+        return draw @ draw.T
+
+    query, key = moment(size), moment(rank)
+    matrix = balancing(query, key, 1e-3)
+    inverse = torch.linalg.inv(matrix)
+    eye = torch.eye(size, dtype=torch.float64)
+    damped = [m + max(float(1e-3 * m.trace() / size), 1e-30) * eye for m in (query, key)]
+    left, right = matrix.T @ damped[0] @ matrix, inverse @ damped[1] @ inverse.T
+    assert float((left - right).abs().max()) <= 1e-6 * float(left.abs().max())
+    after = float(left.trace() * right.trace())
+    assert after <= float(damped[0].trace() * damped[1].trace()) * (1 + 1e-6)
+    if not size & (size - 1):
+        diagonal = left.diagonal()
+        assert float(diagonal.max() - diagonal.min()) <= 1e-6 * float(diagonal.max())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 8, 64])
+def test_spreading_is_orthogonal(size: int) -> None:
+    matrix = spreading(size)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 1.0, -1.0])
+def test_dampening_out_of_range(dampening: float) -> None:
+    with pytest.raises(CalibrationError, match="between 0 and 1"):
+        BalanceHeads(dampening)
