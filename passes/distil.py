@@ -84,7 +84,8 @@ class Distil:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
 
-        Notes the held-out divergence (nats per image) at the start and at every check, and the check that was kept.
+        Notes the held-out divergence (nats per image; None where it is not finite) at the start and at every check, and
+        the check that was kept.
         """
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
         quantizers = [repr(module) for module in pairs.quantized.modules() if not list(module.children())]
@@ -110,7 +111,8 @@ class Distil:
             task.advance()
         task.close()
         divergences = training.divergences
-        context.note(divergences=divergences, kept_check=divergences.index(min(divergences)))
+        numbers = [found if math.isfinite(found) else None for found in divergences]
+        context.note(divergences=numbers, kept_check=divergences.index(min(divergences)))
         training.finish()
         return adopt(graph_module, pairs.quantized)
 
@@ -167,7 +169,7 @@ class Training:
         self.rates = [rate * 2 ** (NOMINAL_BITS - bits) for _, rate in groups]
         named = [{"params": parameters} for parameters, _ in groups]
         self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
-        self.reference = torch.cat([self._logits(self.teacher, {}, i) for i in torch.split(self.held, options.images)])
+        self.reference = self._logits(self.teacher, {}, finite=True)
         self.divergences = [self._divergence()]
         self.best = self._values()
 
@@ -262,16 +264,18 @@ class Training:
         self.optimizer.step()
 
     def _divergence(self) -> float:
-        with torch.no_grad():
-            tensors = self._tensors()
-            parts = torch.split(self.held, self.options.images)
-            found = torch.cat([self._logits(self.student, tensors, images) for images in parts])
-        return float(divergence(self.reference, found))
+        """On the held-out images; infinite where training has left what numbers can hold."""
+        found = float(divergence(self.reference, self._logits(self.student, self._tensors(), finite=False)))
+        return found if math.isfinite(found) else math.inf
 
-    def _logits(self, network: GraphModule, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-        with torch.no_grad(), self._precision():
-            output = functional_call(network, tensors, (self.images[images].to(self.device),))
-        return class_scores(output, "Distil", "use CorrectWeights or Reconstruct")
+    @torch.no_grad()
+    def _logits(self, network: GraphModule, tensors: dict[str, Tensor], finite: bool) -> Tensor:
+        found = []
+        for indices in torch.split(self.held, self.options.images):
+            with self._precision():
+                output = functional_call(network, tensors, (self.images[indices].to(self.device),))
+            found.append(class_scores(output, "Distil", "use CorrectWeights or Reconstruct", finite))
+        return torch.cat(found)
 
     def _precision(self) -> torch.autocast:
         kind = self.device.type

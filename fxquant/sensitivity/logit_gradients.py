@@ -21,15 +21,18 @@ Fisher = Literal["signs", "sampled", "arg-max"]
 """Which v; "arg-max" takes the prediction for the label: biased, vanishes for confident models."""
 
 
-def class_scores(output: Any, needed_by: str, remedy: str) -> Tensor:
-    """The logits (B, classes) in a model's output; raises CalibrationError where there are none, or not finite ones."""
+def class_scores(output: Any, needed_by: str, remedy: str, finite: bool = True) -> Tensor:
+    """The logits (B, classes) in a model's output.
+
+    Raises CalibrationError where there are none, or, if `finite` is asked, where one is not finite.
+    """
     logits = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise CalibrationError(
             f"{needed_by} needs class scores (B, classes) as the model's output; this model gives something else: "
             f"{remedy}"
         )
-    if not bool(torch.isfinite(logits).all()):
+    if finite and not bool(torch.isfinite(logits).all()):
         raise CalibrationError("the model's output on a calibration batch is not finite")
     return logits
 

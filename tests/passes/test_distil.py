@@ -150,6 +150,17 @@ def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))
 
 
+def test_rates_beyond_all_measure_leave_the_start(allocated: GraphModule) -> None:
+    journal = Journal()
+    step = replace(QUICK, weight_rate=1e30, scale_rate=1e30, rest_rate=1e30, steps=4)
+    found = run(allocated, step, replace(CONTEXT, journal=journal))
+    notes = journal.entries[-1].notes
+    assert notes["divergences"][1:] == [None, None]
+    assert notes["kept_check"] == 0
+    start = run(allocated, replace(QUICK, weight_rate=1e-12, scale_rate=1e-12, rest_rate=1e-12, steps=4))
+    torch.testing.assert_close(found(UNSEEN[:4]), start(UNSEEN[:4]), atol=1e-4, rtol=1e-4)
+
+
 def test_losses_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     expected = 0.5 * (0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75)))
