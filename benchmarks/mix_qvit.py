@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from fxquant.sensitivity.measured import Divergence
 from fxquant.sweep import Results
 from passes.allocate_bits import AllocateBits, allocation_of, image_readers
 from passes.contract import PassContext
-from passes.pipeline import Pipeline
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
 from passes.score_layers import ScoreLayers
 
@@ -64,7 +62,7 @@ def compiled(searched: GraphModule, context: PassContext, method: str, budget: s
         options = {**options, "allocator": Quadratic(interactions(searched, context))}
     pipeline = mix_qvit(budget, optimise=optimise, **options)
     if method.endswith("from 3 bits on"):
-        pipeline = Pipeline(replace(step, narrowest=3) if isinstance(step, AllocateBits) else step for step in pipeline)
+        pipeline = pipeline.changed(AllocateBits, narrowest=3)
     if not scored:
         pipeline = pipeline.without(ScoreLayers)
     return pipeline[pipeline.position(ScoreLayers if scored else AllocateBits) :].run(searched, context)

@@ -9,11 +9,12 @@ What a pass is: `passes.contract`; pipelines that are ready: `passes.recipes`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import overload
+from dataclasses import dataclass
+from typing import Any, overload
 
 from torch.fx import GraphModule
 
@@ -99,6 +100,17 @@ class Pipeline:
         index = self.position(kind)
         return Pipeline((*self.passes[:index], new, *self.passes[index + 1 :]), self.assumes)
 
+    def changed(self, kind: type, **options: Any) -> Pipeline:
+        """With other options for the first pass of this kind, `pipeline.changed(Distil, steps=600)`.
+
+        Raises PipelineError when there is none, or it has no such option.
+        """
+        step: Any = self.passes[self.position(kind)]
+        try:
+            return self.replace(kind, dataclasses.replace(step, **options))
+        except TypeError as error:
+            raise PipelineError(f"{kind.__name__} cannot be changed so: {error}") from error
+
     def without(self, kind: type) -> Pipeline:
         """Without any pass of this kind; raises PipelineError when there is none."""
         self.position(kind)
@@ -119,7 +131,7 @@ class Pipeline:
         graph_module = copy.deepcopy(graph_module)
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
-            changed = step.apply(graph_module, replace(context, ahead=self.passes[index + 1 :]))
+            changed = step.apply(graph_module, dataclasses.replace(context, ahead=self.passes[index + 1 :]))
             declare(graph_module, step.provides, step.breaks)
             for fact in sorted(step.provides):
                 verify(graph_module, fact)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Unpack
 
 from allocators.milp import Milp
@@ -15,7 +14,7 @@ from passes.distil import Distil
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
+from passes.recipes.assembly import Options, assemble
 from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 from passes.tabulate_gelu import TabulateGelu
@@ -44,12 +43,12 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
     assembled = assembled.after(CheckBudget, RotateResidual(), BalanceHeads())
-    passes = (replace(step, narrowest=NARROWEST) if isinstance(step, AllocateBits) else step for step in assembled)
-    pipeline = Pipeline([*passes, TabulateGelu()])
+    pipeline = Pipeline([*assembled.changed(AllocateBits, narrowest=NARROWEST), TabulateGelu()])
     if thorough:
-        return pipeline.replace(Calibrate, Calibrate(images=SEARCHED)).after(AllocateBits, Distil())
-    search = SearchScales(options.get("bits", CANDIDATE_BITS), keep_grams=True, negligible=NEGLIGIBLE)
-    return pipeline.replace(SearchScales, search).after(AllocateBits, CompensateWeights())
+        return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
+    return pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE).after(
+        AllocateBits, CompensateWeights()
+    )
 
 
 def best_thorough(budget: Any, **options: Unpack[Options]) -> Pipeline:

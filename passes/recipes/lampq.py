@@ -83,10 +83,7 @@ def _mixed(
     """The base recipe with scores before its allocation, an allocator, and fixed bits outside the four layers."""
     own: Options = {"allocator": options.get("allocator") or allocator}
     pipeline = base(budget, **(options | own))
-    allocate = pipeline[pipeline.position(AllocateBits)]
-    assert isinstance(allocate, AllocateBits)
-    fixed = replace(allocate, role_bits=_outside(budget, outside_bits))
-    return pipeline.replace(AllocateBits, fixed).before(AllocateBits, score)
+    return pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits)).before(AllocateBits, score)
 
 
 def _outside(budget: Budget, bits: Bits | None) -> tuple[tuple[Role, Bits], ...]:

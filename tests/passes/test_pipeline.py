@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,6 +89,17 @@ class TestEditing:
             "SubstituteQuantizers",
         ]  # fmt: skip
         assert len(mptq_vit(4)) == 8
+
+    def test_changed(self) -> None:
+        pipeline = mptq_vit(4)
+        changed = pipeline.changed(AllocateBits, narrowest=3).changed(FoldSqb, strength=0.8)
+        before, after = pipeline[pipeline.position(AllocateBits)], changed[changed.position(AllocateBits)]
+        assert isinstance(before, AllocateBits)
+        assert after == dataclasses.replace(before, narrowest=3)
+        assert FoldSqb(strength=0.8) in list(changed)
+        assert kinds(changed) == kinds(pipeline)
+        with pytest.raises(PipelineError, match=r"AllocateBits cannot be changed so.*'width'"):
+            pipeline.changed(AllocateBits, width=3)
 
     def test_before_after_replace_without(self) -> None:
         pipeline = mptq_vit(4)
