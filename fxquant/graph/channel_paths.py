@@ -81,8 +81,8 @@ class _ProbeTracer(Interpreter):
             path.padded |= bool(zero.any())
             path.consumers.append(node)
         elif moves_data(node):
-            arguments = _replace(node.args, {source: probe}, self.env)
-            keywords = _replace(node.kwargs, {source: probe}, self.env)
+            arguments = replaced(node.args, {source: probe}, self.env)
+            keywords = replaced(node.kwargs, {source: probe}, self.env)
             moved = getattr(self, node.op)(node.target, arguments, keywords)
             if isinstance(moved, Tensor):
                 self.probes[node] = (origin, moved)
@@ -111,5 +111,6 @@ def module_uses(graph_module: GraphModule) -> dict[str, int]:
     return counts
 
 
-def _replace(value: Any, probes: Mapping[Node, Tensor], env: Mapping[Node, Any]) -> Any:
+def replaced(value: Any, probes: Mapping[Node, Any], env: Mapping[Node, Any]) -> Any:
+    """A node's arguments as values: those of `probes` where it has them, else those of `env`."""
     return torch.fx.node.map_arg(value, lambda node: probes[node] if node in probes else env[node])

@@ -11,15 +11,15 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.graph.annotation import Role, nodes_with_role
-from fxquant.graph.channel_paths import module_uses, moves_data, reads_shape
+from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.channel_paths import module_uses, moves_data, reads_shape, replaced
 
 _PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul})
 _QUOTIENTS = frozenset({operator.truediv, torch.div})
@@ -32,12 +32,14 @@ class QueryKey:
     """One product q k^T.
 
     query, key: linear nodes, perhaps the same. heads: for each head the output channels of `query` and of `key` that
-    are multiplied with one another, in this order, int64 (D,) each.
+    are multiplied with one another, in this order, int64 (D,) each. ignores_rows: whether softmax takes away what is
+    added to a whole row of the product, as it does to all keys of a query.
     """
 
     query: Node
     key: Node
     heads: list[tuple[Tensor, Tensor]]
+    ignores_rows: bool = False
 
     def channels(self) -> Iterator[tuple[Node, Tensor]]:
         """Every linear node with the channels of a head that it gives, int64 (D,)."""
@@ -46,14 +48,14 @@ class QueryKey:
             yield self.key, key
 
 
+@torch.no_grad()
 def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[Node, QueryKey], dict[Node, str]]:
     """By node with role QK: what it multiplies, or why its queries and keys cannot be changed together.
 
     example_bchw: float, at least one image.
     """
     tracer = _ProbeTracer(graph_module)
-    with torch.no_grad():
-        tracer.run(example_bchw[:1])
+    tracer.run(example_bchw[:1])
     counts = module_uses(graph_module)
     refused = {node: found for node, found in tracer.found.items() if isinstance(found, str)}
     products = {node: found for node, found in tracer.found.items() if isinstance(found, QueryKey)}
@@ -70,7 +72,8 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
                 refused[product_node] = f"channels of {node.name} are multiplied several times"
             elif not tracer.elsewhere[node].isdisjoint(channels.tolist()):
                 refused[product_node] = f"something else than the product reads channels of {node.name}"
-    return {node: product for node, product in products.items() if node not in refused}, refused
+    kept = {node: product for node, product in products.items() if node not in refused}
+    return {node: replace(product, ignores_rows=tracer.ignores_rows(node)) for node, product in kept.items()}, refused
 
 
 class _ProbeTracer(Interpreter):
@@ -100,9 +103,7 @@ class _ProbeTracer(Interpreter):
         if _scales(node):
             self.probes[node] = (origin, probe)
         elif _moves(node):
-            arguments, keywords = torch.fx.node.map_arg(
-                (node.args, node.kwargs), lambda other: probe if other is source else self.env[other]
-            )
+            arguments, keywords = (replaced(value, {source: probe}, self.env) for value in (node.args, node.kwargs))
             self.probes[node] = (origin, getattr(self, node.op)(node.target, arguments, keywords))
         elif not reads_shape(node):
             parts = probe if isinstance(probe, tuple | list) else [probe]
@@ -118,6 +119,19 @@ class _ProbeTracer(Interpreter):
             return "an operand's channels differ between tokens, or its heads between queries and keys"
         pairs: Tensor = torch.stack([first, second], -2).flatten(0, -3).unique(dim=0)  # type: ignore[no-untyped-call]
         return QueryKey(query, key, [(pair[0], pair[1]) for pair in pairs])
+
+    def ignores_rows(self, product: Node) -> bool:
+        """Whether softmax takes away what is added to whole rows of a product."""
+        scores = self.env[product]
+        changed = {product: scores + torch.arange(scores.shape[-2]).remainder(3).to(scores)[:, None]}
+        for node in self.graph.nodes:
+            if node is product or changed.keys().isdisjoint(node.all_input_nodes):
+                continue
+            arguments, keywords = (replaced(value, changed, self.env) for value in (node.args, node.kwargs))
+            changed[node] = getattr(self, node.op)(node.target, arguments, keywords)
+            if annotation_of(node).role is Role.SOFTMAX:
+                return torch.allclose(changed[node], self.env[node], rtol=1e-3, atol=1e-5)
+        return False
 
 
 def _scales(node: Node) -> bool:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.query_keys import query_keys
 from passes.balance_heads import BalanceHeads, balancing, spreading
 from passes.contract import PassContext
 from passes.rotate_residual import RotateResidual
@@ -78,6 +79,52 @@ def test_what_stands_in_the_way_is_named(name: str, options: dict[str, object], 
     assert len(refused) == len(nodes_with_role(graph_module, Role.QK)) > 0
     assert all(reason in text for text in refused.values()), refused
     assert all(torch.equal(value, before[key]) for key, value in graph_module.state_dict().items())
+
+
+class OwnAttention(nn.Module):
+    """Attention with something of its own between scores and softmax, or beside them."""
+
+    def __init__(self, source: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.kind = source.qkv, source.proj, kind
+        self.gate = nn.Parameter(torch.rand(5, 5) + 0.5)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], 5, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        k = q if self.kind == "one for both" else k
+        scores = q @ k.transpose(-2, -1)
+        if self.kind == "gated":
+            scores = scores * self.gate
+        if self.kind == "biased":
+            scores = scores + self.gate
+        result = scores.softmax(-1) @ v
+        result = result + q.relu() if self.kind == "leaky" else result
+        return self.proj(result.transpose(1, 2).reshape(x.shape[0], 5, 24))
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "gated", "leaky", "one for both"])
+def test_keys_keep_their_mean_where_it_counts(kind: str) -> None:
+    model = vit().double()
+    for block in model.blocks:
+        block.attn = OwnAttention(block.attn, kind).double()
+    x = images(4).double()
+    graph_module = traced(model, x)
+    nodes = nodes_with_role(graph_module, Role.QK)
+    assert len(nodes) == 2
+    products, refused = query_keys(graph_module, x)
+    reasons = {"leaky": "something else", "one for both": "several times"}
+    if kind in reasons:
+        assert not products
+        assert all(reasons[kind] in reason for reason in refused.values())
+    else:
+        assert [product.ignores_rows for product in products.values()] == [kind != "gated"] * 2
+    expected = graph_module(x).detach()
+    BalanceHeads().apply(graph_module, PassContext(x))
+    assert float((graph_module(x).detach() - expected).abs().max()) < 1e-9
+    keys: list[Tensor] = []
+    graph_module.get_submodule("blocks.0.attn.qkv").register_forward_hook(lambda _, __, y: keys.append(y[..., 24:48]))
+    graph_module(x)
+    assert (float(keys[0].detach().mean((0, 1)).abs().max()) < 1e-9) == (kind in ("plain", "biased"))
 
 
 @given(size=st.integers(1, 12), seed=st.integers(0, 1000), rank=st.integers(0, 12))
