@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.annotation import STATISTICS, Fact, annotation_of
 from fxquant.graph.query_keys import QueryKey, query_keys
 from passes.contract import PassContext
 
@@ -61,21 +61,22 @@ class BalanceHeads:
         with torch.no_grad():
             for batch in context.batches("measuring queries and keys"):
                 moments.run(batch)
-        factors = {}
+        factors: dict[str, float] = {}
         for node, product in products.items():
-            factors[node.name] = 0.0
+            name = annotation_of(node).layer
+            factors[name] = 0.0
             for query, key in product.heads:
                 of_query, of_key = moments.second(product.query, query), moments.second(product.key, key)
                 mean = moments.mean(product.key, key) * product.ignores_rows
-                of_key = of_key - torch.outer(mean, mean)
+                of_key = positive(of_key - torch.outer(mean, mean))
                 matrix = balancing(of_query, of_key, self.dampening)
                 inverse = torch.linalg.inv(matrix)
                 _fold(graph_module, product.query, query, matrix.T, torch.zeros_like(mean))
                 _fold(graph_module, product.key, key, inverse, mean)
                 after = (matrix.T @ of_query @ matrix).trace() * (inverse @ of_key @ inverse.T).trace()
-                before = (of_query.trace() * of_key.trace()).clamp_min(_TINY)
-                factors[node.name] += float(after / before) / len(product.heads)
-        context.note(balanced=factors, refused={node.name: reason for node, reason in refused.items()})
+                before = of_query.trace() * of_key.trace()
+                factors[name] += float(after / before if before > _TINY else 1) / len(product.heads)
+        context.note(balanced=factors, refused={annotation_of(node).layer: reason for node, reason in refused.items()})
         return len({node for product in products.values() for node in (product.query, product.key)})
 
 
@@ -94,6 +95,13 @@ def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
     values, vectors = torch.linalg.eigh(root @ of_key @ root)
     matrix: Tensor = inverse @ (vectors * values.clamp_min(_TINY**2).pow(0.25)) @ spreading(len(query))
     return matrix
+
+
+def positive(moment: Tensor) -> Tensor:
+    """The nearest positive semidefinite matrix to a symmetric one, float64 (D, D): rounding may leave it less."""
+    values, vectors = torch.linalg.eigh(moment)
+    nearest: Tensor = (vectors * values.clamp_min(0)) @ vectors.T
+    return nearest
 
 
 def spreading(size: int) -> Tensor:

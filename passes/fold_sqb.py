@@ -175,5 +175,5 @@ class _OutputStatistics(Interpreter):
 def _shared(norm: Node, path: ChannelPath, counts: dict[str, int]) -> str | None:
     for node in (norm, *path.consumers):
         if counts[str(node.target)] > 1:
-            return f"module {node.target} is called {counts[str(node.target)]} times"
+            return f"{node.target} is used {counts[str(node.target)]} times"
     return None

@@ -156,7 +156,7 @@ def _shared(graph_module: GraphModule, stream: ResidualStream, readers: dict[Nod
     counts = module_uses(graph_module)
     nodes = [*stream.layers, *stream.norms, *(layer for _, _, layer in stream.layer_scales)]
     nodes += [reader for norm in stream.norms for reader in readers[norm]]
-    reasons = [f"module {n.target} is called {counts[str(n.target)]} times" for n in nodes if counts[str(n.target)] > 1]
+    reasons = [f"{n.target} is used {counts[str(n.target)]} times" for n in nodes if counts[str(n.target)] > 1]
     targets = {str(node.target) for node in stream.parameters}
     inside = set(stream.parameters)
     outside = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target in targets and n not in inside]

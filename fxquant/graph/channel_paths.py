@@ -103,11 +103,12 @@ def reads_shape(node: Node) -> bool:
 
 
 def module_uses(graph_module: GraphModule) -> dict[str, int]:
-    """How often each module is called, by target."""
+    """How often each module is called, or a tensor of it read, by target."""
     counts: dict[str, int] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            counts[str(node.target)] = counts.get(str(node.target), 0) + 1
+        if node.op in ("call_module", "get_attr"):
+            target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+            counts[target] = counts.get(target, 0) + 1
     return counts
 
 

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.channel_paths import module_uses, moves_data, reads_shape, replaced
+from fxquant.graph.kind import Kind, kind_of
+from fxquant.graph.normalization import argument
 
 _PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul})
 _QUOTIENTS = frozenset({operator.truediv, torch.div})
 _MEANS = frozenset({"mean", torch.mean})
+_UNDERFLOW = 1e-30  # smaller probabilities have lost their digits
 _PARTS = frozenset({"unbind", "chunk", "split", torch.unbind, torch.chunk, torch.split})
 
 
@@ -67,7 +70,7 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
     for product_node, product in products.items():
         for node, channels in product.channels():
             if counts[str(node.target)] > 1:
-                refused[product_node] = f"module {node.target} is called {counts[str(node.target)]} times"
+                refused[product_node] = f"{node.target} is used {counts[str(node.target)]} times"
             elif any(readers[node, channel] > 1 for channel in channels.tolist()):
                 refused[product_node] = f"channels of {node.name} are multiplied several times"
             elif not tracer.elsewhere[node].isdisjoint(channels.tolist()):
@@ -79,7 +82,7 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
 class _ProbeTracer(Interpreter):
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.modules = dict(graph_module.named_modules())
+        self.traced, self.modules = graph_module, dict(graph_module.named_modules())
         self.products = set(nodes_with_role(graph_module, Role.QK))
         self.probes: dict[Node, tuple[Node, Any]] = {}
         self.found: dict[Node, QueryKey | str] = {}
@@ -89,7 +92,7 @@ class _ProbeTracer(Interpreter):
         result = super().run_node(node)
         if node in self.products:
             self.found[node] = self._product(node)
-        else:
+        if not isinstance(self.found.get(node), QueryKey):
             for source in dict.fromkeys(node.all_input_nodes):
                 if source in self.probes:
                     self._reach(node, source)
@@ -121,24 +124,36 @@ class _ProbeTracer(Interpreter):
         return QueryKey(query, key, [(pair[0], pair[1]) for pair in pairs])
 
     def ignores_rows(self, product: Node) -> bool:
-        """Whether softmax takes away what is added to whole rows of a product."""
+        """Whether softmax, and nothing else, takes away what is added to whole rows of a product.
+
+        Every image, head and row gets a number of its own, of either sign and as large as scores are.
+        """
         scores = self.env[product]
-        changed = {product: scores + torch.arange(scores.shape[-2]).remainder(3).to(scores)[:, None]}
+        draw = torch.rand(*scores.shape[:-1], 1, generator=torch.Generator().manual_seed(0)).to(scores)
+        changed = {product: scores + (2 * draw - 1) * (1 + 2 * scores.abs().max())}
         for node in self.graph.nodes:
-            if node is product or changed.keys().isdisjoint(node.all_input_nodes):
+            if node is product or changed.keys().isdisjoint(node.all_input_nodes) or reads_shape(node):
                 continue
+            if node.op == "output":
+                return False
             arguments, keywords = (replaced(value, changed, self.env) for value in (node.args, node.kwargs))
-            changed[node] = getattr(self, node.op)(node.target, arguments, keywords)
-            if annotation_of(node).role is Role.SOFTMAX:
-                return torch.allclose(changed[node], self.env[node], rtol=1e-3, atol=1e-5)
-        return False
+            found = getattr(self, node.op)(node.target, arguments, keywords)
+            if kind_of(self.traced, node) is not Kind.SOFTMAX:
+                changed[node] = found
+            elif not torch.allclose(found, self.env[node], rtol=1e-2, atol=_UNDERFLOW):
+                return False
+        return True
 
 
 def _scales(node: Node) -> bool:
     """Whether a node multiplies a tensor by a number, or divides it."""
     if node.target in _QUOTIENTS:
-        return isinstance(node.args[1], int | float)
-    return node.target in _PRODUCTS and any(isinstance(factor, int | float) for factor in node.args)
+        return isinstance(argument(node, 1, "other"), int | float) and not node.kwargs.get("rounding_mode")
+    return node.target in _PRODUCTS and any(isinstance(value, int | float) for value in _arguments(node))
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    return (*node.args, *node.kwargs.values())
 
 
 def _moves(node: Node) -> bool:

@@ -202,7 +202,7 @@ class TestRefusals:
                 y = self.embed(x).flatten(2).transpose(1, 2)
                 return self.head(self.norm(self.layer(self.norm(y)).relu()).mean(1))
 
-        assert_refused(Shared(), "norm", "module norm is called 2 times")
+        assert_refused(Shared(), "norm", "norm is used 2 times")
 
     def test_layer_called_twice(self) -> None:
         class Shared(nn.Module):
@@ -215,7 +215,7 @@ class TestRefusals:
                 y = self.norm(self.embed(x).flatten(2).transpose(1, 2))
                 return self.layer(self.other(self.layer(y).relu()).mean(1))
 
-        assert_refused(Shared(), "norm", "module layer is called 2 times")
+        assert_refused(Shared(), "norm", "layer is used 2 times")
 
     def test_channels_mixed_on_the_way(self) -> None:
         class Mixes(nn.Module):
