@@ -55,7 +55,7 @@ def _matches(pattern: str, layers: Sequence[str], roles: Sequence[str]) -> list[
     by_role = [index for index, role in enumerate(roles) if role == pattern]
     matched = by_role or [index for index, layer in enumerate(layers) if fnmatchcase(layer, pattern)]
     if not matched:
-        known = [*dict.fromkeys(roles), *layers]
+        known = list(dict.fromkeys([*roles, *layers]))
         close = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
         raise OverrideError(f"override {pattern!r} matches no layer, role or glob; close names: {', '.join(close)}")
     return matched

@@ -192,6 +192,11 @@ def compile(
                 "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
                 "backend and latency: set them on its passes and give None for the budget, or name a recipe"
             )
+        if Fact.QUANTIZED not in recipe.provides:
+            raise PipelineError(
+                "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
+                "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
+            )
         pipeline = recipe
     else:
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}

@@ -144,7 +144,7 @@ class ImageData:
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer."""
         if count < 1 or count > self.count:
-            raise DataError(f"{self.name} has {self.count} images; asked for {count}, which must be 1 to {self.count}")
+            raise DataError(f"{self.name} has {self.count} images, and {count} are asked for: --images, or count")
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
         return torch.stack([self.read(index) for index in order[:count].tolist()])
 

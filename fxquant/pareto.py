@@ -26,7 +26,7 @@ from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_lim
 from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
 from fxquant.compiler import Compiled
-from fxquant.errors import ModelError
+from fxquant.errors import BudgetError, ModelError
 from fxquant.report.plots import plot_frontier
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
@@ -136,6 +136,10 @@ def frontier(
 
     Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
     """
+    if limits is not None and len(limits) == 0:
+        raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
+    if not (realised is None or realised == "kl" or callable(realised)):
+        raise BudgetError(f"realised is 'kl', a function of the compiled model, or None, not {realised!r}")
     progress = progress or SilentProgress()
     prepared = Prepared(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options

@@ -24,7 +24,7 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
-from fxquant.errors import OverrideError
+from fxquant.errors import BudgetError, OverrideError
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
@@ -58,6 +58,14 @@ class AllocateBits:
 
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Read the budget; raise BudgetError for what cannot be read, for no allocator, and for widths out of range."""
+        object.__setattr__(self, "budget", Budget.parse(self.budget))
+        if not callable(getattr(self.allocator, "allocate", None)):
+            raise BudgetError(f"an allocator is an object such as Milp() or Greedy(), not {self.allocator!r}")
+        if self.first_last_bits is not None and self.first_last_bits not in range(2, 9):
+            raise BudgetError(f"first_last_bits is a width from 2 to 8, not {self.first_last_bits!r}")
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -223,5 +231,7 @@ def allocation_of(graph_module: GraphModule) -> Allocation | None:
 
 
 def normalized_overrides(overrides: Mapping[str, Bits] | None) -> tuple[tuple[str, Bits], ...]:
-    """Overrides as the hashable pairs the pass keeps; roles may be given as `Role`."""
+    """Overrides as the hashable pairs the pass keeps; roles may be given as `Role`. Raises OverrideError."""
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise OverrideError(f"overrides map names, roles or globs to bits, {{'head': 8}}, not {overrides!r}")
     return tuple((str(pattern), bits) for pattern, bits in (overrides or {}).items())

@@ -93,9 +93,9 @@ class PassContext:
     ahead: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise CalibrationError for a batch size below 1."""
-        if self.batch_size < 1:
-            raise CalibrationError(f"batch_size is {self.batch_size}, and a batch has at least one image")
+        """Raise CalibrationError for a batch size that is no whole number, or below 1."""
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise CalibrationError(f"batch_size is {self.batch_size!r}, and a batch has at least one image, whole")
 
     @property
     def images(self) -> torch.Tensor:
@@ -104,6 +104,8 @@ class PassContext:
             raise CalibrationError(
                 "this pass needs calibration images and the context has none: PassContext(images_bchw=...)"
             )
+        if len(self.images_bchw) == 0:
+            raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
         return self.images_bchw
 
     def batches(self, label: str) -> Iterator[torch.Tensor]:

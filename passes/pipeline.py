@@ -35,8 +35,12 @@ class Pipeline:
     assumes: frozenset[Fact] = frozenset({Fact.TRACED})
 
     def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (Fact.TRACED,)) -> None:
-        """Raise PipelineError for a pass in the wrong place."""
+        """Raise PipelineError for a pass in the wrong place, and for what is no pass."""
         object.__setattr__(self, "passes", tuple(passes))
+        for step in self.passes:
+            if isinstance(step, type) or not isinstance(step, Pass):
+                wanted = f"write {step.__name__}()" if isinstance(step, type) else "see passes.contract"
+                raise PipelineError(f"{step!r} is no pass: {wanted}")
         object.__setattr__(self, "assumes", frozenset(assumes))
         known = self.assumes
         for index, step in enumerate(self.passes):
@@ -80,6 +84,8 @@ class Pipeline:
 
     def position(self, kind: type) -> int:
         """Index of the first pass of this kind; raises PipelineError when there is none."""
+        if not isinstance(kind, type):
+            raise PipelineError(f"a pass is named by its class, {type(kind).__name__}, not by {kind!r}")
         for index, step in enumerate(self.passes):
             if isinstance(step, kind):
                 return index
@@ -106,10 +112,11 @@ class Pipeline:
         Raises PipelineError when there is none, or it has no such option.
         """
         step: Any = self.passes[self.position(kind)]
-        try:
-            return self.replace(kind, dataclasses.replace(step, **options))
-        except TypeError as error:
-            raise PipelineError(f"{kind.__name__} cannot be changed so: {error}") from error
+        known = [field.name for field in dataclasses.fields(step) if field.init]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise PipelineError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        return self.replace(kind, dataclasses.replace(step, **options))
 
     def without(self, kind: type) -> Pipeline:
         """Without any pass of this kind; raises PipelineError when there is none."""

@@ -9,7 +9,7 @@ the noise power that sensitivities and allocators read; then the observers' stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -21,6 +21,9 @@ from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
+
+Metric = Literal["hessian", "mse", "min-max"]
+Weights = Literal["symmetric", "asymmetric"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class SearchScales:
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    metric: Literal["hessian", "mse", "min-max"] = "hessian"
+    metric: Metric = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
-    weights: Literal["symmetric", "asymmetric"] = "symmetric"
+    weights: Weights = "symmetric"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
@@ -51,6 +54,9 @@ class SearchScales:
     def __post_init__(self) -> None:
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
             raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
+        for name, known in (("metric", get_args(Metric)), ("weights", get_args(Weights))):
+            if getattr(self, name) not in known:
+                raise CalibrationError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Search every observed node; returns how many nodes were given candidates."""

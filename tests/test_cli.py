@@ -102,16 +102,35 @@ def test_synthesize_and_compile_without_data(tmp_path: Path) -> None:
     assert same["totals"]["predicted_loss"] > 0
 
 
-def test_inspect_reads_texts_only(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_builds_no_model(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     path = compiled[0] / "m.fxq"
     whole = str(fxquant.load(path).report())
-    monkeypatch.setattr("fxquant.compiler.load", lambda path: pytest.fail("tensors were read"))
+    monkeypatch.setattr("fxquant.compiler.load", lambda path: pytest.fail("a model was built"))
     assert str(report_of(path)) == whole
     brief, full = run("inspect", path), run("inspect", path, "--layers")
     assert brief.exit_code == full.exit_code == 0
     assert "total bytes" in brief.stdout
     assert "W SQNR dB" not in brief.stdout
     assert "W SQNR dB" in full.stdout
+
+
+def test_inspect_says_what_is_damaged(compiled: tuple[Path, Any], tmp_path: Path) -> None:
+    content = (compiled[0] / "m.fxq").read_bytes()
+    assert b"0.353" in content
+    (tmp_path / "m.fxq").write_bytes(content.replace(b"0.353", b"0.253"))
+    result = run("inspect", tmp_path / "m.fxq")
+    assert result.exit_code == 2
+    assert "is damaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["--image-size", "32"], "options of preprocessing"), (["--images", "100000"], "there are 512")],
+)
+def test_embedded_images_are_as_they_are(arguments: list[str], text: str) -> None:
+    result = run("compile", "embedded", "W4A4", *arguments)
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.split())
 
 
 def test_inspect_json_and_graph(compiled: tuple[Path, Any], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fxquant.graph.annotation import Role
 from passes.calibrate import Calibrate
 from passes.fold_sqb import FoldSqb
 from passes.recipes import best, mptq_vit, naive_min_max
+from passes.substitute_quantizers import SubstituteQuantizers
 from tests.passes.models import SWIN, VIT, images, timm_model, vit
 
 
@@ -78,6 +79,15 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "batch size": ({"batch_size": 0}, CalibrationError, "batch_size"),
     "recipe": ({"recipe": "mptq"}, PipelineError, "mptq_vit"),
     "pipeline and options": ({"recipe": mptq_vit(4), "overrides": {"head": 8}}, PipelineError, "brings its own"),
+    "pipeline without quantizers": (
+        {"budget": None, "recipe": mptq_vit(4).without(SubstituteQuantizers)},
+        PipelineError,
+        "SubstituteQuantizers()",
+    ),
+    "a list of passes": ({"recipe": [FoldSqb()]}, PipelineError, "no recipe is called"),
+    "allocator by name": ({"allocator": "greedy"}, BudgetError, "Milp()"),
+    "overrides as a list": ({"overrides": ["head"]}, OverrideError, "map names"),
+    "half a batch": ({"batch_size": 2.5}, CalibrationError, "whole"),
     "budget": ({"budget": "four bits"}, BudgetError, "four bits"),
     "budget 0": ({"budget": 0}, BudgetError, ""),
     "infeasible": ({"budget": "W1A4"}, InfeasibleBudgetError, "minimum reachable"),

@@ -76,7 +76,7 @@ def test_calibration_images_are_drawn_by_seed(tmp_path: Path) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert len(first.flatten(1)[:, 0].unique()) == 5, "without replacement"
-    with pytest.raises(DataError, match="has 10 images; asked for 11"):
+    with pytest.raises(DataError, match="has 10 images, and 11 are asked for"):
         load_images(path, 11, EMBEDDED)
 
 

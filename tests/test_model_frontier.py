@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import ModelError
+from fxquant.errors import BudgetError, ModelError
 from fxquant.pareto import Frontier, _Divergence
 from tests.passes.models import images, vit
 
@@ -91,6 +91,12 @@ def test_command(tmp_path: Path) -> None:
     assert "Frontier over mean bits" in first.stdout
     assert [point["limit"] for point in json.loads(again.stdout)["points"]] == [4, 6]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'kl'")])
+def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text: str) -> None:
+    with pytest.raises(BudgetError, match=text):
+        fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
 
 
 def test_outputs_that_are_no_class_scores() -> None:

@@ -47,17 +47,17 @@ def inspect_artefact(
 
 
 def report_of(path: Path) -> Report:
-    """The report of an artefact, from its texts alone. Raises ArtefactError."""
+    """The report of an artefact, from its texts. Raises ArtefactError, also where the file is damaged."""
     from allocators.allocation import Allocation
     from fxquant.errors import ArtefactError
     from fxquant.report.tables import Report
     from fxquant.runtime.artefact import inspect_card
-    from fxquant.runtime.container import decompress, read_texts
+    from fxquant.runtime.container import decompress, read_file
     from fxquant.runtime.layer_row import LayerRow
     from fxquant.runtime.untrusted import from_json
     from passes.contract import Journal, JournalEntry
 
-    card, texts = inspect_card(path), read_texts(path)
+    card, texts = inspect_card(path), read_file(path)[0]
     rows = card.pop("layers", None)
     if not isinstance(rows, list):
         raise ArtefactError(f"{path} has no list of layers in its card: it was not written by Compiled.save")

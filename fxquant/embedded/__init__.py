@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
+from fxquant.errors import DataError
+
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "vit_fashion_mnist.safetensors"
 CALIBRATION = FOLDER / "calibration.npz"
@@ -42,8 +44,13 @@ def load_model() -> VisionTransformer:
 
 
 def calibration_images(count: int = 32) -> torch.Tensor:
-    """The first `count` of 512 training images, float32 (count, 1, 28, 28); no labels, calibration needs none."""
+    """The first `count` of 512 training images, float32 (count, 1, 28, 28); no labels, calibration needs none.
+
+    Raises DataError where there are not that many.
+    """
     with np.load(CALIBRATION) as data:
+        if not 1 <= count <= len(data["images"]):
+            raise DataError(f"there are {len(data['images'])} embedded calibration images; asked for {count}")
         return normalize(data["images"][:count])
 
 

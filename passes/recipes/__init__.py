@@ -50,6 +50,6 @@ RECIPES: dict[str, Callable[..., Pipeline]] = {
 
 def recipe(name: str) -> Callable[..., Pipeline]:
     """The recipe of this name; raises PipelineError listing the known ones."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise PipelineError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -11,7 +11,14 @@ from torch.fx import GraphModule
 
 from allocators.budget import Budget
 from allocators.greedy import Greedy
-from fxquant.errors import InfeasibleBudgetError, OverrideError, PatternError, PipelineError
+from fxquant.errors import (
+    BudgetError,
+    CalibrationError,
+    InfeasibleBudgetError,
+    OverrideError,
+    PatternError,
+    PipelineError,
+)
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
 from fxquant.graph.printer import format_graph
 from fxquant.graph.tracing import trace
@@ -98,8 +105,35 @@ class TestEditing:
         assert after == dataclasses.replace(before, narrowest=3)
         assert FoldSqb(strength=0.8) in list(changed)
         assert kinds(changed) == kinds(pipeline)
-        with pytest.raises(PipelineError, match=r"AllocateBits cannot be changed so.*'width'"):
+        with pytest.raises(PipelineError, match=r"AllocateBits has no option 'width'; it has budget"):
             pipeline.changed(AllocateBits, width=3)
+
+    def test_what_is_no_pass(self) -> None:
+        with pytest.raises(PipelineError, match=r"write FoldSqb\(\)"):
+            Pipeline([AssignRoles(), FoldSqb])  # type: ignore[list-item]
+        with pytest.raises(PipelineError, match="3 is no pass"):
+            Pipeline([3])  # type: ignore[list-item]
+        with pytest.raises(PipelineError, match="named by its class, FoldSqb"):
+            mptq_vit(4).without(FoldSqb())  # type: ignore[arg-type]
+
+    def test_options_of_the_allocation(self) -> None:
+        assert AllocateBits("W2").budget == Budget.parse("W2")  # type: ignore[arg-type]
+        with pytest.raises(BudgetError, match=r"such as Milp\(\)"):
+            mptq_vit(4, allocator="greedy")  # type: ignore[arg-type]
+        with pytest.raises(BudgetError, match="from 2 to 8, not 99"):
+            mptq_vit(4, first_last_bits=99)
+        with pytest.raises(OverrideError, match="map names"):
+            mptq_vit(4, overrides=["qkv"])  # type: ignore[arg-type]
+        with pytest.raises(CalibrationError, match="hessian, mse, min-max, not 'foo'"):
+            SearchScales(metric="foo")  # type: ignore[arg-type]
+        with pytest.raises(CalibrationError, match="symmetric, asymmetric"):
+            SearchScales(weights="asym")  # type: ignore[arg-type]
+
+    def test_contexts_of_no_use(self, graph: GraphModule) -> None:
+        with pytest.raises(CalibrationError, match="whole"):
+            PassContext(batch_size=2.5)  # type: ignore[arg-type]
+        with pytest.raises(CalibrationError, match="context has 0"):
+            Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(0)))
 
     def test_before_after_replace_without(self) -> None:
         pipeline = mptq_vit(4)
