@@ -16,9 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import PipelineError
+from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.annotation import Fact, declare, facts_of
 from fxquant.graph.verifier import verify
 from passes.contract import Pass, PassContext
@@ -126,8 +128,8 @@ class Pipeline:
     def run(self, graph_module: GraphModule, context: PassContext) -> GraphModule:
         """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
 
-        Raises PipelineError when the graph lacks a fact this pipeline assumes, VerificationError when a pass did not
-        establish what it provides.
+        Raises PipelineError when the graph lacks a fact this pipeline assumes, CalibrationError for images that are not
+        the graph's or not finite, VerificationError when a pass did not establish what it provides.
         """
         missing = self.assumes - facts_of(graph_module)
         if missing:
@@ -135,6 +137,7 @@ class Pipeline:
                 f"the graph given lacks {_listed(missing)}: make it with fxquant.trace, or run the passes "
                 f"that provide them first"
             )
+        _check_images(graph_module, context.images_bchw)
         graph_module = copy.deepcopy(graph_module)
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
@@ -145,6 +148,19 @@ class Pipeline:
             peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
         return graph_module
+
+
+def _check_images(graph_module: GraphModule, images_bchw: Tensor | None) -> None:
+    if images_bchw is None:
+        return
+    traced = next(node for node in graph_module.graph.nodes if node.op == "placeholder").meta["tensor_meta"].shape
+    if images_bchw.shape[1:] != traced[1:]:
+        raise CalibrationError(
+            f"images of the context have shape {tuple(images_bchw.shape)}, and the graph takes {tuple(traced[1:])} for "
+            f"each: resize them or trace again"
+        )
+    if not bool(torch.isfinite(images_bchw).all()):
+        raise CalibrationError("the context's images have NaN or infinite pixels")
 
 
 def _listed(facts: Iterable[Fact]) -> str:

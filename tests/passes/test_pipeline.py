@@ -134,6 +134,10 @@ class TestEditing:
             PassContext(batch_size=2.5)  # type: ignore[arg-type]
         with pytest.raises(CalibrationError, match="context has 0"):
             Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(0)))
+        with pytest.raises(CalibrationError, match="trace again"):
+            Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(2, 48)))
+        with pytest.raises(CalibrationError, match="NaN"):
+            Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(2) / 0))
 
     def test_before_after_replace_without(self) -> None:
         pipeline = mptq_vit(4)
