@@ -62,7 +62,7 @@ class Distil:
     run before it.
     """
 
-    steps: int = 2400
+    steps: int = 1000
     images: int = 16
     weight_rate: float = 7e-3
     scale_rate: float = 3e-3
