@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
+from allocators.budget import Budget
 from allocators.milp import Milp
 from passes.allocate_bits import AllocateBits
 from passes.balance_heads import BalanceHeads
@@ -27,8 +28,9 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
     """Rotation, balanced heads, SQ-b; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
 
-    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without. After
-    GELU and softmax, uniform scales where they cost next to nothing; GELU itself takes 14-bit codes.
+    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
+    fully quantized at a mean of 3 activation bits, which would leave no choice. After GELU and softmax, uniform scales
+    where they cost next to nothing; GELU itself takes 14-bit codes.
     thorough: instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
     trained with all scales towards the float model's outputs, and activations may be asymmetric; give it 1,024 images,
     it takes some 20 minutes of one core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized
@@ -43,12 +45,14 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
     assembled = assembled.after(CheckBudget, RotateResidual(), BalanceHeads())
-    pipeline = Pipeline([*assembled.changed(AllocateBits, narrowest=NARROWEST), TabulateGelu()])
+    # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
+    tight = options.get("fully_quantized") and (Budget.parse(budget).mean_activation_bits or 8) <= NARROWEST
+    narrowest = 2 if tight else NARROWEST
+    pipeline = Pipeline([*assembled.changed(AllocateBits, narrowest=narrowest), TabulateGelu()])
     if thorough:
         return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
-    return pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE).after(
-        AllocateBits, CompensateWeights()
-    )
+    searched = pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE)
+    return searched.after(AllocateBits, CompensateWeights())
 
 
 def best_thorough(budget: Any, **options: Unpack[Options]) -> Pipeline:

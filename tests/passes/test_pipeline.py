@@ -29,7 +29,7 @@ from passes.contract import Pass, PassContext
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes import RECIPES, mptq_vit, naive_min_max, recipe
+from passes.recipes import RECIPES, best, mptq_vit, naive_min_max, recipe
 from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers
 from tests.passes.models import images, vit
@@ -107,6 +107,15 @@ class TestEditing:
         assert kinds(changed) == kinds(pipeline)
         with pytest.raises(PipelineError, match=r"AllocateBits has no option 'width'; it has budget"):
             pipeline.changed(AllocateBits, width=3)
+
+    @pytest.mark.parametrize(
+        ("budget", "full", "narrowest"), [("W3A3", False, 3), ("W3A3", True, 2), ("W4A4", True, 3), ("6MB", True, 3)]
+    )
+    def test_best_has_two_bits_where_nothing_else_pays(self, budget: str, full: bool, narrowest: int) -> None:
+        pipeline = best(budget, fully_quantized=full)
+        step = pipeline[pipeline.position(AllocateBits)]
+        assert isinstance(step, AllocateBits)
+        assert step.narrowest == narrowest
 
     def test_what_is_no_pass(self) -> None:
         with pytest.raises(PipelineError, match=r"write FoldSqb\(\)"):
