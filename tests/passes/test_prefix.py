@@ -87,7 +87,7 @@ from passes.calibrate import Calibrate
 from passes.recipes import mptq_vit
 from tests.passes.models import images, vit
 if sys.argv[2] == "recall":
-    Calibrate.apply = None
+    Calibrate.apply = lambda *_: 1 / 0
 torch.set_num_threads(1)
 x = images(2)
 pipeline = mptq_vit("W3A4", bits=(2, 4, 8))
