@@ -31,7 +31,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice. After GELU and softmax, uniform scales
     where they cost next to nothing; GELU itself takes 14-bit codes.
-    thorough: instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
+    thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
     trained with all scales towards the float model's outputs, and activations may be asymmetric; give it 1,024 images,
     it takes some 20 minutes of one core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized
     protocol LayerNorm's inputs get O-2SF.
@@ -44,7 +44,9 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         **(norms if options.get("fully_quantized") else {}),
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-    assembled = assembled.after(CheckBudget, RotateResidual(), BalanceHeads())
+    # Balanced heads help rounding and short training; a thousand steps come to the same without.
+    folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
+    assembled = assembled.after(CheckBudget, *folds)
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
     tight = options.get("fully_quantized") and (Budget.parse(budget).mean_activation_bits or 8) <= NARROWEST
     narrowest = 2 if tight else NARROWEST
