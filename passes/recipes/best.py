@@ -31,10 +31,10 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice. After GELU and softmax, uniform scales
     where they cost next to nothing; GELU itself takes 14-bit codes.
-    thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on quantized inputs and then
-    trained with all scales towards the float model's outputs, and activations may be asymmetric; give it 1,024 images,
-    it takes some 20 minutes of one core for a ViT-tiny. What each part adds: docs/results.md. Under the fully quantized
-    protocol LayerNorm's inputs get O-2SF.
+    thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
+    quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
+    asymmetric; give it 1,024 images, it takes some 20 minutes of one core for a ViT-tiny. What each part adds:
+    docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
     insert = InsertObservers(
