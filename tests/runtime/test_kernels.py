@@ -271,12 +271,10 @@ def test_attention_equals_its_parts(
     weights = ToCodes(codes.softmax)(scores.double().softmax(-1).float())
     result = IntegerMatmul(codes.softmax, value)(weights, v)
     expected = ToCodes(codes.output)(result.transpose(1, 2).flatten(2))
-    # The softmax is computed in another way: a weight beside a threshold may take the level next to its own.
-    step = np.diff(np.unique(level_table(codes.softmax))).max() * codes.softmax.unit
-    moved = step * 128 * value.unit / codes.output.unit
+    # The softmax is computed in another way: where a weight lies beside a threshold, sums move by one step.
     difference = found.int() - expected.int()
     assert (difference != 0).float().mean() < 0.01
-    assert difference.abs().max() <= np.ceil(moved)
+    assert difference.abs().max() <= 3
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(4, 4, 0), (3, 2, 1), ((2, 3), (1, 2), (0, 1))])
