@@ -26,7 +26,7 @@ from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
 from fxquant.cache import Cache
-from fxquant.errors import ArtefactError, CalibrationError, PipelineError
+from fxquant.errors import ArtefactError, PipelineError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
@@ -38,7 +38,7 @@ from fxquant.runtime.layer_row import LayerRow
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress
+from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress, check_images
 from passes.lower import SIMULATED, Lower, backend_summary, execution_of, execution_summary
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
@@ -211,22 +211,6 @@ def compile(
     return Compiled(
         quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}
     )
-
-
-def check_images(images: Tensor, minimum: int = 1) -> None:
-    """Raise CalibrationError unless images are a finite float (N, C, H, W) tensor with N >= minimum."""
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        shape = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found {shape}")
-    if not images.is_floating_point():
-        raise CalibrationError(
-            f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
-        )
-    if len(images) < minimum:
-        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
-    bad = ~torch.isfinite(images).flatten(1).all(1)
-    if bool(bad.any()):
-        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")
 
 
 def layer_rows(graph_module: GraphModule) -> list[LayerRow]:

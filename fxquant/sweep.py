@@ -24,7 +24,7 @@ from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
 from fxquant.cache import Cache, signature
-from fxquant.compiler import Compiled, check_images, layer_rows, protocol_card
+from fxquant.compiler import Compiled, layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
 from fxquant.graph.annotation import nodes_with_role
@@ -32,7 +32,7 @@ from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import AllocateBits, allocation_of
-from passes.contract import Journal, ProgressReporter, SilentProgress
+from passes.contract import Journal, ProgressReporter, SilentProgress, check_images
 from passes.insert_observers import observers_of
 from passes.lower import SIMULATED
 from passes.pipeline import Pipeline

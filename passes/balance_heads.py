@@ -61,6 +61,9 @@ class BalanceHeads:
         with torch.no_grad():
             for batch in context.batches("measuring queries and keys"):
                 moments.run(batch)
+        layers = {node for product in products.values() for node in (product.query, product.key)}
+        for node in layers:
+            _own(graph_module, node)
         factors: dict[str, float] = {}
         for node, product in products.items():
             name = annotation_of(node).layer
@@ -77,7 +80,7 @@ class BalanceHeads:
                 before = of_query.trace() * of_key.trace()
                 factors[name] += float(after / before if before > _TINY else 1) / len(product.heads)
         context.note(balanced=factors, refused={annotation_of(node).layer: reason for node, reason in refused.items()})
-        return len({node for product in products.values() for node in (product.query, product.key)})
+        return len(layers)
 
 
 def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
@@ -116,15 +119,19 @@ def spreading(size: int) -> Tensor:
     return torch.div(matrix, size**0.5)
 
 
-def _fold(graph_module: GraphModule, node: Node, channels: Tensor, turn: Tensor, shift: Tensor) -> None:
-    """y[channels] becomes turn (y[channels] - shift) for the outputs y of a linear layer."""
+def _own(graph_module: GraphModule, node: Node) -> None:
+    """Give a linear layer a bias, and parameters of its own: equal tensors of a recalled graph share memory."""
     linear: Any = graph_module.get_submodule(str(node.target))
     weight = linear.weight.detach().clone()
     bias = torch.zeros_like(weight[:, 0]) if linear.bias is None else linear.bias.detach().clone()
-    weight[channels] = (turn @ weight[channels].double()).to(weight.dtype)
-    bias[channels] = (turn @ (bias[channels].double() - shift)).to(weight.dtype)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False)
+    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+
+
+def _fold(graph_module: GraphModule, node: Node, channels: Tensor, turn: Tensor, shift: Tensor) -> None:
+    """y[channels] becomes turn (y[channels] - shift) for the outputs y of a linear layer."""
+    linear: Any = graph_module.get_submodule(str(node.target))
+    linear.weight[channels] = (turn @ linear.weight[channels].double()).to(linear.weight.dtype)
+    linear.bias[channels] = (turn @ (linear.bias[channels].double() - shift)).to(linear.bias.dtype)
 
 
 class _Moments(Interpreter):

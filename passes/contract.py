@@ -148,3 +148,19 @@ class Pass(Protocol):
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change the graph module in place and return the number of nodes changed."""
+
+
+def check_images(images: torch.Tensor, minimum: int = 1) -> None:
+    """Raise CalibrationError unless images are a finite float (N, C, H, W) tensor with N >= minimum."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        shape = f"shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found {shape}")
+    if not images.is_floating_point():
+        raise CalibrationError(
+            f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
+        )
+    if len(images) < minimum:
+        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bool(bad.any()):
+        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")

@@ -16,14 +16,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.annotation import Fact, declare, facts_of
 from fxquant.graph.verifier import verify
-from passes.contract import Pass, PassContext
+from passes.contract import Pass, PassContext, check_images
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ def _check_images(graph_module: GraphModule, images_bchw: Tensor | None) -> None
             f"images of the context have shape {tuple(images_bchw.shape)}, and the graph takes {tuple(traced[1:])} for "
             f"each: resize them or trace again"
         )
-    if not bool(torch.isfinite(images_bchw).all()):
-        raise CalibrationError("the context's images have NaN or infinite pixels")
+    check_images(images_bchw, minimum=0)
 
 
 def _listed(facts: Iterable[Fact]) -> str:

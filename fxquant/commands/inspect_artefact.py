@@ -51,13 +51,13 @@ def report_of(path: Path) -> Report:
     from allocators.allocation import Allocation
     from fxquant.errors import ArtefactError
     from fxquant.report.tables import Report
-    from fxquant.runtime.artefact import inspect_card
     from fxquant.runtime.container import decompress, read_file
     from fxquant.runtime.layer_row import LayerRow
     from fxquant.runtime.untrusted import from_json
     from passes.contract import Journal, JournalEntry
 
-    card, texts = inspect_card(path), read_file(path)[0]
+    texts = read_file(path)[0]
+    card = from_json(texts.get("card", ""), dict, f"the card of {path}")
     rows = card.pop("layers", None)
     if not isinstance(rows, list):
         raise ArtefactError(f"{path} has no list of layers in its card: it was not written by Compiled.save")

@@ -179,15 +179,14 @@ def calibration_images(
     """
     from fxquant import embedded
     from fxquant.commands.console import say
-    from fxquant.data import load_images
-    from fxquant.models import load_model
+    from fxquant.data import EMBEDDED, load_images
 
     if path is not None and steps is not None:
         raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")
     if path is not None:
         return load_images(path, count, preprocessing, seed)
     if is_embedded and steps is None:
-        if preprocessing != load_model("embedded").preprocessing:
+        if preprocessing != EMBEDDED:
             raise DataError(
                 "the embedded images are as the model takes them: leave out the options of preprocessing, or give "
                 "images with --calibration"

@@ -44,17 +44,39 @@ class ChannelPath:
 
 def channel_paths(graph_module: GraphModule, example_bchw: Tensor) -> dict[Node, ChannelPath]:
     """For each nn.LayerNorm node, the linear layers that read its output. example_bchw: float, at least one image."""
-    tracer = _ProbeTracer(graph_module)
+    tracer = _PathTracer(graph_module)
     with torch.no_grad():
         tracer.run(example_bchw[:1])
     return tracer.paths
 
 
-class _ProbeTracer(Interpreter):
+class ProbeTracer(Interpreter):
+    """Runs a graph, keeps every value, and lets probes flow beside them.
+
+    Attributes: modules by path; probes: by node, the node where the probe began and what has become of it.
+    """
+
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.modules = dict(graph_module.named_modules())
-        self.probes: dict[Node, tuple[Node, Tensor]] = {}
+        self.probes: dict[Node, tuple[Node, Any]] = {}
+
+    def begin(self, node: Node, result: Tensor) -> None:
+        """A probe of the node's channels, each with its index plus one, in the shape of its result."""
+        index = torch.arange(1.0, result.shape[-1] + 1)
+        self.probes[node] = (node, index.expand_as(result).contiguous())
+
+    def again(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        """What a node that has run gives where some of its inputs have other values."""
+        arguments, keywords = torch.fx.node.map_arg(
+            (node.args, node.kwargs), lambda source: values[source] if source in values else self.env[source]
+        )
+        return getattr(self, node.op)(node.target, arguments, keywords)
+
+
+class _PathTracer(ProbeTracer):
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
         self.paths: dict[Node, ChannelPath] = {}
 
     def run_node(self, node: Node) -> Any:
@@ -64,8 +86,7 @@ class _ProbeTracer(Interpreter):
             if source in self.probes:
                 self._reach(node, module, source)
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-            index = torch.arange(1.0, result.shape[-1] + 1)
-            self.probes[node] = (node, index.expand_as(result).contiguous())
+            self.begin(node, result)
             self.paths[node] = ChannelPath()
         return result
 
@@ -81,9 +102,7 @@ class _ProbeTracer(Interpreter):
             path.padded |= bool(zero.any())
             path.consumers.append(node)
         elif moves_data(node):
-            arguments = replaced(node.args, {source: probe}, self.env)
-            keywords = replaced(node.kwargs, {source: probe}, self.env)
-            moved = getattr(self, node.op)(node.target, arguments, keywords)
+            moved = self.again(node, {source: probe})
             if isinstance(moved, Tensor):
                 self.probes[node] = (origin, moved)
         elif not reads_shape(node):
@@ -110,8 +129,3 @@ def module_uses(graph_module: GraphModule) -> dict[str, int]:
             target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
             counts[target] = counts.get(target, 0) + 1
     return counts
-
-
-def replaced(value: Any, probes: Mapping[Node, Any], env: Mapping[Node, Any]) -> Any:
-    """A node's arguments as values: those of `probes` where it has them, else those of `env`."""
-    return torch.fx.node.map_arg(value, lambda node: probes[node] if node in probes else env[node])

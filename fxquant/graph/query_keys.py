@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import Role, nodes_with_role
-from fxquant.graph.channel_paths import module_uses, moves_data, reads_shape, replaced
+from fxquant.graph.channel_paths import ProbeTracer, module_uses, moves_data, reads_shape
 from fxquant.graph.kind import Kind, kind_of
 from fxquant.graph.normalization import argument
 
@@ -57,7 +57,7 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
 
     example_bchw: float, at least one image.
     """
-    tracer = _ProbeTracer(graph_module)
+    tracer = _ProductTracer(graph_module)
     tracer.run(example_bchw[:1])
     counts = module_uses(graph_module)
     refused = {node: found for node, found in tracer.found.items() if isinstance(found, str)}
@@ -79,12 +79,11 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
     return {node: replace(product, ignores_rows=tracer.ignores_rows(node)) for node, product in kept.items()}, refused
 
 
-class _ProbeTracer(Interpreter):
+class _ProductTracer(ProbeTracer):
     def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.traced, self.modules = graph_module, dict(graph_module.named_modules())
+        super().__init__(graph_module)
+        self.traced = graph_module
         self.products = set(nodes_with_role(graph_module, Role.QK))
-        self.probes: dict[Node, tuple[Node, Any]] = {}
         self.found: dict[Node, QueryKey | str] = {}
         self.elsewhere: dict[Node, set[int]] = defaultdict(set)  # channels that other nodes read
 
@@ -97,8 +96,7 @@ class _ProbeTracer(Interpreter):
                 if source in self.probes:
                     self._reach(node, source)
         if node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Linear):
-            index = torch.arange(1.0, result.shape[-1] + 1)
-            self.probes[node] = (node, index.expand_as(result).contiguous())
+            self.begin(node, result)
         return result
 
     def _reach(self, node: Node, source: Node) -> None:
@@ -106,8 +104,7 @@ class _ProbeTracer(Interpreter):
         if _scales(node):
             self.probes[node] = (origin, probe)
         elif _moves(node):
-            arguments, keywords = (replaced(value, {source: probe}, self.env) for value in (node.args, node.kwargs))
-            self.probes[node] = (origin, getattr(self, node.op)(node.target, arguments, keywords))
+            self.probes[node] = (origin, self.again(node, {source: probe}))
         elif not reads_shape(node):
             parts = probe if isinstance(probe, tuple | list) else [probe]
             self.elsewhere[origin].update(int(index) - 1 for part in parts for index in part.unique().tolist())
@@ -136,8 +133,7 @@ class _ProbeTracer(Interpreter):
                 continue
             if node.op == "output":
                 return False
-            arguments, keywords = (replaced(value, changed, self.env) for value in (node.args, node.kwargs))
-            found = getattr(self, node.op)(node.target, arguments, keywords)
+            found = self.again(node, changed)
             if kind_of(self.traced, node) is not Kind.SOFTMAX:
                 changed[node] = found
             elif not torch.allclose(found, self.env[node], rtol=1e-2, atol=_UNDERFLOW):
@@ -149,11 +145,8 @@ def _scales(node: Node) -> bool:
     """Whether a node multiplies a tensor by a number, or divides it."""
     if node.target in _QUOTIENTS:
         return isinstance(argument(node, 1, "other"), int | float) and not node.kwargs.get("rounding_mode")
-    return node.target in _PRODUCTS and any(isinstance(value, int | float) for value in _arguments(node))
-
-
-def _arguments(node: Node) -> tuple[Any, ...]:
-    return (*node.args, *node.kwargs.values())
+    values = (*node.args, *node.kwargs.values())
+    return node.target in _PRODUCTS and any(isinstance(value, int | float) for value in values)
 
 
 def _moves(node: Node) -> bool:

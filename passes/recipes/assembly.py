@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from allocators.allocator import Allocator
 from allocators.budget import Budget
@@ -20,7 +20,7 @@ from passes.lower import SIMULATED, resolved
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
 from passes.restrict_families import restrict_families
-from passes.search_scales import SearchScales
+from passes.search_scales import SearchScales, Weights
 from passes.substitute_quantizers import SubstituteQuantizers
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -54,7 +54,7 @@ def assemble(
     fold: FoldSqb | None,
     calibrate: Calibrate = Calibrate(),
     metric: Any = "hessian",
-    weights: Literal["symmetric", "asymmetric"] = "symmetric",
+    weights: Weights = "symmetric",
     score: Pass | None = None,
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
