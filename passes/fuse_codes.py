@@ -23,9 +23,7 @@ from fxquant.runtime.byte_table import byte_table
 from fxquant.runtime.lowered import AttentionCodes, Epilogue, IntegerAttention, LayerNormToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput, QuantizedLinear
-from passes.integer_plan import IntegerPlan, input_of, only_reader, set_dtype, shape_of
-
-_SUMS = (operator.add, operator.iadd, torch.add, "add")
+from passes.integer_plan import SUMS, IntegerPlan, input_of, only_reader, set_dtype, shape_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _scores(plan: IntegerPlan, node: Node | None) -> tuple[Node | None, Tensor |
     while node is not None and node not in plan.nodes:
         if only_reader(node) is None or shape is None or len(shape) != 4:
             return None, None
-        if node.target in _SUMS and len(node.args) == 2 and not node.kwargs:
+        if node.target in SUMS and len(node.args) == 2 and not node.kwargs:
             constant = constant_of(plan.graph_module, node.args[1])
             full = None if constant is None else _grouped(constant, shape_of(node) or (), shape)
             if full is None:
@@ -194,7 +192,7 @@ def fuse_epilogues(plan: IntegerPlan) -> None:
             table = None if found is None else byte_table(activation.input_quantizer, activation.inner, found)
             if codes is not None and table is not None:
                 _give_codes(plan, node, codes, Epilogue(library.TABLE_CODES, table=table))
-        elif follower.target in _SUMS and len(follower.args) == 2 and not follower.kwargs:
+        elif follower.target in SUMS and len(follower.args) == 2 and not follower.kwargs:
             _add_residual(plan, node, follower)
 
 

@@ -7,6 +7,7 @@ Fusions (`passes.fuse_codes`) change plans; `Lower` builds the modules.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ _MOVES = {
     "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unsqueeze", "squeeze", "roll",
     torch.roll, torch.permute, torch.transpose, torch.reshape, torch.flatten,
 }  # fmt: skip
+SUMS = (operator.add, operator.iadd, torch.add, "add")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class IntegerPlan:
         while True:
             move = codes.args[0]
             assert isinstance(move, Node)  # `add_codes` gave it one
-            if readers(move) != [codes] or not (_moves(move) or _pads_zero(move, code)):
+            if readers(move) != [codes] or not (moves(move) or _pads_zero(move, code)):
                 return
             source = move.args[0]
             assert isinstance(source, Node)  # moves have a tensor as their first argument
@@ -192,7 +194,14 @@ def set_dtype(node: Node, dtype: torch.dtype) -> None:
         node.meta["tensor_meta"] = metadata._replace(dtype=dtype)
 
 
-def _moves(node: Node) -> bool:
+def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
+    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it."""
+    metadata = node.meta.get("tensor_meta", like.meta["tensor_meta"])
+    node.meta["tensor_meta"] = metadata._replace(shape=torch.Size(shape))
+
+
+def moves(node: Node) -> bool:
+    """Whether a node only moves numbers around."""
     return node.op in ("call_method", "call_function") and node.target in _MOVES and input_of(node) is not None
 
 

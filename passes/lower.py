@@ -28,6 +28,7 @@ from passes.contract import PassContext
 from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
 from passes.integer_plan import IntegerPlan, integer_nodes, plan, shape_of
+from passes.order_rows import order_rows
 from passes.select_tokens import select_tokens
 
 BACKENDS = ("auto", "cpu-native", "cpu-onednn", "openvino", "simulated")
@@ -140,6 +141,7 @@ def _keep(graph_module: GraphModule) -> dict[str, str]:
 def _lower_native(graph_module: GraphModule) -> dict[str, str]:
     planned = plan(graph_module)
     kernels = fuse_attention(planned)
+    order_rows(planned)
     fuse_epilogues(planned)
     fuse_layer_norms(planned)
     for node in list(planned.nodes):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxquant.runtime.lowered import IntegerAttention, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.native import library, operators
+from fxquant.runtime.row_order import ReorderRows
 
 ChainLayer = LayerNormToCodes | IntegerLinear | IntegerAttention
 _ALIGNMENT = 64
@@ -28,22 +29,39 @@ class Step:
     residual: int = 0
 
 
+@dataclass(frozen=True)
+class RowOrder:
+    """What a chain takes its rows for. gather: where the first step's rows come from; None: as they lie.
+
+    tokens: rows that belong together, as attention sees them; 0: all of an image. returns: the result's rows go back
+    to where they came from.
+    """
+
+    gather: ReorderRows | None = None
+    tokens: int = 0
+    returns: bool = False
+
+
 class IntegerChain(nn.Module):
     """Layers one after the other, from float32 to what the last one gives. `layout` is all it consists of."""
 
     layout: Tensor
 
-    def __init__(self, steps: Sequence[Step], channels: int, width: int) -> None:
-        """channels, width: of the input and of the result of the last step."""
+    def __init__(self, steps: Sequence[Step], channels: int, width: int, order: RowOrder = RowOrder()) -> None:
+        """channels, width: of the first step's input and of the result of the last step."""
         super().__init__()
+        self.tokens, self.parts = order.tokens, 1 if order.gather is None else order.gather.parts
         last = steps[-1].layer
         self.width, self.steps = width, len(steps)
         self.gives_codes = last.epilogue.gives_codes if isinstance(last, IntegerLinear) else True
-        self.register_buffer("layout", _layout(steps, channels))
+        self.register_buffer("layout", _layout(steps, channels, order))
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (B, N, channels) to float32 or uint8 (B, N, width)."""
-        result: Tensor = torch.ops.fxquant.chain(x, self.layout, self.width, self.gives_codes)
+        """float32 (B, ..., channels / parts) to float32 or uint8 (B, N / parts, width), N rows in an image."""
+        rows = x.flatten(1, -2)
+        result: Tensor = torch.ops.fxquant.chain(
+            rows, self.layout, self.width, self.gives_codes, self.tokens, self.parts
+        )
         return result
 
     def extra_repr(self) -> str:
@@ -51,8 +69,8 @@ class IntegerChain(nn.Module):
         return f"{self.steps} layers"
 
 
-def _layout(steps: Sequence[Step], channels: int) -> Tensor:
-    header = library.ChainHeader(library.CHAIN_MAGIC, library.LAYOUT_VERSION, len(steps), channels)
+def _layout(steps: Sequence[Step], channels: int, order: RowOrder) -> Tensor:
+    header = library.ChainHeader(library.CHAIN_MAGIC, library.LAYOUT_VERSION, len(steps), channels, parts=1)
     parts: list[Tensor] = []
     end = ctypes.sizeof(header) + len(steps) * ctypes.sizeof(library.StepSpec)
 
@@ -67,6 +85,10 @@ def _layout(steps: Sequence[Step], channels: int) -> Tensor:
         end = place + flat.numel()
         return place
 
+    if order.gather is not None:
+        rows = order.gather.rows.to(torch.int32)
+        header.order, header.order_rows, header.parts = put(rows), len(rows), order.gather.parts
+        header.returns = int(order.returns)
     records = b""
     for step in steps:
         layer, record = step.layer, library.StepSpec(input=step.input, residual=step.residual)

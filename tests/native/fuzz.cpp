@@ -254,7 +254,19 @@ void chain(bool damaged) {
     norm(steps[4], 4);
     add(steps[5], 5, 0, linear_layout(hidden, channels, one_in(2) ? FXQ_GELU_CODES : FXQ_TABLE_CODES, false));
     add(steps[6], 6, 4, linear_layout(channels, hidden, FXQ_RESIDUAL, false));
-    const FxqChain header{FXQ_CHAIN_MAGIC, 4, 7, channels};
+    FxqChain header{FXQ_CHAIN_MAGIC, 5, 7, channels, 0, 0, 1, 0};
+    if (one_in(2)) {
+        const int64_t per_image = images && images % 2 == 0 ? 2 : 1;
+        std::vector<int32_t> order(static_cast<size_t>(tokens * per_image));
+        for (size_t i = 0; i < order.size(); ++i) {
+            order[i] = static_cast<int32_t>(i);
+            std::swap(order[i], order[static_cast<size_t>(any(0, static_cast<int64_t>(i)))]);
+        }
+        header.order = put(order.data(), order.size() * 4), header.order_rows = static_cast<int64_t>(order.size());
+        header.returns = any(0, 1);
+        if (channels % 2 == 0 && order.size() % 2 == 0 && one_in(3) && per_image == 2)
+            header.parts = 2, header.returns = 0;
+    }
     std::memcpy(memory.data(), &header, sizeof header);
     std::memcpy(memory.data() + sizeof header, steps, sizeof steps);
     if (damaged) damage(memory.data(), one_in(2) ? sizeof header + sizeof steps : memory.size());

@@ -21,9 +21,10 @@ from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime import lowered, simulated
 from fxquant.runtime.byte_codes import byte_code
-from fxquant.runtime.chain import IntegerChain, Step
+from fxquant.runtime.chain import IntegerChain, RowOrder, Step
 from fxquant.runtime.lowered import ToCodes
 from fxquant.runtime.native import library
+from fxquant.runtime.row_order import ReorderRows
 from passes.contract import PassContext
 from passes.integer_plan import integer_codes
 from passes.lower import Lower, execution_of, execution_summary, resolved
@@ -142,7 +143,7 @@ def test_bytes_flow_from_layer_to_layer() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("architecture", ["vit", "deit distilled", "deit3", "swin that pads"])
+@pytest.mark.parametrize("architecture", ["vit", "deit distilled", "deit3", "swin", "swin that pads"])
 def test_chains_give_the_same_bits(architecture: str) -> None:
     graph_module, x = quantized(architecture), images(5, ARCHITECTURES[architecture]()[1], seed=5)
     apart, chained = lower(copy.deepcopy(graph_module)), lower(graph_module, chains=True)
@@ -176,6 +177,45 @@ def test_swin_windows_keep_bytes_through_rolls_and_padding() -> None:
     assert text.count("IntegerAttention") == 4
     assert "value=128" in text
     assert text.count("ToCodes") == 2  # the image and the head
+
+
+@needs_kernels
+def test_windows_are_ordered_once_for_a_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_module, x = quantized("swin"), images(5, 32, seed=5)
+    low = lower(copy.deepcopy(graph_module))
+    text = format_graph(low)
+    block = text[text.index("%windows_layers_0_blocks_1_norm1") : text.index("%layers_1_downsample_norm")]
+    assert block == (
+        "%windows_layers_0_blocks_1_norm1 = ReorderRows(%reshape_3)\n"
+        "%layers_0_blocks_1_norm1 = layer_norm(%windows_layers_0_blocks_1_norm1)\n"
+        "%layers_0_blocks_1_attn_qkv = qkv[w4a6](%layers_0_blocks_1_norm1)\n"
+        "%layers_0_blocks_1_attn_integer_attention = IntegerAttention(%layers_0_blocks_1_attn_qkv)\n"
+        "%layers_0_blocks_1_attn_proj = "
+        "proj[w4a6](%layers_0_blocks_1_attn_integer_attention, %windows_layers_0_blocks_1_norm1)\n"
+        "%image_layers_0_blocks_1_norm1 = ReorderRows(%layers_0_blocks_1_attn_proj)\n"
+        "%reshape_6 = reshape(%image_layers_0_blocks_1_norm1, %getitem, -1, 12)\n"
+        "%layers_0_blocks_1_norm2 = layer_norm(%reshape_6)\n"
+        "%layers_0_blocks_1_mlp_fc1 = fc1[w4a6](%layers_0_blocks_1_norm2)\n"
+        "%layers_0_blocks_1_mlp_fc2 = fc2[w4a6](%layers_0_blocks_1_mlp_fc1, %reshape_6)\n"
+        "%merge_layers_1_downsample_norm = ReorderRows(%layers_0_blocks_1_mlp_fc2)\n"
+    )
+    assert "roll" not in text
+    monkeypatch.setattr("passes.lower.order_rows", lambda plan: None)
+    as_traced = lower(graph_module)
+    assert "roll" in format_graph(as_traced)
+    with torch.inference_mode():
+        assert torch.equal(low(x), as_traced(x))
+        assert torch.equal(low(x[:1]), as_traced(x[:1]))
+
+
+@needs_kernels
+def test_blocks_of_a_swin_are_chains() -> None:
+    low = lower(quantized("swin"), chains=True)
+    assert "attention" not in format_graph(low)
+    found = [module for module in low.modules() if isinstance(module, IntegerChain)]
+    assert [chain.steps for chain in found] == [7, 7, 2, 7, 7]
+    assert [chain.tokens for chain in found] == [16, 16, 1, 16, 16]
+    assert [chain.parts for chain in found] == [1, 1, 4, 1, 1]
 
 
 @needs_kernels
@@ -290,8 +330,9 @@ def test_shapes_asked_for_and_modules_called_twice_are_left_alone() -> None:
 
 
 @needs_kernels
-def test_lowered_graphs_compile_and_export() -> None:
-    low, x = lower(quantized("vit"), chains=True), images(3)
+@pytest.mark.parametrize("architecture", ["vit", "swin"])
+def test_lowered_graphs_compile_and_export(architecture: str) -> None:
+    low, x = lower(quantized(architecture), chains=True), images(3)
     with torch.inference_mode():
         expected = low(x)
     with torch.no_grad():
@@ -321,7 +362,7 @@ def test_operators_pass_torchs_own_checks(operator: str) -> None:
         "linear": (codes, lowered.IntegerLinear(source, code).layout, 5, False, None),
         "matmul": (codes, codes, matmul.levels, 128, 0.01, True),
         "attention": (codes, attention.spec, None),
-        "chain": (torch.randn(2, 4, 6), IntegerChain(steps, 6, 5).layout, 5, False),
+        "chain": (torch.randn(2, 4, 6), IntegerChain(steps, 6, 5).layout, 5, False, 2),
     }
     torch.library.opcheck(getattr(torch.ops.fxquant, operator).default, arguments[operator])
 
@@ -430,3 +471,61 @@ def test_chains_with_several_groups_of_biases() -> None:
         chain(x[:, :4])
     with pytest.raises(BackendError, match="a size is out of range"):
         chain(x[:4])
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chains_read_and_write_rows_in_another_order(threads: int) -> None:
+    code = byte_code(UniformQuantizer(8, 0.1))
+    assert code is not None
+    torch.manual_seed(0)
+    rows, channels = torch.randperm(30), 8
+    sources = {}
+    for inner, out in ((8, 5), (32, 5), (8, 8)):
+        weight = nn.Linear(inner, out)
+        grid = UniformQuantizer(4, torch.full((out, 1), 0.1))
+        sources[inner, out] = simulated.QuantizedLinear(weight.weight, weight.bias, grid, None)
+
+    def chain(inner: int, out: int, order: RowOrder) -> tuple[IntegerChain, list[nn.Module]]:
+        layers = [lowered.LayerNormToCodes(nn.LayerNorm(inner), code), lowered.IntegerLinear(sources[inner, out], code)]
+        return IntegerChain([Step(layers[0], 0), Step(layers[1], 1)], inner, out, order), layers
+
+    x = torch.randn(4, 30, channels)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for out, returns in ((5, True), (8, True), (5, False)):
+            found, layers = chain(channels, out, RowOrder(ReorderRows(rows, (30,)), 6, returns))
+            ordered = layers[1](layers[0](x[:, rows]))
+            assert torch.equal(found(x), ordered[:, rows.argsort()] if returns else ordered)
+        merged = ReorderRows(torch.randperm(28), (7,), 4)
+        found, layers = chain(32, 5, RowOrder(merged, 1))
+        assert torch.equal(found(x[:, :28]), layers[1](layers[0](merged(x[:, :28]))))
+        with pytest.raises(BackendError, match="a size is out of range"):
+            found(x)  # 30 rows are no sevens of four
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [-1, 30, 0])
+def test_chains_refuse_orders_that_are_none(place: int) -> None:
+    code = byte_code(UniformQuantizer(8, 0.1))
+    assert code is not None
+    rows = torch.arange(30)
+    rows[3] = place  # 0 is there twice then
+    chain = IntegerChain(
+        [Step(lowered.LayerNormToCodes(nn.LayerNorm(8), code), 0)], 8, 8, RowOrder(ReorderRows(rows, (30,)), 6, True)
+    )
+    with pytest.raises(BackendError, match="damaged"):
+        chain(torch.randn(2, 30, 8))
+
+
+def test_an_order_is_undone_by_its_inverse_only() -> None:
+    rows = torch.randperm(12)
+    order, back = ReorderRows(rows, (3, 4)), ReorderRows(rows.argsort(), (12,))
+    x = torch.randn(2, 12, 5)
+    assert torch.equal(back(order(x)), x)
+    assert order.undone_by(back)
+    assert not order.undone_by(ReorderRows(rows, (12,)))
+    assert not order.undone_by(ReorderRows(torch.arange(6), (6,)))

@@ -190,7 +190,7 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
     float most[kRowBlock], gains[kRowBlock];
     constexpr float kLog2E = 1.44269504f;
     const float *bias = call.bias;
-    if (bias) bias += (batch % call.bias_groups * spec.heads + head) * tokens * tokens;
+    if (bias) bias += ((call.first_group + batch) % call.bias_groups * spec.heads + head) * tokens * tokens;
     const Vec score_scale = splat(spec.score_scale * kLog2E), value_scale = splat(spec.value_scale);
 
     const auto queries_of = [&](int64_t r) {

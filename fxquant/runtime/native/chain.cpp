@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -28,6 +27,8 @@ struct Step {
 struct Chain {
     const uint8_t *memory;
     int64_t bytes, tokens;
+    FxqChain header{};
+    const int32_t *order = nullptr;
     std::vector<Step> steps;
     std::vector<Value> values;
     std::vector<int64_t> slots;  // bytes of a row
@@ -49,19 +50,27 @@ struct Chain {
         std::memcpy(spec, memory + step.offset, sizeof(Spec));
         return true;
     }
+    int64_t row_bytes() const {
+        int64_t sum = 0;
+        for (const int64_t slot : slots) sum += slot;
+        return sum;
+    }
     int32_t open();
+    int32_t open_order();
     int32_t open(Step &s, Value *result);
     void place();
-    bool run(int64_t images, const float *x, uint8_t *out, int32_t threads) const;
+    bool run(int64_t first, int64_t images, const float *x, uint8_t *out, int32_t threads) const;
+    void gather(int64_t first, int64_t images, const float *x, float *to) const;
+    void give_back(int64_t first, int64_t images, const uint8_t *rows, uint8_t *out) const;
 };
 
 int32_t Chain::open() {
-    FxqChain header;
     if (bytes < static_cast<int64_t>(sizeof header)) return FXQ_LAYOUT;
     std::memcpy(&header, memory, sizeof header);
     if (header.magic != FXQ_CHAIN_MAGIC || header.version != kVersion || !is_size(header.count, kMaxSteps) ||
         !is_size(header.channels) || !fits(sizeof header, header.count * static_cast<int64_t>(sizeof(FxqStep))))
         return FXQ_LAYOUT;
+    if (const int32_t status = open_order()) return status;
     steps.resize(static_cast<size_t>(header.count));
     values.resize(steps.size() + 1);
     values[0].width = header.channels, values[0].bytes = 4;
@@ -73,6 +82,23 @@ int32_t Chain::open() {
             values[static_cast<size_t>(value)].last = static_cast<int64_t>(i);
         }
         if (const int32_t status = open(steps[i], &values[i + 1])) return status;
+    }
+    return FXQ_OK;
+}
+
+int32_t Chain::open_order() {
+    const bool has_order = header.order != 0;
+    if (!is_size(header.parts, 1 << 8) || header.returns < 0 || header.returns > 1) return FXQ_LAYOUT;
+    if (!has_order) return header.order_rows || header.parts != 1 || header.returns ? FXQ_LAYOUT : FXQ_OK;
+    if (header.order % 64 || !is_size(header.order_rows) || !fits(header.order, header.order_rows * 4)) return FXQ_LAYOUT;
+    if (header.channels % header.parts || header.order_rows % header.parts || (header.returns && header.parts != 1))
+        return FXQ_LAYOUT;
+    if (header.order_rows / header.parts % tokens) return FXQ_SIZE;
+    order = reinterpret_cast<const int32_t *>(memory + header.order);
+    std::vector<bool> is_there(static_cast<size_t>(header.order_rows));
+    for (int64_t row = 0; row < header.order_rows; ++row) {
+        if (order[row] < 0 || order[row] >= header.order_rows || is_there[size_t(order[row])]) return FXQ_LAYOUT;
+        is_there[size_t(order[row])] = true;
     }
     return FXQ_OK;
 }
@@ -134,38 +160,74 @@ void Chain::place() {
     }
 }
 
-bool Chain::run(int64_t images, const float *x, uint8_t *out, int32_t threads) const {
+// Calls copy(row of the call, row of x or out) for the rows of value 0 that these images have, part by part.
+template <class Copy>
+void for_rows(const Chain &chain, int64_t first, int64_t images, const Copy &copy) {
+    const int64_t per_image = chain.header.order_rows, parts = chain.header.parts;
+    const int64_t begin = first * chain.tokens * parts, end = begin + images * chain.tokens * parts;
+    int64_t image = begin / per_image * per_image, row = begin % per_image;
+    for (int64_t i = begin; i < end; ++i) {
+        copy(i - begin, image + chain.order[row]);
+        if (++row == per_image) row = 0, image += per_image;
+    }
+}
+
+void Chain::gather(int64_t first, int64_t images, const float *x, float *to) const {
+    const int64_t width = header.channels / header.parts;
+    for_rows(*this, first, images, [&](int64_t row, int64_t place) {
+        std::memcpy(to + row * width, x + place * width, static_cast<size_t>(width) * 4);
+    });
+}
+
+void Chain::give_back(int64_t first, int64_t images, const uint8_t *rows, uint8_t *out) const {
+    const int64_t size = values.back().width * values.back().bytes;
+    for_rows(*this, first, images, [&](int64_t row, int64_t place) {
+        std::memcpy(out + place * size, rows + row * size, static_cast<size_t>(size));
+    });
+}
+
+// `images` images from number `first` on.
+bool Chain::run(int64_t first, int64_t images, const float *x, uint8_t *out, int32_t threads) const {
     const int64_t rows = images * tokens;
+    const int64_t input_bytes = values.front().width * 4, result_bytes = values.back().width * values.back().bytes;
     std::vector<size_t> places;
     size_t total = 0;
-    for (const int64_t slot : slots) {
+    const auto reserve = [&](int64_t row_bytes) {
         places.push_back(total);
-        total += static_cast<size_t>(round_up(slot * rows, 64));
-    }
+        total += static_cast<size_t>(round_up(row_bytes * rows, 64));
+    };
+    for (const int64_t slot : slots) reserve(slot);
+    reserve(order ? input_bytes : 0);
+    reserve(header.returns ? result_bytes : 0);
     uint8_t *const slot_memory = static_cast<uint8_t *>(scratch(kChain, total));
+    uint8_t *const ordered = slot_memory + places[slots.size()], *const result = slot_memory + places.back();
+    uint8_t *const input = reinterpret_cast<uint8_t *>(const_cast<float *>(x)) + first * tokens * input_bytes;  // only read
+    if (order) gather(first, images, x, reinterpret_cast<float *>(ordered));
     const auto at = [&](size_t value) -> uint8_t * {
-        if (value == 0) return reinterpret_cast<uint8_t *>(const_cast<float *>(x));  // only read
-        return value == steps.size() ? out : slot_memory + places[static_cast<size_t>(values[value].slot)];
+        if (value == 0) return order ? ordered : input;
+        if (value == steps.size()) return header.returns ? result : out + first * tokens * result_bytes;
+        return slot_memory + places[static_cast<size_t>(values[value].slot)];
     };
     for (size_t i = 0; i < steps.size(); ++i) {
         const Step &s = steps[i];
-        const uint8_t *input = at(static_cast<size_t>(s.step.input));
+        const uint8_t *codes = at(static_cast<size_t>(s.step.input));
         const float *weight = nullptr, *bias = nullptr;
         floats(s.step.bias, 0, &bias);
         bool finished;
         if (s.step.kind == FXQ_LAYER_NORM) {
             floats(s.step.weight, 0, &weight);
-            finished = run_layer_norm({&s.quantizer, reinterpret_cast<const float *>(input), weight, bias,
+            finished = run_layer_norm({&s.quantizer, reinterpret_cast<const float *>(codes), weight, bias,
                                        values[i + 1].width, s.step.epsilon, at(i + 1)}, rows, threads);
         } else if (s.step.kind == FXQ_LINEAR) {
             const float *residual = reinterpret_cast<const float *>(at(static_cast<size_t>(s.step.residual)));
-            finished = run_linear({&s.linear, LinearPlaces(s.linear), memory + s.step.offset, input, rows, residual, at(i + 1)},
+            finished = run_linear({&s.linear, LinearPlaces(s.linear), memory + s.step.offset, codes, rows, residual, at(i + 1)},
                                   threads);
         } else {
-            finished = run_attention({&s.attention, input, tokens, s.step.bias_groups, bias, at(i + 1)}, images, threads);
+            finished = run_attention({&s.attention, codes, tokens, s.step.bias_groups, first, bias, at(i + 1)}, images, threads);
         }
         if (!finished) return false;
     }
+    if (header.returns) give_back(first, images, result, out);
     return true;
 }
 
@@ -179,24 +241,19 @@ int32_t fxq_chain(const uint8_t *memory, int64_t memory_bytes, int64_t images, i
     if (!memory || !x || !out) return FXQ_NULL;
     if (reinterpret_cast<uintptr_t>(memory) % 4) return FXQ_LAYOUT;
     if (!is_size(tokens)) return FXQ_SIZE;
-    Chain chain{memory, memory_bytes, tokens, {}, {}, {}};
+    Chain chain{memory, memory_bytes, tokens};
     if (const int32_t status = chain.open()) return status;
     chain.place();
     const Value &first = chain.values.front(), &last = chain.values.back();
     const int64_t rows = product(images, tokens);
     if (rows < 0 || !holds(x_bytes, product(rows, first.width), 4)) return FXQ_SIZE;
     if (!holds(out_bytes, product(rows, last.width), last.bytes)) return FXQ_SIZE;
+    if (chain.order && product(rows, chain.header.parts) % chain.header.order_rows) return FXQ_SIZE;
+    for (const Step &s : chain.steps)
+        if (s.step.bias_groups && images % s.step.bias_groups) return FXQ_SIZE;
     if (rows == 0) return FXQ_OK;
-    int64_t groups = 1;  // image i takes group i mod groups, whichever piece it is in
-    for (const Step &s : chain.steps) {
-        groups = std::lcm(groups, std::max<int64_t>(1, s.step.bias_groups));
-        if (images % groups) return FXQ_SIZE;
-    }
-    int64_t row_bytes = 0;
-    for (const int64_t slot : chain.slots) row_bytes += slot;
-    int64_t piece = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, row_bytes * tokens));
+    int64_t piece = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, chain.row_bytes() * tokens));
     piece = std::min(piece, std::max<int64_t>(1, (images + threads - 1) / std::max(threads, 1)));
-    piece = round_up(piece, groups);
     struct Work {
         const Chain &chain;
         int64_t images, piece;
@@ -204,11 +261,8 @@ int32_t fxq_chain(const uint8_t *memory, int64_t memory_bytes, int64_t images, i
         uint8_t *out;
         int32_t threads;
         void run(int64_t index) const {
-            const int64_t from = index * piece, count = std::min(piece, images - from);
-            const Value &input = chain.values.front(), &result = chain.values.back();
-            if (!chain.run(count, x + from * chain.tokens * input.width,
-                           out + from * chain.tokens * result.width * result.bytes, threads))
-                throw std::bad_alloc();
+            const int64_t from = index * piece;
+            if (!chain.run(from, std::min(piece, images - from), x, out, threads)) throw std::bad_alloc();
         }
     } work{chain, images, piece, x, static_cast<uint8_t *>(out), 1};
     const int64_t pieces = (images + piece - 1) / piece;

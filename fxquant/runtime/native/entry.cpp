@@ -258,5 +258,5 @@ int32_t fxq_attention(const FxqAttention *spec, const uint8_t *qkv, int64_t qkv_
     if (bias_bytes != bias_groups * group_bytes || (bias && bias_groups < 1)) return FXQ_SIZE;
     const int64_t elements = product(batch, tokens, spec->heads, spec->head_size);
     if (!holds(out_bytes, elements, 1) || !holds(qkv_bytes, product(elements, 3), 1)) return FXQ_SIZE;
-    return done(run_attention({spec, qkv, tokens, bias_groups, bias, out}, batch, threads));
+    return done(run_attention({spec, qkv, tokens, bias_groups, 0, bias, out}, batch, threads));
 }

@@ -17,7 +17,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 4, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 5, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_TABLE_ENTRIES = 1 << 14 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -133,7 +133,11 @@ enum FxqStepKind { FXQ_LAYER_NORM = 0, FXQ_LINEAR = 1, FXQ_ATTENTION = 2 };
 struct FxqChain {
     uint32_t magic, version;
     int64_t count;     // steps, 1 .. 4096
-    int64_t channels;  // of the input, float32
+    int64_t channels;  // of value 0, float32
+    // Where value 0 has its rows from. order: offset of int32 (order_rows,), the rows of one image of x one after the
+    // other, each once; 0 and no rows: as they lie. parts: rows of x that are side by side in one row of value 0.
+    // returns: 1, the result's rows go back to where those of value 0 came from (parts is 1 then); else 0.
+    int64_t order, order_rows, parts, returns;
 };
 
 struct FxqStep {
@@ -147,7 +151,8 @@ struct FxqStep {
 enum { FXQ_CHAIN_MAGIC = 0x43515846 };
 
 // Runs all steps on a few images at a time, which stay in the cache. x: float32 (images, tokens, channels). out: what
-// the last step gives, float32 or bytes.
+// the last step gives, float32 or bytes. With an order, what counts as an image here are `tokens` rows of value 0, for
+// example a window, of which x has a whole number in each image.
 FXQ_API int32_t fxq_chain(const uint8_t *chain, int64_t chain_bytes, int64_t images, int64_t tokens, const float *x,
                           int64_t x_bytes, void *out, int64_t out_bytes, int32_t threads);
 

@@ -33,7 +33,7 @@ struct LinearHeader {
     uint32_t magic, version;
     FxqLinear spec;
 };
-constexpr uint32_t kMagic = 0x4c515846, kVersion = 4;
+constexpr uint32_t kMagic = 0x4c515846, kVersion = 5;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -76,7 +76,7 @@ struct MatmulCall {
 struct AttentionCall {
     const FxqAttention *spec;
     const uint8_t *qkv;
-    int64_t tokens, bias_groups;
+    int64_t tokens, bias_groups, first_group;  // image i takes bias group (first_group + i) mod bias_groups
     const float *bias;
     uint8_t *out;
 };

@@ -14,12 +14,12 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 4
+ABI = 5
 MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS = 3, 32768, 3, 8
 UNIFORM, REGIONS, LOG2 = 0, 1, 2
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
 LAYER_NORM, LINEAR, ATTENTION = range(3)
-CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 4
+CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 5
 
 
 class QuantizerSpec(Structure):
@@ -62,7 +62,10 @@ class AttentionSpec(Structure):
 class ChainHeader(Structure):
     """`FxqChain`: what a chain begins with."""
 
-    _fields_ = (("magic", c_uint32), ("version", c_uint32), ("count", c_int64), ("channels", c_int64))
+    _fields_ = (
+        ("magic", c_uint32), ("version", c_uint32), ("count", c_int64), ("channels", c_int64), ("order", c_int64),
+        ("order_rows", c_int64), ("parts", c_int64), ("returns", c_int64),
+    )  # fmt: skip
 
 
 class StepSpec(Structure):

@@ -23,7 +23,7 @@ _SCHEMAS = (
     "linear(Tensor codes, Tensor layout, int out_features, bool gives_codes, Tensor? residual=None) -> Tensor",
     "matmul(Tensor left, Tensor right, Tensor levels, int right_zero, float scale, bool transposed) -> Tensor",
     "attention(Tensor qkv, Tensor spec, Tensor? bias=None) -> Tensor",
-    "chain(Tensor x, Tensor layout, int width, bool gives_codes) -> Tensor",
+    "chain(Tensor x, Tensor layout, int width, bool gives_codes, int tokens=0, int parts=1) -> Tensor",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
@@ -137,16 +137,26 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool) -> Tensor:
-    """A chain of layers on float32 x (B, N, channels): float32 or bytes (B, N, width), as the layout says."""
+def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int = 0, parts: int = 1) -> Tensor:
+    """A chain of layers on float32 x (B, N, C): float32 or bytes (B, N / parts, width), as the layout says.
+
+    tokens: rows that attention takes together, 0 for all of an image. parts: rows of x in one of the chain's.
+    """
     x, layout = _bytes(x, torch.float32, "x"), _bytes(layout, torch.uint8, "the layout")
-    images, tokens, _ = x.shape
-    out = torch.empty((images, tokens, width), dtype=torch.uint8 if gives_codes else torch.float32)
+    out = torch.empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)
+    rows = out.shape[0] * out.shape[1]
+    tokens = tokens or out.shape[1]
+    if rows % max(tokens, 1):
+        raise BackendError(f"{rows} rows are no groups of {tokens}")
     call(
-        "chain", layout.data_ptr(), layout.numel(), images, tokens, x.data_ptr(), x.nbytes, out.data_ptr(), out.nbytes,
-        torch.get_num_threads(),
+        "chain", layout.data_ptr(), layout.numel(), rows // max(tokens, 1), tokens, x.data_ptr(), x.nbytes,
+        out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _chain_sizes(x: Tensor, width: int, parts: int) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1] // parts, width
 
 
 def _quantize_shape(x: Tensor, quantizer: Tensor) -> Tensor:
@@ -173,8 +183,8 @@ def _attention_shape(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> T
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
 
 
-def _chain_shape(x: Tensor, layout: Tensor, width: int, gives_codes: bool) -> Tensor:
-    return x.new_empty((*x.shape[:-1], width), dtype=torch.uint8 if gives_codes else torch.float32)
+def _chain_shape(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int = 0, parts: int = 1) -> Tensor:
+    return x.new_empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)
 
 
 for _name, _kernel, _shape in (
