@@ -130,8 +130,8 @@ def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
 
     backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn",
-    "openvino". Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of another
-    version, BackendError where the backend cannot run here, MissingExtraError without its extra.
+    "cuda", "openvino". Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of
+    another version, BackendError where the backend cannot run here, MissingExtraError without its extra.
     """
     found = artefact.load(path)
     card = dict(found.card)

@@ -21,9 +21,10 @@ from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.runtime.byte_codes import ByteCode
-from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul, OnednnLinear
+from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
+from fxquant.runtime.torch_linear import IntMmLinear, OnednnLinear, TorchLinear
 from passes.contract import PassContext
 from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
@@ -31,18 +32,21 @@ from passes.integer_plan import IntegerPlan, integer_nodes, plan, shape_of
 from passes.order_rows import order_rows
 from passes.select_tokens import select_tokens
 
-BACKENDS = ("auto", "cpu-native", "cpu-onednn", "openvino", "simulated")
+BACKENDS = ("auto", "cpu-native", "cpu-onednn", "cuda", "openvino", "simulated")
 SIMULATED = "simulated"
 _OPENVINO = "openvino_model"
+_GPU = "cuda"
+_INT8_CORES = (7, 5)  # compute capability
 
 
 @dataclass(frozen=True)
 class Lower:
     """Replace simulated nodes by integer ones.
 
-    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "openvino", the whole
-    model as OpenVINO runs its ONNX export; "simulated", nothing; "auto", the first of cpu-native, cpu-onednn and
-    simulated that this machine has. chains: run whole blocks in one call, "cpu-native" only; without, the graph shows
+    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "cuda", linear layers
+    through torch's int8 products on a GPU, the rest there in float; "openvino", the whole model as OpenVINO runs its
+    ONNX export; "simulated", nothing; "auto", the first of cpu-native, cpu-onednn and simulated that this machine has.
+    chains: run whole blocks in one call, "cpu-native" only; without, the graph shows
     every layer.
     """
 
@@ -61,7 +65,9 @@ class Lower:
         backend = resolved(self.backend)
         layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
         execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
-        lower = {"cpu-native": _lower_native, "cpu-onednn": _lower_onednn, "openvino": _lower_openvino}
+        lower = {
+            "cpu-native": _lower_native, "cpu-onednn": _lower_onednn, "cuda": _lower_cuda, "openvino": _lower_openvino
+        }  # fmt: skip
         kernels = lower.get(backend, _keep)(graph_module)
         if backend == "cpu-native" and self.chains:
             fuse_chains(graph_module)
@@ -102,8 +108,11 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
     """
     name = resolved(backend) if backend == "auto" else backend
     finders: dict[str, Callable[[GraphModule], Iterable[torch.fx.Node]]] = {
-        "cpu-native": integer_nodes, "cpu-onednn": _onednn_nodes, "openvino": _uniform_nodes
-    }  # fmt: skip
+        "cpu-native": integer_nodes,
+        "cpu-onednn": _uniform_linears,
+        "cuda": _uniform_linears,
+        "openvino": _uniform_nodes,
+    }
     runs = set(finders[name](graph_module)) if name in finders else set()
     layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
     left = [layer for layer, is_integer in layers.items() if not is_integer]
@@ -126,6 +135,8 @@ def resolved(backend: str) -> str:
         check_openvino()
     if backend == "cpu-onednn" and not has_vnni:
         raise BackendError("oneDNN's int8 products are exact on CPUs with AVX512-VNNI only; use 'cpu-native'")
+    if backend == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _INT8_CORES):
+        raise BackendError("'cuda' needs a GPU with int8 tensor cores and a torch built for it; use 'auto'")
     return backend
 
 
@@ -176,12 +187,33 @@ def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:
 
 
 def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
+    return _lower_linears(graph_module, OnednnLinear, "linear onednn")
+
+
+def _lower_linears(graph_module: GraphModule, kind: type[TorchLinear], kernel: str) -> dict[str, str]:
     kernels = {}
-    for node, code in _onednn_nodes(graph_module).items():
+    for node, code in _uniform_linears(graph_module).items():
         module = graph_module.get_submodule(str(node.target))
         assert isinstance(module, QuantizedLinear)
-        graph_module.add_submodule(str(node.target), OnednnLinear(module, code))
-        kernels[annotation_of(node).layer] = "linear onednn"
+        graph_module.add_submodule(str(node.target), kind(module, code))
+        kernels[annotation_of(node).layer] = kernel
+    return kernels
+
+
+def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
+    """The model moves to the GPU; images and scores stay where the caller has the images."""
+    kernels = _lower_linears(graph_module, IntMmLinear, "linear cuda")
+    graph = graph_module.graph
+    image, output = (next(node for node in graph.nodes if node.op == op) for op in ("placeholder", "output"))
+    if kernels:
+        with graph.inserting_after(image):
+            there = graph.call_method("to", (image, _GPU))
+        there.meta.update(image.meta)
+        image.replace_all_uses_with(there, delete_user_cb=lambda user: user is not there)
+        with graph.inserting_before(output):
+            home = graph.call_function(getattr, (image, "device"))
+            output.args = torch.fx.node.map_arg(output.args, lambda scores: graph.call_method("to", (scores, home)))
+    graph_module.to(_GPU)
     return kernels
 
 
@@ -191,7 +223,7 @@ def _uniform_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
     return {node: codes[0] for node, codes in found if all(code.identity for code in codes)}
 
 
-def _onednn_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
+def _uniform_linears(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
     return {
         node: code
         for node, code in _uniform_nodes(graph_module).items()

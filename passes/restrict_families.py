@@ -21,6 +21,7 @@ from passes.lower import SIMULATED, check_backend, resolved
 _RUNS = {
     "cpu-native": (BYTE_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
     "cpu-onednn": (UNIFORM_FAMILIES, ("post_gelu", "other")),
+    "cuda": (UNIFORM_FAMILIES, ("post_gelu", "other")),
     "openvino": (UNIFORM_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
 }
 """By backend: families with their widest widths in bits, and the edges into layers that it runs."""
@@ -32,7 +33,7 @@ _UNIFORM = {"post_gelu": "asymmetric", "post_softmax": "asymmetric", "other": "s
 def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
     """The families of each edge that the backend runs, at the widths at which it runs them.
 
-    "cpu-onednn" and "openvino" run uniform quantizers only, which take the place of others. The kernels need not be on
+    All but "cpu-native" run uniform quantizers only, which take the place of others. The kernels need not be on
     this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an
     edge whose families "cpu-native" can run at no width.
     """

@@ -24,7 +24,7 @@ def evaluate_model(
     std: o.Std = None,
     interpolation: o.Interpolation = None,
     backend: Annotated[
-        str, typer.Option(help="How an artefact runs: simulated, auto, cpu-native, cpu-onednn, openvino.")
+        str, typer.Option(help="How an artefact runs: simulated, auto, cpu-native, cpu-onednn, cuda, openvino.")
     ] = "simulated",
     json: o.Json = False,
 ) -> None:

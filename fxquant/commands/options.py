@@ -42,7 +42,7 @@ Override = Annotated[
 FirstLastBits = Annotated[int | None, typer.Option(help="Pin patch embedding and head to these bits.")]
 FullyQuantized = Annotated[bool, typer.Option("--fully-quantized", help="Quantize softmax and LayerNorm inputs too.")]
 Backend = Annotated[
-    str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn; simulated: anything.")
+    str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn, cuda; simulated: anything.")
 ]
 Seed = Annotated[int, typer.Option(help="Of every random draw, and of which calibration images are taken.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step; bounds memory.")]

@@ -25,6 +25,7 @@ from fxquant.runtime.chain import IntegerChain, RowOrder, Step
 from fxquant.runtime.lowered import ToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.row_order import ReorderRows
+from fxquant.runtime.torch_linear import IntMmLinear
 from passes.contract import PassContext
 from passes.integer_plan import integer_codes
 from passes.lower import Lower, execution_of, execution_summary, resolved
@@ -417,6 +418,42 @@ def test_onednn_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
         assert torch.equal(copy.deepcopy(low)(x), found)
 
 
+@pytest.fixture
+def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's int8 products run on a CPU too, so all but the place can be tested there."""
+    if torch.cuda.is_available():
+        return
+    monkeypatch.setattr("passes.lower._GPU", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
+    low = compiled.lowered("cuda")
+    assert {row.execution for row in low.layers} == {"simulated", "linear cuda"}
+    for x in (embedded.test_images()[0][:100], embedded.test_images()[0][:1]):
+        with torch.inference_mode():
+            found, expected = low(x), compiled(x)
+        assert found.device == x.device
+        assert (found - expected).abs().amax(1).median() < 1e-4
+    again = Pipeline([Lower("cuda")], assumes=[Fact.QUANTIZED]).run(low.graph_module, PassContext())
+    assert format_graph(again) == format_graph(low.graph_module)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inner", "out", "rows"), [(7, 5, 1), (32, 8, 17), (30, 24, 40)])
+def test_torchs_int8_products_equal_the_kernels(inner: int, out: int, rows: int) -> None:
+    code = byte_code(UniformQuantizer(6, 0.1, zero_point=20))
+    assert code is not None
+    layer = nn.Linear(inner, out)
+    grid = UniformQuantizer(4, torch.rand(out, 1) + 0.1)
+    source = simulated.QuantizedLinear(layer.weight, layer.bias, grid, None)
+    x = torch.randn(2, rows, inner) * 3
+    expected = lowered.IntegerLinear(source, code)(ToCodes(code)(x))
+    torch.testing.assert_close(IntMmLinear(source, code)(x), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no backend is called 'gpu'; there are auto, cpu-native"):
         Lower("gpu")
@@ -428,6 +465,9 @@ def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved("auto") == "simulated"
     with pytest.raises(BackendError, match="AVX512-VNNI"):
         resolved("cpu-onednn")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="GPU"):
+        resolved("cuda")
     graph_module = quantized("vit")
     low = lower(graph_module, "auto")
     assert set(execution_of(low).values()) == {"simulated"}

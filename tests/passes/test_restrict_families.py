@@ -42,6 +42,7 @@ def test_families_and_widths_that_a_backend_runs() -> None:
     onednn = restrict_families(insert, "cpu-onednn")
     assert (onednn.post_gelu, onednn.other) == ("asymmetric", "symmetric")
     assert onednn.post_softmax == insert.post_softmax, "oneDNN runs no attention, whatever its quantizers"
+    assert restrict_families(insert, "cuda") == onednn
     openvino = restrict_families(insert, "openvino")
     assert (openvino.post_gelu, openvino.post_softmax, openvino.other) == ("asymmetric", "asymmetric", "symmetric")
     with pytest.raises(BackendError, match="post_gelu='adalog-gelu'"):
