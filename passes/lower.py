@@ -7,7 +7,6 @@ simulated one. Running it again changes nothing.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from fxquant.runtime.torch_linear import IntMmLinear, OnednnLinear, TorchLinear
+from passes.assemble_tokens import assemble_tokens
 from passes.contract import PassContext
 from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
-from passes.integer_plan import IntegerPlan, integer_nodes, plan, shape_of
+from passes.integer_plan import IntegerPlan, integer_nodes, plan
 from passes.order_rows import order_rows
 from passes.select_tokens import select_tokens
 
@@ -158,18 +158,9 @@ def _lower_native(graph_module: GraphModule) -> dict[str, str]:
     for node in list(planned.nodes):
         kernels[annotation_of(node).layer] = _build(planned, node)
     select_tokens(graph_module)
-    _add_in_place(graph_module)
+    assemble_tokens(graph_module)
     graph_module.graph.eliminate_dead_code()
     return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
-
-
-def _add_in_place(graph_module: GraphModule) -> None:
-    """Positions are added to the concatenated tokens where those lie."""
-    for node in graph_module.graph.nodes:
-        source = node.args[0] if node.target is operator.add else None
-        is_fresh = isinstance(source, torch.fx.Node) and source.target is torch.cat and list(source.users) == [node]
-        if is_fresh and shape_of(source) is not None and shape_of(source) == shape_of(node):
-            node.target = operator.iadd
 
 
 def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:

@@ -139,13 +139,29 @@ class IntegerConv2d(IntegerLinear):
         """uint8 (B, in, H, W) to float32 (B, out, H', W')."""
         if any(self.padding):
             codes = functional.pad(codes, self.padding, value=self.zero)
-        patches = codes.unfold(2, self.kernel[0], self.stride[0]).unfold(3, self.kernel[1], self.stride[1])
-        rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
-        return super().forward(rows).permute(0, 3, 1, 2)
+        return super().forward(_OPERATORS.patches(codes, self.kernel, self.stride)).permute(0, 3, 1, 2)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class AssembleTokens(nn.Module):
+    """Tokens of patches with their positions, behind those that every image has."""
+
+    positions: Tensor
+    first: Tensor
+
+    def __init__(self, positions: Tensor, first: Tensor) -> None:
+        """positions: float32 (N, C), added. first: float32 (n, C), class tokens with theirs; n may be 0."""
+        super().__init__()
+        self.register_buffer("positions", positions.detach())
+        self.register_buffer("first", first.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (B, N, C) to float32 (B, n + N, C)."""
+        tokens: Tensor = _OPERATORS.tokens(x, self.positions, self.first)
+        return tokens
 
 
 class IntegerMatmul(nn.Module):

@@ -283,6 +283,30 @@ void chain(bool damaged) {
     else compare(run, "chains differ");
 }
 
+// Patches and tokens of any sizes, on buffers of exactly their lengths.
+void before_blocks() {
+    const int64_t batch = any(0, 3), channels = any(1, 4), height = any(1, 20), width = any(1, 20);
+    const int64_t kernel[2] = {any(0, 8), any(1, 8)}, stride[2] = {any(0, 4), any(1, 4)};
+    const auto codes = bytes(batch * channels * height * width);
+    const bool fits = kernel[0] > 0 && stride[0] > 0 && kernel[0] <= height && kernel[1] <= width;
+    const int64_t rows = fits ? (height - kernel[0]) / stride[0] + 1 : 1, columns = fits ? (width - kernel[1]) / stride[1] + 1 : 1;
+    std::vector<uint8_t> out(static_cast<size_t>(batch * rows * columns * channels * kernel[0] * kernel[1]));
+    const uint8_t unused = 0;
+    uint8_t unwritten = 0;
+    const int32_t status = fxq_patches(codes.empty() ? &unused : codes.data(), static_cast<int64_t>(codes.size()), batch,
+                                       channels, height, width, kernel[0], kernel[1], stride[0], stride[1],
+                                       out.empty() ? &unwritten : out.data(), static_cast<int64_t>(out.size()), 2);
+    if ((status == FXQ_OK) != fits) fail("patches");
+    const int64_t tokens = any(1, 100), front = any(0, 3), off = one_in(3) ? 1 : 0;
+    const auto x = floats(batch * tokens * channels), positions = floats(tokens * channels), first = floats(front * channels);
+    std::vector<float> joined(static_cast<size_t>(batch * (front + tokens) * channels + 1));
+    const int32_t joined_status =
+        fxq_tokens(x.empty() ? joined.data() : x.data(), static_cast<int64_t>(x.size()) * 4, batch, tokens, channels,
+                   positions.data(), static_cast<int64_t>(positions.size()) * 4 - 4 * off, first.empty() ? nullptr : first.data(),
+                   static_cast<int64_t>(first.size()) * 4, joined.data(), static_cast<int64_t>(joined.size()) * 4 - 4, 2);
+    if ((joined_status == FXQ_OK) == (off == 1)) fail("tokens");
+}
+
 // Random specs and lengths: nothing may be read or written but what the lengths cover.
 void garbage() {
     FxqLinear spec;
@@ -313,6 +337,7 @@ int main(int count, char **arguments) {
             matmul(damaged);
             norm_and_quantize(damaged);
             chain(damaged);
+            before_blocks();
             garbage();
         }
     std::printf("%d rounds on %s and %d sets below it\n", rounds, fxq_name(fxq_best()), fxq_best());

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import ShapeProp
 
 import fxquant
 from allocators.uniform import Uniform
@@ -26,6 +27,7 @@ from fxquant.runtime.lowered import ToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.row_order import ReorderRows
 from fxquant.runtime.torch_linear import IntMmLinear
+from passes.assemble_tokens import assemble_tokens
 from passes.contract import PassContext
 from passes.integer_plan import integer_codes
 from passes.lower import Lower, execution_of, execution_summary, resolved
@@ -346,7 +348,9 @@ def test_lowered_graphs_compile_and_export(architecture: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("operator", ["quantize", "layer_norm", "linear", "matmul", "attention", "chain"])
+@pytest.mark.parametrize(
+    "operator", ["quantize", "layer_norm", "linear", "matmul", "attention", "patches", "tokens", "chain"]
+)
 def test_operators_pass_torchs_own_checks(operator: str) -> None:
     code = byte_code(UniformQuantizer(8, 0.1))
     spec = ToCodes(code).spec
@@ -363,6 +367,8 @@ def test_operators_pass_torchs_own_checks(operator: str) -> None:
         "linear": (codes, lowered.IntegerLinear(source, code).layout, 5, False, None),
         "matmul": (codes, codes, matmul.levels, 128, 0.01, True),
         "attention": (codes, attention.spec, None),
+        "patches": (torch.randint(0, 256, (2, 3, 7, 9), dtype=torch.uint8), [3, 2], [2, 3]),
+        "tokens": (torch.randn(2, 4, 6), torch.randn(4, 6), torch.randn(1, 6)),
         "chain": (torch.randn(2, 4, 6), IntegerChain(steps, 6, 5).layout, 5, False, 2),
     }
     torch.library.opcheck(getattr(torch.ops.fxquant, operator).default, arguments[operator])
@@ -475,18 +481,20 @@ def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
-def test_chains_with_several_groups_of_biases() -> None:
+@pytest.mark.parametrize(("count", "tokens"), [(12, 5), (1, 301)])
+def test_chains_on_several_threads_and_with_groups_of_biases(count: int, tokens: int) -> None:
+    """One image of many tokens: threads share its rows between attentions."""
     code = byte_code(UniformQuantizer(8, 0.1))
     assert code is not None
     steps, channels = [], 6
     torch.manual_seed(0)
-    for index, groups in enumerate((2, 3)):
+    for index, groups in enumerate((2, 3) if count == 12 else (1, 1)):
         qkv, projection = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         sources = [
             simulated.QuantizedLinear(w.weight, w.bias, UniformQuantizer(4, torch.full((len(w.weight), 1), 0.1)), None)
             for w in (qkv, projection)
         ]
-        bias = torch.randn(groups, 2, 5, 5) * 5
+        bias = torch.randn(groups, 2, tokens, tokens) * 5
         codes = lowered.Epilogue(library.CODES, (code,))
         attention = lowered.IntegerAttention(2, 3, lowered.AttentionCodes((code,) * 3, code, code), bias)
         first = 4 * index
@@ -496,17 +504,19 @@ def test_chains_with_several_groups_of_biases() -> None:
             Step(attention, first + 2),
             Step(lowered.IntegerLinear(sources[1], code), first + 3),
         ]
-    chain, x = IntegerChain(steps, channels, channels), torch.randn(12, 5, channels)
+    chain, x = IntegerChain(steps, channels, channels), torch.randn(count, tokens, channels)
     expected = x
     for step in steps:
         expected = step.layer(expected)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 6, 12):
-            torch.set_num_threads(count)
+        for used in (1, 2, 4, 12):
+            torch.set_num_threads(used)
             assert torch.equal(chain(x), expected)
     finally:
         torch.set_num_threads(threads)
+    if count == 1:
+        return
     with pytest.raises(BackendError, match="a size is out of range"):
         chain(x[:, :4])
     with pytest.raises(BackendError, match="a size is out of range"):
@@ -569,3 +579,69 @@ def test_an_order_is_undone_by_its_inverse_only() -> None:
     assert order.undone_by(back)
     assert not order.undone_by(ReorderRows(rows, (12,)))
     assert not order.undone_by(ReorderRows(torch.arange(6), (6,)))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((16, 16), (16, 16)), ((3, 5), (2, 1)), ((1, 1), (4, 3)), ((20, 33), (1, 1))]
+)
+def test_patches_are_what_unfold_gives(kernel: tuple[int, int], stride: tuple[int, int]) -> None:
+    codes = torch.randint(0, 256, (3, 4, 20, 33), dtype=torch.uint8)
+    found = torch.ops.fxquant.patches(codes, kernel, stride)
+    expected = codes.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+    assert torch.equal(found, expected.permute(0, 2, 3, 1, 4, 5).flatten(3))
+    with pytest.raises(BackendError, match="have no patches"):
+        torch.ops.fxquant.patches(codes, (21, 1), stride)
+
+
+@needs_kernels
+@pytest.mark.parametrize("front", [0, 2])
+def test_tokens_are_joined_and_added(front: int) -> None:
+    x, positions, first = torch.randn(3, 70, 8), torch.randn(70, 8), torch.randn(front, 8)
+    found = torch.ops.fxquant.tokens(x, positions, first)
+    assert torch.equal(found, torch.cat([first.expand(3, -1, -1), x + positions], 1))
+    with pytest.raises(BackendError, match="a size is out of range"):
+        torch.ops.fxquant.tokens(x, positions[1:], first)
+
+
+@needs_kernels
+@pytest.mark.parametrize("architecture", ["vit", "deit distilled", "deit3", "vit, average pool and fc_norm", "swin"])
+def test_tokens_are_assembled_in_one_step(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_module, x = quantized(architecture), images(5, ARCHITECTURES[architecture]()[1], seed=5)
+    low = lower(copy.deepcopy(graph_module))
+    assert format_graph(low).count("AssembleTokens") == (architecture != "swin")
+    monkeypatch.setattr("passes.lower.assemble_tokens", lambda graph_module: None)
+    with torch.inference_mode():
+        assert torch.equal(low(x), lower(graph_module)(x))
+
+
+class Positions(nn.Module):
+    """Sums and joins that look like positions and class tokens."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.positions, self.one = nn.Parameter(torch.randn(1, 4, 6)), nn.Parameter(torch.randn(1, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = x + self.positions
+        if self.kind == "read twice":
+            return torch.cat([self.one.expand(x.shape[0], -1, -1), added], 1).sum(1) + added.sum(1)
+        if self.kind == "behind":
+            return torch.cat([x, self.one.expand(x.shape[0], -1, -1)], 1) * 2
+        if self.kind == "another dimension":
+            return torch.cat([self.one.expand(x.shape[0], 4, -1), added], 2)
+        return torch.cat([self.one.expand(x.shape[0], -1, -1), x], 1) + 1.0
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["read twice", "behind", "another dimension", "a number"])
+def test_what_only_looks_like_tokens_computes_the_same(kind: str) -> None:
+    model, x = Positions(kind).eval(), torch.randn(3, 4, 6)
+    graph_module = fx.symbolic_trace(model)
+    ShapeProp(graph_module).propagate(x)
+    with torch.inference_mode():
+        expected = model(x)
+        assemble_tokens(graph_module)
+        graph_module.recompile()
+        assert torch.equal(graph_module(x), expected)

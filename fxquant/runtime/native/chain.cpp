@@ -9,7 +9,7 @@
 namespace fxq {
 namespace {
 
-constexpr int64_t kMaxSteps = 4096, kCacheBytes = 1 << 21;
+constexpr int64_t kMaxSteps = 4096, kCacheBytes = 1 << 21, kThreadRows = 64;
 
 struct Value {
     int64_t width = 0, bytes = 0;  // elements of a row, bytes of an element
@@ -22,6 +22,12 @@ struct Step {
     FxqLinear linear;
     FxqQuantizer quantizer;
     FxqAttention attention;
+};
+
+// What one `run` works on: where values lie, from which image on, how many images and rows.
+struct Place {
+    std::vector<uint8_t *> values;
+    int64_t first, images, rows;
 };
 
 struct Chain {
@@ -60,6 +66,8 @@ struct Chain {
     int32_t open(Step &s, Value *result);
     void place();
     bool run(int64_t first, int64_t images, const float *x, uint8_t *out, int32_t threads) const;
+    bool run_by_rows(const Place &place, size_t begin, size_t end, int32_t threads) const;
+    bool run_step(const Place &place, size_t i, int64_t row, int64_t rows, int32_t threads) const;
     void gather(int64_t first, int64_t images, const float *x, float *to) const;
     void give_back(int64_t first, int64_t images, const uint8_t *rows, uint8_t *out) const;
 };
@@ -134,8 +142,8 @@ int32_t Chain::open(Step &s, Value *result) {
     return input.bytes == 1 && input.width == 3 * result->width ? FXQ_OK : FXQ_SIZE;
 }
 
-// Which memory each result uses: a slot whose value nobody reads any more, and preferably of that size. A linear layer
-// may write over its residual, which it reads element by element.
+// Which memory each result uses: a slot of that size whose value nobody reads any more, so that a row lies where others
+// do not. A linear layer may write over its residual, which it reads element by element.
 void Chain::place() {
     std::vector<int64_t> free_after;  // by slot, the last step that reads it
     for (size_t i = 0; i + 1 < steps.size(); ++i) {
@@ -146,17 +154,14 @@ void Chain::place() {
         for (size_t slot = 0; slot < slots.size(); ++slot) {
             const bool is_own_residual = adds && values[static_cast<size_t>(step.residual)].slot == static_cast<int>(slot) &&
                                          free_after[slot] == static_cast<int64_t>(i);
-            const bool is_free = free_after[slot] < static_cast<int64_t>(i) || is_own_residual;
-            if (is_free && (result.slot < 0 || std::abs(slots[slot] - size) < std::abs(slots[size_t(result.slot)] - size)))
+            if (slots[slot] == size && (free_after[slot] < static_cast<int64_t>(i) || is_own_residual))
                 result.slot = static_cast<int>(slot);
         }
         if (result.slot < 0) {
             result.slot = static_cast<int>(slots.size());
-            slots.push_back(0), free_after.push_back(0);
+            slots.push_back(size), free_after.push_back(0);
         }
-        const size_t slot = static_cast<size_t>(result.slot);
-        slots[slot] = std::max(slots[slot], size);
-        free_after[slot] = std::max(result.last, static_cast<int64_t>(i));
+        free_after[static_cast<size_t>(result.slot)] = std::max(result.last, static_cast<int64_t>(i));
     }
 }
 
@@ -186,7 +191,8 @@ void Chain::give_back(int64_t first, int64_t images, const uint8_t *rows, uint8_
     });
 }
 
-// `images` images from number `first` on.
+// `images` images from number `first` on. Between attentions, rows have nothing to do with one another: where there are
+// many for each thread, it takes its own through all these layers, so that they stay in its cache.
 bool Chain::run(int64_t first, int64_t images, const float *x, uint8_t *out, int32_t threads) const {
     const int64_t rows = images * tokens;
     const int64_t input_bytes = values.front().width * 4, result_bytes = values.back().width * values.back().bytes;
@@ -201,34 +207,60 @@ bool Chain::run(int64_t first, int64_t images, const float *x, uint8_t *out, int
     reserve(header.returns ? result_bytes : 0);
     uint8_t *const slot_memory = static_cast<uint8_t *>(scratch(kChain, total));
     uint8_t *const ordered = slot_memory + places[slots.size()], *const result = slot_memory + places.back();
-    uint8_t *const input = reinterpret_cast<uint8_t *>(const_cast<float *>(x)) + first * tokens * input_bytes;  // only read
     if (order) gather(first, images, x, reinterpret_cast<float *>(ordered));
-    const auto at = [&](size_t value) -> uint8_t * {
-        if (value == 0) return order ? ordered : input;
-        if (value == steps.size()) return header.returns ? result : out + first * tokens * result_bytes;
-        return slot_memory + places[static_cast<size_t>(values[value].slot)];
-    };
-    for (size_t i = 0; i < steps.size(); ++i) {
-        const Step &s = steps[i];
-        const uint8_t *codes = at(static_cast<size_t>(s.step.input));
-        const float *weight = nullptr, *bias = nullptr;
-        floats(s.step.bias, 0, &bias);
-        bool finished;
-        if (s.step.kind == FXQ_LAYER_NORM) {
-            floats(s.step.weight, 0, &weight);
-            finished = run_layer_norm({&s.quantizer, reinterpret_cast<const float *>(codes), weight, bias,
-                                       values[i + 1].width, s.step.epsilon, at(i + 1)}, rows, threads);
-        } else if (s.step.kind == FXQ_LINEAR) {
-            const float *residual = reinterpret_cast<const float *>(at(static_cast<size_t>(s.step.residual)));
-            finished = run_linear({&s.linear, LinearPlaces(s.linear), memory + s.step.offset, codes, rows, residual, at(i + 1)},
-                                  threads);
-        } else {
-            finished = run_attention({&s.attention, codes, tokens, s.step.bias_groups, first, bias, at(i + 1)}, images, threads);
-        }
-        if (!finished) return false;
+    Place place{{}, first, images, rows};
+    uint8_t *const input = reinterpret_cast<uint8_t *>(const_cast<float *>(x)) + first * tokens * input_bytes;  // only read
+    place.values.push_back(order ? ordered : input);
+    for (size_t i = 1; i < steps.size(); ++i)
+        place.values.push_back(slot_memory + places[static_cast<size_t>(values[i].slot)]);
+    place.values.push_back(header.returns ? result : out + first * tokens * result_bytes);
+    const bool by_rows = threads > 1 && rows >= kThreadRows * threads;
+    for (size_t i = 0; i < steps.size();) {
+        size_t end = i + 1;
+        if (steps[i].step.kind != FXQ_ATTENTION && by_rows)
+            while (end < steps.size() && steps[end].step.kind != FXQ_ATTENTION) ++end;
+        if (!(end - i > 1 ? run_by_rows(place, i, end, threads) : run_step(place, i, 0, rows, threads))) return false;
+        i = end;
     }
     if (header.returns) give_back(first, images, result, out);
     return true;
+}
+
+bool Chain::run_by_rows(const Place &place, size_t begin, size_t end, int32_t threads) const {
+    struct Work {
+        const Chain &chain;
+        const Place &place;
+        size_t begin, end;
+        int64_t rows;
+    } work{*this, place, begin, end, (place.rows + threads - 1) / threads};
+    const auto run = [](void *self, int64_t index) {
+        const Work &w = *static_cast<Work *>(self);
+        const int64_t row = index * w.rows;
+        for (size_t i = w.begin; i < w.end; ++i)
+            if (!w.chain.run_step(w.place, i, row, std::min(w.rows, w.place.rows - row), 1)) throw std::bad_alloc();
+    };
+    return parallel((place.rows + work.rows - 1) / work.rows, threads, run, &work);
+}
+
+// Step i on some rows; attention on all.
+bool Chain::run_step(const Place &place, size_t i, int64_t row, int64_t rows, int32_t threads) const {
+    const Step &s = steps[i];
+    const auto at = [&](size_t value) { return place.values[value] + row * values[value].width * values[value].bytes; };
+    const uint8_t *codes = at(static_cast<size_t>(s.step.input));
+    const float *weight = nullptr, *bias = nullptr;
+    floats(s.step.bias, 0, &bias);
+    if (s.step.kind == FXQ_LAYER_NORM) {
+        floats(s.step.weight, 0, &weight);
+        return run_layer_norm({&s.quantizer, reinterpret_cast<const float *>(codes), weight, bias, values[i + 1].width,
+                               s.step.epsilon, at(i + 1)}, rows, threads);
+    }
+    if (s.step.kind == FXQ_LINEAR) {
+        const float *residual = reinterpret_cast<const float *>(at(static_cast<size_t>(s.step.residual)));
+        return run_linear({&s.linear, LinearPlaces(s.linear), memory + s.step.offset, codes, rows, residual, at(i + 1)},
+                          threads);
+    }
+    return run_attention({&s.attention, codes, tokens, s.step.bias_groups, place.first, bias, at(i + 1)}, place.images,
+                         threads);
 }
 
 }  // namespace

@@ -126,6 +126,18 @@ FXQ_API int32_t fxq_attention(const struct FxqAttention *spec, const uint8_t *qk
                               int64_t tokens, const float *bias, int64_t bias_bytes, uint8_t *out, int64_t out_bytes,
                               int32_t threads);
 
+// out (batch, rows, columns, channels kernel_height kernel_width): the patches that a kernel sees of codes
+// (batch, channels, height, width).
+FXQ_API int32_t fxq_patches(const uint8_t *codes, int64_t code_bytes, int64_t batch, int64_t channels, int64_t height,
+                            int64_t width, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
+                            int64_t stride_width, uint8_t *out, int64_t out_bytes, int32_t threads);
+
+// out (batch, n + tokens, channels): first (n, channels), which may be null for none, then x (batch, tokens, channels)
+// plus positions (tokens, channels).
+FXQ_API int32_t fxq_tokens(const float *x, int64_t x_bytes, int64_t batch, int64_t tokens, int64_t channels,
+                           const float *positions, int64_t position_bytes, const float *first, int64_t first_bytes,
+                           float *out, int64_t out_bytes, int32_t threads);
+
 // A chain is a block of bytes too: FxqChain, `count` FxqSteps, then what their offsets point to (multiples of 64).
 // Values are rows of float32 or bytes, one row a token: value 0 is the input, value i + 1 the result of step i.
 enum FxqStepKind { FXQ_LAYER_NORM = 0, FXQ_LINEAR = 1, FXQ_ATTENTION = 2 };

@@ -101,6 +101,12 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_attention": (
         [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_patches": (
+        [_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT], _INT,
+    ),
+    "fxq_tokens": (
+        [_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
+    ),
     "fxq_chain": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ the same result for any number of them.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _SCHEMAS = (
     "linear(Tensor codes, Tensor layout, int out_features, bool gives_codes, Tensor? residual=None) -> Tensor",
     "matmul(Tensor left, Tensor right, Tensor levels, int right_zero, float scale, bool transposed) -> Tensor",
     "attention(Tensor qkv, Tensor spec, Tensor? bias=None) -> Tensor",
+    "patches(Tensor codes, int[2] kernel, int[2] stride) -> Tensor",
+    "tokens(Tensor x, Tensor positions, Tensor first) -> Tensor",
     "chain(Tensor x, Tensor layout, int width, bool gives_codes, int tokens=0, int parts=1) -> Tensor",
 )
 for _schema in _SCHEMAS:
@@ -137,6 +140,39 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def patches(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Bytes (B, rows, columns, C kernel size): what a kernel sees of uint8 codes (B, C, H, W)."""
+    codes = _bytes(codes, torch.uint8, "codes")
+    out = torch.empty(_patch_sizes(codes, kernel, stride), dtype=torch.uint8)
+    call(
+        "patches", codes.data_ptr(), codes.numel(), *codes.shape, *kernel, *stride, out.data_ptr(), out.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _patch_sizes(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> tuple[Any, ...]:
+    if len(codes.shape) != 4 or min(*kernel, *stride) < 1 or codes.shape[2] < kernel[0] or codes.shape[3] < kernel[1]:
+        raise BackendError(f"images {tuple(codes.shape)} have no patches of {tuple(kernel)}, {tuple(stride)} apart")
+    places = [(codes.shape[i + 2] - kernel[i]) // stride[i] + 1 for i in range(2)]
+    return (codes.shape[0], *places, codes.shape[1] * kernel[0] * kernel[1])
+
+
+def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
+    """float32 (B, n + N, C): first (n, C), then x (B, N, C) plus positions (N, C)."""
+    x, positions, first = (_bytes(each, torch.float32, "x") for each in (x, positions, first))
+    out = torch.empty(_token_sizes(x, first))
+    call(
+        "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
+        first.nbytes, out.data_ptr(), out.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _token_sizes(x: Tensor, first: Tensor) -> tuple[Any, ...]:
+    return (x.shape[0], first.shape[0] + x.shape[1], x.shape[2])
+
+
 def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int = 0, parts: int = 1) -> Tensor:
     """A chain of layers on float32 x (B, N, C): float32 or bytes (B, N / parts, width), as the layout says.
 
@@ -187,12 +223,22 @@ def _chain_shape(x: Tensor, layout: Tensor, width: int, gives_codes: bool, token
     return x.new_empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)
 
 
+def _patches_shape(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
+    return codes.new_empty(_patch_sizes(codes, kernel, stride))
+
+
+def _tokens_shape(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
+    return x.new_empty(_token_sizes(x, first))
+
+
 for _name, _kernel, _shape in (
     ("quantize", quantize, _quantize_shape),
     ("layer_norm", layer_norm, _layer_norm_shape),
     ("linear", linear, _linear_shape),
     ("matmul", matmul, _matmul_shape),
     ("attention", attention, _attention_shape),
+    ("patches", patches, _patches_shape),
+    ("tokens", tokens, _tokens_shape),
     ("chain", chain, _chain_shape),
 ):
     _LIBRARY.impl(_name, _kernel, "CPU")

@@ -35,18 +35,30 @@ struct Job {
     }
 };
 
+// Looks for some tens of microseconds before its thread sleeps: an image's layers follow each other in less time than
+// waking a thread takes. Without the processor's pause instruction, for which virtual machines may take it away.
+constexpr int kLooks = 1 << 16;
+
+template <class Condition>
+void look_for(const Condition &is_there) {
+    for (int i = 0; i < kLooks && !is_there(); ++i) std::atomic_signal_fence(std::memory_order_seq_cst);
+}
+
 struct Pool {
     std::mutex mutex;
     std::condition_variable wake, done;
     std::vector<std::thread> threads;
+    // Written under the mutex; two of them are looked for without it.
     Job *job = nullptr;
-    uint64_t generation = 0;
-    int wanted = 0, running = 0;
+    std::atomic<uint64_t> generation{0};
+    std::atomic<int> running{0};
+    int wanted = 0;
 
     void serve() {
         uint64_t seen = 0;
-        std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
+            look_for([&] { return generation != seen; });
+            std::unique_lock<std::mutex> lock(mutex);
             wake.wait(lock, [&] { return generation != seen; });
             seen = generation;
             if (wanted == 0) continue;
@@ -91,6 +103,9 @@ bool run_in_pool(Job &job, int32_t helpers) {
     job.work();
     std::unique_lock<std::mutex> lock(pool->mutex);
     pool->wanted = 0;  // whoever has not come by now need not
+    lock.unlock();
+    look_for([] { return pool->running == 0; });
+    lock.lock();
     pool->done.wait(lock, [] { return pool->running == 0; });
     return !job.failed;
 }
