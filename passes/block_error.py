@@ -56,3 +56,10 @@ def _fisher(pair: BlockPair, pairs: BlockPairs, rank: int) -> tuple[Tensor, Tens
         first += len(batch)
     gradients = torch.cat(found, dim=1)
     return gradients, gradients.float().square().mean((0, 1))
+
+
+def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean over tokens of |found - wanted|^2 / |wanted|^2, float (); both (..., channels)."""
+    power = wanted.float().square().sum(-1)
+    power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
+    return ((found.float() - wanted.float()).square().sum(-1) / power).mean()

@@ -36,6 +36,7 @@ from fxquant.quantizers.learned import LearnedCodes, LearnedScale
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.logit_gradients import class_scores
 from passes.augment import Augment
+from passes.block_error import token_errors
 from passes.block_pairs import BlockPairs, activation_quantizers, adopt, weight_layers
 from passes.contract import PassContext
 from passes.correct_weights import CorrectWeights
@@ -293,10 +294,3 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     """Mean over images of KL(softmax(wanted) || softmax(found)), nats, float (); both (B, classes)."""
     expected = wanted.float().log_softmax(1)
     return functional.kl_div(found.float().log_softmax(1), expected, reduction="batchmean", log_target=True)
-
-
-def token_errors(wanted: Tensor, found: Tensor) -> Tensor:
-    """Mean over tokens of |found - wanted|^2 / |wanted|^2, float (); both (..., channels)."""
-    power = wanted.float().square().sum(-1)
-    power = power.clamp_min(1e-3 * float(power.mean()) + 1e-30)  # tokens of padding
-    return ((found.float() - wanted.float()).square().sum(-1) / power).mean()

@@ -21,9 +21,10 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.allocate_bits import AllocateBits
 from passes.augment import Augment
+from passes.block_error import token_errors
 from passes.block_pairs import BlockPairs
 from passes.contract import Journal, PassContext
-from passes.distil import NOMINAL_BITS, Distil, Training, divergence, held_out, mean_bits, token_errors
+from passes.distil import NOMINAL_BITS, Distil, Training, divergence, held_out, mean_bits
 from passes.lower import Lower, execution_of
 from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
