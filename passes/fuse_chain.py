@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from fxquant.runtime.chain import ChainLayer, IntegerChain, RowOrder, Step
 from fxquant.runtime.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.row_order import ReorderRows
+from passes.batch_shapes import BatchShapes
 from passes.integer_plan import shape_of
 
 _FEWEST = 2
@@ -53,16 +54,18 @@ class _Run:
 def fuse_chains(graph_module: GraphModule) -> None:
     """Replace every run of at least two layers that only pass results on to each other."""
     nodes = list(graph_module.graph.nodes)
+    shapes = BatchShapes(graph_module)
     position = 0
     while position < len(nodes):
-        run = _longest(graph_module, nodes[position:])
+        run = _longest(graph_module, nodes[position:], shapes)
         position += 1
         if run is not None:
-            _replace(graph_module, run)
+            shapes.copy(_replace(graph_module, run), like=run.nodes[-1])
             position = nodes.index(run.nodes[-1]) + 1
+    graph_module.graph.eliminate_dead_code()
 
 
-def _longest(graph_module: GraphModule, nodes: list[Node]) -> _Run | None:
+def _longest(graph_module: GraphModule, nodes: list[Node], shapes: BatchShapes) -> _Run | None:
     """The longest closed run that begins with the first of these nodes, a layer norm or a permutation of its rows."""
     run = _begun(graph_module, nodes[0])
     if run is None:
@@ -75,7 +78,19 @@ def _longest(graph_module: GraphModule, nodes: list[Node]) -> _Run | None:
         if _rows(node) != rows or not _joins(graph_module, run, node, shape_of(first) or ()):
             break
     found = (run.upto(count) for count in range(len(run.nodes), 0, -1))
-    return next((part for part in found if part.is_closed() and len(part.layers) >= _FEWEST), None)
+    closed = (part for part in found if part.is_closed() and len(part.layers) >= _FEWEST)
+    return next((part for part in closed if _is_plain(part) or _is_by_image(part, shapes)), None)
+
+
+def _is_plain(run: _Run) -> bool:
+    """Whether what a chain gives has the result's shape."""
+    first, result = shape_of(run.gather or run.source) or (), shape_of(run.nodes[-1]) or ()
+    return run.gather is None and len(first) == len(result) == 3 and first[:2] == result[:2]
+
+
+def _is_by_image(run: _Run, shapes: BatchShapes) -> bool:
+    """Whether images lie one after the other in what the run reads and gives, so that it can be given that shape."""
+    return None not in (shapes.by_image(run.source), shapes.by_image(run.nodes[-1]))
 
 
 def _begun(graph_module: GraphModule, node: Node) -> _Run | None:
@@ -149,7 +164,8 @@ def _layer(graph_module: GraphModule, node: Node) -> ChainLayer | None:
     return module  # type: ignore[return-value]
 
 
-def _replace(graph_module: GraphModule, run: _Run) -> None:
+def _replace(graph_module: GraphModule, run: _Run) -> Node:
+    """Put a chain in the place of a run; returns what gives the result of its last node."""
     steps, has_attention = [], False
     for node in run.layers:
         layer = _layer(graph_module, node)
@@ -159,16 +175,16 @@ def _replace(graph_module: GraphModule, run: _Run) -> None:
     first, last = run.gather or run.source, run.nodes[-1]
     channels, result = (shape_of(first) or (0,))[-1], shape_of(last) or (0,)
     gather = None if run.gather is None else _reordering(graph_module, run.gather)
-    batch = (shape_of(run.source) or (0,))[0]
     order = RowOrder(gather, (shape_of(first) or (0, 0))[1] if has_attention else 1, last in run.is_back)
     name = f"chain_{run.layers[0].name}"
     graph_module.add_submodule(name, IntegerChain(steps, channels, result[-1], order))
     with graph_module.graph.inserting_before(last):
         chain = graph_module.graph.call_module(name, (run.source,))
         chain.meta["tensor_meta"] = last.meta["tensor_meta"]
-        if tuple(result) != (batch, _rows(first) // max(batch, 1), result[-1]):
+        if not _is_plain(run):
             chain = graph_module.graph.call_method("reshape", (chain, -1, *result[1:]))
             chain.meta["tensor_meta"] = last.meta["tensor_meta"]
     last.replace_all_uses_with(chain)
     for node in reversed(run.nodes if run.gather is None else [run.gather, *run.nodes]):
         graph_module.graph.erase_node(node)
+    return chain

@@ -79,7 +79,10 @@ def _match(plan: IntegerPlan, av: Node) -> _Attention | None:
     if qk is None or softmax is None or None in parts or len(splits) != 1:
         return None
     linear, end = _split_linear(plan, splits.pop()), _merged_heads(output)
-    _, heads, tokens, size = shape_of(av) or (0, 0, 0, 0)
+    shape = shape_of(av) or ()
+    if len(shape) != 4:
+        return None
+    _, heads, tokens, size = shape
     if linear is None or end is None or (shape_of(end) or ())[1:] != (tokens, heads * size):
         return None
     query, key, value = (plan.made[codes] for codes in operands if codes is not None)

@@ -25,11 +25,12 @@ from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from fxquant.runtime.torch_linear import IntMmLinear, OnednnLinear, TorchLinear
 from passes.assemble_tokens import assemble_tokens
+from passes.batch_shapes import BatchShapes
 from passes.contract import PassContext
 from passes.fuse_chain import fuse_chains
 from passes.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
 from passes.integer_plan import IntegerPlan, integer_nodes, plan
-from passes.order_rows import order_rows
+from passes.order_rows import moved_norms, order_rows
 from passes.select_tokens import select_tokens
 
 BACKENDS = ("auto", "cpu-native", "cpu-onednn", "cuda", "openvino", "simulated")
@@ -150,9 +151,12 @@ def _keep(graph_module: GraphModule) -> dict[str, str]:
 
 
 def _lower_native(graph_module: GraphModule) -> dict[str, str]:
+    shapes = BatchShapes(graph_module)
+    may_order = moved_norms(graph_module) and any(shapes.values)  # found now: a graph in planning cannot run
     planned = plan(graph_module)
     kernels = fuse_attention(planned)
-    order_rows(planned)
+    if may_order:
+        order_rows(planned, shapes)
     fuse_epilogues(planned)
     fuse_layer_norms(planned)
     for node in list(planned.nodes):
@@ -197,6 +201,7 @@ def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
     graph = graph_module.graph
     image, output = (next(node for node in graph.nodes if node.op == op) for op in ("placeholder", "output"))
     if kernels:
+        graph_module.to(_GPU)
         with graph.inserting_after(image):
             there = graph.call_method("to", (image, _GPU))
         there.meta.update(image.meta)
@@ -204,7 +209,6 @@ def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
         with graph.inserting_before(output):
             home = graph.call_function(getattr, (image, "device"))
             output.args = torch.fx.node.map_arg(output.args, lambda scores: graph.call_method("to", (scores, home)))
-    graph_module.to(_GPU)
     return kernels
 
 

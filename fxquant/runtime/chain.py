@@ -51,14 +51,18 @@ class IntegerChain(nn.Module):
         """channels, width: of the first step's input and of the result of the last step."""
         super().__init__()
         self.tokens, self.parts = order.tokens, 1 if order.gather is None else order.gather.parts
+        self.rows = None if order.gather is None else len(order.gather.rows)
         last = steps[-1].layer
         self.width, self.steps = width, len(steps)
         self.gives_codes = last.epilogue.gives_codes if isinstance(last, IntegerLinear) else True
         self.register_buffer("layout", _layout(steps, channels, order))
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (B, ..., channels / parts) to float32 or uint8 (B, N / parts, width), N rows in an image."""
-        rows = x.flatten(1, -2)
+        """float32 (B, ..., channels / parts) to float32 or uint8 (B, N / parts, width), N rows in an image.
+
+        With an order B is what is left of all rows.
+        """
+        rows = x.flatten(1, -2) if self.rows is None else x.reshape(-1, self.rows, x.shape[-1])
         result: Tensor = torch.ops.fxquant.chain(
             rows, self.layout, self.width, self.gives_codes, self.tokens, self.parts
         )

@@ -96,7 +96,7 @@ int32_t Chain::open() {
 
 int32_t Chain::open_order() {
     const bool has_order = header.order != 0;
-    if (!is_size(header.parts, 1 << 8) || header.returns < 0 || header.returns > 1) return FXQ_LAYOUT;
+    if (!is_size(header.parts, FXQ_MAX_PARTS) || header.returns < 0 || header.returns > 1) return FXQ_LAYOUT;
     if (!has_order) return header.order_rows || header.parts != 1 || header.returns ? FXQ_LAYOUT : FXQ_OK;
     if (header.order % 64 || !is_size(header.order_rows) || !fits(header.order, header.order_rows * 4)) return FXQ_LAYOUT;
     if (header.channels % header.parts || header.order_rows % header.parts || (header.returns && header.parts != 1))

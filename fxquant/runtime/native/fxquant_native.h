@@ -17,7 +17,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 5, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 5, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -147,7 +147,7 @@ struct FxqChain {
     int64_t count;     // steps, 1 .. 4096
     int64_t channels;  // of value 0, float32
     // Where value 0 has its rows from. order: offset of int32 (order_rows,), the rows of one image of x one after the
-    // other, each once; 0 and no rows: as they lie. parts: rows of x that are side by side in one row of value 0.
+    // other, each once; 0 and no rows: as they lie. parts: rows of x that are side by side in one row of value 0, 1 .. FXQ_MAX_PARTS.
     // returns: 1, the result's rows go back to where those of value 0 came from (parts is 1 then); else 0.
     int64_t order, order_rows, parts, returns;
 };

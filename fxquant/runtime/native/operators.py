@@ -161,6 +161,8 @@ def _patch_sizes(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) ->
 def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
     """float32 (B, n + N, C): first (n, C), then x (B, N, C) plus positions (N, C)."""
     x, positions, first = (_bytes(each, torch.float32, "x") for each in (x, positions, first))
+    if positions.shape != x.shape[1:] or first.ndim != 2 or first.shape[1:] != x.shape[2:]:
+        raise BackendError(f"{tuple(first.shape)} and {tuple(positions.shape)} do not fit tokens {tuple(x.shape)}")
     out = torch.empty(_token_sizes(x, first))
     call(
         "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
@@ -182,7 +184,7 @@ def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int 
     out = torch.empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)
     rows = out.shape[0] * out.shape[1]
     tokens = tokens or out.shape[1]
-    if rows % max(tokens, 1):
+    if rows % max(tokens, 1) or parts < 1:
         raise BackendError(f"{rows} rows are no groups of {tokens}")
     call(
         "chain", layout.data_ptr(), layout.numel(), rows // max(tokens, 1), tokens, x.data_ptr(), x.nbytes,
@@ -192,7 +194,7 @@ def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int 
 
 
 def _chain_sizes(x: Tensor, width: int, parts: int) -> tuple[int, int, int]:
-    return x.shape[0], x.shape[1] // parts, width
+    return x.shape[0], x.shape[1] // max(parts, 1), width
 
 
 def _quantize_shape(x: Tensor, quantizer: Tensor) -> Tensor:
