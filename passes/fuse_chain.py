@@ -51,10 +51,9 @@ class _Run:
         return all(inside.issuperset(node.users) for node in (*first, *self.nodes[:-1]))
 
 
-def fuse_chains(graph_module: GraphModule) -> None:
+def fuse_chains(graph_module: GraphModule, shapes: BatchShapes) -> None:
     """Replace every run of at least two layers that only pass results on to each other."""
     nodes = list(graph_module.graph.nodes)
-    shapes = BatchShapes(graph_module)
     position = 0
     while position < len(nodes):
         run = _longest(graph_module, nodes[position:], shapes)

@@ -7,6 +7,7 @@ simulated one. Running it again changes nothing.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ class Lower:
         backend = resolved(self.backend)
         layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
         execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
-        lower = {
-            "cpu-native": _lower_native, "cpu-onednn": _lower_onednn, "cuda": _lower_cuda, "openvino": _lower_openvino
-        }  # fmt: skip
+        lower: dict[str, Callable[[GraphModule], dict[str, str]]] = {
+            "cpu-native": functools.partial(_lower_native, chains=self.chains),
+            "cpu-onednn": _lower_onednn,
+            "cuda": _lower_cuda,
+            "openvino": _lower_openvino,
+        }
         kernels = lower.get(backend, _keep)(graph_module)
-        if backend == "cpu-native" and self.chains:
-            fuse_chains(graph_module)
         execution |= {layer: kernel for layer, kernel in kernels.items() if layer in execution}
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
@@ -150,7 +152,7 @@ def _keep(graph_module: GraphModule) -> dict[str, str]:
     return {}
 
 
-def _lower_native(graph_module: GraphModule) -> dict[str, str]:
+def _lower_native(graph_module: GraphModule, chains: bool) -> dict[str, str]:
     shapes = BatchShapes(graph_module)
     may_order = moved_norms(graph_module) and any(shapes.values)  # found now: a graph in planning cannot run
     planned = plan(graph_module)
@@ -164,6 +166,8 @@ def _lower_native(graph_module: GraphModule) -> dict[str, str]:
     select_tokens(graph_module)
     assemble_tokens(graph_module)
     graph_module.graph.eliminate_dead_code()
+    if chains:
+        fuse_chains(graph_module, shapes)
     return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
 
 
