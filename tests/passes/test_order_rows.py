@@ -95,6 +95,27 @@ class Windows(nn.Module):
         return result
 
 
+class FiveDimensions(nn.Module):
+    """Attention in windows that keep a dimension of their own, as in NesT and Hiera."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, CHANNELS, 2, 2), nn.LayerNorm(CHANNELS)
+        self.qkv, self.proj = nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+        self.head = nn.Linear(CHANNELS, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        b, n, c = x.shape
+        x = x.reshape(b, 4, n // 4, c)
+        qkv = self.qkv(self.norm(x)).reshape(b, 4, n // 4, 3, 2, c // 2).permute(3, 0, 4, 1, 2, 5)
+        q, k, v = qkv.unbind(0)
+        y = ((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        x = x + self.proj(y.permute(0, 2, 3, 4, 1).reshape(b, 4, n // 4, c))
+        result: Tensor = self.head(x.mean((1, 2)))
+        return result
+
+
 class Mlp(nn.Module):
     """Norm and MLP on patches in another layout, sizes (3, 16, 16): 16 patches."""
 
@@ -147,6 +168,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     **{f"windows, {kind}": (partial(Windows, kind), (16, 16)) for kind in KINDS},
     "windows, not square": (Windows, (16, 24)),
     "one window": (Windows, (8, 8)),
+    "five dimensions": (FiveDimensions, (16, 16)),
     "a norm over an image": (partial(Windows, norm=(8, 8, CHANNELS)), (16, 16)),
     "windows of windows": (partial(Windows, "size of the norm", outer=True), (32, 32)),
     "batch second": (partial(Mlp, "batch second"), (16, 16)),
