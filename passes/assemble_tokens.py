@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.normalization import constant_of
+from fxquant.graph.normalization import argument, constant_of
 from fxquant.runtime.lowered import AssembleTokens
 from passes.integer_plan import SUMS, only_reader, shape_of
 
@@ -66,8 +66,9 @@ def _with_positions(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor
 def _joined(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor] | None:
     """x and what stands before it, (n, C), of cat((constants that are expanded to the batch..., x), 1)."""
     parts = node.args[0] if node.target is torch.cat else None
-    dimension = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    if not isinstance(parts, list | tuple) or len(parts) < 2 or dimension != 1 or len(shape_of(parts[-1]) or ()) != 3:
+    if not isinstance(parts, list | tuple) or len(parts) < 2 or argument(node, 1, "dim", 0) != 1:
+        return None
+    if len(shape_of(parts[-1]) or ()) != 3:
         return None
     constants = []
     for part in parts[:-1]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare
 from fxquant.graph.kind import tensor_inputs
-from fxquant.graph.normalization import scope_of
+from fxquant.graph.normalization import image_of, scope_of
 from fxquant.graph.roles import find_roles
 from passes.contract import PassContext
 
@@ -34,7 +34,7 @@ class AssignRoles:
     def apply(self, graph_module: fx.GraphModule, context: PassContext) -> int:
         """Annotate in place; returns the number of nodes that have a role."""
         roles = find_roles(graph_module)
-        batch_size = next(n for n in graph_module.graph.nodes if n.op == "placeholder").meta["tensor_meta"].shape[0]
+        batch_size = image_of(graph_module).meta["tensor_meta"].shape[0]
         names: Counter[str] = Counter()
         for node in graph_module.graph.nodes:
             role = roles.role.get(node.name)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.graph.normalization import image_of
 from passes.integer_plan import shape_of
 
 COUNTS = (2, 3)
@@ -46,26 +47,17 @@ class BatchShapes:
 
 
 def _recorded(graph_module: GraphModule) -> list[dict[Node, Any]] | None:
-    image = next(node for node in graph_module.graph.nodes if node.op == "placeholder")
-    shape = shape_of(image)
+    shape = shape_of(image_of(graph_module))
+    if shape is None:
+        return None
     found = []
-    for count in COUNTS if shape is not None else ():
-        recorder = _Recorder(graph_module)
+    for count in COUNTS:
+        interpreter = Interpreter(graph_module, garbage_collect_values=False)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                recorder.run(torch.empty((count, *(shape or ())[1:])))
+                interpreter.run(torch.empty((count, *shape[1:])))
         except Exception:  # whatever an operation without fake tensors raises
             return None
-        found.append(recorder.found)
-    return found or None
-
-
-class _Recorder(Interpreter):
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
-        self.found: dict[Node, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        self.found[n] = result.shape if isinstance(result, Tensor) else result
-        return result
+        results = interpreter.env.items()
+        found.append({node: result.shape if isinstance(result, Tensor) else result for node, result in results})
+    return found

@@ -17,7 +17,7 @@ from fxquant.runtime.chain import ChainLayer, IntegerChain, RowOrder, Step
 from fxquant.runtime.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.row_order import ReorderRows
 from passes.batch_shapes import BatchShapes
-from passes.integer_plan import shape_of
+from passes.integer_plan import module_of, shape_of
 
 _FEWEST = 2
 _VIEWS = ("view", "reshape", "flatten", "contiguous")
@@ -93,10 +93,10 @@ def _is_by_image(run: _Run, shapes: BatchShapes) -> bool:
 
 
 def _begun(graph_module: GraphModule, node: Node) -> _Run | None:
-    if not node.all_input_nodes or shape_of(node.all_input_nodes[0]) is None:
+    source = next(iter(node.all_input_nodes), None)
+    if source is None or shape_of(source) is None:
         return None
-    source = node.all_input_nodes[0]
-    if isinstance(_reordering(graph_module, node), ReorderRows):
+    if _reordering(graph_module, node) is not None:
         return _Run(source, node, {node: 0})
     return _Run(source, None, {source: 0}) if isinstance(_layer(graph_module, node), LayerNormToCodes) else None
 
@@ -146,17 +146,13 @@ def _is_view(node: Node) -> bool:
     return node.target in _VIEWS and None not in shapes and shapes[0][-1] == shapes[1][-1]  # type: ignore[index]
 
 
-def _module(graph_module: GraphModule, node: Node) -> torch.nn.Module | None:
-    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
 def _reordering(graph_module: GraphModule, node: Node) -> ReorderRows | None:
-    module = _module(graph_module, node)
+    module = module_of(graph_module, node)
     return module if isinstance(module, ReorderRows) else None
 
 
 def _layer(graph_module: GraphModule, node: Node) -> ChainLayer | None:
-    module = _module(graph_module, node)
+    module = module_of(graph_module, node)
     is_layer = isinstance(module, LayerNormToCodes | IntegerLinear | IntegerAttention)
     if not is_layer or isinstance(module, IntegerConv2d) or len(shape_of(node) or ()) < 3:
         return None

@@ -50,8 +50,7 @@ class IntegerPlan:
 
     def module(self, node: Node | None) -> nn.Module | None:
         """The module that a node calls, None where it calls none."""
-        is_call = node is not None and node.op == "call_module"
-        return self.graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
+        return module_of(self.graph_module, node)
 
     def set_epilogue(self, node: Node, epilogue: Epilogue) -> None:
         """Change what a planned node does with its result."""
@@ -161,6 +160,12 @@ def _weight_codes(
         return None
     is_per_channel = getattr(weight, "scale").numel() in (1, len(codes))  # noqa: B009
     return (code,) if is_per_channel and codes[0].numel() <= MAX_INNER else None
+
+
+def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
+    """The module that a node calls, None where it calls none."""
+    is_call = node is not None and node.op == "call_module"
+    return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
 
 
 def readers(node: Node) -> list[Node]:

@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
@@ -20,6 +20,7 @@ from fxquant.errors import BackendError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.normalization import image_of
 from fxquant.runtime.byte_codes import ByteCode
 from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.native import library
@@ -203,7 +204,7 @@ def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
     """The model moves to the GPU; images and scores stay where the caller has the images."""
     kernels = _lower_linears(graph_module, IntMmLinear, "linear cuda")
     graph = graph_module.graph
-    image, output = (next(node for node in graph.nodes if node.op == op) for op in ("placeholder", "output"))
+    image, output = image_of(graph_module), graph.output_node()
     if kernels:
         graph_module.to(_GPU)
         with graph.inserting_after(image):
@@ -237,10 +238,11 @@ def _lower_openvino(graph_module: GraphModule) -> dict[str, str]:
         return {}
     module = OpenvinoModel(to_onnx(graph_module).content)
     graph_module.add_submodule(_OPENVINO, module)
-    image, output = (next(node for node in graph.nodes if node.op == op) for op in ("placeholder", "output"))
+    image, output = image_of(graph_module), graph.output_node()
     with graph.inserting_before(output):
         scores = graph.call_module(_OPENVINO, (image,))
-    scores.meta.update({key: value for key, value in output.args[0].meta.items() if key == "tensor_meta"})
+    simulated: Any = output.args[0]
+    scores.meta.update({key: value for key, value in simulated.meta.items() if key == "tensor_meta"})
     output.args = (scores,)
     graph.eliminate_dead_code()
     return module.kernels()

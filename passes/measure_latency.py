@@ -27,6 +27,7 @@ from allocators.latency import rising
 from fxquant.cache import signature
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import Fact, annotate, annotation_of, nodes_with_role
+from fxquant.graph.normalization import image_of
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from fxquant.runtime.byte_codes import ByteCode, byte_code
@@ -173,6 +174,5 @@ def _at_the_widest(graph_module: GraphModule, context: PassContext) -> GraphModu
 def _times_batch(shape: tuple[int, ...] | None, graph_module: GraphModule, batch_size: int) -> tuple[int, ...]:
     """A traced shape with `batch_size` images in the place of the traced ones."""
     assert shape is not None  # integer nodes have shapes
-    image = next(node for node in graph_module.graph.nodes if node.op == "placeholder")
-    traced = image.meta["tensor_meta"].shape[0]
+    traced = image_of(graph_module).meta["tensor_meta"].shape[0]
     return (shape[0] * batch_size // traced, *shape[1:])

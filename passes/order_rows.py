@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.normalization import image_of
 from fxquant.runtime.lowered import IntegerAttention
 from fxquant.runtime.native.library import MAX_PARTS
 from fxquant.runtime.row_order import ReorderRows
@@ -60,7 +61,7 @@ def _is_moved(node: Node | None) -> bool:
 def _read_batch_size_from_image(plan: IntegerPlan, shapes: BatchShapes) -> None:
     """So that no other tensor is needed for it."""
     graph = plan.graph_module.graph
-    image = next(node for node in graph.nodes if node.op == "placeholder")
+    image = image_of(plan.graph_module)
     reads = [node for node in graph.nodes if node.target is operator.getitem and _is_batch_size(node, shapes)]
     reads = [node for node in reads if input_of(input_of(node)) is not image]
     if not reads:
@@ -69,8 +70,7 @@ def _read_batch_size_from_image(plan: IntegerPlan, shapes: BatchShapes) -> None:
         shape = graph.call_function(getattr, (image, "shape"))
     with graph.inserting_after(shape):
         own = graph.call_function(operator.getitem, (shape, 0))
-    for values, count in zip(shapes.values, COUNTS, strict=True):
-        values[own] = count
+    shapes.copy(own, like=reads[0])
     for node in reads:
         node.replace_all_uses_with(own)
         read = input_of(node)

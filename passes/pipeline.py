@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.annotation import Fact, declare, facts_of
+from fxquant.graph.normalization import image_of
 from fxquant.graph.verifier import verify
 from passes.contract import Pass, PassContext, check_images
 
@@ -152,7 +153,7 @@ class Pipeline:
 def _check_images(graph_module: GraphModule, images_bchw: Tensor | None) -> None:
     if images_bchw is None:
         return
-    traced = next(node for node in graph_module.graph.nodes if node.op == "placeholder").meta["tensor_meta"].shape
+    traced = image_of(graph_module).meta["tensor_meta"].shape
     if images_bchw.shape[1:] != traced[1:]:
         raise CalibrationError(
             f"images of the context have shape {tuple(images_bchw.shape)}, and the graph takes {tuple(traced[1:])} for "

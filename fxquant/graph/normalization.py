@@ -65,6 +65,11 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def image_of(graph_module: GraphModule) -> Node:
+    """The node that stands for the images."""
+    return next(node for node in graph_module.graph.nodes if node.op == "placeholder")  # type: ignore[no-any-return]
+
+
 def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
     """The tensor behind a `get_attr` node, None for anything else."""
     if not isinstance(value, Node) or value.op != "get_attr":
