@@ -49,6 +49,8 @@ class CostTable:
         allowed_weight: bool [L, W]: candidates left by the policies and overrides.
         allowed_activation: bool [L, A].
         fixed_activation_bits: int64 [L]: bits of an input outside the allocation; 32, float, where not given.
+        left_bits: int64 [L]: bits of a matmul's left operand where a layer of its own stands for it in the table, which
+            has its elements and its cost; else 0, as where not given.
         latency_ms: float64 [L, W, A]: predicted time at each pair of widths, never less at a wider one; what takes the
             same time whatever is chosen counts with any one layer. None: not known. Rounded to nanoseconds.
 
@@ -72,6 +74,7 @@ class CostTable:
     allowed_weight: BoolArray
     allowed_activation: BoolArray
     fixed_activation_bits: IntArray | None = None
+    left_bits: IntArray | None = None
     latency_ms: FloatArray | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,9 @@ class CostTable:
         if self.fixed_activation_bits is None:
             object.__setattr__(self, "fixed_activation_bits", np.full(count, FLOAT_BITS))
         self._lock("fixed_activation_bits", (count,), np.int64)
+        if self.left_bits is None:
+            object.__setattr__(self, "left_bits", np.zeros(count, dtype=np.int64))
+        self._lock("left_bits", (count,), np.int64)
         for side, widths in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if not widths or widths[0] < 1 or any(low >= high for low, high in itertools.pairwise(widths)):
                 raise SensitivityError(f"{side}_bits must be positive and ascending, found {widths}")
@@ -149,7 +155,8 @@ class CostTable:
         fixed = np.asarray(self.fixed_activation_bits)
         times = self.latency_ms
         latency = None if times is None else Latency.of(times, self.weight_bits, self.activation_bits)
-        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, fixed, budget, latency)
+        left = np.asarray(self.left_bits)
+        return Meter.of(self.weight_elements, self.activation_elements, self.macs, matmul, fixed, left, budget, latency)
 
     def bits(self, assignment: Assignment) -> IntArray:
         """Weight bits and activation bits of an assignment, int64 [2, L]; 0 where a layer has none."""

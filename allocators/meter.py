@@ -2,8 +2,8 @@
 
     BOPs = sum_l MACs_l * b_W * b_A    (the cost that Mix-QViT equalises in its "*" rows)
 
-An attention matmul has no weight: both its operands take the activation's bits. An operand that is not allocated counts
-32 bits, as float does, or what the table says of it (an image comes in 8 bits).
+An attention matmul has no weight: both its operands take the activation's bits, unless the left one has its own. An
+operand that is not allocated counts 32 bits, as float does, or what the table says of it (an image comes in 8 bits).
 Deliberately not done: the bytes of scales and zero-points, and the cost of layers without MACs.
 """
 
@@ -29,6 +29,7 @@ class Meter(NamedTuple):
         divisors: float64 [5]: usage = sum of rate * bits / divisor; of nanoseconds / divisor for the latency.
         matmul: bool [L]: both operands are activations.
         fixed_bits: int64 [L]: bits of an activation that is not allocated.
+        left_bits: int64 [L]: bits of the left operand of a matmul where they are its own, else 0.
         latency: None where it is not known, and counts nothing.
     """
 
@@ -36,6 +37,7 @@ class Meter(NamedTuple):
     divisors: FloatArray
     matmul: BoolArray
     fixed_bits: IntArray
+    left_bits: IntArray
     latency: Latency | None
 
     @classmethod
@@ -46,6 +48,7 @@ class Meter(NamedTuple):
         macs: IntArray,
         matmul: BoolArray,
         fixed_bits: IntArray,
+        left_bits: IntArray,
         budget: Budget | None,
         latency: Latency | None,
     ) -> Meter:
@@ -65,7 +68,7 @@ class Meter(NamedTuple):
         ]
         rates = np.stack([*shares, weight_elements, macs]).astype(np.float64)
         divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0, NANOSECONDS_PER_MS])
-        return cls(rates, divisors, matmul, fixed_bits, latency)
+        return cls(rates, divisors, matmul, fixed_bits, left_bits, latency)
 
     def use(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
         """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast."""
@@ -87,6 +90,7 @@ class Meter(NamedTuple):
         activation_operand = np.where(activation_bits > 0, activation_bits, self.fixed_bits[layer])
         weight_operand = np.where(weight_bits > 0, weight_bits, FLOAT_BITS)
         weight_operand = np.where(self.matmul[layer], activation_operand, weight_operand)
+        weight_operand = np.where(self.left_bits[layer] > 0, self.left_bits[layer], weight_operand)
         rates = self.rates[:, layer].reshape(4, -1)
         bits = np.stack([weight_bits, activation_bits, weight_bits, weight_operand * activation_operand])
         raw: FloatArray = rates * bits

@@ -221,7 +221,7 @@ def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
         if annotation.weight_bits is None and annotation.activation_bits is None:
             continue
         weight = chosen(annotation.weight_candidates, annotation.weight_bits)
-        found = [chosen(group, annotation.activation_bits) for group in annotation.activation_candidates]
+        found = [chosen(*pair) for pair in zip(annotation.activation_candidates, annotation.input_bits, strict=True)]
         inputs = [candidate for candidate in found if candidate is not None]
         ratio = sum(c.noise / max(c.signal, 1e-30) for c in inputs) / max(len(inputs), 1)
         rows.append(
@@ -234,6 +234,8 @@ def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
                 parameters=annotation.parameters,
                 macs=annotation.macs,
                 activation_elements=annotation.activation_elements,
+                left_bits=annotation.left_bits,
+                left_elements=annotation.left_elements,
                 weight_sqnr_db=None if weight is None else _decibel(weight.noise / max(weight.signal, 1e-30)),
                 activation_sqnr_db=_decibel(ratio) if inputs else None,
                 predicted_loss=sum(c.loss for c in (*inputs, *([weight] if weight else []))),

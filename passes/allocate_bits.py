@@ -34,6 +34,7 @@ from passes.measure_latency import LATENCY
 
 ALLOCATION = "fxquant_allocation"
 COST_TABLE = "fxquant_cost_table"
+SOFTMAX = ".softmax"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class AllocateBits:
     roles, where the model has them, before overrides. first_last_bits: pin the patch embedding's weight and the head
     to this width; None lets the allocator decide, as ViT papers do. image_bits: width of the patch embedding's input
     where it is quantized at all; images come in 8 bits, so it is not counted in the mean activation bits. narrowest:
-    widths below are used only where the budget cannot be met without them.
+    widths below are used only where the budget cannot be met without them. softmax_bits: width of attention
+    probabilities, which then have a line of their own in the table and in overrides, "<layer>.softmax"; None: they
+    share the bits of the values that they are multiplied with.
     """
 
     budget: Budget
@@ -55,6 +58,7 @@ class AllocateBits:
     image_bits: int = 8
     role_bits: tuple[tuple[Role, Bits], ...] = ()
     narrowest: int = 2
+    softmax_bits: int | None = None
 
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
@@ -66,6 +70,8 @@ class AllocateBits:
             raise BudgetError(f"an allocator is an object such as Milp() or Greedy(), not {self.allocator!r}")
         if self.first_last_bits is not None and self.first_last_bits not in range(2, 9):
             raise BudgetError(f"first_last_bits is a width from 2 to 8, not {self.first_last_bits!r}")
+        if self.softmax_bits is not None and self.softmax_bits not in range(2, 9):
+            raise BudgetError(f"softmax_bits is a width from 2 to 8, not {self.softmax_bits!r}")
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -95,6 +101,7 @@ class AllocateBits:
                 node,
                 weight_bits=allocation.weight_bits.get(annotation.layer),
                 activation_bits=activation_bits,
+                left_bits=allocation.activation_bits.get(annotation.layer + SOFTMAX),
                 pinned=pinned,
             )
         graph_module.meta[ALLOCATION], graph_module.meta[COST_TABLE] = allocation, table
@@ -128,9 +135,15 @@ class AllocateBits:
             self.image_bits if node in images and annotation.activation_candidates else FLOAT_BITS
             for node, annotation in zip(nodes, annotations, strict=True)
         ]
-        families = [[o.family for _, o in observers_of(graph_module, node) if o.family is not None] for node in nodes]
+        quantized = [[o for _, o in observers_of(graph_module, node) if o.family is not None] for node in nodes]
+        families = [[str(observer.family) for observer in found] for found in quantized]
         weights = [annotation.weight_candidates for annotation in annotations]
         bits = tuple(candidate.bits for candidate in next(found for found in weights if found))
+        own = {row for row, found in enumerate(quantized) if self.has_own_softmax([o.edge for o in found])}
+        activation = [
+            _scores(a.activation_candidates[row in own :], bits, a.activation_sensitivity)
+            for row, a in enumerate(annotations)
+        ]
         table = self.table(
             annotations,
             counted,
@@ -138,7 +151,8 @@ class AllocateBits:
             [min(map(widest_bits, named), default=bits[-1]) for named in families],
             bits,
             weight=[_scores((a.weight_candidates,), bits, a.weight_sensitivity) for a in annotations],
-            activation=[_scores(a.activation_candidates, bits, a.activation_sensitivity) for a in annotations],
+            activation=activation,
+            softmax={row: _scores(annotations[row].activation_candidates[:1], bits, ()) for row in sorted(own)},
         )
         measured = graph_module.meta.get(LATENCY)
         return table if measured is None else replace(table, latency_ms=_latency_ms(measured, table))
@@ -152,42 +166,57 @@ class AllocateBits:
         bits: tuple[int, ...],
         weight: Sequence[Scores],
         activation: Sequence[Scores],
+        softmax: Mapping[int, Scores],
     ) -> CostTable:
         """A cost table from scores per layer: (losses, SQNR in dB), one number per width.
 
         fixed_activation_bits: bits of inputs outside the allocation, 32 where they stay float. widest: width in bits
-        up to which a layer's inputs have families. Raises OverrideError for pins above it.
+        up to which a layer's inputs have families. softmax: by row, the scores of attention probabilities that have
+        bits of their own. Raises OverrideError for pins above a width, or of widths that are no candidates.
         """
-        everything = np.ones((len(annotations), len(bits)), dtype=bool)
+        rows, own = [*annotations, *(annotations[row] for row in softmax)], list(softmax)
+        count, nothing = len(annotations), [([0.0] * len(bits), [0.0] * len(bits))] * len(own)
+        left = np.array([annotation.left_elements for annotation in annotations])
+        elements, widest = np.append(activation_elements, left[own]), [*widest, *(widest[row] for row in own)]
+        elements[own] -= left[own]
+        weight, activation = [*weight, *nothing], [*activation, *softmax.values()]
         within = np.array(bits) <= np.array(widest)[:, None]
+        no_weights = np.zeros(len(own), dtype=np.int64)
         table = CostTable(
-            layers=tuple(annotation.layer for annotation in annotations),
-            roles=tuple(str(annotation.role) for annotation in annotations),
-            weight_elements=np.array([annotation.parameters for annotation in annotations]),
-            activation_elements=np.array(activation_elements),
-            macs=np.array([annotation.macs for annotation in annotations]),
+            layers=tuple(a.layer + SOFTMAX * (row >= count) for row, a in enumerate(rows)),
+            roles=tuple(str(annotation.role) for annotation in rows),
+            weight_elements=np.append([annotation.parameters for annotation in annotations], no_weights),
+            activation_elements=elements,
+            macs=np.append([annotation.macs for annotation in annotations], no_weights),
             weight_bits=bits,
             activation_bits=bits,
             weight_cost=np.array([losses for losses, _ in weight]),
             activation_cost=np.array([losses for losses, _ in activation]),
             weight_sqnr_db=np.array([sqnr for _, sqnr in weight]),
             activation_sqnr_db=np.array([sqnr for _, sqnr in activation]),
-            allowed_weight=everything,
+            allowed_weight=np.ones((len(rows), len(bits)), dtype=bool),
             allowed_activation=within,
-            fixed_activation_bits=np.array(fixed_activation_bits),
+            fixed_activation_bits=np.append(fixed_activation_bits, no_weights + FLOAT_BITS),
         )
         roles = {str(annotation.role) for annotation in annotations}
-        pins = {str(role): bits for role, bits in self.role_bits if str(role) in roles}
+        pins: dict[str, Bits] = {str(role): bits for role, bits in self.role_bits if str(role) in roles}
         if self.first_last_bits is not None:
             ends = (Role.PATCH_EMBED, Role.HEAD)
             pins |= {str(role): self.first_last_bits for role in ends if str(role) in roles}
+        pins = dict.fromkeys(table.layers[count:], (None, self.softmax_bits)) | pins
         pinned = table.override({**pins, **dict(self.overrides)})
         for layer, column in np.argwhere(pinned.allowed_activation & ~within)[:1]:
             raise OverrideError(
                 f"the inputs of layer {table.layers[layer]!r} are pinned at {bits[column]} bits, and their quantizers "
                 f"end at {widest[layer]}: pin them lower, or allow other families or another backend"
             )
-        return pinned
+        left_bits = np.zeros(len(rows), dtype=np.int64)
+        left_bits[own] = [bits[column] for column in pinned.allowed_activation[count:].argmax(axis=1)]
+        return replace(pinned, left_bits=left_bits)
+
+    def has_own_softmax(self, edges: Sequence[Edge]) -> bool:
+        """Whether attention probabilities among a node's quantized inputs get bits of their own."""
+        return self.softmax_bits is not None and len(edges) > 1 and edges[0] is Edge.POST_SOFTMAX
 
 
 Scores = tuple[list[float], list[float]]

@@ -40,10 +40,12 @@ class AssignRoles:
             role = roles.role.get(node.name)
             if role is None:
                 if annotation_of(node).role is not None:
-                    annotate(node, role=None, layer="", block=None, parameters=0, macs=0, activation_elements=0)
+                    nothing = dict.fromkeys(("parameters", "macs", "activation_elements", "left_elements"), 0)
+                    annotate(node, role=None, layer="", block=None, **nothing)
                 continue
             name = _public_name(node, role)
             names[name] += 1
+            elements = [_elements(source, batch_size) for source in _quantizable_inputs(node, role)]
             parameters = _weight_elements(graph_module, node) if role.has_weight else 0
             annotate(
                 node,
@@ -52,7 +54,8 @@ class AssignRoles:
                 block=roles.block.get(node.name),
                 parameters=parameters,
                 macs=_macs(node, role, parameters, batch_size),
-                activation_elements=sum(_elements(source, batch_size) for source in _quantizable_inputs(node, role)),
+                activation_elements=sum(elements),
+                left_elements=elements[0] if role.is_matmul else 0,
             )
         context.note(unmatched=[{"node": failure.node, "reason": failure.reason} for failure in roles.failures])
         declare(graph_module, self.provides, self.breaks)

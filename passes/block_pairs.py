@@ -144,7 +144,7 @@ def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
         groups = list(annotation.activation_candidates)
         for position, place in enumerate(places):
             found = getattr(learned, _place_name(learned, place))
-            groups[position] = _with_quantizer(groups[position], annotation.activation_bits, found)
+            groups[position] = _with_quantizer(groups[position], annotation.input_bits[position], found)
         annotate(node, activation_candidates=tuple(groups))
     return changed
 

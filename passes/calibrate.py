@@ -126,7 +126,7 @@ def _update(
             raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
         weight = None if gradient is None else input_weight(module, inputs, index, gradient)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
-        if observer.family == "adalog-softmax" and module is None and index == 0:
+        if module is None and index == 0 and observer.asks_for_coherence:
             observer.update_coherence(coherence(inputs[1]))
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])

@@ -51,12 +51,13 @@ def _first(passes: Sequence[Pass], kind: type[Kind]) -> Kind | None:
 
 
 def _check(graph_module: GraphModule, insert: InsertObservers, bits: tuple[int, ...], allocate: AllocateBits) -> None:
-    annotations, elements, fixed, widest = [], [], [], []
+    annotations, elements, fixed, widest, own = [], [], [], [], []
     for node in nodes_with_role(graph_module):
         planned = insert.plan(node)
         if planned:
             annotations.append(annotation_of(node))
             quantized = [edge for _, edge, family in planned if family is not None]
+            own += [len(annotations) - 1] if allocate.has_own_softmax(quantized) else []
             widest.append(min((widest_bits(f) for _, _, f in planned if f is not None), default=bits[-1]))
             elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
             fixed.append(allocate.image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
@@ -65,8 +66,9 @@ def _check(graph_module: GraphModule, insert: InsertObservers, bits: tuple[int, 
             f"image_bits={allocate.image_bits} is not among the candidate bits {bits}: choose one of these, or leave "
             f"the image in float with InsertObservers(image=None)"
         )
-    nothing = [([0.0] * len(bits), [0.0] * len(bits))] * len(annotations)
-    table = allocate.table(annotations, elements, fixed, widest, bits, nothing, nothing)
+    nothing = [0.0] * len(bits), [0.0] * len(bits)
+    nothings = [nothing] * len(annotations)
+    table = allocate.table(annotations, elements, fixed, widest, bits, nothings, nothings, dict.fromkeys(own, nothing))
     budget = in_numbers(allocate.budget, table)
     if set(budget.limits) - {"latency_ms"}:
         table.check_feasible(replace(budget, latency_ms=None))

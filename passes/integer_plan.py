@@ -21,7 +21,7 @@ from torch.nn import functional
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import ByteCode, byte_code
-from fxquant.runtime.lowered import Epilogue, ToCodes
+from fxquant.runtime.lowered import Epilogue, RowLogToCodes, ToCodes
 from fxquant.runtime.native.library import MAX_INNER
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedWeightModule
 
@@ -66,7 +66,7 @@ class IntegerPlan:
         name = f"codes_{source.name}"
         while hasattr(self.graph_module, name):
             name += "_"
-        self.graph_module.add_submodule(name, ToCodes(code))
+        self.graph_module.add_submodule(name, RowLogToCodes(code) if code.of_rows else ToCodes(code))
         with self.graph_module.graph.inserting_after(source):
             codes = self.graph_module.graph.call_module(name, (source,))
         self.made[codes] = code
@@ -77,7 +77,7 @@ class IntegerPlan:
     def hoist(self, codes: Node) -> None:
         """Move a ToCodes node before the operations that only move numbers around."""
         code = self.made[codes]
-        while True:
+        while not code.of_rows:
             move = codes.args[0]
             assert isinstance(move, Node)  # `add_codes` gave it one
             if readers(move) != [codes] or not (moves(move) or _pads_zero(move, code)):

@@ -54,8 +54,9 @@ def chosen(candidates: tuple[Candidate, ...], bits: int | None) -> Candidate | N
 def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
     weight = chosen(annotation.weight_candidates, annotation.weight_bits)
     inputs: dict[int, Quantizer] = {}
-    for place, candidates in zip(places, annotation.activation_candidates, strict=True):
-        candidate = chosen(candidates, annotation.activation_bits)
+    groups = zip(annotation.activation_candidates, annotation.input_bits, strict=True)
+    for place, (candidates, bits) in zip(places, groups, strict=True):
+        candidate = chosen(candidates, bits)
         if candidate is not None:
             inputs[place] = candidate.quantizer
     weight_quantizer = None if weight is None else weight.quantizer

@@ -4,6 +4,7 @@
   the Clip, in float, keeps those of less than 8 bits in their range.
 - Regions and powers of two (OPT-m, twin, log2) whose levels are integers n times a unit and span a byte: float
   operators that give the nearest level, then QuantizeLinear and DequantizeLinear with that unit, which change nothing.
+- Row-log: the same with whole levels n, and the product divided by the sum of the row's.
 - Everything else that is quantized gets its values from float operators and stays simulated: levels that span more
   than a byte (as two int8 products, of digits, they ran no faster in ONNX Runtime and OpenVINO), tables such as
   AdaLog's, inputs of softmax.
@@ -24,6 +25,7 @@ from torch.nn import functional
 from fxquant.graph.annotation import annotation_of
 from fxquant.quantizers.level_table import LevelTableQuantizer
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import byte_code
 from fxquant.runtime.simulated import (
@@ -51,7 +53,7 @@ class Codes(nn.Module):
 
     scale: float32, () or one per entry of the last dimension. zero: the same shape, int8 or uint8, which is the dtype
     of the codes. bounds: lowest and highest float, of scale's shape; None where the dtype bounds the codes by itself.
-    nearest: gives the nearest level first, where levels are not all the multiples of scale.
+    nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of scale.
     """
 
     scale: Tensor
@@ -62,7 +64,7 @@ class Codes(nn.Module):
         scale: Tensor,
         zero: Tensor,
         bounds: tuple[Tensor, Tensor] | None = None,
-        nearest: Quantizer | None = None,
+        nearest: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
@@ -78,6 +80,21 @@ class Codes(nn.Module):
         x = x if self.bounds is None else x.clamp(*self.bounds)
         codes = _onnx("QuantizeLinear", (x, self.scale, self.zero), self.zero.dtype, self.axis)
         return _onnx("DequantizeLinear", (codes, self.scale, self.zero), torch.float32, self.axis)
+
+
+class RowLevels(nn.Module):
+    """Levels of a row-log quantizer, relative to the largest of their row."""
+
+    levels: Tensor
+
+    def __init__(self, quantizer: RowLogQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.register_buffer("levels", quantizer.levels() / LARGEST)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (..., keys) to the same."""
+        return self.levels[self.quantizer.quantize(x)]
 
 
 class NearestLevel(nn.Module):
@@ -189,10 +206,13 @@ class QdqMatmul(nn.Module):
     def __init__(self, source: QuantizedMatmul) -> None:
         super().__init__()
         self.left, self.right = quantized(source.left_quantizer), quantized(source.right_quantizer)
+        self.of_rows = isinstance(source.left_quantizer, RowLogQuantizer) and isinstance(self.left, Codes)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """left (..., n, d) times right (..., d, m)."""
-        return torch.matmul(self.left(left), self.right(right))
+        left = self.left(left)
+        result = torch.matmul(left, self.right(right))
+        return result / left.sum(-1, keepdim=True) if self.of_rows else result
 
 
 class QdqInput(nn.Module):
@@ -214,6 +234,8 @@ def quantized(quantizer: Quantizer | None) -> nn.Module:
         return nn.Identity()
     if isinstance(quantizer, UniformQuantizer):
         return _uniform(quantizer) or quantizer
+    if isinstance(quantizer, RowLogQuantizer):
+        return Codes(torch.tensor(1 / LARGEST), torch.tensor(0, dtype=torch.uint8), nearest=RowLevels(quantizer))
     code = byte_code(quantizer)
     if code is not None and code.levels_spec().count == 1:
         lowest = torch.tensor(-int(code.levels.min()), dtype=torch.uint8)

@@ -100,13 +100,23 @@ class Annotation:
     parameters: int = 0  # AssignRoles: elements of the weight
     macs: int = 0  # AssignRoles: multiply-accumulates for one image
     activation_elements: int = 0  # AssignRoles: elements of all quantizable inputs for one image
+    left_elements: int = 0  # AssignRoles: of these, elements of the left input of a matmul
     weight_candidates: tuple[Candidate, ...] = ()  # SearchScales, ascending bits
     activation_candidates: tuple[tuple[Candidate, ...], ...] = ()  # SearchScales, Reconstruct; a tuple per input
     weight_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate; empty: the candidates' losses count
     activation_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate, all inputs together
     weight_bits: int | None = None  # AllocateBits
     activation_bits: int | None = None  # AllocateBits
+    left_bits: int | None = None  # AllocateBits: of a matmul's left input; None: the same as activation_bits
     pinned: bool = False  # AllocateBits: bits were fixed by an override or the first/last policy
+
+    @property
+    def input_bits(self) -> tuple[int | None, ...]:
+        """Bits of every input that has candidates, in the order of `activation_candidates`."""
+        bits = [self.activation_bits] * len(self.activation_candidates)
+        if self.left_bits is not None and bits:
+            bits[0] = self.left_bits
+        return tuple(bits)
 
 
 def annotation_of(node: Node) -> Annotation:

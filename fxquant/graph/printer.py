@@ -41,10 +41,11 @@ def _operation(node: fx.Node) -> str:
 
 
 def _bits(node: fx.Node) -> str:
-    """[w4a5], [a8] without weight bits, [w4] with a float input, nothing where no bits are annotated."""
+    """[w4a5], [a8] without weight bits, [a2x4] of two inputs, [w4] with float ones, nothing where none has bits."""
     annotation = annotation_of(node)
     weight = "" if annotation.weight_bits is None else f"w{annotation.weight_bits}"
     activation = "" if annotation.activation_bits is None else f"a{annotation.activation_bits}"
+    activation = activation if annotation.left_bits is None else f"a{annotation.left_bits}x{annotation.activation_bits}"
     return f"[{weight}{activation}]" if weight or activation else ""
 
 

@@ -123,7 +123,8 @@ def _check_bits(graph_module: fx.GraphModule) -> None:
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
         pairs = [("weight", annotation.weight_bits, annotation.weight_candidates)]
-        pairs += [("activation", annotation.activation_bits, group) for group in annotation.activation_candidates]
+        inputs = zip(annotation.input_bits, annotation.activation_candidates, strict=True)
+        pairs += [("activation", bits, group) for bits, group in inputs]
         for kind, bits, candidates in pairs:
             widths = [candidate.bits for candidate in candidates]
             if widths and bits not in widths:

@@ -5,7 +5,8 @@ makes the quantizer of the chosen one. The search (search.py) evaluates every ta
 new quantizer joins by giving its levels.
 
 Sources: symmetric candidates, 100 equal steps of (0, 1.2 max|X| / 2^(b-1)] (MPTQ-ViT, section 4); OPT-m (eq. 6-8);
-V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog.
+V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog; row-log
+(ours, `fxquant.quantizers.row_log`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fxquant.quantizers.histogram import Array, SortedMoments
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer, magnitudes
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -37,7 +39,9 @@ class Statistics:
 
     moments: of its values (for O-2SF: of the values divided by `channel_factor`). minimum, maximum: over all values.
     mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low). channel_factor: float32 (channels,),
-    powers of two, or None. coherence: see `SortedMoments.errors` and `passes.calibrate.coherence`.
+    powers of two, or None. coherence: see `SortedMoments.errors` and `passes.calibrate.coherence`. row_moments: of the
+    values relative to the largest of their row, each counted with its square; None where no family asks for them.
+    row_length: values in a row.
     """
 
     moments: SortedMoments
@@ -46,6 +50,8 @@ class Statistics:
     mean_image_minimum: float
     channel_factor: torch.Tensor | None = None
     coherence: float = 0.0
+    row_moments: SortedMoments | None = None
+    row_length: int = 0
 
     @property
     def largest_magnitude(self) -> float:
@@ -55,11 +61,15 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Proposals:
-    """C candidates: ascending levels (C, L), decision thresholds (C, L-1) and the quantizer of candidate i."""
+    """C candidates: ascending levels (C, L), decision thresholds (C, L-1) and the quantizer of candidate i.
+
+    of_rows: levels are of values relative to the largest of their row.
+    """
 
     levels: Array
     thresholds: Array
     build: Callable[[int], Quantizer]
+    of_rows: bool = False
 
 
 Family = Callable[[Statistics, int], Proposals]
@@ -151,6 +161,22 @@ def log2(statistics: Statistics, bits: int) -> Proposals:
     return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
 
 
+def row_log(statistics: Statistics, bits: int) -> Proposals:
+    """Powers of one base below the largest of each row, and zero, in whole 255ths; see `RowLogQuantizer`.
+
+    The base follows from the widths, it is not searched: what the zero swallows has to weigh little with all keys of a
+    row together, log2(keys) powers of two below the largest and one more from 4 bits on, as far as a byte reaches.
+    A search by the predicted loss, which takes errors of a row for independent, stops one to two powers too early.
+    """
+    last = 2**bits - 1
+    reach = min(math.log2(max(statistics.row_length, 2)) + min(bits, 4) / 2 - 1, 9.5)
+    base = max(reach, 1.0) / (last - 0.5)
+    exponents = base * np.arange(last - 1, -1, -1)
+    levels = np.concatenate([[0.0], np.rint(LARGEST * np.exp2(-exponents)) / LARGEST])
+    thresholds = np.exp2(-exponents - base / 2)
+    return Proposals(levels[None], thresholds[None], lambda _: RowLogQuantizer(bits, base), of_rows=True)
+
+
 def log_sqrt2(statistics: Statistics, bits: int) -> Proposals:
     """Powers of sqrt(1/2) below a searched largest value, and zero."""
     relative = LogSqrt2Quantizer(bits, 1.0).relative_levels().double().numpy()
@@ -223,11 +249,15 @@ FAMILIES: dict[str, Family] = {
     "twin-gelu": twin_gelu,
     "twin-softmax": twin_softmax,
     "log2": log2,
+    "row-log": row_log,
     "log-sqrt2": log_sqrt2,
     "adalog-softmax": adalog_softmax,
     "adalog-gelu": adalog_gelu,
     "o-2sf": symmetric,
 }
+
+OF_ROWS = frozenset({"row-log"})
+"""Families that ask for `Statistics.row_moments`."""
 
 
 class Limited(NamedTuple):

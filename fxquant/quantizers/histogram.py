@@ -30,22 +30,25 @@ class Bfloat16Histogram:
         self._moments = torch.zeros(6, BUCKETS, dtype=torch.float64)
         self.weighted = False
 
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add values x (float, any shape) with non-negative weights of the same shape."""
+    def update(self, x: Tensor, weight: Tensor | None = None, mass: Tensor | None = None) -> None:
+        """Add values x (float, any shape) with non-negative weights of the same shape.
+
+        mass: how often each value counts in the plain moments, same shape; None: once.
+        """
         flat = x.detach().reshape(-1)
         keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
         values = flat.double()
-        self._moments[0] += torch.bincount(keys, minlength=BUCKETS)
-        self._moments[1] += torch.bincount(keys, weights=values, minlength=BUCKETS)
-        self._moments[2] += torch.bincount(keys, weights=values * values, minlength=BUCKETS)
+        counts = torch.ones_like(values) if mass is None else mass.detach().reshape(-1).double()
+        self._add(0, keys, values, counts)
         if weight is not None:
             self.weighted = True
-            moment = weight.detach().reshape(-1).double()
-            self._moments[3] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
-            moment = moment * values
-            self._moments[4] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
-            moment *= values
-            self._moments[5] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
+            self._add(3, keys, values, weight.detach().reshape(-1).double())
+
+    def _add(self, row: int, keys: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Add sum w, sum w x and sum w x^2 to three rows of the moments."""
+        for power in range(3):
+            self._moments[row + power] += torch.bincount(keys, weights=weights, minlength=BUCKETS)
+            weights = weights * values
 
     def finish(self) -> SortedMoments:
         """Buckets that hold values, in ascending order of value."""

@@ -58,11 +58,11 @@ class LearnedScale(nn.Module):
         self.offset = quantizer.offset if isinstance(quantizer, LevelTableQuantizer) else 0.0
         where = None if scale is None else scale.device
         self.log_factor = nn.Parameter(torch.zeros((), device=where), requires_grad=self.learns)
-        edge = torch.zeros(()) if scale is None else scale.detach() * _BEYOND
+        edge = None if scale is None else scale.detach() * _BEYOND
         self.low: Tensor
         self.high: Tensor
-        self.register_buffer("low", quantizer(-edge), persistent=False)
-        self.register_buffer("high", quantizer(edge), persistent=False)
+        self.register_buffer("low", torch.zeros(()) if edge is None else quantizer(-edge), persistent=False)
+        self.register_buffer("high", torch.zeros(()) if edge is None else quantizer(edge), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float to the same shape, quantized; while training, some elements stay as they are."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.families import Statistics, outlier_factors
+from fxquant.quantizers.families import OF_ROWS, Statistics, families_named, outlier_factors
 from fxquant.quantizers.histogram import Bfloat16Histogram
 
 
@@ -43,6 +43,8 @@ class Observer(nn.Module):
     def release(self, keep_gram: bool = False) -> None:
         """Forget all statistics, or all but the Gram matrix, and free their memory."""
         self.histogram: Bfloat16Histogram | None = None
+        self.row_histogram: Bfloat16Histogram | None = None
+        self.row_length = 0
         self.minimum, self.maximum = float("inf"), float("-inf")
         self.image_minimum_sum, self.images = 0.0, 0
         self.channel_magnitude: Tensor | None = None
@@ -51,6 +53,12 @@ class Observer(nn.Module):
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
         self.coherence_sum, self.coherence_count = 0.0, 0
+
+    @property
+    def asks_for_coherence(self) -> bool:
+        """Whether a family has no zero, or is compared with one whose rows sum to one."""
+        named = () if self.family is None else families_named(self.family)
+        return any(family.name == "adalog-softmax" or family.name in OF_ROWS for family in named)
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -83,6 +91,17 @@ class Observer(nn.Module):
         if self.histogram is None:
             self.histogram = Bfloat16Histogram()
         self.histogram.update(x, weight)
+        if any(family.name in OF_ROWS for family in families_named(self.family)):
+            self._update_rows(x, weight)
+
+    def _update_rows(self, x: Tensor, weight: Tensor | None) -> None:
+        """Values relative to the largest of their row; an error of theirs counts with its square."""
+        self.row_length = max(self.row_length, x.shape[-1])
+        largest = x.amax(-1, keepdim=True).clamp(1e-15, 1e15)  # float32 holds the square
+        mass = largest.square().expand_as(x)
+        if self.row_histogram is None:
+            self.row_histogram = Bfloat16Histogram()
+        self.row_histogram.update(x / largest, None if weight is None else weight * mass, mass)
 
     def update_coherence(self, coherence: float) -> None:
         """Add one batch's coherence (see `SortedMoments.errors`)."""
@@ -121,7 +140,10 @@ class Observer(nn.Module):
         if factor is not None:
             low, high = float(moments.values[0]), float(moments.values[-1])
         coherence = self.coherence_sum / max(self.coherence_count, 1)
-        return Statistics(moments, low, high, self.image_minimum_sum / self.images, factor, coherence)
+        rows = None if self.row_histogram is None else self.row_histogram.finish()
+        return Statistics(
+            moments, low, high, self.image_minimum_sum / self.images, factor, coherence, rows, self.row_length
+        )
 
     def extra_repr(self) -> str:
         """Family and edge."""

@@ -39,12 +39,15 @@ def search_activation(
     found = []
     for width in bits:
         proposals = family(statistics, width)
-        plain, sensitive = statistics.moments.errors(proposals.levels, proposals.thresholds, statistics.coherence)
+        moments, coherence = statistics.moments, statistics.coherence
+        if proposals.of_rows and statistics.row_moments is not None:
+            moments, coherence = statistics.row_moments, 0.0
+        plain, sensitive = moments.errors(proposals.levels, proposals.thresholds, coherence)
         # A tensor the loss does not depend on has weights of zero; it still gets the scale that fits it best.
         objective = sensitive if weighted and sensitive.any() else plain
         best = int(objective.argmin())
         loss = 0.5 * float((sensitive if weighted else plain)[best]) / images
-        found.append(Candidate(width, proposals.build(best), loss, float(plain[best]), statistics.moments.signal))
+        found.append(Candidate(width, proposals.build(best), loss, float(plain[best]), moments.signal))
     return tuple(found)
 
 

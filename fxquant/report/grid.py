@@ -22,12 +22,23 @@ class Tile:
     activation_bits: int | None
     parameters: int = 0
     activation_elements: int = 0
+    left_bits: int | None = None
+    left_elements: int = 0
 
     @classmethod
     def of(cls, found: Annotation | LayerRow) -> Tile:
         """The tile of a row, or of a node's annotation."""
-        bits = found.weight_bits, found.activation_bits
-        return cls(found.layer, str(found.role), found.block, *bits, found.parameters, found.activation_elements)
+        return cls(
+            found.layer,
+            str(found.role),
+            found.block,
+            found.weight_bits,
+            found.activation_bits,
+            found.parameters,
+            found.activation_elements,
+            found.left_bits,
+            found.left_elements,
+        )
 
     @property
     def has_bits(self) -> bool:
@@ -37,7 +48,14 @@ class Tile:
     @property
     def label(self) -> str:
         """`4/5` for weight and activation bits, `-` for what the layer does not have."""
-        return "/".join("-" if bits is None else str(bits) for bits in (self.weight_bits, self.activation_bits))
+        weight = "-" if self.weight_bits is None else str(self.weight_bits)
+        return f"{weight}/{self.input_label}"
+
+    @property
+    def input_label(self) -> str:
+        """The second half of `label`; `2x4` for a matmul's left and right input where they differ."""
+        left = "" if self.left_bits in (None, self.activation_bits) else f"{self.left_bits}x"
+        return "-" if self.activation_bits is None else f"{left}{self.activation_bits}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,12 @@ def mean_weight_bits(tiles: Iterable[Tile]) -> float | None:
 
 def mean_activation_bits(tiles: Iterable[Tile]) -> float | None:
     """Mean bits per quantized activation, None without any; the image is not counted, it comes in 8 bits."""
-    return _mean((t.activation_bits, t.activation_elements) for t in tiles if t.role != Role.PATCH_EMBED)
+    pairs = []
+    for tile in tiles:
+        if tile.role != Role.PATCH_EMBED:
+            left = 0 if tile.left_bits is None else tile.left_elements
+            pairs += [(tile.activation_bits, tile.activation_elements - left), (tile.left_bits, left)]
+    return _mean(pairs)
 
 
 def _mean(pairs: Iterable[tuple[int | None, int]]) -> float | None:

@@ -111,7 +111,7 @@ def _cell(x: float, y: float, width: float, tile: Tile) -> list[str]:
             f'<rect x="{left:.1f}" y="{y:.1f}" width="{width / 2:.1f}" height="{_HEIGHT}" fill="{fill}" '
             f'stroke="#ffffff"/>'
         )
-        label = "-" if bits is None else str(bits)
+        label = ("-" if bits is None else str(bits)) if index == 0 else tile.input_label
         parts.append(_text(left + width / 4, y + _HEIGHT / 2 + 4, label, anchor="middle", fill=text_colour(fill)))
     return [*parts, "</g>"]
 

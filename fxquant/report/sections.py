@@ -130,7 +130,7 @@ def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
             Cell(row.layer),
             Cell(row.role),
             Cell(_or_dash(row.weight_bits), row.weight_bits),
-            Cell(_or_dash(row.activation_bits), row.activation_bits),
+            Cell(Tile.of(row).input_label, row.activation_bits),
             Cell(_or_dash(row.weight_sqnr_db, ".1f")),
             Cell(_or_dash(row.activation_sqnr_db, ".1f")),
             Cell(f"{row.predicted_loss:.2e}"),

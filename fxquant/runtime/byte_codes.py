@@ -3,7 +3,8 @@
 A byte b stands for the integer level n(b), and the value is n(b) times a unit. Levels beyond a byte (regions and powers
 of two that are far apart) are split into digits of base 256, n = sum 256^i d_i - zero, each digit a byte again; a
 product with them is one integer product per digit, and exact. Up to three digits run; what needs more, or has levels
-that are no integers, stays simulated.
+that are no integers, stays simulated. Bytes of a row-log quantizer are made of whole rows, and their levels are divided
+by the sum of the row's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.native.library import LOG2, MAX_DIGITS, REGIONS, UNIFORM, LevelsSpec, QuantizerSpec
+from fxquant.runtime.native.library import LOG2, MAX_DIGITS, REGIONS, ROW_LOG, UNIFORM, LevelsSpec, QuantizerSpec
 
 _WIDEST = 8
 _WIDEST_LOG2 = 4
@@ -29,7 +31,7 @@ UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"
 
 _REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
 
-BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | {"log2": _WIDEST_LOG2}
+BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | {"log2": _WIDEST_LOG2, "row-log": _WIDEST}
 """Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
 
 
@@ -37,9 +39,9 @@ BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | {"log2": _WIDEST_LOG2}
 class ByteCode:
     """How one quantizer's codes are bytes.
 
-    kind, scale, zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them. levels: int64
-    (256,), the integer each byte stands for, 0 for bytes that never occur. unit: value of level 1. identity: the byte
-    less `zero` is the level. Equal codes compare equal, so readers of one edge can share them.
+    kind, scale (row-log: base), zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them.
+    levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur. unit: value of level 1.
+    identity: the byte less `zero` is the level. Equal codes compare equal, so readers of one edge can share them.
     """
 
     kind: int
@@ -58,6 +60,11 @@ class ByteCode:
     def identity(self) -> bool:
         """Whether a byte less `zero` is its level."""
         return self.kind == UNIFORM
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether bytes are made of whole rows, and levels divided by the sum of the row's."""
+        return self.kind == ROW_LOG
 
     def quantizer_spec(self) -> QuantizerSpec:
         """For the kernels that produce bytes."""
@@ -85,6 +92,8 @@ class ByteCode:
 
 def byte_code(quantizer: Quantizer | None) -> ByteCode | None:
     """How a quantizer's codes are bytes, None where they cannot be: no quantizer, several scales, too wide a range."""
+    if isinstance(quantizer, RowLogQuantizer):
+        return _row_log(quantizer)
     scale = getattr(quantizer, "scale", None)
     if quantizer is None or not isinstance(scale, Tensor) or scale.numel() != 1 or quantizer.bits > _WIDEST:
         return None
@@ -124,6 +133,14 @@ def _log2(quantizer: Log2Quantizer, scale: float) -> ByteCode | None:
     zero = 2**quantizer.bits - 1
     levels, unit = _reduced(np.append(1 << np.arange(zero - 1, -1, -1), 0), scale / 2 ** (zero - 1))
     return ByteCode(LOG2, scale, bits=quantizer.bits, levels=levels, unit=unit)
+
+
+def _row_log(quantizer: RowLogQuantizer) -> ByteCode | None:
+    if quantizer.bits > _WIDEST or quantizer.base.numel() != 1:
+        return None
+    levels = np.zeros(256, np.int64)
+    levels[: 2**quantizer.bits] = quantizer.levels().long().cpu().numpy()
+    return ByteCode(ROW_LOG, float(quantizer.base), bits=quantizer.bits, levels=levels)
 
 
 def _reduced(levels: NDArray[np.int64], unit: float) -> tuple[NDArray[np.int64], float]:

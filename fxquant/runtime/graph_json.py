@@ -30,8 +30,8 @@ _FORMATS = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.memory_format)
 }
 _ANNOTATED: dict[str, type] = {
-    "layer": str, "block": int, "parameters": int, "macs": int, "activation_elements": int,
-    "weight_bits": int, "activation_bits": int, "pinned": bool,
+    "layer": str, "block": int, "parameters": int, "macs": int, "activation_elements": int, "left_elements": int,
+    "weight_bits": int, "activation_bits": int, "left_bits": int, "pinned": bool,
 }  # fmt: skip
 _CALLS = ("call_function", "call_method", "call_module")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from fxquant.errors import ArtefactError
@@ -15,8 +15,9 @@ class LayerRow:
     layer, role, block: as assigned. weight_bits, activation_bits: None where it has none or stays float. parameters:
     weight elements. macs, activation_elements: per image. weight_sqnr_db, activation_sqnr_db: of the tensors alone, on
     the calibration images. predicted_loss: of the whole model if only this layer were quantized (nats per image under
-    the Hessian-guided metric). weight_quantizer, activation_quantizer: kinds of
-    quantizer. execution: "simulated" or the integer kernel. pinned: bits fixed by an override or policy.
+    the Hessian-guided metric). weight_quantizer, activation_quantizer: kinds of quantizer. execution: "simulated" or
+    the integer kernel. pinned: bits fixed by an override or policy. left_bits: of a matmul's left input, where it has
+    its own. left_elements: of activation_elements, those of that input.
     """
 
     layer: str
@@ -34,6 +35,8 @@ class LayerRow:
     activation_quantizer: str | None
     execution: str
     pinned: bool
+    left_bits: int | None = None
+    left_elements: int = 0
 
     @property
     def weight_bytes(self) -> float:
@@ -48,6 +51,7 @@ class LayerRow:
     def from_dict(cls, values: Any) -> LayerRow:
         """Inverse of `to_dict`; raises ArtefactError for anything else."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not isinstance(values, dict) or not needed <= set(values) <= names:
             raise ArtefactError(f"not a layer row: expected the fields {sorted(names)}")
         return cls(**values)

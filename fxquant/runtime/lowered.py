@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxquant.errors import BackendError
+from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import ByteCode
 from fxquant.runtime.byte_table import ByteTable
@@ -61,6 +62,18 @@ class ToCodes(nn.Module):
     def extra_repr(self) -> str:
         """Bits."""
         return f"bits={self.code.bits}"
+
+
+class RowLogToCodes(nn.Module):
+    """Rows of a softmax to bytes, where the attention around it is not one kernel."""
+
+    def __init__(self, code: ByteCode) -> None:
+        super().__init__()
+        self.code, self.quantizer = code, RowLogQuantizer(code.bits, code.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (..., keys) to uint8."""
+        return self.quantizer.quantize(x).to(torch.uint8)
 
 
 class LayerNormToCodes(ToCodes):
@@ -168,9 +181,12 @@ class IntegerMatmul(nn.Module):
     """Product of two activations, both bytes; the right one has a uniform quantizer."""
 
     levels: Tensor
+    row_levels: Tensor | None
 
     def __init__(self, left: ByteCode, right: ByteCode) -> None:
         super().__init__()
+        numbers = torch.from_numpy(left.levels).float() if left.of_rows else None
+        self.register_buffer("row_levels", numbers)
         self.register_buffer("levels", operators.spec_tensor(left.levels_spec()))
         self.right_zero, self.scale = right.zero, left.unit * right.unit
 
@@ -180,7 +196,9 @@ class IntegerMatmul(nn.Module):
         result: Tensor = _OPERATORS.matmul(
             left, right.mT if transposed else right, self.levels, self.right_zero, self.scale, transposed
         )
-        return result
+        if self.row_levels is None:
+            return result
+        return result / self.row_levels[left.int()].sum(-1, keepdim=True).clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,9 @@ class _Runner(Interpreter):
         if activation_bits is None:
             return _Quantized(weight, {})
         places = [index for index, source in enumerate(node.args) if self._is_quantized(source)]
-        chosen = [_chosen(node, group, activation_bits) for group in annotation.activation_candidates or ((),)]
+        groups = annotation.activation_candidates or ((),)
+        widths = [annotation.left_bits or activation_bits, *[activation_bits] * (len(groups) - 1)]
+        chosen = [_chosen(node, group, width) for group, width in zip(groups, widths, strict=True)]
         return _Quantized(weight, dict(zip(places, chosen, strict=True)))
 
     @torch.no_grad()

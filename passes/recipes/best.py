@@ -15,13 +15,14 @@ from passes.distil import Distil
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import Options, assemble
+from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
 from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 from passes.tabulate_gelu import TabulateGelu
 
 NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product for OPT-m's levels
 NARROWEST = 3  # below, tensors cost more than any prediction says
+SOFTMAX_BITS = ((3.5, 2), (5.0, 3))  # below a mean of activation bits: of attention probabilities (row-log)
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
 
@@ -39,7 +40,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
     insert = InsertObservers(
         post_gelu="opt-m" if thorough else "asymmetric|opt-m",
-        post_softmax="log2|twin-softmax" if thorough else "asymmetric|log2|twin-softmax",
+        post_softmax="row-log",
         other="symmetric|asymmetric" if thorough else "symmetric",
         **(norms if options.get("fully_quantized") else {}),
     )
@@ -50,11 +51,19 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
     tight = options.get("fully_quantized") and (Budget.parse(budget).mean_activation_bits or 8) <= NARROWEST
     narrowest = 2 if tight else NARROWEST
-    pipeline = Pipeline([*assembled.changed(AllocateBits, narrowest=narrowest), TabulateGelu()])
+    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(budget, options.get("bits", CANDIDATE_BITS))}
+    pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])
     if thorough:
         return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
     searched = pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE)
     return searched.after(AllocateBits, CompensateWeights())
+
+
+def _softmax_bits(budget: Any, bits: tuple[int, ...]) -> int | None:
+    """Bits of attention probabilities where activations have to be narrow; None: what the values have."""
+    mean = Budget.parse(budget).mean_activation_bits or 8
+    least = next((width for limit, width in SOFTMAX_BITS if mean < limit), 8)
+    return min((width for width in bits if least <= width < mean), default=None)
 
 
 def best_thorough(budget: Any, **options: Unpack[Options]) -> Pipeline:

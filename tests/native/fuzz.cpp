@@ -47,6 +47,14 @@ FxqQuantizer quantizer(bool uniform = false) {
     return q;
 }
 
+// Of an attention's softmax: row-log half the time, with one digit and no zero.
+void softmax(FxqQuantizer *q, FxqLevels *l) {
+    if (one_in(2)) return;
+    q->kind = FXQ_ROW_LOG, q->bits = static_cast<int32_t>(any(2, 8));
+    q->scale = std::abs(number()) + 0.01f;
+    l->count = 1, l->identity = 0, l->zero = 0;
+}
+
 FxqLevels levels() {
     FxqLevels found{};
     found.count = static_cast<int32_t>(any(1, FXQ_MAX_DIGITS));
@@ -134,6 +142,7 @@ void attention(bool damaged) {
     spec.value_scale = 1e-3f;
     spec.softmax = quantizer();
     spec.softmax_levels = levels();
+    softmax(&spec.softmax, &spec.softmax_levels);
     spec.output = quantizer();
     const int64_t batch = any(1, 3), tokens = any(1, 60), groups = any(1, 3);
     const int64_t elements = batch * tokens * spec.heads * spec.head_size;
@@ -221,6 +230,7 @@ void chain(bool damaged) {
     attention_spec.heads = heads, attention_spec.head_size = size;
     attention_spec.score_scale = attention_spec.value_scale = 1e-3f;
     attention_spec.softmax = quantizer(), attention_spec.output = quantizer(), attention_spec.softmax_levels = levels();
+    softmax(&attention_spec.softmax, &attention_spec.softmax_levels);
     FxqStep steps[7]{};
     std::vector<uint8_t> memory(sizeof(FxqChain) + sizeof steps);
     const auto put = [&](const void *data, size_t count) {

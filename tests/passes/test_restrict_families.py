@@ -9,13 +9,15 @@ import torch
 import fxquant
 from fxquant.errors import BackendError, MissingExtraError, OverrideError, PatternError, PipelineError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.tracing import trace
 from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
 from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
-from fxquant.sweep import Prepared
 from passes.calibrate import Calibrate
+from passes.contract import PassContext
 from passes.insert_observers import InsertObservers
 from passes.recipes import adalog, best, mptq_vit, recipe
 from passes.restrict_families import restrict_families
+from passes.search_scales import SearchScales
 from tests.passes.models import images, vit
 from tests.quantizers.by_hand import statistics_of
 
@@ -60,9 +62,11 @@ def test_limits_are_read_and_checked() -> None:
 
 
 def test_at_widths_that_log2_cannot_run_the_other_family_is_taken() -> None:
-    pipeline = best(8, backend="cpu-native", bits=(3, 4, 5, 8))
-    searched = Prepared(vit(depth=1), images(3), recipe="best", backend="cpu-native", bits=(3, 4, 5, 8))._searched
-    assert any("asymmetric|log2<=4|twin-softmax" in repr(step) for step in pipeline)
+    insert = restrict_families(InsertObservers(post_softmax="asymmetric|log2|twin-softmax"), "cpu-native")
+    assert insert.post_softmax == "asymmetric|log2<=4|twin-softmax"
+    pipeline = best(8, bits=(3, 4, 5, 8)).replace(InsertObservers, insert)
+    searching = pipeline[: pipeline.position(SearchScales) + 1]
+    searched = searching.run(trace(vit(depth=1), images(3)), PassContext(images(3)))
     (node,) = nodes_with_role(searched, Role.AV)
     kinds = [candidate.quantizer.kind for candidate in annotation_of(node).activation_candidates[0]]
     assert kinds[2:] == ["shifted-regions", "uniform"]

@@ -20,7 +20,13 @@ def statistics_of(x_b: Tensor, weight: Tensor | None = None) -> Statistics:
     histogram = Bfloat16Histogram()
     histogram.update(x_b, weight)
     low = float(x_b.reshape(len(x_b), -1).amin(1).mean())
-    return Statistics(histogram.finish(), float(x_b.min()), float(x_b.max()), low)
+    rows = Bfloat16Histogram()
+    largest = x_b.amax(-1, keepdim=True).clamp(1e-15, 1e15)
+    mass = largest.square().expand_as(x_b)
+    rows.update(x_b / largest, None if weight is None else weight * mass, mass)
+    return Statistics(
+        histogram.finish(), float(x_b.min()), float(x_b.max()), low, row_moments=rows.finish(), row_length=x_b.shape[-1]
+    )
 
 
 def by_table(x: Tensor, levels: Array, thresholds: Array) -> Array:

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.quantizers.families import FAMILIES, midpoints
+from fxquant.quantizers.families import FAMILIES, OF_ROWS, midpoints
 from fxquant.quantizers.histogram import Bfloat16Histogram
 from tests.quantizers.by_hand import by_table, squared_error, statistics_of, to_bf16
 
 BFLOAT16_STEP = 2.0**-8
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - OF_ROWS))
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_equal_fake_quantization_with_the_quantizer_built(family: str, bits: int) -> None:
     torch.manual_seed(bits)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import ByteCode, byte_code
@@ -26,6 +27,7 @@ from fxquant.runtime.lowered import (
     IntegerLinear,
     IntegerMatmul,
     LayerNormToCodes,
+    RowLogToCodes,
     ToCodes,
 )
 from fxquant.runtime.native import library
@@ -58,8 +60,11 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     library.select_instruction_set()
 
 
+ROW_LOG = {f"row-log {bits}": RowLogQuantizer(bits, base) for bits, base in ((2, 3.0), (4, 0.6), (8, 0.04))}
+
+
 def code_of(name: str) -> ByteCode:
-    found = byte_code(QUANTIZERS[name])
+    found = byte_code((QUANTIZERS | ROW_LOG)[name])
     assert found is not None
     return found
 
@@ -253,7 +258,17 @@ def test_matmul_of_codes(left: str, right: str, n: int, k: int, m: int, instruct
         np.testing.assert_allclose(module(a, operand).numpy(), expected, rtol=3e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("softmax", ["twin softmax", "log2 4", "asymmetric 8", "opt-m 4, far"])
+@pytest.mark.parametrize("name", list(ROW_LOG))
+def test_products_with_row_log_codes_equal_the_simulated_ones(name: str, instructions: str) -> None:
+    code, right_code, quantizer = code_of(name), code_of("asymmetric 8"), ROW_LOG[name]
+    x = (torch.randn(2, 3, 30, 50) * 3).softmax(-1)
+    b = ToCodes(right_code)(values("asymmetric 8", (2, 3, 50, 16), 1))
+    expected = quantizer(x).double() @ QUANTIZERS["asymmetric 8"].dequantize(b.int()).double()
+    found = IntegerMatmul(code, right_code)(RowLogToCodes(code)(x), b)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softmax", ["twin softmax", "log2 4", "asymmetric 8", "opt-m 4, far", *ROW_LOG])
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 1), (50, 3, 32), (37, 2, 9), (26, 1, 64)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_attention_equals_its_parts(
@@ -268,7 +283,8 @@ def test_attention_equals_its_parts(
     scores = IntegerMatmul(query, key)(q, k.mT)
     if bias is not None:
         scores = (scores.view(2, 2, heads, tokens, tokens) + bias).flatten(0, 1)
-    weights = ToCodes(codes.softmax)(scores.double().softmax(-1).float())
+    to_codes = RowLogToCodes if codes.softmax.of_rows else ToCodes
+    weights = to_codes(codes.softmax)(scores.double().softmax(-1).float())
     result = IntegerMatmul(codes.softmax, value)(weights, v)
     expected = ToCodes(codes.output)(result.transpose(1, 2).flatten(2))
     # The softmax is computed in another way: where a weight lies beside a threshold, sums move by one step.

@@ -239,13 +239,17 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
             }
         gains[row] = 1.0f / sum_of(sum);
     };
-    multiply(queries, first, sums, 0, scores_of);
-    for (int64_t r = 0; r < queries.count; ++r) scores_of(r);
-    for (; begin < tokens; ) {
-        const int64_t rows = queries.count, this_begin = begin;
-        begin += rows;
-        queries = queries_of(begin);
-        multiply(queries, first, sums, rows, powers_of);
+    // How far the scores of a row lie below the largest, as codes: softmax by its logarithms.
+    const bool is_row_log = spec.softmax.kind == FXQ_ROW_LOG;
+    const int32_t lowest = is_row_log ? (1 << spec.softmax.bits) - 1 : 0;
+    const UniformBytes below({FXQ_UNIFORM, spec.softmax.scale, 0, 0, lowest, 8, 0, 0, 0});
+    const auto codes_of = [&](int64_t row) {
+        const float *__restrict x = scores + row * whole;
+        const Vec top = splat(most[row]);
+        for (int64_t c = 0; c < tokens; c += kLanes)
+            store_bytes(below(top - load(x + c, kLanes)), bytes + row * second_padded + c, tokens - c);
+    };
+    const auto normalized_codes = [&](int64_t rows) {
         with_bytes(spec.softmax, [&](const auto &to_bytes) {
             for (int64_t r = 0; r < rows; ++r) {
                 auto of_row = to_bytes;
@@ -255,14 +259,28 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
                     store_bytes(of_row(load(x + c, kLanes)), bytes + r * second_padded + c, tokens - c);
             }
         });
+    };
+    multiply(queries, first, sums, 0, scores_of);
+    for (int64_t r = 0; r < queries.count; ++r) scores_of(r);
+    for (; begin < tokens; ) {
+        const int64_t rows = queries.count, this_begin = begin;
+        begin += rows;
+        queries = queries_of(begin);
+        if (is_row_log) multiply(queries, first, sums, rows, codes_of);
+        else multiply(queries, first, sums, rows, powers_of), normalized_codes(rows);
         const Block weights = block_of(spec.softmax_levels, bytes, second_padded, rows, tokens, second_padded - tokens,
                                        second_padded, weight_memory);
         multiply(weights, second, second_sums, queries.count, scores_of);
         uint8_t *out = call.out + (batch * tokens + this_begin) * channels + head * size;
         with_bytes(spec.output, [&](const auto &to_bytes) {
             for_rows(second, weights, second_sums, [&](int64_t row, const auto &at) {
+                Vec scale = value_scale;
+                if (is_row_log) {
+                    const int64_t total = sum_of(weights.plane(0) + row * weights.stride, tokens);
+                    scale = splat(spec.value_scale / float(total > 0 ? total : 1));
+                }
                 for (int64_t c = 0; c < size; c += kLanes)
-                    store_bytes(to_bytes(at(c) * value_scale), out + row * channels + c, size - c);
+                    store_bytes(to_bytes(at(c) * scale), out + row * channels + c, size - c);
             });
         });
     }

@@ -110,12 +110,19 @@ bool is_quantizer(const FxqQuantizer &q) {
     return q.kind == FXQ_LOG2 && q.bits >= 2 && q.bits <= 4;
 }
 
+static bool is_softmax(const FxqQuantizer &q, const FxqLevels &levels) {
+    if (!are_levels(levels)) return false;
+    if (q.kind != FXQ_ROW_LOG) return is_quantizer(q);
+    return q.bits >= 2 && q.bits <= 8 && is_positive(q.scale) && is_positive(1.0f / q.scale) && levels.count == 1 &&
+           !levels.identity && levels.zero == 0;
+}
+
 int32_t check(const FxqAttention &spec) {
     if (!is_size(spec.heads, 1 << 16) || !is_size(spec.head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
     for (const int32_t zero : spec.zero)
         if (!is_byte(zero)) return FXQ_QUANTIZER;
-    return is_positive(spec.score_scale) && is_positive(spec.value_scale) && is_quantizer(spec.softmax) &&
-                   are_levels(spec.softmax_levels) && is_quantizer(spec.output)
+    return is_positive(spec.score_scale) && is_positive(spec.value_scale) && 
+                   is_softmax(spec.softmax, spec.softmax_levels) && is_quantizer(spec.output)
                ? FXQ_OK
                : FXQ_QUANTIZER;
 }

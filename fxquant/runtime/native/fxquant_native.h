@@ -5,7 +5,8 @@
 // checks sizes, widths and lengths before it reads or writes, and returns an error code; no exception leaves.
 //
 // Codes are bytes. A uniform quantizer's byte is its code (plus 128 where it is signed), a regions quantizer's is the
-// index of its level, a log2 quantizer's is the exponent. `FxqLevels` says which integer a byte stands for.
+// index of its level, a log2 quantizer's is the exponent, a row-log quantizer's is how far a value lies below its row's
+// largest. `FxqLevels` says which integer a byte stands for.
 #ifndef FXQUANT_NATIVE_H
 #define FXQUANT_NATIVE_H
 
@@ -17,7 +18,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 5, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 6, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -30,14 +31,15 @@ enum FxqStatus {
     FXQ_UNSUPPORTED = 7  // this CPU does not have the instruction set that was asked for
 };
 
-enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2 };
+// FXQ_ROW_LOG is for the softmax of an attention only.
+enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2, FXQ_ROW_LOG = 3 };
 
 // From a float to a byte.
 struct FxqQuantizer {
     int32_t kind;
-    float scale;                // finite, above zero
+    float scale;                // finite, above zero; row-log: powers of two per code
     int32_t zero, low, high;    // uniform: bytes of zero, of the lowest and of the highest code
-    int32_t bits;               // regions: 2..8; log2: 2..4
+    int32_t bits;               // regions, row-log: 2..8; log2: 2..4
     int32_t shift_small, shift_large, negative;  // regions, as ShiftedRegionsQuantizer has them
 };
 
@@ -75,7 +77,7 @@ struct FxqAttention {
     int64_t heads, head_size;  // 1 .. 2^16 each; head_size at most FXQ_MAX_INNER
     int32_t zero[3];           // bytes of zero in q, k, v: 0..255
     float score_scale;         // value of one unit of the integer Q K^T
-    float value_scale;         // value of one unit of v
+    float value_scale;         // value of one unit of v, times that of a softmax level; row-log levels are divided by their sum
     struct FxqQuantizer softmax;
     struct FxqLevels softmax_levels;
     struct FxqQuantizer output;

@@ -1,0 +1,59 @@
+"""Logarithmic quantization of post-Softmax values within their row: x^ = n_k / sum of the row's n.
+
+k = round(-log2(x / max) / base), max the largest value of the row, n_k = round(255 * 2^(-base k)), a byte; the last
+code is zero. What sets it apart from log2 with one scale for a tensor: a row's levels begin at its own largest value,
+whatever the attention looks like; rows sum to one again, so no error is common to all keys; and the base spreads the
+codes over the eight powers of two that a byte can tell apart, so 2 bits do.
+
+In integers: since x / max = 2^(s - largest s) for scores s (in powers of two), k is a uniform code of the score below
+the row's largest. Neither an exponential nor the softmax's sum is needed; the product with V is divided by the sum of
+n, a whole number. FQ-ViT's log-int-softmax and AdaLog (a searched base) have neither the row's scale nor its sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers.quantizer import Quantizer, as_scale
+
+LARGEST = 255
+
+
+class RowLogQuantizer(Quantizer):
+    """Powers of 2^-base below the largest value of each row (last dimension), and zero; rows sum to one.
+
+    base: float32 scalar, in powers of two per code. For non-negative values whose rows sum to one.
+    """
+
+    kind = "row-log"
+
+    def __init__(self, bits: int, base: Tensor | float) -> None:
+        super().__init__(bits)
+        self.base: Tensor
+        self.register_buffer("base", as_scale(base))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes k, int32 in 0 .. 2^bits-1, the last one meaning zero."""
+        x, zero = x.float(), 2**self.bits - 1
+        ratio = (x / x.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
+        return torch.round(torch.log2(ratio) * (-1 / self.base)).clamp(0, zero).nan_to_num(zero).to(torch.int32)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of codes, float32; codes of whole rows."""
+        found = self.levels()[codes]
+        return found / found.sum(-1, keepdim=True).clamp_min(1)
+
+    def levels(self) -> Tensor:
+        """n_k by code, float32 (2^bits,), whole numbers from 255 down to 0."""
+        steps = torch.arange(2**self.bits, dtype=torch.float64, device=self.base.device)
+        levels = torch.round(LARGEST * torch.exp2(-self.base.double() * steps))
+        levels[-1] = 0
+        return levels.float()
+
+    @classmethod
+    def empty(cls, **arguments: Any) -> RowLogQuantizer:
+        """From bits."""
+        return cls(int(arguments["bits"]), 1.0)
