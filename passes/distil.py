@@ -9,7 +9,8 @@ RotateResidual and FoldSqb the float network is the folded one, so both speak of
 Few images would soon be learned by heart. So every step sees other crops and mixtures of them (`passes/augment.py`),
 which the float network labels whatever they show, and the outputs of blocks, which say more about an image than its
 class probabilities, weigh most. One image in eight is held out, whole, and the state of least divergence there is kept,
-the start included.
+the start included; at every check the running mean of what learns is tried too, in which codes that flip to and fro
+have settled.
 
 Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
 quantizers. State is kept at every check, so an interrupted run goes on from the last one.
@@ -44,6 +45,7 @@ from passes.correct_weights import CorrectWeights
 HELD_OUT = 8  # one image in so many
 CLOSED_FORM = 128  # images at most; more hardly help it
 WARM_UP = 0.05  # of the steps
+MEMORY = 0.98  # per step, of the running mean
 NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
@@ -172,17 +174,24 @@ class Training:
         self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
         self.reference = self._logits(self.teacher, {}, finite=True)
         self.divergences = [self._divergence()]
-        self.best = self._values()
+        self.best, self.mean = self._values(), self._values()
 
     def advance(self) -> None:
         """Train up to the next check."""
         first, last = (round(self.steps * check / self.options.checks) for check in (self.check, self.check + 1))
         for step in range(first, last):
             self._step(step)
+            torch._foreach_lerp_(self.mean, [value.detach() for value in self._parameters()], 1 - MEMORY)
         self.check += 1
-        self.divergences.append(self._divergence())
-        if self.divergences[-1] <= min(self.divergences):
-            self.best = self._values()
+        now = self._values()
+        found = [(self._divergence(), now)]
+        self._take(self.mean)
+        found.append((self._divergence(), self._values()))
+        self._take(now)
+        least, values = min(found, key=lambda pair: pair[0])
+        if least <= min(self.divergences):
+            self.best = values
+        self.divergences.append(least)
 
     def state(self) -> dict[str, Tensor]:
         """All that going on from here depends on."""
@@ -194,6 +203,7 @@ class Training:
             "random": self.generator.get_state(),
             **{f"now.{i}": value for i, value in enumerate(self._values())},
             **{f"best.{i}": value for i, value in enumerate(self.best)},
+            **{f"mean.{i}": value.clone() for i, value in enumerate(self.mean)},
             **{f"adam.{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
         }
 
@@ -203,7 +213,8 @@ class Training:
         self.order = state["order"]
         self.generator.set_state(state["random"])
         self._take([state[f"now.{i}"] for i in range(len(self.best))])
-        self.best = [state[f"best.{i}"].to(self.device) for i in range(len(self.best))]
+        for name, values in (("best", self.best), ("mean", self.mean)):
+            values[:] = [state[f"{name}.{i}"].to(self.device, copy=True) for i in range(len(values))]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("adam."):

@@ -229,7 +229,7 @@ def fuse_layer_norms(plan: IntegerPlan) -> None:
     for codes, code in list(plan.made.items()):
         norm = input_of(codes)
         module = plan.module(norm)
-        if norm is None or not isinstance(module, nn.LayerNorm) or only_reader(norm) is not codes:
+        if norm is None or not isinstance(module, nn.LayerNorm) or only_reader(norm) is not codes or code.of_rows:
             continue
         if len(module.normalized_shape) != 1 or shape_of(input_of(norm)) is None:
             continue

@@ -158,6 +158,8 @@ def _weight_codes(
     code = byte_code(quantizer)
     if not is_symmetric or code is None or codes is None or weight is None or shape_of(node.args[0]) is None:
         return None
+    if code.of_rows:  # only products of two activations are divided by the row's sum
+        return None
     is_per_channel = getattr(weight, "scale").numel() in (1, len(codes))  # noqa: B009
     return (code,) if is_per_channel and codes[0].numel() <= MAX_INNER else None
 

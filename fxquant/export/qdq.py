@@ -4,7 +4,7 @@
   the Clip, in float, keeps those of less than 8 bits in their range.
 - Regions and powers of two (OPT-m, twin, log2) whose levels are integers n times a unit and span a byte: float
   operators that give the nearest level, then QuantizeLinear and DequantizeLinear with that unit, which change nothing.
-- Row-log: the same with whole levels n, and the product divided by the sum of the row's.
+- Row-log on the left of a product: the same with whole levels n, and the product divided by the sum of the row's.
 - Everything else that is quantized gets its values from float operators and stays simulated: levels that span more
   than a byte (as two int8 products, of digits, they ran no faster in ONNX Runtime and OpenVINO), tables such as
   AdaLog's, inputs of softmax.
@@ -87,14 +87,14 @@ class RowLevels(nn.Module):
 
     levels: Tensor
 
-    def __init__(self, quantizer: RowLogQuantizer) -> None:
+    def __init__(self, quantizer: Any) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.register_buffer("levels", quantizer.levels() / LARGEST)
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 (..., keys) to the same."""
-        return self.levels[self.quantizer.quantize(x)]
+        return self.levels[self.quantizer.quantize(x).long()]
 
 
 class NearestLevel(nn.Module):
@@ -206,7 +206,10 @@ class QdqMatmul(nn.Module):
     def __init__(self, source: QuantizedMatmul) -> None:
         super().__init__()
         self.left, self.right = quantized(source.left_quantizer), quantized(source.right_quantizer)
-        self.of_rows = isinstance(source.left_quantizer, RowLogQuantizer) and isinstance(self.left, Codes)
+        self.of_rows = isinstance(source.left_quantizer, RowLogQuantizer) and isinstance(self.right, Codes)
+        if self.of_rows:
+            zero = torch.tensor(0, dtype=torch.uint8)
+            self.left = Codes(torch.tensor(1 / LARGEST), zero, nearest=RowLevels(source.left_quantizer))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """left (..., n, d) times right (..., d, m)."""
@@ -234,10 +237,8 @@ def quantized(quantizer: Quantizer | None) -> nn.Module:
         return nn.Identity()
     if isinstance(quantizer, UniformQuantizer):
         return _uniform(quantizer) or quantizer
-    if isinstance(quantizer, RowLogQuantizer):
-        return Codes(torch.tensor(1 / LARGEST), torch.tensor(0, dtype=torch.uint8), nearest=RowLevels(quantizer))
     code = byte_code(quantizer)
-    if code is not None and code.levels_spec().count == 1:
+    if code is not None and not code.of_rows and code.levels_spec().count == 1:
         lowest = torch.tensor(-int(code.levels.min()), dtype=torch.uint8)
         return Codes(torch.tensor(code.unit), lowest, nearest=quantizer)
     return NearestLevel(quantizer) if isinstance(quantizer, LevelTableQuantizer) else quantizer

@@ -43,7 +43,7 @@ class RowLogQuantizer(Quantizer):
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes, float32; codes of whole rows."""
-        found = self.levels()[codes]
+        found = self.levels()[codes.long()]
         return found / found.sum(-1, keepdim=True).clamp_min(1)
 
     def levels(self) -> Tensor:

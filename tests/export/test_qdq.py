@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule
 
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
-from fxquant.export.qdq import Codes, quantized
+from fxquant.export.qdq import Codes, QdqMatmul, quantized
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import QuantizedMatmul
 from tests.export.models import run_in_onnxruntime, side_by_side
 
 CHANNELS = 40
@@ -37,6 +40,7 @@ QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
     "log2 in a byte": (Log2Quantizer(3, 1.0), True),
     "log2 in two": (Log2Quantizer(4, 1.0), False),
     "log2 beyond": (Log2Quantizer(6, 1.0), False),
+    "row-log": (RowLogQuantizer(3, 1.2), False),
     "log-sqrt2": (LogSqrt2Quantizer(4, 1.0), False),
     "adalog": (AdaLogQuantizer(4, 2.0, 20), False),
     "adalog with an offset": (AdaLogQuantizer(3, 2.0, 30, offset=0.17), False),
@@ -59,7 +63,7 @@ def test_every_quantizer_gives_its_own_values(exported: tuple[bytes, Tensor, Ten
     found = run_in_onnxruntime(content, x) if runtime == "onnxruntime" else OpenvinoModel(content)(x)
     for index, (name, (quantizer, _)) in enumerate(QUANTIZERS.items()):
         torch.testing.assert_close(found[:, index], expected[:, index], rtol=1e-6, atol=2e-6, msg=name)
-        if quantizer.bits < 8 and quantizer.scale.numel() == 1:
+        if quantizer.bits < 8 and getattr(quantizer, "scale", torch.ones(2)).numel() == 1:
             assert len(found[:, index].unique()) <= 2**quantizer.bits, name
 
 
@@ -67,3 +71,23 @@ def test_every_quantizer_gives_its_own_values(exported: tuple[bytes, Tensor, Ten
 def test_which_quantizers_get_codes(name: str) -> None:
     quantizer, has_codes = QUANTIZERS[name]
     assert isinstance(quantized(quantizer), Codes) == has_codes
+
+
+def test_row_log_products_are_int8_and_divided_by_the_row() -> None:
+    """Probabilities times values: levels of a byte on the left, the sum of the row's below."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module("softmax", nn.Softmax(-1))
+    root.add_module("av", QuantizedMatmul(RowLogQuantizer(3, 1.2), UniformQuantizer(5, 0.2)))
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("av", (graph.call_module("softmax", (x,)), x)))
+    graph_module = GraphModule(root.eval(), graph).eval()
+    graph_module.meta["image_shape"] = (1, 12, 12)
+    images = torch.randn(9, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2
+    expected = graph_module(images)
+    content = to_onnx(graph_module).content
+    torch.testing.assert_close(run_in_onnxruntime(content, images), expected, rtol=1e-5, atol=1e-5)
+    module = QdqMatmul(root.av)
+    assert isinstance(module.left, Codes)
+    assert isinstance(module.right, Codes)

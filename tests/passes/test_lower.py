@@ -19,6 +19,7 @@ from fxquant.errors import ArtefactError, BackendError
 from fxquant.graph.annotation import Fact, annotation_of, facts_of
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.log2 import Log2Quantizer
+from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime import lowered, simulated
 from fxquant.runtime.byte_codes import byte_code
@@ -29,6 +30,7 @@ from fxquant.runtime.row_order import ReorderRows
 from fxquant.runtime.torch_linear import IntMmLinear
 from passes.assemble_tokens import assemble_tokens
 from passes.contract import PassContext
+from passes.insert_observers import InsertObservers
 from passes.integer_plan import integer_codes
 from passes.lower import Lower, execution_of, execution_summary, resolved
 from passes.pipeline import Pipeline
@@ -250,6 +252,7 @@ def test_lowering_twice_changes_nothing() -> None:
     ("change", "expected"),
     [
         ("log2 of 5 bits", "simulated"),
+        ("row-log", "simulated"),
         ("a scale per channel", "simulated"),
         ("a zero-point in the weight", "simulated"),
         ("no input quantizer", "simulated"),
@@ -262,6 +265,7 @@ def test_what_is_not_exact_stays_simulated(change: str, expected: str) -> None:
     changes = {
         "log2 of 5 bits": ("input_quantizer", Log2Quantizer(5, 1.0)),
         "log2 of 4 bits": ("input_quantizer", Log2Quantizer(4, 1.0)),
+        "row-log": ("input_quantizer", RowLogQuantizer(4, 0.6)),
         "a scale per channel": ("input_quantizer", UniformQuantizer(4, torch.full((24,), 0.1))),
         "a zero-point in the weight": ("weight_quantizer", UniformQuantizer(4, 0.1, 3)),
         "no input quantizer": ("input_quantizer", None),
@@ -278,11 +282,13 @@ def test_what_is_not_exact_stays_simulated(change: str, expected: str) -> None:
 
 
 @needs_kernels
-def test_patterns_that_do_not_match_run_unfused() -> None:
+@pytest.mark.parametrize("post_softmax", ["twin-softmax", "row-log"])
+def test_patterns_that_do_not_match_run_unfused(post_softmax: str) -> None:
     model = vit(depth=1)
     graph_module = traced(model, images(2))
     # The attention's weights are also an output of sorts: a second reader of the softmax.
     pipeline = RECIPES["mptq_vit"]("W4A6", bits=(4, 6), allocator=Uniform())
+    pipeline = pipeline.changed(InsertObservers, post_softmax=post_softmax)
     quantized_graph = pipeline.run(graph_module, PassContext(images(4)))
     nodes = {node.name: node for node in quantized_graph.graph.nodes}
     softmax = nodes["blocks_0_attn_softmax"]

@@ -12,6 +12,7 @@ from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.tracing import trace
 from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
 from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
+from fxquant.sweep import Prepared
 from passes.calibrate import Calibrate
 from passes.contract import PassContext
 from passes.insert_observers import InsertObservers
