@@ -27,11 +27,12 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 
 
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
-    """Rotation, balanced heads, SQ-b; OPT-m after GELU, log2 or twin scales after softmax; MILP; GPTQ's rounding.
+    """Rotation, balanced heads, SQ-b; OPT-m after GELU, row-log after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
-    fully quantized at a mean of 3 activation bits, which would leave no choice. After GELU and softmax, uniform scales
-    where they cost next to nothing; GELU itself takes 14-bit codes.
+    fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which get
+    2 or 3 where activations are narrow. After GELU, uniform scales where they cost next to nothing; GELU itself takes
+    14-bit codes.
     thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
     quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
     asymmetric; give it 1,024 images, it takes some 20 minutes of one core for a ViT-tiny. What each part adds:
