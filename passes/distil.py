@@ -93,7 +93,7 @@ class Distil:
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
         quantizers = [repr(module) for module in pairs.quantized.modules() if not list(module.children())]
         quantized = signature(pairs.quantized, pairs.quantized.code)
-        key = context.signature(pairs.original, quantized, quantizers, repr(self), pairs.device.type)
+        key = context.signature(pairs.original, quantized, quantizers, repr(self), MEMORY, pairs.device.type)
         keys = [signature(key, check) for check in range(1, self.checks + 1)]
         task = context.progress.track("distilling", self.checks)
         kept = next((found for key in reversed(keys) if (found := context.cache.read(key)) is not None), None)

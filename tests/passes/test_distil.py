@@ -196,3 +196,23 @@ def test_steps_and_rates_fall_with_the_bits(allocated: GraphModule) -> None:
     training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
     assert training.steps == 1.5 * QUICK.steps
     assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
+
+
+@pytest.mark.parametrize("mean_is_better", [True, False])
+def test_the_better_of_what_is_there_and_its_running_mean_is_kept(
+    allocated: GraphModule, mean_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
+    found = iter([0.5, 0.4] if mean_is_better else [0.4, 0.5])
+    monkeypatch.setattr(training, "_divergence", lambda: next(found))
+    training.divergences = [1.0]
+    start = training._values()
+    training.advance()
+    now = training._values()
+    assert training.divergences == [1.0, 0.4]
+    for kept, mean, value in zip(training.best, training.mean, now, strict=True):
+        assert torch.equal(kept, mean if mean_is_better else value)
+    moved = [not torch.equal(a, b) for a, b in zip(start, now, strict=True)]
+    lags = [not torch.equal(a, b) for a, b in zip(training.mean, now, strict=True)]
+    assert any(moved)
+    assert lags == moved
