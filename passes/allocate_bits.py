@@ -25,7 +25,16 @@ from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
 from fxquant.errors import BudgetError, OverrideError
-from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import (
+    SOFTMAX,
+    Annotation,
+    Candidate,
+    Fact,
+    Role,
+    annotate,
+    annotation_of,
+    nodes_with_role,
+)
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
@@ -34,7 +43,6 @@ from passes.measure_latency import LATENCY
 
 ALLOCATION = "fxquant_allocation"
 COST_TABLE = "fxquant_cost_table"
-SOFTMAX = ".softmax"
 
 
 @dataclass(frozen=True)

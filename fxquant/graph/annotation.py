@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _ANNOTATION = "fxquant"
 _FACTS = "fxquant_facts"
+SOFTMAX = ".softmax"
+"""Behind a layer's name: its attention probabilities, where they have bits of their own."""
 
 
 class Role(StrEnum):

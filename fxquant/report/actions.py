@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from allocators.allocation import Allocation
+from fxquant.graph.annotation import SOFTMAX
 from fxquant.report.totals import bit_operations
 from fxquant.runtime.layer_row import LayerRow
 
@@ -63,6 +64,8 @@ def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count
 
 
 def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action | None:
+    if row.left_bits is not None:
+        return _raise_softmax(row, row.left_bits, total)
     weight = row.weight_bits if allocation is None else allocation.weight_bits.get(row.layer)
     activation = row.activation_bits if allocation is None else allocation.activation_bits.get(row.layer)
     raised = [None if bits is None else max(bits, min(bits + _STEP, _WIDEST)) for bits in (weight, activation)]
@@ -76,4 +79,18 @@ def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action
         loss_share=row.predicted_loss / total,
         extra_bytes=after.weight_bytes - row.weight_bytes,
         extra_bit_operations=bit_operations(after) - bit_operations(row),
+    )
+
+
+def _raise_softmax(row: LayerRow, bits: int, total: float) -> Action | None:
+    """The narrow side of a product of activations is the one to raise."""
+    raised = min(bits + _STEP, _WIDEST)
+    if raised <= bits or row.predicted_loss <= 0:
+        return None
+    return Action(
+        layer=row.layer + SOFTMAX,
+        bits=raised,
+        loss_share=row.predicted_loss / total,
+        extra_bytes=0,
+        extra_bit_operations=bit_operations(replace(row, left_bits=raised)) - bit_operations(row),
     )

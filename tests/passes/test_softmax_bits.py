@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fxquant.errors import BudgetError, InfeasibleBudgetError, OverrideError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.row_log import RowLogQuantizer
+from fxquant.report.actions import actions_for
 from fxquant.report.picture import to_svg
 from fxquant.report.totals import Totals, bit_operations
 from fxquant.runtime.native import library
@@ -129,3 +132,15 @@ def test_other_allocations_leave_them_with_the_values() -> None:
     for row in found.layers:
         if row.role == "av":
             assert row.left_bits in (None, row.activation_bits)
+
+
+def test_what_to_do_names_the_narrow_side(narrow: fxquant.Compiled) -> None:
+    rows = [replace(row, predicted_loss=1.0 if row.role == "av" else 1e-9) for row in narrow.layers]
+    action = actions_for(rows, narrow.allocation)[0]
+    assert (action.layer, action.bits) == ("blocks.0.attn.av.softmax", 4)
+    assert action.extra_bytes == 0
+    row = next(row for row in rows if row.role == "av")
+    assert action.extra_bit_operations == 2 * row.macs * (row.activation_bits or 0)
+    name, bits = action.command.removeprefix("--override ").split("=")
+    again = fxquant.compile(vit(), "W3A3", calibration=images(), overrides={name: int(bits)})
+    assert next(row for row in again.layers if row.role == "av").left_bits == 4
