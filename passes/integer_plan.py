@@ -77,7 +77,9 @@ class IntegerPlan:
     def hoist(self, codes: Node) -> None:
         """Move a ToCodes node before the operations that only move numbers around."""
         code = self.made[codes]
-        while not code.of_rows:
+        if code.of_rows:  # moves may change what a row is
+            return
+        while True:
             move = codes.args[0]
             assert isinstance(move, Node)  # `add_codes` gave it one
             if readers(move) != [codes] or not (moves(move) or _pads_zero(move, code)):

@@ -87,7 +87,7 @@ class RowLevels(nn.Module):
 
     levels: Tensor
 
-    def __init__(self, quantizer: Any) -> None:
+    def __init__(self, quantizer: RowLogQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.register_buffer("levels", quantizer.levels() / LARGEST)
@@ -205,11 +205,11 @@ class QdqMatmul(nn.Module):
 
     def __init__(self, source: QuantizedMatmul) -> None:
         super().__init__()
-        self.left, self.right = quantized(source.left_quantizer), quantized(source.right_quantizer)
-        self.of_rows = isinstance(source.left_quantizer, RowLogQuantizer) and isinstance(self.right, Codes)
+        left: Any = source.left_quantizer
+        self.left, self.right = quantized(left), quantized(source.right_quantizer)
+        self.of_rows = isinstance(left, RowLogQuantizer) and isinstance(self.right, Codes)
         if self.of_rows:
-            zero = torch.tensor(0, dtype=torch.uint8)
-            self.left = Codes(torch.tensor(1 / LARGEST), zero, nearest=RowLevels(source.left_quantizer))
+            self.left = Codes(torch.tensor(1 / LARGEST), torch.tensor(0, dtype=torch.uint8), nearest=RowLevels(left))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """left (..., n, d) times right (..., d, m)."""

@@ -121,6 +121,12 @@ class Annotation:
         return tuple(bits)
 
 
+def input_label(activation_bits: int | None, left_bits: int | None) -> str:
+    """Bits of inputs in short: `4`, `2x4` for a matmul's left and right input where they differ, `-` for none."""
+    left = "" if left_bits in (None, activation_bits) else f"{left_bits}x"
+    return "-" if activation_bits is None else f"{left}{activation_bits}"
+
+
 def annotation_of(node: Node) -> Annotation:
     """The node's annotation, an empty one where no pass has written any."""
     found = node.meta.get(_ANNOTATION)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from fxquant.graph.annotation import annotation_of
+from fxquant.graph.annotation import annotation_of, input_label
 
 
 def format_graph(graph_module: fx.GraphModule) -> str:
@@ -44,8 +44,8 @@ def _bits(node: fx.Node) -> str:
     """[w4a5], [a8] without weight bits, [a2x4] of two inputs, [w4] with float ones, nothing where none has bits."""
     annotation = annotation_of(node)
     weight = "" if annotation.weight_bits is None else f"w{annotation.weight_bits}"
-    activation = "" if annotation.activation_bits is None else f"a{annotation.activation_bits}"
-    activation = activation if annotation.left_bits is None else f"a{annotation.left_bits}x{annotation.activation_bits}"
+    inputs = input_label(annotation.activation_bits, annotation.left_bits)
+    activation = "" if annotation.activation_bits is None else f"a{inputs}"
     return f"[{weight}{activation}]" if weight or activation else ""
 
 

@@ -37,11 +37,11 @@ WIDEST_BITS = 8
 class Statistics:
     """What calibration learns of one activation.
 
-    moments: of its values (for O-2SF: of the values divided by `channel_factor`). minimum, maximum: over all values.
-    mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low). channel_factor: float32 (channels,),
-    powers of two, or None. coherence: see `SortedMoments.errors` and `passes.calibrate.coherence`. row_moments: of the
-    values relative to the largest of their row, each counted with its square; None where no family asks for them.
-    row_length: values in a row.
+    moments: of its values (for O-2SF: divided by `channel_factor`; those of rows where no family asks for others).
+    minimum, maximum: over all values. mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
+    channel_factor: float32 (channels,), powers of two, or None. coherence: see `SortedMoments.errors` and
+    `passes.calibrate.coherence`. row_moments: of the values relative to the largest of their row, each counted with its
+    square; None where no family asks for them. row_length: values in a row.
     """
 
     moments: SortedMoments

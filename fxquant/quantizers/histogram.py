@@ -38,17 +38,16 @@ class Bfloat16Histogram:
         flat = x.detach().reshape(-1)
         keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
         values = flat.double()
-        counts = torch.ones_like(values) if mass is None else mass.detach().reshape(-1).double()
-        self._add(0, keys, values, counts)
+        self._add(0, keys, values, None if mass is None else mass.detach().reshape(-1).double())
         if weight is not None:
             self.weighted = True
             self._add(3, keys, values, weight.detach().reshape(-1).double())
 
-    def _add(self, row: int, keys: Tensor, values: Tensor, weights: Tensor) -> None:
-        """Add sum w, sum w x and sum w x^2 to three rows of the moments."""
-        for power in range(3):
-            self._moments[row + power] += torch.bincount(keys, weights=weights, minlength=BUCKETS)
-            weights = weights * values
+    def _add(self, row: int, keys: Tensor, values: Tensor, weights: Tensor | None) -> None:
+        """Add sum w, sum w x and sum w x^2 to three rows of the moments; None: all weights are one."""
+        first = values if weights is None else weights * values
+        for offset, moment in enumerate((weights, first, first * values)):
+            self._moments[row + offset] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
 
     def finish(self) -> SortedMoments:
         """Buckets that hold values, in ascending order of value."""

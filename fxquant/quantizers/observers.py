@@ -57,8 +57,11 @@ class Observer(nn.Module):
     @property
     def asks_for_coherence(self) -> bool:
         """Whether a family has no zero, or is compared with one whose rows sum to one."""
-        named = () if self.family is None else families_named(self.family)
-        return any(family.name == "adalog-softmax" or family.name in OF_ROWS for family in named)
+        names = self._names()
+        return "adalog-softmax" in names or bool(names & OF_ROWS and names - OF_ROWS)
+
+    def _names(self) -> set[str]:
+        return set() if self.family is None else {family.name for family in families_named(self.family)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -88,10 +91,11 @@ class Observer(nn.Module):
         if self.channel_factor is not None:
             x = x / self.channel_factor
             weight = None if weight is None else weight * self.channel_factor.square()
-        if self.histogram is None:
-            self.histogram = Bfloat16Histogram()
-        self.histogram.update(x, weight)
-        if any(family.name in OF_ROWS for family in families_named(self.family)):
+        names = self._names()
+        if names - OF_ROWS:
+            self.histogram = self.histogram or Bfloat16Histogram()
+            self.histogram.update(x, weight)
+        if names & OF_ROWS:
             self._update_rows(x, weight)
 
     def _update_rows(self, x: Tensor, weight: Tensor | None) -> None:
@@ -99,8 +103,7 @@ class Observer(nn.Module):
         self.row_length = max(self.row_length, x.shape[-1])
         largest = x.amax(-1, keepdim=True).clamp(1e-15, 1e15)  # float32 holds the square
         mass = largest.square().expand_as(x)
-        if self.row_histogram is None:
-            self.row_histogram = Bfloat16Histogram()
+        self.row_histogram = self.row_histogram or Bfloat16Histogram()
         self.row_histogram.update(x / largest, None if weight is None else weight * mass, mass)
 
     def update_coherence(self, coherence: float) -> None:
@@ -130,17 +133,17 @@ class Observer(nn.Module):
 
     def statistics(self) -> Statistics:
         """What the families see. Raises CalibrationError when the observer has seen nothing."""
-        if self.histogram is None or not self.images:
+        rows = None if self.row_histogram is None else self.row_histogram.finish()
+        moments = rows if self.histogram is None else self.histogram.finish()
+        if moments is None or not self.images:
             raise CalibrationError(
                 f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales"
             )
-        moments = self.histogram.finish()
         factor = self.channel_factor
         low, high = self.minimum, self.maximum
         if factor is not None:
             low, high = float(moments.values[0]), float(moments.values[-1])
         coherence = self.coherence_sum / max(self.coherence_count, 1)
-        rows = None if self.row_histogram is None else self.row_histogram.finish()
         return Statistics(
             moments, low, high, self.image_minimum_sum / self.images, factor, coherence, rows, self.row_length
         )

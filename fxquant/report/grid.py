@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch.fx import GraphModule
 
-from fxquant.graph.annotation import Annotation, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Role, annotation_of, input_label, nodes_with_role
 from fxquant.runtime.layer_row import LayerRow
 
 
@@ -28,17 +28,8 @@ class Tile:
     @classmethod
     def of(cls, found: Annotation | LayerRow) -> Tile:
         """The tile of a row, or of a node's annotation."""
-        return cls(
-            found.layer,
-            str(found.role),
-            found.block,
-            found.weight_bits,
-            found.activation_bits,
-            found.parameters,
-            found.activation_elements,
-            found.left_bits,
-            found.left_elements,
-        )
+        values = {item.name: getattr(found, item.name) for item in fields(cls)}
+        return cls(**values | {"role": str(found.role)})
 
     @property
     def has_bits(self) -> bool:
@@ -54,8 +45,7 @@ class Tile:
     @property
     def input_label(self) -> str:
         """The second half of `label`; `2x4` for a matmul's left and right input where they differ."""
-        left = "" if self.left_bits in (None, self.activation_bits) else f"{self.left_bits}x"
-        return "-" if self.activation_bits is None else f"{left}{self.activation_bits}"
+        return input_label(self.activation_bits, self.left_bits)
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
     assembled = assembled.after(CheckBudget, *folds)
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-    tight = options.get("fully_quantized") and (Budget.parse(budget).mean_activation_bits or 8) <= NARROWEST
-    narrowest = 2 if tight else NARROWEST
-    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(budget, options.get("bits", CANDIDATE_BITS))}
+    mean = Budget.parse(budget).mean_activation_bits or 8
+    narrowest = 2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST
+    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))}
     pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])
     if thorough:
         return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
@@ -60,9 +60,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     return searched.after(AllocateBits, CompensateWeights())
 
 
-def _softmax_bits(budget: Any, bits: tuple[int, ...]) -> int | None:
+def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:
     """Bits of attention probabilities where activations have to be narrow; None: what the values have."""
-    mean = Budget.parse(budget).mean_activation_bits or 8
     least = next((width for limit, width in SOFTMAX_BITS if mean < limit), 8)
     return min((width for width in bits if least <= width < mean), default=None)
 
