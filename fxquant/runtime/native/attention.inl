@@ -266,8 +266,12 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
         const int64_t rows = queries.count, this_begin = begin;
         begin += rows;
         queries = queries_of(begin);
-        if (is_row_log) multiply(queries, first, sums, rows, codes_of);
-        else multiply(queries, first, sums, rows, powers_of), normalized_codes(rows);
+        if (is_row_log) {
+            multiply(queries, first, sums, rows, codes_of);
+        } else {
+            multiply(queries, first, sums, rows, powers_of);
+            normalized_codes(rows);
+        }
         const Block weights = block_of(spec.softmax_levels, bytes, second_padded, rows, tokens, second_padded - tokens,
                                        second_padded, weight_memory);
         multiply(weights, second, second_sums, queries.count, scores_of);

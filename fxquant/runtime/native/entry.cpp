@@ -121,7 +121,7 @@ int32_t check(const FxqAttention &spec) {
     if (!is_size(spec.heads, 1 << 16) || !is_size(spec.head_size, FXQ_MAX_INNER)) return FXQ_SIZE;
     for (const int32_t zero : spec.zero)
         if (!is_byte(zero)) return FXQ_QUANTIZER;
-    return is_positive(spec.score_scale) && is_positive(spec.value_scale) && 
+    return is_positive(spec.score_scale) && is_positive(spec.value_scale) &&
                    is_softmax(spec.softmax, spec.softmax_levels) && is_quantizer(spec.output)
                ? FXQ_OK
                : FXQ_QUANTIZER;
