@@ -21,7 +21,9 @@ import torch
 
 from fxquant.errors import PatternError
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
+from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.histogram import Array, SortedMoments
+from fxquant.quantizers.lloyd_max import books
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -177,6 +179,21 @@ def row_log(statistics: Statistics, bits: int) -> Proposals:
     return Proposals(levels[None], thresholds[None], lambda _: RowLogQuantizer(bits, base), of_rows=True)
 
 
+def codebook(statistics: Statistics, bits: int) -> Proposals:
+    """The levels of least weighted squared error, on grids of bytes of several reaches; see `CodebookQuantizer`."""
+    found, count = books(statistics.moments, 2**bits), 2**bits
+    # A book of fewer codes repeats its last level behind thresholds that enclose nothing.
+    levels = np.stack([np.pad(book.levels, (0, count - len(book.levels)), mode="edge") for book in found])
+    thresholds = np.stack(
+        [np.pad(b.thresholds, (0, count - len(b.levels)), constant_values=b.levels[-1] + b.scale) for b in found]
+    )
+    return Proposals(
+        levels,
+        thresholds,
+        lambda index: CodebookQuantizer(bits, found[index].scale, found[index].zero, found[index].codes),
+    )
+
+
 def log_sqrt2(statistics: Statistics, bits: int) -> Proposals:
     """Powers of sqrt(1/2) below a searched largest value, and zero."""
     relative = LogSqrt2Quantizer(bits, 1.0).relative_levels().double().numpy()
@@ -250,6 +267,7 @@ FAMILIES: dict[str, Family] = {
     "twin-softmax": twin_softmax,
     "log2": log2,
     "row-log": row_log,
+    "codebook": codebook,
     "log-sqrt2": log_sqrt2,
     "adalog-softmax": adalog_softmax,
     "adalog-gelu": adalog_gelu,

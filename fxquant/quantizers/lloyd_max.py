@@ -1,0 +1,82 @@
+"""Levels of least squared error for values with weights (Lloyd, 1957; Max, 1960), from streamed moments.
+
+Every level is the weighted mean of the values it stands for, every threshold lies midway between two levels. An
+iteration needs only prefix sums at the thresholds, whatever the number of values. It starts where levels lie as dense
+as the cube root of the values' weighted density (Panter and Dite), which is the optimum for many levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
+from fxquant.quantizers.histogram import Array, SortedMoments
+
+ROUNDS = 40
+BINS = 1024
+REACHES = 10  # half powers of two that grids reach down to below the largest magnitude
+
+
+@dataclass(frozen=True)
+class Book:
+    """One grid of bytes and the codes chosen of it: int64 (L,), ascending; value of a code c: scale (c - zero)."""
+
+    scale: float
+    zero: int
+    codes: NDArray[np.int64]
+
+    def quantizer(self, bits: int) -> CodebookQuantizer:
+        """The quantizer that it is."""
+        return CodebookQuantizer(bits, self.scale, self.zero, self.codes.tolist())
+
+    @property
+    def levels(self) -> Array:
+        """Values of the codes."""
+        return np.asarray(self.scale * (self.codes - self.zero), dtype=np.float64)
+
+    @property
+    def thresholds(self) -> Array:
+        """Where one level gives way to the next: half a step above the last code of the lower one."""
+        return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
+
+
+def books(moments: SortedMoments, count: int) -> list[Book]:
+    """Books of at most `count` codes, for grids that reach from the largest magnitude down to a part of it."""
+    least, most = min(float(moments.values[0]), 0.0), max(float(moments.values[-1]), 0.0)
+    found = []
+    for reach in max(-least, most, 1e-30) * np.exp2(-np.arange(REACHES) / 2):
+        low, high = max(least, -reach), min(most, reach)
+        scale = max(high - low, 1e-30) / LARGEST
+        zero = int(np.rint(-low / scale))
+        levels = lloyd_max(moments, companded(moments, count, low, high))
+        codes = np.unique(np.clip(np.rint(levels / scale) + zero, 0, LARGEST)).astype(np.int64)
+        found.append(Book(scale, zero, codes))
+    return found
+
+
+def companded(moments: SortedMoments, count: int, low: float, high: float) -> Array:
+    """Levels (count,) between low and high, as dense as the cube root of the density of values."""
+    edges = np.linspace(low, high, BINS + 1)
+    density, _ = np.histogram(np.clip(moments.values, low, high), edges, weights=_prefixed(moments)[0])
+    mass = np.concatenate([[0.0], np.cumsum(np.cbrt(density) + 1e-6 * np.cbrt(density.max()) + 1e-300)])
+    return np.asarray(np.interp((np.arange(count) + 0.5) / count * mass[-1], mass, edges))
+
+
+def lloyd_max(moments: SortedMoments, levels: Array) -> Array:
+    """Ascending levels after `ROUNDS` of Lloyd's iteration; a level that no value takes stays where it is."""
+    values = moments.values
+    prefix = np.concatenate([np.zeros((2, 1)), np.cumsum(_prefixed(moments), axis=1)], axis=1)
+    for _ in range(ROUNDS):
+        cuts = np.searchsorted(values, (levels[1:] + levels[:-1]) / 2)
+        mass, first = np.diff(prefix[:, np.concatenate([[0], cuts, [len(values)]])], axis=1)
+        levels = np.sort(np.where(mass > 0, first / np.maximum(mass, 1e-300), levels))
+    return levels
+
+
+def _prefixed(moments: SortedMoments) -> Array:
+    """Weight and weighted sum of every bucket, (2, buckets); counts where there are no weights."""
+    has_weights = moments.weighted and bool(moments.moments[3].any())
+    return moments.moments[3:5] if has_weights else moments.moments[:2]
