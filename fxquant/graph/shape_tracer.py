@@ -99,7 +99,8 @@ class ShapeTracer(fx.Tracer):
 
     def __init__(self, example_bchw: torch.Tensor) -> None:
         """A tracer for one trace."""
-        super().__init__(autowrap_modules=())
+        no_modules: Any = ()  # torch's annotations ask for exactly one
+        super().__init__(autowrap_modules=no_modules)
         self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._example_bchw = example_bchw
         self._evaluating = False

@@ -21,7 +21,6 @@ import torch
 
 from fxquant.errors import PatternError
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
-from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.histogram import Array, SortedMoments
 from fxquant.quantizers.lloyd_max import books
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -187,11 +186,7 @@ def codebook(statistics: Statistics, bits: int) -> Proposals:
     thresholds = np.stack(
         [np.pad(b.thresholds, (0, count - len(b.levels)), constant_values=b.levels[-1] + b.scale) for b in found]
     )
-    return Proposals(
-        levels,
-        thresholds,
-        lambda index: CodebookQuantizer(bits, found[index].scale, found[index].zero, found[index].codes),
-    )
+    return Proposals(levels, thresholds, lambda index: found[index].quantizer(bits))
 
 
 def log_sqrt2(statistics: Statistics, bits: int) -> Proposals:
