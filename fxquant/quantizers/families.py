@@ -5,8 +5,8 @@ makes the quantizer of the chosen one. The search (search.py) evaluates every ta
 new quantizer joins by giving its levels.
 
 Sources: symmetric candidates, 100 equal steps of (0, 1.2 max|X| / 2^(b-1)] (MPTQ-ViT, section 4); OPT-m (eq. 6-8);
-V-2SF and O-2SF (TSPTQ-ViT, with k = 4 as MPTQ-ViT sets it); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog; row-log
-(ours, `fxquant.quantizers.row_log`).
+V-2SF and O-2SF (TSPTQ-ViT); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog; codebooks (Lloyd; Max); row-log (ours,
+`fxquant.quantizers.row_log`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from fxquant.errors import PatternError
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
 from fxquant.quantizers.histogram import Array, SortedMoments
-from fxquant.quantizers.lloyd_max import books
+from fxquant.quantizers.lloyd_max import book
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -179,14 +179,9 @@ def row_log(statistics: Statistics, bits: int) -> Proposals:
 
 
 def codebook(statistics: Statistics, bits: int) -> Proposals:
-    """The levels of least weighted squared error, on grids of bytes of several reaches; see `CodebookQuantizer`."""
-    found, count = books(statistics.moments, 2**bits), 2**bits
-    # A book of fewer codes repeats its last level behind thresholds that enclose nothing.
-    levels = np.stack([np.pad(book.levels, (0, count - len(book.levels)), mode="edge") for book in found])
-    thresholds = np.stack(
-        [np.pad(b.thresholds, (0, count - len(b.levels)), constant_values=b.levels[-1] + b.scale) for b in found]
-    )
-    return Proposals(levels, thresholds, lambda index: found[index].quantizer(bits))
+    """The levels of least weighted squared error, on a grid of bytes; nothing to search. See `CodebookQuantizer`."""
+    found = book(statistics.moments, 2**bits)
+    return Proposals(found.levels[None], found.thresholds[None], lambda _: found.quantizer(bits))
 
 
 def log_sqrt2(statistics: Statistics, bits: int) -> Proposals:
@@ -296,23 +291,3 @@ def families_named(text: str) -> list[Limited]:
 def widest_bits(text: str) -> int:
     """The widest width at which one of the named families may be used. Raises PatternError."""
     return max(family.widest_bits for family in families_named(text))
-
-
-def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch.Tensor:
-    """O-2SF: group channels by largest magnitude (1-D k-means), and give each group a power of two.
-
-    channel_magnitude: float (channels,). Returns float32 (channels,): 1 for the group of smallest magnitude, and
-    2^round(log2(centre / smallest centre)) for the others.
-    """
-    magnitude = channel_magnitude.double().clamp_min(1e-12)
-    centres = torch.quantile(magnitude, torch.linspace(0, 1, clusters, dtype=torch.float64))
-    for _ in range(100):
-        nearest = (magnitude[:, None] - centres).abs().argmin(1)
-        moved = torch.stack(
-            [magnitude[nearest == k].mean() if (nearest == k).any() else centres[k] for k in range(clusters)]
-        )
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    shift = torch.log2(centres / centres.min()).round()
-    return torch.exp2(shift[nearest]).float()

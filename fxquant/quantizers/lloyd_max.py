@@ -16,8 +16,6 @@ from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
 from fxquant.quantizers.histogram import Array, SortedMoments
 
 ROUNDS = 40
-BINS = 1024
-REACHES = 10  # half powers of two that grids reach down to below the largest magnitude
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,28 @@ class Book:
         return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
 
 
-def books(moments: SortedMoments, count: int) -> list[Book]:
-    """Books of at most `count` codes, for grids that reach from the largest magnitude down to a part of it."""
-    least, most = min(float(moments.values[0]), 0.0), max(float(moments.values[-1]), 0.0)
-    found = []
-    for reach in max(-least, most, 1e-30) * np.exp2(-np.arange(REACHES) / 2):
-        low, high = max(least, -reach), min(most, reach)
-        scale = max(high - low, 1e-30) / LARGEST
-        zero = int(np.rint(-low / scale))
-        levels = lloyd_max(moments, companded(moments, count, low, high))
-        codes = np.unique(np.clip(np.rint(levels / scale) + zero, 0, LARGEST)).astype(np.int64)
-        found.append(Book(scale, zero, codes))
-    return found
+def book(moments: SortedMoments, count: int) -> Book:
+    """The best levels, at most `count`, as codes of the grid that reaches from the lowest to the highest, and to 0."""
+    levels = lloyd_max(moments, companded(moments, count))
+    low, high = min(float(levels[0]), 0.0), max(float(levels[-1]), 0.0)
+    scale = max(high - low, 1e-30) / LARGEST
+    zero = int(np.rint(-low / scale))
+    return Book(scale, zero, np.unique(np.clip(np.rint(levels / scale) + zero, 0, LARGEST)).astype(np.int64))
 
 
-def companded(moments: SortedMoments, count: int, low: float, high: float) -> Array:
-    """Levels (count,) between low and high, as dense as the cube root of the density of values."""
-    edges = np.linspace(low, high, BINS + 1)
-    density, _ = np.histogram(np.clip(moments.values, low, high), edges, weights=_prefixed(moments)[0])
-    mass = np.concatenate([[0.0], np.cumsum(np.cbrt(density) + 1e-6 * np.cbrt(density.max()) + 1e-300)])
-    return np.asarray(np.interp((np.arange(count) + 0.5) / count * mass[-1], mass, edges))
+def companded(moments: SortedMoments, count: int) -> Array:
+    """Ascending levels (count,), as dense as the cube root of the density of values."""
+    values = moments.values
+    edges = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, values[-1:]])
+    mass = np.cbrt(_weights(moments)[0]) * np.cbrt(np.diff(edges)) ** 2
+    total = np.concatenate([[0.0], np.cumsum(mass)])
+    return np.asarray(np.interp((np.arange(count) + 0.5) / count * total[-1], total, edges))
 
 
 def lloyd_max(moments: SortedMoments, levels: Array) -> Array:
     """Ascending levels after `ROUNDS` of Lloyd's iteration; a level that no value takes stays where it is."""
     values = moments.values
-    prefix = np.concatenate([np.zeros((2, 1)), np.cumsum(_prefixed(moments), axis=1)], axis=1)
+    prefix = np.concatenate([np.zeros((2, 1)), np.cumsum(_weights(moments), axis=1)], axis=1)
     for _ in range(ROUNDS):
         cuts = np.searchsorted(values, (levels[1:] + levels[:-1]) / 2)
         mass, first = np.diff(prefix[:, np.concatenate([[0], cuts, [len(values)]])], axis=1)
@@ -76,7 +70,7 @@ def lloyd_max(moments: SortedMoments, levels: Array) -> Array:
     return levels
 
 
-def _prefixed(moments: SortedMoments) -> Array:
+def _weights(moments: SortedMoments) -> Array:
     """Weight and weighted sum of every bucket, (2, buckets); counts where there are no weights."""
     has_weights = moments.weighted and bool(moments.moments[3].any())
     return moments.moments[3:5] if has_weights else moments.moments[:2]

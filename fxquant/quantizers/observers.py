@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.families import OF_ROWS, Statistics, families_named, outlier_factors
+from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
 from fxquant.quantizers.histogram import Bfloat16Histogram
+from fxquant.quantizers.outlier_channels import outlier_factors
 
 
 class Edge(StrEnum):
