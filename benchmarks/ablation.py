@@ -34,7 +34,7 @@ from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
 from passes.recipes.best import best
 from passes.recipes.lampq import lampq
-from passes.recipes.mix_qvit import mix_qvit
+from passes.recipes.mix_qvit import CLIPPED, mix_qvit
 from passes.recipes.mptq_vit import mptq_vit
 from passes.relevance_sensitivity import RelevanceSensitivity
 from passes.rotate_residual import RotateResidual
@@ -49,6 +49,8 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
     "without rotation": lambda b: best(b).without(RotateResidual),
     "without balanced heads": lambda b: best(b).without(BalanceHeads),
     "without SQ-b": lambda b: best(b, fold=None),
+    "clipped channel-wise in place of SQ-b": lambda b: best(b, fold=CLIPPED),
+    "without rotation, clipped channel-wise": lambda b: best(b, fold=CLIPPED).without(RotateResidual),
     "without codebooks (OPT-m after GELU, uniform)": lambda b: best(b).changed(
         InsertObservers, post_gelu="asymmetric|opt-m", other="symmetric"
     ),

@@ -1,4 +1,4 @@
-"""Channels of one tensor in groups of like magnitude, a power of two for each: O-2SF (TSPTQ-ViT, k = 4 as in MPTQ-ViT)."""
+"""Channels in groups of like magnitude, each group with a power of two: O-2SF (TSPTQ-ViT; k = 4 as in MPTQ-ViT)."""
 
 from __future__ import annotations
 

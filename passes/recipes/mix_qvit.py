@@ -3,6 +3,7 @@
     mix_qvit("MP4")                                  both limits of the paper's "*" rows: model size and bit operations
     mix_qvit("MP4", optimise="closed-form")          weights then corrected without gradient steps
     mix_qvit("MP4", sensitivity="none")              relevance only, LRP-QViT; importance="none": sensitivity only
+    mix_qvit("MP4", fold=CLIPPED)                    its clipped channel-wise quantization, in place of SQ-b
 
 Every layer is scored and allocated, patch embedding, head and attention matmuls too; no layer type is pinned.
 """
@@ -17,6 +18,7 @@ from fxquant.errors import PipelineError
 from passes.allocate_bits import AllocateBits
 from passes.contract import Pass
 from passes.correct_weights import CorrectWeights
+from passes.fold_sqb import FoldSqb
 from passes.pipeline import Pipeline
 from passes.recipes.assembly import Options
 from passes.recipes.mptq_vit import mptq_vit
@@ -25,6 +27,8 @@ from passes.relevance_sensitivity import RelevanceSensitivity
 from passes.score_layers import ScoreLayers
 
 Optimise = Literal["none", "closed-form", "reconstruct"]
+CLIPPED = FoldSqb(strength=1.0, mu="midrange", percentile=99.9)
+"""Every channel of a post-LayerNorm activation with a range of its own, cut at a percentile, and one scale for all."""
 
 
 def mix_qvit(
