@@ -2,12 +2,15 @@
 
     weight_bytes <= those of every layer at b bits,    bit_operations <= those of every layer at b bits
 
-Layers that overrides pin count at their pinned width in the uniform model too.
+Layers that overrides pin count at their pinned width in the uniform model too; left operands that are narrowed on their
+own (attention probabilities) count at b bits, so what they save can be spent.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+
+import numpy as np
 
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
@@ -25,7 +28,9 @@ def in_numbers(budget: Budget, table: CostTable) -> Budget:
         return budget
     if width not in table.weight_bits or width not in table.activation_bits:
         raise OverrideError(f"MP{width} asks for a uniform model of {width} bits; candidates are {table.weight_bits}")
-    usage = table.usage(table.uniform(width, width))
+    narrowed = np.asarray(table.left_bits)
+    uniform = replace(table, left_bits=np.where(narrowed > 0, np.maximum(narrowed, width), 0))
+    usage = uniform.usage(uniform.uniform(width, width))
     weight_bytes, bit_operations = usage["weight_bytes"], usage["bit_operations"]
     return replace(
         budget,
