@@ -86,7 +86,7 @@ def _match(plan: IntegerPlan, av: Node) -> _Attention | None:
     if linear is None or end is None or (shape_of(end) or ())[1:] != (tokens, heads * size):
         return None
     query, key, value = (plan.made[codes] for codes in operands if codes is not None)
-    if not (query.identity and key.identity and value.identity):
+    if not (query.identity and key.identity and value.identity) or plan.made[weights].kind == library.CODEBOOK:
         return None
     codes = AttentionCodes((query, key, value), plan.made[weights], plan.made[output])
     layers = tuple(annotation_of(node).layer for node in (qk, softmax, av))

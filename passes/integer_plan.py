@@ -215,7 +215,7 @@ def moves(node: Node) -> bool:
 
 
 def _pads_zero(node: Node, code: ByteCode) -> bool:
-    if node.target is not functional.pad or len(node.args) != 2 or not code.identity:
+    if node.target is not functional.pad or len(node.args) != 2 or not code.has_zero:
         return False
     mode, value = node.kwargs.get("mode", "constant"), node.kwargs.get("value")
     return bool(mode == "constant" and (value is None or value == 0))

@@ -220,7 +220,7 @@ def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
 def _uniform_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
     """What runs as integers on uniform codes, with the code of its first input."""
     found = integer_nodes(graph_module).items()
-    return {node: codes[0] for node, codes in found if all(code.identity for code in codes)}
+    return {node: codes[0] for node, codes in found if all(code.kind == library.UNIFORM for code in codes)}
 
 
 def _uniform_linears(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:

@@ -2,6 +2,7 @@
 
 - Uniform quantizers: Clip, QuantizeLinear, DequantizeLinear. Codes are int8 (symmetric) or uint8 (with a zero-point);
   the Clip, in float, keeps those of less than 8 bits in their range.
+- Codebooks: QuantizeLinear to their grid, uint8; its codes looked up in a table of the book's; DequantizeLinear.
 - Regions and powers of two (OPT-m, twin, log2) whose levels are integers n times a unit and span a byte: float
   operators that give the nearest level, then QuantizeLinear and DequantizeLinear with that unit, which change nothing.
 - Row-log on the left of a product: the same with whole levels n, and the product divided by the sum of the row's.
@@ -23,6 +24,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from fxquant.graph.annotation import annotation_of
+from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.level_table import LevelTableQuantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
@@ -41,10 +43,18 @@ INT8, SIMULATED = "int8", "simulated"
 _WIDEST = 8
 
 
-def _onnx(operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, axis: int | None) -> Tensor:
+def _onnx(
+    operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, axis: int | None, shape: torch.Size | None = None
+) -> Tensor:
+    """shape: of the result, None for that of the first input."""
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     return torch.onnx.ops.symbolic(
-        f"::{operator}", inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET
+        f"::{operator}",
+        inputs,
+        attributes,
+        dtype=dtype,
+        shape=inputs[0].shape if shape is None else shape,
+        version=OPSET,
     )
 
 
@@ -54,10 +64,12 @@ class Codes(nn.Module):
     scale: float32, () or one per entry of the last dimension. zero: the same shape, int8 or uint8, which is the dtype
     of the codes. bounds: lowest and highest float, of scale's shape; None where the dtype bounds the codes by itself.
     nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of scale.
+    book: uint8 (256,), the code that takes the place of each; None where all stay.
     """
 
     scale: Tensor
     zero: Tensor
+    book: Tensor | None
 
     def __init__(
         self,
@@ -65,10 +77,12 @@ class Codes(nn.Module):
         zero: Tensor,
         bounds: tuple[Tensor, Tensor] | None = None,
         nearest: nn.Module | None = None,
+        book: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
+        self.register_buffer("book", book)
         self.nearest = nearest
         self.axis = -1 if scale.ndim else None
         # Numbers where they can be: an ONNX Clip has scalar bounds.
@@ -79,6 +93,8 @@ class Codes(nn.Module):
         x = x if self.nearest is None else self.nearest(x)
         x = x if self.bounds is None else x.clamp(*self.bounds)
         codes = _onnx("QuantizeLinear", (x, self.scale, self.zero), self.zero.dtype, self.axis)
+        if self.book is not None:
+            codes = _onnx("Gather", (self.book, codes.int()), self.zero.dtype, 0, codes.shape)
         return _onnx("DequantizeLinear", (codes, self.scale, self.zero), torch.float32, self.axis)
 
 
@@ -237,6 +253,9 @@ def quantized(quantizer: Quantizer | None) -> nn.Module:
         return nn.Identity()
     if isinstance(quantizer, UniformQuantizer):
         return _uniform(quantizer) or quantizer
+    if isinstance(quantizer, CodebookQuantizer):
+        zero, book = (torch.tensor(number, dtype=torch.uint8) for number in (quantizer.zero, quantizer.codes))
+        return Codes(quantizer.scale.detach(), zero, book=book[quantizer.index.long()])
     code = byte_code(quantizer)
     if code is not None and not code.of_rows and code.levels_spec().count == 1:
         lowest = torch.tensor(-int(code.levels.min()), dtype=torch.uint8)

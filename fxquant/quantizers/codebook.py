@@ -39,13 +39,15 @@ class CodebookQuantizer(LevelTableQuantizer):
         is_ascending = all(a < b for a, b in zip(self.codes, self.codes[1:], strict=False))
         if not (0 < len(self.codes) <= 2**bits and is_ascending and 0 <= self.codes[0] <= self.codes[-1] <= LARGEST):
             raise ValueError(f"a codebook of {bits} bits has 1 to {2**bits} ascending codes of 0 to {LARGEST}: {codes}")
-        # Which level every code of the grid takes.
-        thresholds = last_below(np.array(self.codes, dtype=np.int64))
-        index = torch.from_numpy(np.searchsorted(thresholds, np.arange(LARGEST + 1)).astype(np.int32))
+        # Which level every code of the grid takes. From numpy: in a file is neither, so where quantizers are rebuilt
+        # on the meta device, to take their tensors from a file, these two must be there already.
+        levels = np.array(self.codes, dtype=np.int64)
+        index = np.searchsorted(last_below(levels), np.arange(LARGEST + 1))
         self.index: Tensor
         self.relative: Tensor
-        self.register_buffer("index", index, persistent=False)
-        self.register_buffer("relative", self.relative_levels()[index.long()], persistent=False)
+        self.register_buffer("index", torch.from_numpy(index.astype(np.int32)), persistent=False)
+        relative = torch.from_numpy((levels[index] - self.zero).astype(np.float32))
+        self.register_buffer("relative", relative, persistent=False)
 
     def relative_levels(self) -> Tensor:
         """Codes counted from that of zero, float32 (L,)."""

@@ -3,8 +3,8 @@
 A byte b stands for the integer level n(b), and the value is n(b) times a unit. Levels beyond a byte (regions and powers
 of two that are far apart) are split into digits of base 256, n = sum 256^i d_i - zero, each digit a byte again; a
 product with them is one integer product per digit, and exact. Up to three digits run; what needs more, or has levels
-that are no integers, stays simulated. Bytes of a row-log quantizer are made of whole rows, and their levels are divided
-by the sum of the row's.
+that are no integers, stays simulated. A codebook's bytes are codes of its grid, so what reads them reads a uniform
+quantizer's. Bytes of a row-log quantizer are made of whole rows, and their levels are divided by the sum of the row's.
 """
 
 from __future__ import annotations
@@ -16,22 +16,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxquant.quantizers.codebook import CodebookQuantizer, last_below
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.native.library import LOG2, MAX_DIGITS, REGIONS, ROW_LOG, UNIFORM, LevelsSpec, QuantizerSpec
+from fxquant.runtime.native.library import (
+    CODEBOOK,
+    LOG2,
+    MAX_DIGITS,
+    REGIONS,
+    ROW_LOG,
+    UNIFORM,
+    LevelsSpec,
+    QuantizerSpec,
+)
 
 _WIDEST = 8
 _WIDEST_LOG2 = 4
+_WIDEST_CODEBOOK = 5
 
 UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"), _WIDEST)
 """Families whose bytes are levels as they are, and their widest widths in bits."""
 
 _REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
 
-BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | {"log2": _WIDEST_LOG2, "row-log": _WIDEST}
+_OTHERS = {"log2": _WIDEST_LOG2, "row-log": _WIDEST, "codebook": _WIDEST_CODEBOOK}
+
+BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | _OTHERS
 """Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
 
 
@@ -40,8 +53,9 @@ class ByteCode:
     """How one quantizer's codes are bytes.
 
     kind, scale (row-log: base), zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them.
-    levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur. unit: value of level 1.
-    identity: the byte less `zero` is the level. Equal codes compare equal, so readers of one edge can share them.
+    levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur, where `identity` does not say
+    it. unit: value of level 1. codes: of a codebook, ascending; none for other kinds. Equal codes compare equal, so
+    readers of one edge can share them.
     """
 
     kind: int
@@ -55,11 +69,17 @@ class ByteCode:
     negative: bool = False
     levels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64), compare=False, repr=False)
     unit: float = field(default=1.0, compare=False)
+    codes: tuple[int, ...] = ()
 
     @property
     def identity(self) -> bool:
         """Whether a byte less `zero` is its level."""
-        return self.kind == UNIFORM
+        return self.kind in (UNIFORM, CODEBOOK)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether the byte `zero` is made of zero; a codebook may be without it."""
+        return self.kind == UNIFORM or self.zero in self.codes
 
     @property
     def of_rows(self) -> bool:
@@ -68,10 +88,14 @@ class ByteCode:
 
     def quantizer_spec(self) -> QuantizerSpec:
         """For the kernels that produce bytes."""
-        return QuantizerSpec(
+        spec = QuantizerSpec(
             self.kind, self.scale, self.zero, self.low, self.high, self.bits,
-            self.shift_small, self.shift_large, int(self.negative),
+            self.shift_small, self.shift_large, int(self.negative), len(self.codes),
         )  # fmt: skip
+        if self.codes:
+            spec.below[: len(self.codes)] = [*last_below(np.array(self.codes)).tolist(), 255]
+            spec.code[: len(self.codes)] = self.codes
+        return spec
 
     def levels_spec(self) -> LevelsSpec:
         """For the kernels that read bytes."""
@@ -86,7 +110,9 @@ class ByteCode:
         return spec
 
     def to_bytes(self, codes: Tensor) -> Tensor:
-        """Bytes (uint8) of codes as the quantizer's `quantize` gives them (int32); for uniform quantizers."""
+        """Bytes (uint8) of codes as the quantizer's `quantize` gives them (int32); for uniform ones and codebooks."""
+        if self.codes:
+            return torch.tensor(self.codes, dtype=torch.uint8)[codes.long()]
         return (codes + self.zero).to(torch.uint8)
 
 
@@ -97,7 +123,10 @@ def byte_code(quantizer: Quantizer | None) -> ByteCode | None:
     scale = getattr(quantizer, "scale", None)
     if quantizer is None or not isinstance(scale, Tensor) or scale.numel() != 1 or quantizer.bits > _WIDEST:
         return None
-    makers = {UniformQuantizer: _uniform, ShiftedRegionsQuantizer: _regions, Log2Quantizer: _log2}
+    makers = {
+        UniformQuantizer: _uniform, ShiftedRegionsQuantizer: _regions, Log2Quantizer: _log2,
+        CodebookQuantizer: _codebook,
+    }  # fmt: skip
     maker = makers.get(type(quantizer))
     found = None if maker is None else maker(quantizer, float(scale))  # type: ignore[operator]
     if found is None or found.identity:
@@ -133,6 +162,12 @@ def _log2(quantizer: Log2Quantizer, scale: float) -> ByteCode | None:
     zero = 2**quantizer.bits - 1
     levels, unit = _reduced(np.append(1 << np.arange(zero - 1, -1, -1), 0), scale / 2 ** (zero - 1))
     return ByteCode(LOG2, scale, bits=quantizer.bits, levels=levels, unit=unit)
+
+
+def _codebook(quantizer: CodebookQuantizer, scale: float) -> ByteCode | None:
+    if quantizer.bits > _WIDEST_CODEBOOK:
+        return None
+    return ByteCode(CODEBOOK, scale, quantizer.zero, bits=quantizer.bits, codes=quantizer.codes, unit=scale)
 
 
 def _row_log(quantizer: RowLogQuantizer) -> ByteCode | None:

@@ -11,6 +11,7 @@ from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import Codes, QdqMatmul, quantized
 from fxquant.quantizers.adalog import AdaLogQuantizer
+from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -40,6 +41,9 @@ QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
     "log2 in a byte": (Log2Quantizer(3, 1.0), True),
     "log2 in two": (Log2Quantizer(4, 1.0), False),
     "log2 beyond": (Log2Quantizer(6, 1.0), False),
+    "codebook, 3 bits": (CodebookQuantizer(3, 0.02, 100, [0, 40, 90, 99, 106, 130, 200]), True),
+    "codebook, 2 bits, without zero": (CodebookQuantizer(2, 0.02, 0, [5, 30, 90, 255]), True),
+    "codebook, 6 bits": (CodebookQuantizer(6, 0.02, 128, range(0, 252, 4)), True),
     "row-log": (RowLogQuantizer(3, 1.2), False),
     "log-sqrt2": (LogSqrt2Quantizer(4, 1.0), False),
     "adalog": (AdaLogQuantizer(4, 2.0, 20), False),

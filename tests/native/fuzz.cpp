@@ -2,6 +2,7 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer; and checks that all instruction sets and thread counts agree.
 // tests/native/run builds and runs it.
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -33,9 +34,23 @@ void fail(const char *what) {
     std::exit(1);
 }
 
-FxqQuantizer quantizer(bool uniform = false) {
+// Codes of a grid, each among the bytes it stands for.
+void codebook(FxqQuantizer *q) {
+    q->kind = FXQ_CODEBOOK, q->low = 0, q->high = 255;
+    q->codes = static_cast<int32_t>(any(1, FXQ_MAX_CODES));
+    int64_t first = 0;
+    for (int32_t k = 0; k < q->codes; ++k) {
+        const int64_t left = q->codes - 1 - k;
+        q->below[k] = static_cast<uint8_t>(left ? any(first, std::min<int64_t>(first + 20, 255 - left)) : 255);
+        q->code[k] = static_cast<uint8_t>(any(first, q->below[k]));
+        first = q->below[k] + 1;
+    }
+}
+
+// `grid`: of a uniform grid of bytes, all its codes or a codebook.
+FxqQuantizer quantizer(bool grid = false) {
     FxqQuantizer q{};
-    q.kind = uniform ? 0 : static_cast<int32_t>(any(0, 2));
+    q.kind = grid ? 0 : static_cast<int32_t>(any(0, 2));
     q.scale = std::abs(number()) * 0.1f + 1e-4f;
     q.low = static_cast<int32_t>(any(0, 128));
     q.high = static_cast<int32_t>(any(q.low, 255));
@@ -44,11 +59,13 @@ FxqQuantizer quantizer(bool uniform = false) {
     q.shift_small = static_cast<int32_t>(any(0, 4));
     q.shift_large = static_cast<int32_t>(any(q.shift_small, 24));
     q.negative = static_cast<int32_t>(any(0, 1));
+    if (one_in(grid ? 2 : 4)) codebook(&q);
     return q;
 }
 
-// Of an attention's softmax: row-log half the time, with one digit and no zero.
+// Of an attention's softmax: no codebook; row-log half the time, with one digit and no zero.
 void softmax(FxqQuantizer *q, FxqLevels *l) {
+    while (q->kind == FXQ_CODEBOOK) *q = quantizer();
     if (one_in(2)) return;
     q->kind = FXQ_ROW_LOG, q->bits = static_cast<int32_t>(any(2, 8));
     q->scale = std::abs(number()) + 0.01f;
@@ -202,7 +219,7 @@ void norm_and_quantize(bool damaged) {
         "norms or codes differ");
 }
 
-// The layout of a random linear layer; FXQ_CODES has uniform quantizers.
+// The layout of a random linear layer; FXQ_CODES has uniform quantizers and codebooks.
 std::vector<uint8_t> linear_layout(int64_t out, int64_t in, int32_t epilogue, bool one_digit) {
     FxqLinear spec{};
     spec.out_features = out, spec.in_features = in, spec.epilogue = epilogue, spec.ranges = 1;
@@ -264,7 +281,7 @@ void chain(bool damaged) {
     norm(steps[4], 4);
     add(steps[5], 5, 0, linear_layout(hidden, channels, one_in(2) ? FXQ_GELU_CODES : FXQ_TABLE_CODES, false));
     add(steps[6], 6, 4, linear_layout(channels, hidden, FXQ_RESIDUAL, false));
-    FxqChain header{FXQ_CHAIN_MAGIC, 5, 7, channels, 0, 0, 1, 0};
+    FxqChain header{FXQ_CHAIN_MAGIC, 6, 7, channels, 0, 0, 1, 0};
     if (one_in(2)) {
         const int64_t per_image = images && images % 2 == 0 ? 2 : 1;
         std::vector<int32_t> order(static_cast<size_t>(tokens * per_image));

@@ -12,6 +12,7 @@ from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.tracing import trace
 from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
 from fxquant.runtime.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
+from fxquant.runtime.native.library import UNIFORM
 from fxquant.sweep import Prepared
 from passes.calibrate import Calibrate
 from passes.contract import PassContext
@@ -33,7 +34,7 @@ def test_what_is_said_of_families_is_true_of_every_quantizer_they_build(family: 
         code = byte_code(proposals.build(int(index)))
         if family != "o-2sf":  # with outlier channels it has several scales, and no byte codes
             assert (code is not None) == (bits <= BYTE_FAMILIES.get(family, 0))
-            assert (code is not None and code.identity) == (family in UNIFORM_FAMILIES)
+            assert (code is not None and code.kind == UNIFORM) == (family in UNIFORM_FAMILIES)
 
 
 def test_families_and_widths_that_a_backend_runs() -> None:

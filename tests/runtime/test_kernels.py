@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -50,6 +51,8 @@ QUANTIZERS: dict[str, Quantizer] = {
     "one region bit": ShiftedRegionsQuantizer(3, 0.1, 1, 1),
     "log2 4": Log2Quantizer(4, 2.0),
     "log2 2": Log2Quantizer(2, 1.0),
+    "codebook 3": CodebookQuantizer(3, 0.02, 77, [0, 40, 70, 77, 80, 95, 160]),
+    "codebook 5": CodebookQuantizer(5, 0.02, 3, [*range(0, 60, 3), *range(60, 256, 17)]),
 }
 
 

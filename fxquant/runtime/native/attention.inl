@@ -287,5 +287,6 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
                     store_bytes(to_bytes(at(c) * scale), out + row * channels + c, size - c);
             });
         });
+        snap(spec.output, out, rows, size, channels);
     }
 }

@@ -20,6 +20,7 @@ using Right = int16_t;
 constexpr int kMaxVectors = 1, kTileRows = 2, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 constexpr bool kBegins = false;  // all sums begin at zero
+constexpr int kRegisterBytes = 32;
 
 struct Session {};
 

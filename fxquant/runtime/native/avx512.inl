@@ -136,6 +136,18 @@ static void look_up(const uint8_t *table, const uint8_t *codes, int64_t count, L
     }
 }
 
+// The codes of a codebook: its grid has a table.
+struct Codebook {
+    uint8_t codes[256];
+    explicit Codebook(const FxqQuantizer &q) {
+        for (int byte = 0, k = 0; byte < 256; ++byte) {
+            codes[byte] = q.code[k];
+            if (byte == q.below[k]) ++k;
+        }
+    }
+    void snap(uint8_t *bytes, int64_t count) const { look_up(codes, bytes, count, bytes); }
+};
+
 // As in portable.inl; what no int32 holds becomes the least one, and 0.
 template <int count>
 static FXQ_INLINE void table_bytes(const uint8_t *table, int steps, const Vec *x, uint8_t *out) {

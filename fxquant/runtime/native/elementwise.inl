@@ -64,13 +64,21 @@ struct Log2Bytes {
     }
 };
 
-// Calls task(bytes) with what makes bytes as the quantizer says.
+// Calls task(bytes) with what makes bytes as the quantizer says; those of a codebook are of its grid, until `snap`.
 template <class Task>
 static void with_bytes(const FxqQuantizer &q, const Task &task) {
-    if (q.kind == FXQ_UNIFORM) task(UniformBytes(q));
+    if (q.kind == FXQ_UNIFORM || q.kind == FXQ_CODEBOOK) task(UniformBytes(q));
     else if (q.kind == FXQ_LOG2) task(Log2Bytes(q));
     else if (q.negative) task(RegionBytes<true>(q));
     else task(RegionBytes<false>(q));
+}
+
+// Of bytes that are just written, (rows, width) with rows `stride` apart: those of a codebook's grid become its codes.
+static void snap(const FxqQuantizer &q, uint8_t *bytes, int64_t rows, int64_t width, int64_t stride) {
+    if (q.kind != FXQ_CODEBOOK) return;
+    const Codebook book(q);
+    if (width == stride) width *= rows, rows = 1;
+    for (int64_t r = 0; r < rows; ++r) book.snap(bytes + r * stride, width);
 }
 
 // 2^x for x <= 0; below -115 as 2^-115, which no later product makes subnormal, and slow. Relative error 2^-22.
@@ -112,6 +120,7 @@ static void quantize(const FxqQuantizer &quantizer, const float *x, int64_t coun
         uint8_t *__restrict to = out;
         for (int64_t i = 0; i < count; i += kLanes) store_bytes(bytes(load(from + i, count - i)), to + i, count - i);
     });
+    snap(quantizer, out, 1, count, count);
 }
 
 constexpr int64_t kNormRows = 16;
@@ -138,6 +147,7 @@ static void layer_norm_with(const Bytes &bytes, const LayerNormCall &call, int64
             store_bytes(bytes(y), out + r * channels + c, left);
         }
     }
+    snap(*call.quantizer, out, rows, channels, channels);
 }
 
 static void layer_norm(const LayerNormCall &call, int64_t row, int64_t rows) {

@@ -96,13 +96,24 @@ int32_t check(const FxqLinear &spec) {
         return FXQ_QUANTIZER;
     for (int32_t i = 0; i < spec.ranges && spec.epilogue >= FXQ_CODES && !has_table; ++i) {
         if (!is_quantizer(spec.output[i])) return FXQ_QUANTIZER;
-        if (gives_codes && (spec.output[i].kind != FXQ_UNIFORM || !std::isfinite(spec.factor[i]))) return FXQ_QUANTIZER;
+        const bool is_grid = spec.output[i].kind == FXQ_UNIFORM || spec.output[i].kind == FXQ_CODEBOOK;
+        if (gives_codes && (!is_grid || !std::isfinite(spec.factor[i]))) return FXQ_QUANTIZER;
     }
     return FXQ_OK;
 }
 
+// Whether every byte has its code: each lies among those it stands for, which follow those of the code before.
+static bool is_codebook(const FxqQuantizer &q) {
+    if (q.codes < 1 || q.codes > FXQ_MAX_CODES || !is_byte(q.zero) || q.low != 0 || q.high != 255) return false;
+    for (int32_t k = 0; k < q.codes; ++k)
+        if (q.code[k] > q.below[k] || (k && q.code[k] <= q.below[k - 1])) return false;
+    return q.below[q.codes - 1] == 255;
+}
+
 bool is_quantizer(const FxqQuantizer &q) {
     if (!is_positive(q.scale) || !is_positive(1.0f / q.scale)) return false;
+    if (q.kind == FXQ_CODEBOOK) return is_codebook(q);
+    if (q.codes) return false;
     if (q.kind == FXQ_UNIFORM) return is_byte(q.zero) && is_byte(q.low) && is_byte(q.high) && q.low <= q.high;
     if (q.kind == FXQ_REGIONS)
         return q.bits >= 2 && q.bits <= 8 && 0 <= q.shift_small && q.shift_small <= q.shift_large &&
@@ -112,8 +123,8 @@ bool is_quantizer(const FxqQuantizer &q) {
 
 static bool is_softmax(const FxqQuantizer &q, const FxqLevels &levels) {
     if (!are_levels(levels)) return false;
-    if (q.kind != FXQ_ROW_LOG) return is_quantizer(q);
-    return q.bits >= 2 && q.bits <= 8 && is_positive(q.scale) && is_positive(1.0f / q.scale) && levels.count == 1 &&
+    if (q.kind != FXQ_ROW_LOG) return q.kind != FXQ_CODEBOOK && is_quantizer(q);
+    return q.codes == 0 && q.bits >= 2 && q.bits <= 8 && is_positive(q.scale) && is_positive(1.0f / q.scale) && levels.count == 1 &&
            !levels.identity && levels.zero == 0;
 }
 

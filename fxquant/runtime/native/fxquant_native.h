@@ -6,7 +6,8 @@
 //
 // Codes are bytes. A uniform quantizer's byte is its code (plus 128 where it is signed), a regions quantizer's is the
 // index of its level, a log2 quantizer's is the exponent, a row-log quantizer's is how far a value lies below its row's
-// largest. `FxqLevels` says which integer a byte stands for.
+// largest. A codebook's is a code of an 8-bit uniform quantizer, one of few. `FxqLevels` says which integer a byte stands
+// for.
 #ifndef FXQUANT_NATIVE_H
 #define FXQUANT_NATIVE_H
 
@@ -18,7 +19,8 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 6, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 7, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_MAX_CODES = 32 };
 
 enum FxqStatus {
     FXQ_OK = 0,
@@ -31,16 +33,19 @@ enum FxqStatus {
     FXQ_UNSUPPORTED = 7  // this CPU does not have the instruction set that was asked for
 };
 
-// FXQ_ROW_LOG is for the softmax of an attention only.
-enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2, FXQ_ROW_LOG = 3 };
+// FXQ_ROW_LOG is for the softmax of an attention only, FXQ_CODEBOOK for everything else.
+enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2, FXQ_ROW_LOG = 3, FXQ_CODEBOOK = 4 };
 
 // From a float to a byte.
 struct FxqQuantizer {
     int32_t kind;
     float scale;                // finite, above zero; row-log: powers of two per code
-    int32_t zero, low, high;    // uniform: bytes of zero, of the lowest and of the highest code
+    int32_t zero, low, high;    // uniform: bytes of zero, of the lowest and of the highest code; codebook: zero, 0, 255
     int32_t bits;               // regions, row-log: 2..8; log2: 2..4
     int32_t shift_small, shift_large, negative;  // regions, as ShiftedRegionsQuantizer has them
+    int32_t codes;                               // codebook: 1 .. FXQ_MAX_CODES; others: 0
+    uint8_t below[FXQ_MAX_CODES];  // codebook: the last byte that code k stands for; 255 for the last code
+    uint8_t code[FXQ_MAX_CODES];   // codebook: ascending, each at most its `below` and above the one before
 };
 
 // From a byte to an integer: sum over digits of 256^i digit[i][byte], less zero; times `unit` it is a float value.
@@ -56,7 +61,7 @@ struct FxqLevels {
 enum FxqEpilogue {
     FXQ_FLOAT = 0,      // float32 y
     FXQ_RESIDUAL = 1,   // float32 residual + y
-    FXQ_CODES = 2,      // bytes: y times a constant, then a uniform quantizer; column range i has constant and quantizer i
+    FXQ_CODES = 2,      // bytes: y times a constant, then uniform or codebook; column range i has constant and quantizer i
     FXQ_GELU_CODES = 3, // bytes: quantizer 0 of gelu(y), the exact one
     FXQ_TABLE_CODES = 4 // bytes: the table's entry for round(y), limited to 0 .. FXQ_TABLE_ENTRIES - 1
 };

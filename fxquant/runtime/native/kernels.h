@@ -33,7 +33,7 @@ struct LinearHeader {
     uint32_t magic, version;
     FxqLinear spec;
 };
-constexpr uint32_t kMagic = 0x4c515846, kVersion = 5;
+constexpr uint32_t kMagic = 0x4c515846, kVersion = 6;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

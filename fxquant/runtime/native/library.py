@@ -14,12 +14,12 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 6
-MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS = 3, 32768, 3, 8, 256
-UNIFORM, REGIONS, LOG2, ROW_LOG = range(4)
+ABI = 7
+MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS, MAX_CODES = 3, 32768, 3, 8, 256, 32
+UNIFORM, REGIONS, LOG2, ROW_LOG, CODEBOOK = range(5)
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
 LAYER_NORM, LINEAR, ATTENTION = range(3)
-CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 5
+CHAIN_MAGIC, LAYOUT_VERSION = 0x43515846, 6
 
 
 class QuantizerSpec(Structure):
@@ -28,6 +28,7 @@ class QuantizerSpec(Structure):
     _fields_ = (
         ("kind", c_int32), ("scale", c_float), ("zero", c_int32), ("low", c_int32), ("high", c_int32),
         ("bits", c_int32), ("shift_small", c_int32), ("shift_large", c_int32), ("negative", c_int32),
+        ("codes", c_int32), ("below", c_uint8 * MAX_CODES), ("code", c_uint8 * MAX_CODES),
     )  # fmt: skip
 
 

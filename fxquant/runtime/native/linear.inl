@@ -128,11 +128,25 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
         });
 }
 
+// The columns of finished rows that have codebooks.
+static void snap_columns(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    const FxqLinear &spec = *call.spec;
+    if (spec.epilogue != FXQ_CODES && spec.epilogue != FXQ_GELU_CODES) return;
+    uint8_t *out = static_cast<uint8_t *>(call.out) + row * spec.out_features;
+    const int64_t width = spec.out_features / spec.ranges;
+    for (int32_t range = 0; range < spec.ranges; ++range) {
+        const int64_t first = unit * kUnit > range * width ? unit * kUnit : range * width;
+        const int64_t end = (unit + units) * kUnit < (range + 1) * width ? (unit + units) * kUnit : (range + 1) * width;
+        if (first < end) snap(spec.output[range], out + first, rows, end - first, spec.out_features);
+    }
+}
+
 static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     const FxqLinear &spec = *call.spec;
     switch (sum_kind(spec.input, spec.in_features, 1 << (spec.weight_bits - 1))) {
-        case kOneDigit: return linear_with<kOneDigit>(call, row, rows, unit, units);
-        case kNarrow: return linear_with<kNarrow>(call, row, rows, unit, units);
-        default: return linear_with<kWide>(call, row, rows, unit, units);
+        case kOneDigit: linear_with<kOneDigit>(call, row, rows, unit, units); break;
+        case kNarrow: linear_with<kNarrow>(call, row, rows, unit, units); break;
+        default: linear_with<kWide>(call, row, rows, unit, units);
     }
+    snap_columns(call, row, rows, unit, units);
 }

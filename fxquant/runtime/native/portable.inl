@@ -102,6 +102,48 @@ static FXQ_INLINE void table_bytes(const uint8_t *table, int steps, const Vec *x
     }
 }
 
+// The codes of a codebook, vectors at a time: the first, plus what every threshold below a byte adds. Bytes are compared
+// less 128, as signed ones.
+typedef int8_t SignedBytes __attribute__((vector_size(kRegisterBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kRegisterBytes)));
+
+struct Codebook {
+    SignedBytes below[FXQ_MAX_CODES - 1];
+    Bytes rise[FXQ_MAX_CODES - 1], first;
+    int steps;
+    explicit Codebook(const FxqQuantizer &q) : first(Bytes{} + q.code[0]), steps(q.codes - 1) {
+        for (int k = 0; k < steps; ++k) {
+            below[k] = SignedBytes{} + static_cast<int8_t>(q.below[k] ^ 128);
+            rise[k] = Bytes{} + static_cast<uint8_t>(q.code[k + 1] - q.code[k]);
+        }
+    }
+    template <int vectors>
+    FXQ_INLINE void snap_vectors(uint8_t *bytes) const {
+        SignedBytes x[vectors];
+        Bytes sum[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            __builtin_memcpy(&x[v], bytes + v * kRegisterBytes, kRegisterBytes);
+            x[v] ^= static_cast<int8_t>(-128), sum[v] = first;
+        }
+        for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[v] += reinterpret_cast<Bytes>(x[v] > below[k]) & rise[k];
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) __builtin_memcpy(bytes + v * kRegisterBytes, &sum[v], kRegisterBytes);
+    }
+    void snap(uint8_t *bytes, int64_t count) const {
+        for (; count >= 4 * kRegisterBytes; bytes += 4 * kRegisterBytes, count -= 4 * kRegisterBytes) snap_vectors<4>(bytes);
+        for (; count >= kRegisterBytes; bytes += kRegisterBytes, count -= kRegisterBytes) snap_vectors<1>(bytes);
+        if (count == 0) return;
+        uint8_t rest[kRegisterBytes] = {};
+        __builtin_memcpy(rest, bytes, static_cast<size_t>(count));
+        snap_vectors<1>(rest);
+        __builtin_memcpy(bytes, rest, static_cast<size_t>(count));
+    }
+};
+
 // Bytes less 128 as units of 16 columns, and their sums; padding is zero. Element (k, column) lies at
 // source[column * stride + k] where `transposed`, else at source[k * stride + column].
 static void pack_units(const uint8_t *source, int64_t stride, bool transposed, int64_t inner, int64_t columns,
