@@ -124,8 +124,8 @@ bool is_quantizer(const FxqQuantizer &q) {
 static bool is_softmax(const FxqQuantizer &q, const FxqLevels &levels) {
     if (!are_levels(levels)) return false;
     if (q.kind != FXQ_ROW_LOG) return q.kind != FXQ_CODEBOOK && is_quantizer(q);
-    return q.codes == 0 && q.bits >= 2 && q.bits <= 8 && is_positive(q.scale) && is_positive(1.0f / q.scale) && levels.count == 1 &&
-           !levels.identity && levels.zero == 0;
+    return q.bits >= 2 && q.bits <= 8 && is_positive(q.scale) && is_positive(1.0f / q.scale) && q.codes == 0 &&
+           levels.count == 1 && !levels.identity && levels.zero == 0;
 }
 
 int32_t check(const FxqAttention &spec) {
