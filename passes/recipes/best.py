@@ -20,19 +20,20 @@ from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 from passes.tabulate_gelu import TabulateGelu
 
-NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product for OPT-m's levels
+NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product, or a lookup
 NARROWEST = 3  # below, tensors cost more than any prediction says
 SOFTMAX_BITS = ((3.5, 2), (5.0, 3))  # below a mean of activation bits: of attention probabilities (row-log)
+BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
 
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
-    """Rotation, balanced heads, SQ-b; OPT-m after GELU, row-log after softmax; MILP; GPTQ's rounding.
+    """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which get
-    2 or 3 where activations are narrow. After GELU, uniform scales where they cost next to nothing; GELU itself takes
-    14-bit codes.
+    2 or 3 where activations are narrow. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
+    scales wherever these cost next to nothing, after GELU OPT-m elsewhere. GELU itself takes 14-bit codes.
     thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
     quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
     asymmetric; give it 1,024 images, it takes some 20 minutes of one core for a ViT-tiny. What each part adds:
@@ -40,9 +41,9 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
     insert = InsertObservers(
-        post_gelu="opt-m" if thorough else "asymmetric|opt-m",
+        post_gelu=f"opt-m|{BOOK}" if thorough else f"asymmetric|opt-m|{BOOK}",
         post_softmax="row-log",
-        other="symmetric|asymmetric" if thorough else "symmetric",
+        other=f"symmetric|asymmetric|{BOOK}" if thorough else f"symmetric|{BOOK}",
         **(norms if options.get("fully_quantized") else {}),
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
@@ -50,7 +51,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
     assembled = assembled.after(CheckBudget, *folds)
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-    mean = Budget.parse(budget).mean_activation_bits or 8
+    parsed = Budget.parse(budget)
+    mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
     narrowest = 2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST
     allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))}
     pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])

@@ -78,7 +78,18 @@ def test_the_graph_and_the_report_show_both_widths(narrow: fxquant.Compiled) -> 
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"), [("W3A3", 2), ("W4A3.4", 2), ("W4A4", 3), ("W4A5", None), ("W8A8", None), ("2MB", None)]
+    ("budget", "expected"),
+    [
+        ("W3A3", 2),
+        ("W4A3.4", 2),
+        ("W4A4", 3),
+        ("W4A5", None),
+        ("W8A8", None),
+        ("2MB", None),
+        ("MP3", 2),
+        ("MP4", 3),
+        ("MP6", None),
+    ],
 )
 def test_the_recipe_narrows_them_where_activations_are_narrow(budget: str, expected: int | None) -> None:
     (allocate,) = (step for step in best(budget) if isinstance(step, AllocateBits))
