@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -115,11 +117,12 @@ def large_table():
 def test_96_layers_are_quick_quiet_and_deterministic(capfd):
     table = large_table()
     budget = budget_between(table, {"mean_weight_bits": 0.4, "bit_operations": 0.15})
-    first, second = (Milp().allocate(table, budget) for _ in range(2))
-    assert first == second
+    start = time.process_time()
+    first = Milp().allocate(table, budget)
+    assert time.process_time() - start < 15, "of the processor: the clock also counts what others take"
+    assert first == Milp().allocate(table, budget)
     assert first.status == "optimal"
     assert first.objective < Greedy().allocate(table, budget).objective
-    assert first.seconds < 15
     assert capfd.readouterr() == ("", "")
 
 
