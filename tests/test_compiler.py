@@ -173,8 +173,8 @@ class TestCompiled:
             assert row.predicted_loss >= 0
             assert row.execution == "simulated"
             assert not row.pinned
-        assert rows["blocks.0.mlp.fc2"].activation_quantizer == "uniform"
-        assert rows["blocks.0.attn.av"].activation_quantizer == "row-log x uniform"
+        assert rows["blocks.0.mlp.fc2"].activation_quantizer == "codebook"
+        assert rows["blocks.0.attn.av"].activation_quantizer == "row-log x codebook"
         assert rows["patch_embed.proj"].activation_bits == 8
         weights = [row for row in rows.values() if row.weight_bits]
         total = sum(row.parameters for row in weights)

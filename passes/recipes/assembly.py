@@ -87,7 +87,7 @@ def timed(options: Options) -> MeasureLatency:
     Raises BudgetError unless the backend is the one whose kernels are timed, BackendError where they are absent.
     """
     backend = options.get("backend", SIMULATED)
-    if resolved(backend) != "cpu-native":
+    if backend not in ("auto", "cpu-native") or resolved(backend) != "cpu-native":
         raise BudgetError(
             f"a budget in ms needs backend='cpu-native', whose kernels are timed on this machine; found {backend!r}"
         )
