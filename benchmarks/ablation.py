@@ -10,14 +10,12 @@ interrupted run goes on where it was. --table prints what is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from accuracy import RESULTS, load
+from accuracy import RESULTS, arguments, load
 from mix_qvit import outputs, scores
 
 import fxquant
@@ -74,13 +72,7 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--images", type=int, default=32, help="calibration images")
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser = arguments(__doc__)
     parser.add_argument("--budgets", default="W4A4,W3A3")
     parser.add_argument("--rows", default="", help="only rows whose name contains one of these, separated by ;")
     parser.add_argument("--table", action="store_true", help="only print what has been measured")

@@ -92,13 +92,7 @@ def fc1_inputs(model: nn.Module, calibration: Tensor, bits: int, fold: FoldSqb) 
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--images", type=int, default=32, help="calibration images")
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser = arguments(__doc__)
     parser.add_argument("--bits", default="8,6,5,4,3")
     parser.add_argument("--protocol", choices=("both", "float-norms", "fully-quantized"), default="both")
     parser.add_argument("--methods", default="", help="only rows whose name contains this")
@@ -158,6 +152,18 @@ def main() -> None:
                 point = {"method": method, "fully_quantized": False, "bits": width, "top1": accuracy, **shared}
                 results.point(key, lambda point=point: point)
                 print(json.dumps(point), flush=True)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that `load` reads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--images", type=int, default=32, help="calibration images")
+    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    return parser
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import RESULTS, load
+from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -168,13 +168,7 @@ def table(model: str) -> str:
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--images", type=int, default=32, help="calibration images")
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser = arguments(__doc__)
     parser.add_argument("--bits", default="6,4,3")
     parser.add_argument("--methods", default="", help="only these rows, separated by ;")
     parser.add_argument("--optimise", default=",".join(OPTIMISATIONS))

@@ -87,15 +87,14 @@ class SearchScales:
         named = families_named(str(observer.family))
         if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
             named = families_named("symmetric-min-max")
-        found = [
-            search_activation(statistics, FAMILIES[family.name], self.bits, observer.images, weighted)
-            for family in named
-        ]
         best = []
-        for column, bits in enumerate(self.bits):
+        for bits in self.bits:
             # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
-            usable = [group[column] for family, group in zip(named, found, strict=True) if bits <= family.widest_bits]
-            usable = usable or [group[column] for group in found]
+            reaching = [family for family in named if bits <= family.widest_bits] or named
+            usable = [
+                search_activation(statistics, FAMILIES[family.name], (bits,), observer.images, weighted)[0]
+                for family in reaching
+            ]
             enough = min(candidate.loss for candidate in usable) + self.negligible
             best.append(next((candidate for candidate in usable if candidate.loss <= enough), usable[0]))
         return tuple(best)
