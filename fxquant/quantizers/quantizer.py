@@ -73,4 +73,6 @@ class Quantizer(nn.Module):
 
 def as_scale(value: Tensor | float) -> Tensor:
     """A scale as a float32 tensor that is never zero, so that division is safe."""
-    return torch.as_tensor(value, dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny * 1e6)
+    scale = torch.as_tensor(value, dtype=torch.float32)
+    # Without numbers there is nothing to clamp, and torch would load its compiler for it: a second when a file is read.
+    return scale if scale.is_meta else scale.clamp_min(torch.finfo(torch.float32).tiny * 1e6)

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import stat
-import time
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -27,6 +28,14 @@ TIMM_MODELS = {
     "eva02_tiny_patch14_224": {"img_size": 28},
     "beit_base_patch16_224": {"img_size": 32, "embed_dim": 48, "num_heads": 3},
 }
+
+FIRST_FILE = """
+import json, sys, time
+from fxquant.runtime import artefact
+began = time.process_time()
+artefact.load(sys.argv[1])
+print(json.dumps([time.process_time() - began, "torch._dynamo" in sys.modules]))
+"""
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
@@ -62,9 +71,12 @@ def test_vit_tiny_at_4_bits_is_small_and_loads_fast(tmp_path):
     sizes = artefact.size_breakdown(path)
     assert sizes["total_bytes"] == path.stat().st_size <= 3.3e6
     assert sizes["metadata_bytes"] < 60_000
-    began = time.process_time()
+    # The first file that a process reads: here other tests may have loaded what takes long.
+    result = subprocess.run([sys.executable, "-c", FIRST_FILE, str(path)], capture_output=True, text=True, check=True)
+    seconds, loads_compiler = json.loads(result.stdout)
+    assert seconds < 1.5
+    assert not loads_compiler, "torch's compiler is loaded to read a file, which takes over a second"
     loaded = artefact.load(path).graph_module
-    assert time.process_time() - began < 1.5
     image = torch.randn(1, 3, 224, 224)
     assert torch.equal(loaded(image), graph_module(image))
 
