@@ -16,7 +16,8 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError, MissingExtraError
-from fxquant.export.qdq import OPSET, Weight, with_qdq
+from fxquant.export.qdq import with_qdq
+from fxquant.export.qdq_values import OPSET, Weight
 from fxquant.graph.annotation import Fact, annotation_of, facts_of
 
 INPUT, OUTPUT = "images", "scores"

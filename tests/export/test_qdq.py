@@ -9,7 +9,8 @@ from torch.fx import GraphModule
 
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
-from fxquant.export.qdq import Codes, QdqMatmul, quantized
+from fxquant.export.qdq import QdqMatmul
+from fxquant.export.qdq_values import Codes, quantized
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer

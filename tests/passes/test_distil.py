@@ -24,11 +24,12 @@ from passes.augment import Augment
 from passes.block_error import token_errors
 from passes.block_pairs import BlockPairs
 from passes.contract import Journal, PassContext
-from passes.distil import NOMINAL_BITS, Distil, Training, divergence, held_out, mean_bits
+from passes.distil import Distil
 from passes.lower import Lower, execution_of
 from passes.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.substitute_quantizers import SubstituteQuantizers
+from passes.training import NOMINAL_BITS, Training, divergence, held_out, mean_bits
 
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
