@@ -58,7 +58,7 @@ def to_svg(source: GraphModule | Sequence[LayerRow], title: str = "") -> str:
     width = max(_LEFT + columns * (_WIDTH + _GAP) + 16, _LEFT + len(legend()) * _LEGEND + 130)
     rows = len(grid.blocks) + len(before) + len(after)
     height = _TOP + _HEADER + rows * (_HEIGHT + _GAP) + 72
-    parts = [_text(16, 28, f"{title}  {_means(tiles)}".strip(), size=16)]
+    parts = [_text(16, 28, f"{title}: {_means(tiles)}" if title else _means(tiles), size=16)]
     parts.append(_text(16, 47, "each cell: weight bits | activation bits", size=11, fill="#57606a"))
     y = float(_TOP)
     for tile in before:

@@ -36,7 +36,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     scales wherever these cost next to nothing, after GELU OPT-m elsewhere. GELU itself takes 14-bit codes.
     thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
     quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
-    asymmetric; give it 1,024 images, it takes some 20 minutes of one core for a ViT-tiny. What each part adds:
+    asymmetric; give it 1,024 images, it takes 30 to 40 minutes of one core for a ViT-tiny. What each part adds:
     docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
@@ -47,7 +47,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         **(norms if options.get("fully_quantized") else {}),
     )
     assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-    # Balanced heads help rounding and short training; a thousand steps come to the same without.
+    # Balanced heads help rounding and short training; with long training it is the same without.
     folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
     assembled = assembled.after(CheckBudget, *folds)
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.

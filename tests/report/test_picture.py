@@ -43,7 +43,7 @@ def graph_module() -> torch.fx.GraphModule:
 def test_svg_of_rows() -> None:
     root = ElementTree.fromstring(to_svg(ROWS, "a <model> & more"))
     texts = [element.text for element in root.iter(f"{SVG}text")]
-    assert "a <model> & more  mean weight bits 4.33, mean activation bits 5.20" in texts
+    assert "a <model> & more: mean weight bits 4.33, mean activation bits 5.20" in texts
     assert {"qkv", "qk", "fc1", "block 0", "block 1", "patch_embed.proj", "head"} <= set(texts)
     fills = [element.get("fill") for element in root.iter(f"{SVG}rect")]
     assert fills.count(colour(3)) == 1 + 1, "one weight, and the legend"
