@@ -20,21 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
 
 from allocators.budget import Budget
 from allocators.uniform import Uniform
-from fxquant import embedded
 from fxquant.cache import signature
-from fxquant.models import load_model
 from fxquant.sweep import Prepared, Results
 from passes.metrics import NuclearNorm, PredictedLoss
 from passes.recipes import RECIPES
 from passes.update_bits import UpdateBits
 
-RESULTS = Path(__file__).parent / "results"
 MEANS = ("mean_weight_bits", "mean_activation_bits")
 
 # Row: recipe, its options (a base by name). Rows with a recipe that is not there are left out.
@@ -159,16 +156,11 @@ def extremes(points: list[dict[str, Any]], quantity: str) -> tuple[float, float]
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--test", type=Path)
+    parser = arguments(__doc__)
+    parser.set_defaults(limit=1000)
     parser.add_argument("--base", default="adalog" if "adalog" in RECIPES else "mptq_vit", help="recipe of all rows")
     parser.add_argument("--budgets", default="W3A3,W3A4,W4A4,W6A6")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=32, help="calibration images")
-    parser.add_argument("--limit", type=int, default=1000, help="test images")
     parser.add_argument("--rows", default="", help="only these rows, separated by ;")
     parser.add_argument("--cache", type=Path, help="folder that keeps calibrated models, which rows share")
     parser.add_argument("--threads", type=int, default=1)
@@ -199,24 +191,11 @@ def main() -> None:
 
 def loaded(options: argparse.Namespace) -> tuple[nn.Module, Callable[[int], Tensor], Tensor, Tensor]:
     """The model, calibration images by seed, test images and labels."""
-    count = options.images
-    if options.model == "embedded":
-        images, labels = embedded.test_images(options.limit)
-        calibration = embedded.calibration_images(count * options.seeds)
-        return embedded.load_model(), lambda seed: calibration[count * seed : count * (seed + 1)], images, labels
-    test = np.load(options.test)
-    labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
-    named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (named.preprocessing.mean, named.preprocessing.std))
-
-    def normalized(images_nhwc: np.ndarray) -> Tensor:
-        return (torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-    pixels = np.load(options.calibration)["images"]
-    if len(pixels) < count * options.seeds:
-        raise SystemExit(f"{len(pixels)} calibration images, {count * options.seeds} needed")
-    images = normalized(test["images"][: options.limit])
-    return named.model, lambda seed: normalized(pixels[count * seed : count * (seed + 1)]), images, labels
+    count, wanted = options.images, options.images * options.seeds
+    model, calibration, images, labels = load(argparse.Namespace(**{**vars(options), "images": wanted}))
+    if len(calibration) < wanted:
+        raise SystemExit(f"{len(calibration)} calibration images, {wanted} needed")
+    return model, lambda seed: calibration[count * seed : count * (seed + 1)], images, labels
 
 
 if __name__ == "__main__":

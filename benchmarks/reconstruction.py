@@ -1,6 +1,6 @@
 """What correcting, compensating and reconstructing weights is worth: accuracy and divergence from the float model.
 
-    python benchmarks/reconstruction.py embedded
+    python benchmarks/reconstruction.py embedded --images 512
     python benchmarks/reconstruction.py vit_tiny_patch16_224 --weights W.safetensors --calibration C.npz --test T.npz
 
 Scales are searched and bits allocated once per budget by a recipe, with 32 images; each row starts from a copy.
@@ -11,22 +11,18 @@ benchmarks/results/reconstruction_MODEL.json after every row, so an interrupted 
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant import embedded
 from fxquant.cache import signature
 from fxquant.graph.annotation import facts_of
 from fxquant.graph.tracing import trace
-from fxquant.models import load_model
 from fxquant.sweep import Results
 from passes.allocate_bits import AllocateBits
 from passes.augment import Augment
@@ -40,7 +36,6 @@ from passes.reconstruct import Reconstruct
 from passes.search_scales import SearchScales
 from passes.substitute_quantizers import SubstituteQuantizers
 
-RESULTS = Path(__file__).parent / "results"
 SEARCH_IMAGES = 32
 
 METHODS: list[tuple[str, int, tuple[Pass, ...]]] = [
@@ -85,12 +80,8 @@ def allocated(model: nn.Module, calibration: Tensor, name: str, budget: str) -> 
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser = arguments(__doc__)
+    parser.set_defaults(images=1024)
     parser.add_argument("--budgets", default="W4A4,W3A3,W2A4")
     parser.add_argument(
         "--methods", default="", help="only rows where this regular expression is found in 'NAME, IMAGES images'"
@@ -98,17 +89,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="best")
     options = parser.parse_args()
     torch.set_num_threads(1)
-
-    if options.model == "embedded":
-        model, calibration = embedded.load_model(), embedded.calibration_images(1024)
-        images, labels = embedded.test_images(options.limit)
-    else:
-        test = np.load(options.test)
-        labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
-        named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
-        model, mean, std = named.model, named.preprocessing.mean, named.preprocessing.std
-        calibration = normalized(np.load(options.calibration)["images"][:1024], mean, std)
-        images = normalized(test["images"][: options.limit], mean, std)
+    model, calibration, images, labels = load(options)
     results = Results(RESULTS / f"reconstruction_{options.model}.json")
     settings = signature(model, calibration, len(images), options.recipe)
     reference, seen = log_probabilities(model, images), log_probabilities(model, calibration)
@@ -152,12 +133,6 @@ def main() -> None:
                 f"KL seen {found['fit_kl']:.4f} test {found['test_kl']:.4f}  {found['seconds']:7.1f} s",
                 flush=True,
             )
-
-
-def normalized(images_nhwc: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (N, H, W, 3) to float32 (N, 3, H, W)."""
-    images = torch.from_numpy(images_nhwc).permute(0, 3, 1, 2).float() / 255
-    return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 if __name__ == "__main__":
