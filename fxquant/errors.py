@@ -1,6 +1,10 @@
 """Typed errors: each says what, where and what to do.
 
-Every error raised on purpose derives from `FxQuantError`, so one `except` catches them all and nothing else.
+Every error raised on purpose derives from `FxQuantError`, so one `except` catches them all and nothing else. A value of
+the wrong Python type raises the twin of its error, which is a `TypeError` too: `CalibrationTypeError` is caught by
+`except CalibrationError`, by `except TypeError` and by `except FxQuantError`.
+
+    raise CalibrationError.for_type(f"calibration images must be a tensor, found {type(images).__name__}")
 """
 
 from __future__ import annotations
@@ -8,6 +12,11 @@ from __future__ import annotations
 
 class FxQuantError(Exception):
     """Base of every error fxquant raises on purpose."""
+
+    @classmethod
+    def for_type(cls, message: str) -> FxQuantError:
+        """This error for a value of the wrong Python type: the twin that is a TypeError as well."""
+        return next(_TWINS[base] for base in cls.__mro__ if base in _TWINS)(message)
 
 
 class TraceError(FxQuantError):
@@ -54,6 +63,14 @@ class ModelError(FxQuantError, ValueError):
     """The model itself cannot be quantized: NaN or infinite weights, no parameters, wrong dtype."""
 
 
+class OptionError(FxQuantError, ValueError):
+    """An option is not one the call takes: a seed, a path, a callback, a card, a field of a pass."""
+
+
+class InputError(FxQuantError, ValueError):
+    """The images a quantized model is called with are not what it was compiled for: shape, dtype, device or values."""
+
+
 class DataError(FxQuantError, ValueError):
     """Images or labels on disk cannot be read as asked."""
 
@@ -72,3 +89,72 @@ class BackendError(FxQuantError):
 
 class MissingExtraError(FxQuantError, ImportError):
     """An optional dependency is missing: the message gives the pip command that installs it."""
+
+
+class TraceTypeError(TraceError, TypeError):
+    """A model to trace is of the wrong Python type."""
+
+
+class PipelineTypeError(PipelineError, TypeError):
+    """A pass, a recipe or a part of a pipeline is of the wrong Python type."""
+
+
+class BudgetTypeError(BudgetError, TypeError):
+    """A budget or an allocator is of the wrong Python type."""
+
+
+class OverrideTypeError(OverrideError, TypeError):
+    """An override is of the wrong Python type."""
+
+
+class SensitivityTypeError(SensitivityError, TypeError):
+    """A score, or an option of what computes it, is of the wrong Python type."""
+
+
+class CalibrationTypeError(CalibrationError, TypeError):
+    """Calibration images, or an option of calibration, are of the wrong Python type."""
+
+
+class ModelTypeError(ModelError, TypeError):
+    """A model, its name or its weights is of the wrong Python type."""
+
+
+class OptionTypeError(OptionError, TypeError):
+    """An option is of the wrong Python type."""
+
+
+class InputTypeError(InputError, TypeError):
+    """What a quantized model is called with is of the wrong Python type."""
+
+
+class DataTypeError(DataError, TypeError):
+    """Images, labels or a path to them are of the wrong Python type."""
+
+
+class ArtefactTypeError(ArtefactError, TypeError):
+    """An artefact or its path is of the wrong Python type."""
+
+
+class ExportTypeError(ExportError, TypeError):
+    """An option of an export is of the wrong Python type."""
+
+
+class BackendTypeError(BackendError, TypeError):
+    """The name of a backend is of the wrong Python type."""
+
+
+_TWINS: dict[type[FxQuantError], type[FxQuantError]] = {
+    TraceError: TraceTypeError,
+    PipelineError: PipelineTypeError,
+    BudgetError: BudgetTypeError,
+    OverrideError: OverrideTypeError,
+    SensitivityError: SensitivityTypeError,
+    CalibrationError: CalibrationTypeError,
+    ModelError: ModelTypeError,
+    OptionError: OptionTypeError,
+    InputError: InputTypeError,
+    DataError: DataTypeError,
+    ArtefactError: ArtefactTypeError,
+    ExportError: ExportTypeError,
+    BackendError: BackendTypeError,
+}
