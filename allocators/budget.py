@@ -9,13 +9,15 @@ A latency holds for the batch size, threads and machine of the table of latencie
 from __future__ import annotations
 
 import difflib
-import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, Self
 
+from fxquant.arguments import number, shown, whole
 from fxquant.errors import BudgetError
+from fxquant.hints import fitted
 
 Mean = Literal["elements", "layers"]
 
@@ -80,20 +82,18 @@ latency_ms=None, like_uniform_bits=None, weight_mean='elements', activation_mean
             value = getattr(self, quantity)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BudgetError(f"{quantity} must be a number, found {value!r}")
-            if not math.isfinite(value) or value <= 0:
-                raise BudgetError(f"{quantity} must be finite and positive, found {value!r}")
-            object.__setattr__(self, quantity, float(value))
+            limit = number(quantity, value, BudgetError)
+            if limit <= 0:
+                raise BudgetError(f"{quantity} must be finite and positive, found {limit!r}")
+            object.__setattr__(self, quantity, limit)
         width = self.like_uniform_bits
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-            raise BudgetError(f"like_uniform_bits must be a whole number of bits, at least 1, found {width!r}")
+        if width is not None:
+            object.__setattr__(self, "like_uniform_bits", whole("like_uniform_bits", width, BudgetError, 1, 32))
         if width is None and not self.limits:
             raise BudgetError(f"a budget needs at least one of {', '.join(QUANTITIES)}, or like_uniform_bits")
         for name in ("weight", "activation"):
             mean = getattr(self, f"{name}_mean")
-            if mean not in ("elements", "layers"):
-                raise BudgetError(f"{name}_mean must be 'elements' or 'layers', found {mean!r}")
+            fitted(f"{name}_mean", mean, Mean, BudgetError)
             if mean == "layers" and getattr(self, f"mean_{name}_bits") is None:
                 raise BudgetError(f"{name}_mean='layers' says how mean_{name}_bits is averaged, which is not set")
 
@@ -127,6 +127,8 @@ latency_ms=None, like_uniform_bits=None, weight_mean='elements', activation_mean
             return cls.from_dict(value)
         if isinstance(value, str):
             return cls._from_text(value)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise BudgetError.for_type(f"a budget must be a number, text, a mapping or a Budget, found {shown(value)}")
         return cls(mean_weight_bits=value, mean_activation_bits=value)
 
     @classmethod
@@ -190,7 +192,7 @@ latency_ms=None, like_uniform_bits=None, weight_mean='elements', activation_mean
 def _fields_of(token: re.Match[str]) -> Iterable[tuple[str, Any]]:
     """The budget fields that one token of the short form sets."""
     if token["uniform"]:
-        yield "like_uniform_bits", int(token["uniform"])
+        yield "like_uniform_bits", int(token["uniform"][:9])  # Python reads no int of thousands of digits
         return
     if token["operand"]:
         name = "weight" if token["operand"] in "Ww" else "activation"

@@ -24,6 +24,8 @@ from allocators.allocation import Allocation
 from allocators.arrays import FloatArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
+from fxquant.errors import BudgetError
+from fxquant.hints import check_fields
 
 _LARGEST_SQNR_DB: Final = 1e3
 """Stands for an infinite SQNR (an exact representation), so that infinity times log(1) stays a number."""
@@ -42,6 +44,12 @@ class Greedy:
     metric: Literal["sqnr-numel", "sqnr"] = "sqnr-numel"
     order: Literal["weights-first", "activations-first"] = "weights-first"
     minimum_bits: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise BudgetError for options that do not fit."""
+        check_fields(self, BudgetError)
+        if not 1 <= self.minimum_bits <= 8:
+            raise BudgetError(f"minimum_bits is a width of up to 8 bits, not {self.minimum_bits}")
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The greedy bits; a quantity without a limit leaves its tensors at the widest.

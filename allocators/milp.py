@@ -28,7 +28,9 @@ from allocators.cost_table import Assignment, CostTable
 from allocators.greedy import Greedy
 from allocators.operands import Choices
 from allocators.swaps import Swaps
+from fxquant.arguments import whole
 from fxquant.errors import BudgetError
+from fxquant.hints import check_fields
 
 _NEGLIGIBLE: Final = 1e-12
 """A scaled coefficient below this is written as zero."""
@@ -70,8 +72,11 @@ class Milp:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_fields(self, BudgetError)
         if not self.time_limit_s > 0 or not 0 <= self.relative_gap < 1 or self.threads < 1:
             raise BudgetError(f"time_limit_s > 0, 0 <= relative_gap < 1 and threads >= 1 are needed, found {self}")
+        whole("seed", self.seed, BudgetError, least=0, most=2**31 - 1)
+        whole("threads", self.threads, BudgetError, most=1024)
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The best bits of every layer, "optimal" when proven within `relative_gap`, else "feasible".

@@ -24,6 +24,7 @@ from allocators.arrays import FloatArray, IntArray
 from allocators.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.cost_table import Assignment, CostTable
 from fxquant.errors import BudgetError, OverrideError
+from fxquant.hints import check_fields
 
 HALVES = {"qkv": "msa", "proj": "msa", "fc1": "mlp", "fc2": "mlp"}
 """The half of a block that a layer of this role belongs to."""
@@ -48,6 +49,7 @@ class Pareto:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_fields(self, BudgetError)
         if self.states < 1:
             raise BudgetError(f"at least one configuration must be kept, found states={self.states}")
 

@@ -25,6 +25,7 @@ from allocators.cost_table import Assignment, CostTable
 from allocators.milp import Milp
 from allocators.operands import Choices
 from fxquant.errors import BudgetError, SensitivityError
+from fxquant.hints import check_fields
 
 OperandName = tuple[str, Literal["weight", "activation"]]
 """A layer and which of its operands."""
@@ -46,6 +47,7 @@ class Interaction:
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for a correlation out of range, or an operand with itself."""
+        check_fields(self, SensitivityError)
         if not -1 <= self.correlation <= 1 or self.first == self.second:
             raise SensitivityError(f"two operands and a correlation of -1 to 1 are needed, found {self}")
 
@@ -62,6 +64,12 @@ class Quadratic:
     interactions: tuple[Interaction, ...]
     time_limit_s: float = 60.0
     relative_gap: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Raise BudgetError for options that do not fit."""
+        check_fields(self, BudgetError)
+        if not self.time_limit_s > 0 or not 0 <= self.relative_gap < 1:
+            raise BudgetError(f"time_limit_s > 0 and 0 <= relative_gap < 1 are needed, found {self}")
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The bits of every layer.

@@ -21,6 +21,8 @@ from allocators.arrays import FloatArray, IntArray
 from allocators.budget import QUANTITIES, Budget
 from allocators.cost_table import Assignment, CostTable
 from allocators.meter import Meter
+from fxquant.errors import BudgetError
+from fxquant.hints import check_fields
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Swaps:
     """
 
     rounds: int = 1000
+
+    def __post_init__(self) -> None:
+        """Raise BudgetError for options that do not fit."""
+        check_fields(self, BudgetError)
+        if self.rounds < 0:
+            raise BudgetError(f"rounds are at least 0, not {self.rounds}")
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The bits of every layer.

@@ -1,29 +1,22 @@
-"""Checks of what callers give: a value fits its annotation, or there is a typed error that says what was expected.
+"""Checks of single values that callers give: the value, or a typed error that says what was expected and found.
 
-    whole("seed", seed, OptionError)                        # an int; bool and float are none, numpy's integers are
-    check_fields(self, CalibrationError)                    # in __post_init__: every field against its annotation
+    whole("seed", seed, OptionError)      # an int; True and 2.0 are none, numpy's integers are
 
-Numbers of numpy are taken for Python's and returned as these, so that the reprs of passes, which name kept results, are
-the same for both. Understood in annotations: plain classes, `X | None`, `Literal`, `tuple`, `Mapping` and `dict`; of a
-`Protocol`, that its methods are there. Deliberately not done: what numbers mean together; each class says that itself.
+Numbers of numpy are returned as Python's, so that reprs of passes, which name kept results, are the same for both.
+Against type hints, all arguments of a function and all fields of a pass at once: `fxquant.hints`.
 """
 
 from __future__ import annotations
 
-import collections.abc
-import dataclasses
 import math
 import numbers
 import os
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
 from fxquant.errors import FxQuantError
 
 Error = type[FxQuantError]
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
 
 
 def whole(name: str, value: Any, error: Error, least: int | None = None, most: int | None = None) -> int:
@@ -95,76 +88,6 @@ def json_values(name: str, value: Any, error: Error) -> dict[str, Any]:
     return {_key(name, key, error): _json(f"{name}[{key!r}]", item, error, 0) for key, item in value.items()}
 
 
-def check_fields(instance: Any, error: Error) -> None:
-    """Raise unless every field of a frozen dataclass fits its annotation; numpy's numbers become Python's."""
-    hints = typing.get_type_hints(type(instance))
-    for field in dataclasses.fields(instance):
-        name = f"{type(instance).__name__}: {field.name}"
-        found = fitted(name, getattr(instance, field.name), hints[field.name], error)
-        object.__setattr__(instance, field.name, found)
-
-
-def check_options(what: str, given: Mapping[str, Any], known: type, error: Error) -> dict[str, Any]:
-    """Options given by keyword, checked against a TypedDict: no unknown name, and values that fit.
-
-    Args:
-        what: whose options they are, for the message.
-        given: the options.
-        known: the TypedDict.
-        error: what to raise.
-    """
-    hints = typing.get_type_hints(known)
-    if unknown := [name for name in given if name not in hints]:
-        raise error.for_type(f"{what} has no option {unknown[0]!r}; it has {', '.join(hints)}")
-    return {name: fitted(name, value, hints[name], error) for name, value in given.items()}
-
-
-def fitted(name: str, value: Any, annotation: Any, error: Error) -> Any:
-    """`value`, which fits the annotation, with numpy's numbers as Python's. Raises `error`, or its twin for a type."""
-    origin: Any = typing.get_origin(annotation)
-    inner = typing.get_args(annotation)
-    if annotation is Any or (origin is None and not isinstance(annotation, type)):
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _fitted_union(name, value, annotation, error)
-    if origin is typing.Literal:
-        if not isinstance(value, str) or value not in inner:
-            kind = error if isinstance(value, str) else error.for_type
-            raise kind(f"{name} must be one of {', '.join(map(repr, inner))}, found {shown(value)}")
-        return value
-    if origin is tuple:
-        return _fitted_tuple(name, value, inner, error)
-    if origin is not None and isinstance(origin, type):
-        is_fitting = callable(value) if origin is collections.abc.Callable else isinstance(value, origin)
-        if not is_fitting:
-            raise error.for_type(f"{name} must be {described(annotation)}, found {shown(value)}")
-        return value
-    if annotation is int:
-        return whole(name, value, error)
-    if annotation is float:
-        return number(name, value, error)
-    if getattr(annotation, "_is_protocol", False):
-        methods(name, value, annotation, error)
-    elif not isinstance(value, annotation):
-        raise error.for_type(f"{name} must be {described(annotation)}, found {shown(value)}")
-    return value
-
-
-def described(annotation: Any) -> str:
-    """An annotation in words: `int | None` as "a whole number or None"."""
-    origin: Any = typing.get_origin(annotation)
-    inner = typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(described, inner))
-    if origin is typing.Literal:
-        return " or ".join(map(repr, inner))
-    if annotation in _WORDS:
-        return _WORDS[annotation]
-    if origin is tuple:
-        return f"a tuple ({', '.join('...' if each is ... else described(each) for each in inner)})"
-    return f"a {getattr(annotation, '__name__', annotation)}"
-
-
 def shown(value: Any) -> str:
     """A value in a message: its repr where that is short, and its type."""
     try:
@@ -175,33 +98,6 @@ def shown(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {kind}"
     return f"{found} ({kind})" if found and len(found) <= 60 else f"a value of type {kind}"
-
-
-def _fitted_union(name: str, value: Any, annotation: Any, error: Error) -> Any:
-    """The value as the first of the alternatives that it fits; the error of the only one that is not None otherwise."""
-    alternatives = [each for each in typing.get_args(annotation) if each is not type(None)]
-    if value is None and len(alternatives) < len(typing.get_args(annotation)):
-        return None
-    if len(alternatives) == 1:
-        return fitted(name, value, alternatives[0], error)
-    for alternative in alternatives:
-        try:
-            return fitted(name, value, alternative, error)
-        except error:
-            continue
-    raise error.for_type(f"{name} must be {described(annotation)}, found {shown(value)}")
-
-
-def _fitted_tuple(name: str, value: Any, inner: tuple[Any, ...], error: Error) -> tuple[Any, ...]:
-    """A tuple with items that fit; a list is taken for one."""
-    if not isinstance(value, tuple | list):
-        raise error.for_type(f"{name} must be a tuple, found {shown(value)}")
-    if len(inner) == 2 and inner[1] is ...:
-        return tuple(fitted(f"{name}[{index}]", item, inner[0], error) for index, item in enumerate(value))
-    if len(value) != len(inner):
-        raise error(f"{name} must have {len(inner)} items, found {len(value)}")
-    pairs = zip(value, inner, strict=True)
-    return tuple(fitted(f"{name}[{index}]", item, kind, error) for index, (item, kind) in enumerate(pairs))
 
 
 def _members(protocol: type) -> list[str]:

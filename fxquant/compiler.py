@@ -25,11 +25,20 @@ from torch.fx import GraphModule
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
+from fxquant.arguments import json_values
 from fxquant.cache import Cache
-from fxquant.errors import ArtefactError, PipelineError
+from fxquant.errors import (
+    BY_ARGUMENT,
+    ArtefactError,
+    BackendError,
+    ExportError,
+    OptionError,
+    PipelineError,
+)
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph import pattern
 from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.hints import checked
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
@@ -80,10 +89,12 @@ class Compiled(nn.Module):
         """The annotated graph, one networkx node per graph node."""
         return pattern.to_networkx(self.graph_module)
 
+    @checked(ArtefactError)
     def draw(self, path: str | PathLike[str]) -> None:
         """Draw the bits: blocks by roles as `.svg`, the graph as Graphviz `.dot`. Raises ArtefactError."""
         write_picture(path, self.graph_module, title=str(self.card.get("model", "")))
 
+    @checked(BackendError)
     def lowered(self, backend: str = "auto") -> Compiled:
         """This model with integer kernels, weights packed in memory; this one stays as it is.
 
@@ -99,6 +110,7 @@ class Compiled(nn.Module):
         card = {**self.card, "execution": execution_summary(kernels)}
         return Compiled(graph_module, self.allocation, journal, layers, card)
 
+    @checked(ArtefactError)
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artefact: one file, packed weights, no code. Raises ArtefactError, also for a lowered model."""
         if execution_of(self.graph_module):
@@ -111,6 +123,7 @@ class Compiled(nn.Module):
         allocation = None if self.allocation is None else self.allocation.to_json()
         artefact.save(path, self.graph_module, card=card, allocation_json=allocation, journal=journal)
 
+    @checked(ExportError, path=ArtefactError)
     def export_onnx(self, path: str | PathLike[str], *, weight_type: str = "int8") -> dict[str, str]:
         """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
 
@@ -126,6 +139,7 @@ class Compiled(nn.Module):
         return found.layers
 
 
+@checked(ArtefactError, backend=BackendError)
 def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
 
@@ -148,6 +162,7 @@ def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     return compiled if backend == SIMULATED else compiled.lowered(backend)
 
 
+@checked(OptionError, **BY_ARGUMENT)
 @torch.inference_mode(False)
 def compile(
     model: nn.Module,
@@ -183,7 +198,8 @@ def compile(
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
     """
-    if calibration is not None and not isinstance(calibration, Synthesis):
+    entries = json_values("card", card or {}, OptionError)
+    if isinstance(calibration, Tensor):
         check_images(calibration)
     if isinstance(recipe, Pipeline):
         is_plain = allocator is None and not overrides and first_last_bits is None and not fully_quantized
@@ -209,7 +225,7 @@ def compile(
     quantized = rest.run(run_prefix(prefix, source.traced, context), context)
     protocol = protocol_card(model, source, pipeline, quantized, backend)
     return Compiled(
-        quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}
+        quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **entries}
     )
 
 

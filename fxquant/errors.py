@@ -95,6 +95,10 @@ class TraceTypeError(TraceError, TypeError):
     """A model to trace is of the wrong Python type."""
 
 
+class PatternTypeError(PatternError, TypeError):
+    """The name of a quantizer family is of the wrong Python type."""
+
+
 class PipelineTypeError(PipelineError, TypeError):
     """A pass, a recipe or a part of a pipeline is of the wrong Python type."""
 
@@ -145,6 +149,7 @@ class BackendTypeError(BackendError, TypeError):
 
 _TWINS: dict[type[FxQuantError], type[FxQuantError]] = {
     TraceError: TraceTypeError,
+    PatternError: PatternTypeError,
     PipelineError: PipelineTypeError,
     BudgetError: BudgetTypeError,
     OverrideError: OverrideTypeError,
@@ -158,3 +163,21 @@ _TWINS: dict[type[FxQuantError], type[FxQuantError]] = {
     ExportError: ExportTypeError,
     BackendError: BackendTypeError,
 }
+
+BY_ARGUMENT: dict[str, type[FxQuantError]] = {
+    "model": ModelError,
+    "budget": BudgetError,
+    "calibration": CalibrationError,
+    "images": CalibrationError,
+    "batch_size": CalibrationError,
+    "recipe": PipelineError,
+    "allocator": BudgetError,
+    "overrides": OverrideError,
+    "outside_bits": OverrideError,
+    "first_last_bits": BudgetError,
+    "fully_quantized": PipelineError,
+    "latency": BudgetError,
+    "backend": BackendError,
+    "cache": ArtefactError,
+}
+"""What an argument of this name raises, in every call that compiles."""

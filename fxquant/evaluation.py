@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.arguments import whole
 from fxquant.data import ImageData
-from fxquant.errors import ModelError
+from fxquant.errors import DataError, ModelError, OptionError
+from fxquant.hints import checked
 from passes.contract import ProgressReporter, SilentProgress
 
 
@@ -46,6 +48,7 @@ class Accuracy:
         }
 
 
+@checked(DataError, model=ModelError, progress=OptionError)
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -61,6 +64,7 @@ def evaluate(
     Raises DataError without labels or with labels beyond the model's classes, ModelError for outputs that are not
     class scores (B, classes).
     """
+    whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     data.check_labels()
     total = data.count if limit is None else min(limit, data.count)
     task = (progress or SilentProgress()).track(label, -(-total // batch_size))

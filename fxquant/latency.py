@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import DataError
+from fxquant.errors import DataError, OptionError
+from fxquant.hints import checked
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
 from passes.contract import ProgressReporter, SilentProgress
 
@@ -51,6 +52,7 @@ class Timing:
         return {**asdict(self), "images_per_second": self.images_per_second}
 
 
+@checked(DataError, progress=OptionError)
 @torch.inference_mode()
 def measure(
     variants: Mapping[str, Variant],
@@ -65,8 +67,11 @@ def measure(
     The first variant is what the others are compared with. Each runs once before, untimed. torch's number of threads
     is restored afterwards. Raises DataError without variants, and for threads below 1.
     """
-    if not variants or threads < 1:
-        raise DataError(f"{len(variants)} variants on {threads} threads: there is nothing to time")
+    if not variants or not 1 <= threads <= 1024 or seconds < 0 or images_bchw.ndim != 4 or not len(images_bchw):
+        raise DataError(
+            f"{len(variants)} variants on {threads} threads for {seconds} s, images of shape "
+            f"{tuple(images_bchw.shape)}: there is nothing to time"
+        )
     before = torch.get_num_threads()
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}

@@ -26,13 +26,14 @@ from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_lim
 from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
 from fxquant.compiler import Compiled
-from fxquant.errors import BudgetError, ModelError
+from fxquant.errors import BY_ARGUMENT, BudgetError, ModelError, OptionError
+from fxquant.hints import checked
 from fxquant.report.plots import plot_frontier
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.sweep import Prepared
 from fxquant.synthesis.synthesize import Synthesis
-from passes.contract import ProgressReporter, SilentProgress
+from passes.contract import ProgressReporter, SilentProgress, check_images
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
@@ -108,6 +109,7 @@ class Frontier(Document):
         plot_frontier(path, f"{self.axis.replace('_', ' ')}, {unit}", limits, lines)
 
 
+@checked(OptionError, **BY_ARGUMENT, axis=BudgetError, limits=BudgetError, realised=BudgetError)
 def frontier(
     model: nn.Module,
     calibration: Tensor | Synthesis | None = None,
@@ -138,8 +140,8 @@ def frontier(
     """
     if limits is not None and len(limits) == 0:
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
-    if not (realised is None or realised == "kl" or callable(realised)):
-        raise BudgetError(f"realised is 'kl', a function of the compiled model, or None, not {realised!r}")
+    if images is not None:
+        check_images(images)
     progress = progress or SilentProgress()
     prepared = Prepared(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options

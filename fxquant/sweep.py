@@ -23,11 +23,18 @@ from torch.fx import GraphModule
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
+from fxquant.arguments import json_values
 from fxquant.cache import Cache, signature
 from fxquant.compiler import Compiled, layer_rows, protocol_card
-from fxquant.errors import DataError
+from fxquant.errors import (
+    BY_ARGUMENT,
+    BudgetError,
+    DataError,
+    OptionError,
+)
 from fxquant.evaluation import Accuracy
 from fxquant.graph.annotation import nodes_with_role
+from fxquant.hints import checked
 from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
@@ -48,6 +55,7 @@ class Prepared:
     budget, allocator and options.
     """
 
+    @checked(OptionError, **BY_ARGUMENT)
     def __init__(
         self,
         model: nn.Module,
@@ -62,10 +70,11 @@ class Prepared:
         **options: Any,
     ) -> None:
         """Check the images; nothing runs before `check` or `compile`. Raises CalibrationError, PipelineError."""
-        if calibration is not None and not isinstance(calibration, Synthesis):
+        if isinstance(calibration, Tensor):
             check_images(calibration)
-        self.model, self.card = model, dict(card or {})
+        self.model, self.card = model, json_values("card", card or {}, OptionError)
         self._recipe, self._options = recipe_named(recipe), options
+        self.pipeline("W8A8")  # refuses options that the recipe does not take
         self._source = CalibrationSource(
             model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress()
         )
@@ -75,6 +84,7 @@ class Prepared:
         """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
         return self._source.images
 
+    @checked(BudgetError)
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
         """The whole pipeline of one point."""
         return self._recipe(budget, allocator=allocator, **self._options)
@@ -89,6 +99,7 @@ class Prepared:
         prefix, _ = split(self.pipeline("W8A8"))
         return run_prefix(prefix, self._source.traced, self._source.context)
 
+    @checked(BudgetError)
     def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
         """The allocation problem, with overrides and policies applied; calibrates on the first call only.
 
@@ -122,6 +133,7 @@ class Results:
     path: None keeps them in memory only. Raises DataError where the file is not one of results.
     """
 
+    @checked(DataError)
     def __init__(self, path: Path | None = None) -> None:
         """Read the points that are there."""
         self.path = path
@@ -154,6 +166,7 @@ class Sweep:
     points: list[dict[str, Any]]
 
 
+@checked(OptionError, budgets=BudgetError, allocators=BudgetError)
 def sweep(
     prepared: Mapping[str, Prepared],
     budgets: Sequence[Budget],

@@ -24,6 +24,7 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
+from fxquant.arguments import text
 from fxquant.errors import BudgetError, OverrideError
 from fxquant.graph.annotation import (
     SOFTMAX,
@@ -35,6 +36,7 @@ from fxquant.graph.annotation import (
     annotation_of,
     nodes_with_role,
 )
+from fxquant.hints import check_fields, fitted
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
@@ -74,12 +76,11 @@ class AllocateBits:
     def __post_init__(self) -> None:
         """Read the budget; raise BudgetError for what cannot be read, for no allocator, and for widths out of range."""
         object.__setattr__(self, "budget", Budget.parse(self.budget))
-        if not callable(getattr(self.allocator, "allocate", None)):
-            raise BudgetError(f"an allocator is an object such as Milp() or Greedy(), not {self.allocator!r}")
-        if self.first_last_bits is not None and self.first_last_bits not in range(2, 9):
-            raise BudgetError(f"first_last_bits is a width from 2 to 8, not {self.first_last_bits!r}")
-        if self.softmax_bits is not None and self.softmax_bits not in range(2, 9):
-            raise BudgetError(f"softmax_bits is a width from 2 to 8, not {self.softmax_bits!r}")
+        check_fields(self, BudgetError, overrides=OverrideError, role_bits=OverrideError)
+        for name in ("first_last_bits", "image_bits", "narrowest", "softmax_bits"):
+            width = getattr(self, name)
+            if width is not None and width not in range(2, 9):
+                raise BudgetError(f"{name} is a width from 2 to 8, not {width!r}")
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -269,6 +270,14 @@ def allocation_of(graph_module: GraphModule) -> Allocation | None:
 
 def normalized_overrides(overrides: Mapping[str, Bits] | None) -> tuple[tuple[str, Bits], ...]:
     """Overrides as the hashable pairs the pass keeps; roles may be given as `Role`. Raises OverrideError."""
-    if overrides is not None and not isinstance(overrides, Mapping):
-        raise OverrideError(f"overrides map names, roles or globs to bits, {{'head': 8}}, not {overrides!r}")
-    return tuple((str(pattern), bits) for pattern, bits in (overrides or {}).items())
+    if overrides is None:
+        return ()
+    if not isinstance(overrides, Mapping):
+        raise OverrideError.for_type(f"overrides map names, roles or globs to bits, {{'head': 8}}, not {overrides!r}")
+    return tuple(
+        (
+            text("the pattern of an override", pattern, OverrideError),
+            fitted(f"override {pattern!r}", bits, Bits, OverrideError),
+        )
+        for pattern, bits in overrides.items()
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError
+from fxquant.hints import check_fields
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Augment:
     colour: float = 0.3
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if not (0 < self.crop <= 1 and 0 <= self.mixed <= 1 and 0 <= self.colour < 1):
             raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1: {self}")
 

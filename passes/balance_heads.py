@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact, annotation_of
 from fxquant.graph.query_keys import QueryKey, query_keys
+from fxquant.hints import check_fields
 from passes.contract import PassContext
 
 _TINY = 1e-30
@@ -47,6 +48,8 @@ class BalanceHeads:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if not 0 < self.dampening < 1:
             raise CalibrationError(f"dampening is between 0 and 1: {self}")
 

@@ -18,6 +18,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, nodes_with_role
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.hints import check_fields
 from fxquant.quantizers.observers import Observer
 from fxquant.sensitivity.logit_gradients import Fisher, class_scores, logit_gradients
 from passes.contract import PassContext
@@ -88,6 +89,8 @@ class Calibrate:
                 observer.settle_channels()
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
             raise CalibrationError(f"at least one draw and one image are needed: {self}")
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.hints import check_fields
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -40,6 +41,12 @@ class CompensateWeights:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
+        if self.dampening < 0 or self.block < 1:
+            raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place; returns how many layers. Notes the summed cost d G d^T before and after."""

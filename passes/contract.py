@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.fx import GraphModule
 
+from fxquant.arguments import whole
 from fxquant.cache import Cache, code_signature, signature
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, OptionError
 from fxquant.graph.annotation import Fact
+from fxquant.hints import check_fields
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ class PassContext:
     ahead: tuple[Pass, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise CalibrationError for a batch size that is no whole number, or below 1."""
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise CalibrationError(f"batch_size is {self.batch_size!r}, and a batch has at least one image, whole")
+        """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
+        check_fields(self, OptionError, images_bchw=CalibrationError, batch_size=CalibrationError)
+        check_draws(self.seed, self.batch_size)
 
     @property
     def images(self) -> torch.Tensor:
@@ -150,11 +152,26 @@ class Pass(Protocol):
         """Change the graph module in place and return the number of nodes changed."""
 
 
+def check_draws(seed: Any, batch_size: Any) -> tuple[int, int]:
+    """Both as int. Raises OptionError unless 0 <= seed < 2**32, CalibrationError unless 1 <= batch_size < 2**31."""
+    return (
+        whole("seed", seed, OptionError, least=0, most=2**32 - 1),
+        whole("batch_size", batch_size, CalibrationError, least=1, most=2**31 - 1),
+    )
+
+
 def check_images(images: torch.Tensor, minimum: int = 1) -> None:
     """Raise CalibrationError unless images are a finite float (N, C, H, W) tensor with N >= minimum."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4:
-        shape = f"shape {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found {shape}")
+    if not isinstance(images, torch.Tensor):
+        raise CalibrationError.for_type(
+            f"calibration images must be a tensor (N, C, H, W), found {type(images).__name__}: torch.from_numpy, or "
+            f"torch.stack"
+        )
+    if images.ndim != 4:
+        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found shape {tuple(images.shape)}")
+    if images.device.type != "cpu" or images.layout is not torch.strided or images.is_quantized:
+        found = f"on {images.device}" if images.device.type != "cpu" else str(images.layout)
+        raise CalibrationError(f"calibration images must be a plain tensor on the CPU, found {found}: images.cpu()")
     if not images.is_floating_point():
         raise CalibrationError(
             f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"

@@ -33,6 +33,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.blocks import extract
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
+from fxquant.hints import check_fields
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.block_pairs import BlockPair, BlockPairs, adopt
@@ -77,6 +78,8 @@ class CorrectWeights:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:
             raise CalibrationError(f"at least two folds, positive ridges and dampening are needed: {self}")
 

@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
+from fxquant.hints import check_fields
 from passes.augment import Augment
 from passes.block_pairs import BlockPairs, adopt
 from passes.contract import PassContext
@@ -69,8 +70,12 @@ class Distil:
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
             raise CalibrationError(f"steps, images and checks are at least 1: {self}")
+        if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
+            raise CalibrationError(f"rates and the weight of features are not negative: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.

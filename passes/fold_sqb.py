@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.channel_paths import ChannelPath, channel_paths, module_uses
+from fxquant.hints import check_fields
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
 
@@ -53,10 +54,14 @@ class FoldSqb:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if not 50 < self.percentile <= 100:
             raise CalibrationError(
                 f"a channel's range is cut at a percentile above 50, up to 100; not {self.percentile}"
             )
+        if not 0 <= self.strength <= 1 or not 2 <= self.search_bits <= 8:
+            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
 from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, nodes_with_role
+from fxquant.hints import check_fields
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
 from passes.contract import PassContext
@@ -50,6 +51,8 @@ class InsertObservers:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
 
     def __post_init__(self) -> None:
+        """Raise PatternError for options that do not fit."""
+        check_fields(self, PatternError)
         chosen = (self.post_gelu, self.post_softmax, self.other, self.image, self.softmax_input, self.layer_norm_input)
         for named in chosen:
             if named is not None:

@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
+from fxquant.arguments import text
 from fxquant.errors import BackendError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.graph.normalization import image_of
+from fxquant.hints import check_fields
 from fxquant.runtime.byte_codes import ByteCode
 from fxquant.runtime.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.native import library
@@ -61,6 +63,8 @@ class Lower:
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
+        """Raise BackendError for options that do not fit."""
+        check_fields(self, BackendError)
         check_backend(self.backend)
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
@@ -101,7 +105,7 @@ def execution_summary(execution: dict[str, str]) -> str:
 
 def check_backend(backend: str) -> None:
     """Raise BackendError for a name that is none of BACKENDS."""
-    if backend not in BACKENDS:
+    if text("backend", backend, BackendError) not in BACKENDS:
         raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
 
 

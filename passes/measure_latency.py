@@ -28,6 +28,7 @@ from fxquant.cache import signature
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import Fact, annotate, annotation_of, nodes_with_role
 from fxquant.graph.normalization import image_of
+from fxquant.hints import check_fields
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from fxquant.runtime.byte_codes import ByteCode, byte_code
@@ -58,6 +59,8 @@ class MeasureLatency:
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
+        """Raise BudgetError for options that do not fit."""
+        check_fields(self, BudgetError)
         if self.batch_size < 1 or self.threads < 1:
             raise BudgetError(f"a latency is of at least one image on at least one thread, found {self}")
 

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import annotation_of
+from fxquant.hints import check_fields
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
@@ -42,6 +43,7 @@ class FisherTrace:
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options out of range."""
+        check_fields(self, SensitivityError)
         if not self.gamma > 1 or self.draws < 1:
             raise SensitivityError(f"gamma > 1 and draws >= 1 are needed, found {self}")
 

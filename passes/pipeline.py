@@ -19,10 +19,12 @@ from typing import Any, overload
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.arguments import whole
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.annotation import Fact, declare, facts_of
 from fxquant.graph.normalization import image_of
 from fxquant.graph.verifier import verify
+from fxquant.hints import checked, fitted
 from passes.contract import Pass, PassContext, check_images
 
 
@@ -36,14 +38,16 @@ class Pipeline:
     passes: tuple[Pass, ...]
     assumes: frozenset[Fact] = frozenset({Fact.TRACED})
 
+    @checked(PipelineError)
     def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (Fact.TRACED,)) -> None:
         """Raise PipelineError for a pass in the wrong place, and for what is no pass."""
         object.__setattr__(self, "passes", tuple(passes))
         for step in self.passes:
             if isinstance(step, type) or not isinstance(step, Pass):
                 wanted = f"write {step.__name__}()" if isinstance(step, type) else "see passes.contract"
-                raise PipelineError(f"{step!r} is no pass: {wanted}")
-        object.__setattr__(self, "assumes", frozenset(assumes))
+                raise PipelineError.for_type(f"{step!r} is no pass: {wanted}")
+        facts = [fitted("assumes", fact, Fact, PipelineError) for fact in assumes]
+        object.__setattr__(self, "assumes", frozenset(facts))
         known = self.assumes
         for index, step in enumerate(self.passes):
             missing = step.requires - known
@@ -78,8 +82,9 @@ class Pipeline:
 
     def __getitem__(self, index: int | slice) -> Pass | Pipeline:
         """One pass; or a slice of them, which assumes what the passes before it provide."""
-        if isinstance(index, int):
-            return self.passes[index]
+        if not isinstance(index, slice):
+            position = whole("the index of a pass", index, PipelineError, least=-len(self), most=len(self) - 1)
+            return self.passes[position]
         start, _, _ = index.indices(len(self.passes))
         before = Pipeline(self.passes[:start], self.assumes)
         return Pipeline(self.passes[index], before.provides)
@@ -87,7 +92,7 @@ class Pipeline:
     def position(self, kind: type) -> int:
         """Index of the first pass of this kind; raises PipelineError when there is none."""
         if not isinstance(kind, type):
-            raise PipelineError(f"a pass is named by its class, {type(kind).__name__}, not by {kind!r}")
+            raise PipelineError.for_type(f"a pass is named by its class, {type(kind).__name__}, not by {kind!r}")
         for index, step in enumerate(self.passes):
             if isinstance(step, kind):
                 return index
@@ -114,7 +119,8 @@ class Pipeline:
         Raises PipelineError when there is none, or it has no such option.
         """
         step: Any = self.passes[self.position(kind)]
-        known = [field.name for field in dataclasses.fields(step) if field.init]
+        fields = dataclasses.fields(step) if dataclasses.is_dataclass(step) else ()
+        known = [field.name for field in fields if field.init]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise PipelineError(f"{kind.__name__} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
@@ -125,6 +131,7 @@ class Pipeline:
         self.position(kind)
         return Pipeline((step for step in self.passes if not isinstance(step, kind)), self.assumes)
 
+    @checked(PipelineError)
     def run(self, graph_module: GraphModule, context: PassContext) -> GraphModule:
         """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
 

@@ -31,6 +31,7 @@ from torch.fx import GraphModule
 from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.hints import check_fields
 from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import quantize_rows
@@ -72,8 +73,13 @@ class Reconstruct:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
             raise CalibrationError(f"steps, images, rank and checks are at least 1, drop is between 0 and 1: {self}")
+        rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
+        if min(rates) < 0 or not 0 <= self.warm_up <= 1:
+            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases and activation candidates in place; returns how many layers.

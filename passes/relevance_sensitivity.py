@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from fxquant.cache import signature
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.hints import check_fields
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.relevance import Relevance
 from passes.allocate_bits import image_readers
@@ -46,6 +47,9 @@ class RelevanceSensitivity:
 
     def __post_init__(self) -> None:
         """Raise SensitivityError where nothing is left to score by."""
+        check_fields(self, SensitivityError)
+        if self.baseline_bits is not None and not 2 <= self.baseline_bits <= 8:
+            raise SensitivityError(f"baseline_bits is a width from 2 to 8, or None, not {self.baseline_bits}")
         if self.importance == self.sensitivity == "none":
             raise SensitivityError("importance and sensitivity are both left out: keep one, or leave out ScoreLayers")
 

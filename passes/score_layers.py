@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.hints import check_fields
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
@@ -68,6 +69,10 @@ class ScoreLayers:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED, Fact.OBSERVED, Fact.SCALES_SEARCHED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+
+    def __post_init__(self) -> None:
+        """Raise SensitivityError for options that do not fit."""
+        check_fields(self, SensitivityError)
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate scores, clear those of other layers; returns the number of layers scored. Notes the metric's notes.

@@ -9,13 +9,14 @@ the noise power that sensitivities and allocators read; then the observers' stat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
+from fxquant.hints import check_fields
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
@@ -52,11 +53,12 @@ class SearchScales:
         return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
 
     def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
         if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
             raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
-        for name, known in (("metric", get_args(Metric)), ("weights", get_args(Weights))):
-            if getattr(self, name) not in known:
-                raise CalibrationError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.negligible < 0:
+            raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Search every observed node; returns how many nodes were given candidates."""

@@ -23,6 +23,7 @@ from allocators.cost_table import Assignment, CostTable
 from allocators.exchanges import Step, exchanges, steps
 from fxquant.errors import PipelineError
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.hints import check_fields
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.reconstruction import expected_ratio, reconstruction_errors
 from passes.allocate_bits import ALLOCATION, COST_TABLE, allocation_of
@@ -59,6 +60,7 @@ class UpdateBits:
 
     def __post_init__(self) -> None:
         """Raise PipelineError for options out of range."""
+        check_fields(self, PipelineError)
         in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
         if not in_range or (self.patience is not None and self.patience < 1):
             raise PipelineError(f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed: {self}")

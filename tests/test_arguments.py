@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fxquant import errors
-from fxquant.arguments import check_fields, json_values, path, whole
+from fxquant.arguments import json_values, path, whole
 from fxquant.errors import CalibrationError, FxQuantError, OptionError
+from fxquant.hints import check_fields
 
 
 class Named(Protocol):

@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
-from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
+from fxquant.arguments import number, shown
+from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
 from fxquant.graph.annotation import Fact, declare, facts_of
 from fxquant.graph.normalization import normalize
 from fxquant.graph.shape_tracer import ShapeTracer
@@ -47,6 +48,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     """
     check_model(model)
     _check_example(example_bchw)
+    if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
+        raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
     root = copy.deepcopy(model).eval().requires_grad_(False)
     with torch.no_grad():
         expected = _run_eagerly(root, example_bchw)
@@ -72,7 +75,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
 def check_model(model: nn.Module) -> None:
     """Raise ModelError unless a model can be quantized: not quantized yet, finite float32 or float64 weights."""
     if not isinstance(model, nn.Module):
-        raise ModelError(f"a torch.nn.Module is traced, not {type(model).__name__}")
+        hint = f": write {model.__name__}()" if isinstance(model, type) else ""
+        raise ModelError.for_type(f"a torch.nn.Module is traced, not {shown(model)}{hint}")
     for module in model.modules():
         if _is_quantized(module):
             raise ModelError(
@@ -102,7 +106,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _check_example(example_bchw: torch.Tensor) -> None:
     if not isinstance(example_bchw, torch.Tensor):
-        raise CalibrationError(f"the example is a {type(example_bchw).__name__}, not a tensor (B, C, H, W)")
+        raise CalibrationError.for_type(f"the example is a {type(example_bchw).__name__}, not a tensor (B, C, H, W)")
     if example_bchw.ndim != 4 or example_bchw.numel() == 0:
         raise CalibrationError(f"the example has shape {tuple(example_bchw.shape)}; images are (B, C, H, W), B >= 1")
     if not example_bchw.is_floating_point():

@@ -282,7 +282,7 @@ def families_named(text: str) -> list[Limited]:
         name, _, widest = part.partition("<=")
         if name not in FAMILIES:
             raise PatternError(f"no quantizer family is called {name!r}; there are {', '.join(FAMILIES)}")
-        if widest and not widest.isdigit():
+        if "<=" in part and widest not in map(str, range(1, WIDEST_BITS + 1)):
             raise PatternError(f"a family's widest width is a number of bits, such as log2<=4; found {part!r}")
         found.append(Limited(name, int(widest or WIDEST_BITS)))
     return found

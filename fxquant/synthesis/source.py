@@ -11,7 +11,7 @@ from fxquant.cache import Cache
 from fxquant.graph.tracing import check_model, trace
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.assign_roles import AssignRoles
-from passes.contract import PassContext, ProgressReporter
+from passes.contract import PassContext, ProgressReporter, check_draws
 from passes.pipeline import Pipeline
 
 
@@ -30,6 +30,8 @@ class CalibrationSource:
         cache: Cache,
         progress: ProgressReporter,
     ) -> None:
+        check_model(model)
+        seed, batch_size = check_draws(seed, batch_size)
         self._model, self._given = model, Synthesis() if calibration is None else calibration
         self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
 
@@ -41,7 +43,6 @@ class CalibrationSource:
     @cached_property
     def traced(self) -> GraphModule:
         """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
-        check_model(self._model)
         if isinstance(self._given, Synthesis):
             return trace_without_images(self._model, self._pictures)
         return trace(self._model, self._given[:2])

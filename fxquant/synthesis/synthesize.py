@@ -28,9 +28,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from fxquant.cache import Cache, code_signature, signature
-from fxquant.errors import CalibrationError
+from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.tracing import known_image_shape, trace
+from fxquant.hints import check_fields, checked
 from fxquant.synthesis.priors import similarity_entropy, variation
 from passes.assign_roles import AssignRoles
 from passes.contract import PassContext, ProgressReporter, SilentProgress
@@ -73,6 +74,7 @@ class Synthesis:
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options out of range."""
+        check_fields(self, CalibrationError)
         least, most = self.variation
         if min(self.count, self.steps, self.checkpoint_steps) < 1:
             raise CalibrationError(f"count, steps and checkpoint_steps are at least 1, found {self}")
@@ -119,6 +121,7 @@ class Pictures:
         return -mean / std, (1 - mean) / std
 
 
+@checked(OptionError, **BY_ARGUMENT, options=CalibrationError)
 @torch.inference_mode(False)
 def synthesize(
     model: nn.Module,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fxquant.arguments import text
 from fxquant.errors import PipelineError
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
@@ -50,6 +51,6 @@ RECIPES: dict[str, Callable[..., Pipeline]] = {
 
 def recipe(name: str) -> Callable[..., Pipeline]:
     """The recipe of this name; raises PipelineError listing the known ones."""
-    if not isinstance(name, str) or name not in RECIPES:
+    if text("recipe", name, PipelineError) not in RECIPES:
         raise PipelineError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]

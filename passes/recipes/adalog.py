@@ -9,12 +9,13 @@ from passes.calibrate import Calibrate
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import Options, assemble
+from passes.recipes.assembly import Options, assemble, checked_recipe
 
 REPARAMETERISE = FoldSqb(strength=1.0, mu="midrange")
 """RepQ-ViT's scale reparameterisation: every channel after LayerNorm gets the same range."""
 
 
+@checked_recipe
 def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """AdaLog: adaptive logarithm bases after softmax and GELU, asymmetric uniform elsewhere, RepQ-ViT's fold.
 
@@ -28,6 +29,7 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
     return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, weights="asymmetric")
 
 
+@checked_recipe
 def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """RepQ-ViT: its fold, log-sqrt2 after softmax, asymmetric uniform elsewhere, scales of least squared error."""
     insert = InsertObservers(

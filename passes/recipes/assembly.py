@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.overrides import Bits
-from fxquant.errors import BudgetError
+from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
+from fxquant.hints import checked
 from passes.allocate_bits import AllocateBits, normalized_overrides
 from passes.assign_roles import AssignRoles
 from passes.calibrate import Calibrate
@@ -43,6 +44,10 @@ class Options(TypedDict, total=False):
     bits: tuple[int, ...]
     backend: str
     latency: MeasureLatency
+
+
+checked_recipe = checked(PipelineError, **BY_ARGUMENT)
+"""Decorator of a recipe: unknown options, and those of the wrong type or value, raise before anything is built."""
 
 
 def assemble(

@@ -15,7 +15,7 @@ from passes.distil import Distil
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble
+from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble, checked_recipe
 from passes.rotate_residual import RotateResidual
 from passes.search_scales import SearchScales
 from passes.tabulate_gelu import TabulateGelu
@@ -27,6 +27,7 @@ BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
 
+@checked_recipe
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding.
 
@@ -68,6 +69,7 @@ def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:
     return min((width for width in bits if least <= width < mean), default=None)
 
 
+@checked_recipe
 def best_thorough(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """`best` with `thorough=True`, by a name that the one call and the command line take."""
     return best(budget, thorough=True, **options)

@@ -27,7 +27,7 @@ from passes.allocate_bits import AllocateBits
 from passes.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.pipeline import Pipeline
 from passes.recipes.adalog import adalog
-from passes.recipes.assembly import Options
+from passes.recipes.assembly import Options, checked_recipe
 from passes.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
 from passes.update_bits import UpdateBits
 
@@ -35,6 +35,7 @@ Base = Callable[..., Pipeline]
 """A recipe: a budget and `Options` to a pipeline with AllocateBits."""
 
 
+@checked_recipe
 def lampq(
     budget: Any,
     *,
@@ -67,6 +68,7 @@ def lampq(
     return pipeline.after(AllocateBits, replace(update, tied=together))
 
 
+@checked_recipe
 def vt_ptq(
     budget: Any, *, base: Base = adalog, outside_bits: Bits | None = None, **options: Unpack[Options]
 ) -> Pipeline:

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
 from allocators.milp import Milp
-from fxquant.errors import PipelineError
 from passes.allocate_bits import AllocateBits
 from passes.contract import Pass
 from passes.correct_weights import CorrectWeights
 from passes.fold_sqb import FoldSqb
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import Options
+from passes.recipes.assembly import Options, checked_recipe
 from passes.recipes.mptq_vit import mptq_vit
 from passes.reconstruct import Reconstruct
 from passes.relevance_sensitivity import RelevanceSensitivity
@@ -31,6 +30,7 @@ CLIPPED = FoldSqb(strength=1.0, mu="midrange", percentile=99.9)
 """Every channel of a post-LayerNorm activation with a range of its own, cut at a percentile, and one scale for all."""
 
 
+@checked_recipe
 def mix_qvit(
     budget: Any,
     *,
@@ -49,8 +49,6 @@ def mix_qvit(
     a layer's weights and inputs are tied where operands are measured together. optimise: a key of `OPTIMISATIONS`.
     Raises PipelineError for another, BudgetError for a budget that cannot be read.
     """
-    if optimise not in OPTIMISATIONS:
-        raise PipelineError(f"optimise is one of {', '.join(OPTIMISATIONS)}, not {optimise!r}")
     own: Options = {"allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together")}
     metric = RelevanceSensitivity(importance, sensitivity, operands, baseline_bits)
     pipeline = base(budget, **(options | own)).before(AllocateBits, ScoreLayers(metric, roles=None))

@@ -10,9 +10,10 @@ from passes.calibrate import Calibrate
 from passes.fold_sqb import FoldSqb
 from passes.insert_observers import InsertObservers
 from passes.pipeline import Pipeline
-from passes.recipes.assembly import Options, assemble
+from passes.recipes.assembly import Options, assemble, checked_recipe
 
 
+@checked_recipe
 def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """MPTQ-ViT: SQ-b, OPT-m after GELU, two-scaled softmax, Hessian-guided scales, mixed bits.
 
@@ -23,12 +24,14 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     return assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
 
 
+@checked_recipe
 def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
     insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(options))
     return assemble(budget, insert, options, allocator=Uniform(), fold=None)
 
 
+@checked_recipe
 def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"}
