@@ -6,6 +6,8 @@ Results go to stdout (pure JSON with --json), everything else to stderr. Errors 
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -68,5 +70,26 @@ app.command("export")(export_model)
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; output that cannot be written is one line on stderr and exit code 2.
+
+    A closed pipe (`fxquant inspect model.fxq | head`) ends quietly with exit code 1.
+    """
+    from fxquant.commands.console import discard_output, fail
+
+    if sys.stdout is None:
+        fail("stdout is closed, and results go there: redirect it to a file, or to /dev/null")
+        sys.exit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold what no encoding has
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(1)
+    except OSError as error:
+        discard_output()
+        fail(f"output cannot be written: {error}")
+        sys.exit(2)

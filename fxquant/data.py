@@ -5,29 +5,34 @@
     for images_bchw, labels in ImageData.open("val", model.preprocessing).batches(64): ...
 
 An image folder is opened image by image, so memory holds one batch; an .npz is held as it is stored. EXIF rotation is
-ignored, as in the published protocols. Nothing is downloaded and nothing is unpickled.
+ignored, as in the published protocols. Nothing is downloaded and nothing is unpickled. Names of classes become a
+model's classes where the model is known, in `ImageData.for_outputs`.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.data
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from fxquant import embedded
+from fxquant.arguments import whole
+from fxquant.class_names import as_numbers, check_classes, indices_of, matched, read_classes, read_labels
 from fxquant.errors import DataError
+from fxquant.hints import check_fields, checked
+from fxquant.image_files import image_reader, labels_of, read_arrays, read_picture
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+LISTED = "by the names of classes given"
 Batch = tuple[Tensor, Tensor | None]
+_LARGEST_SIDE = 16_384
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Raise DataError for values that make no preprocessing."""
-        if len(self.input_size) != 3 or self.input_size[0] not in (1, 3) or min(self.input_size) < 1:
-            raise DataError(f"input_size must be (1 or 3 channels, height, width), found {self.input_size}")
+        check_fields(self, DataError)
+        if self.input_size[0] not in (1, 3) or not 1 <= min(self.input_size) <= max(self.input_size) <= _LARGEST_SIDE:
+            raise DataError(
+                f"input_size must be (1 or 3 channels, height, width), sides up to {_LARGEST_SIDE:,}, found "
+                f"{self.input_size}"
+            )
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise DataError(f"interpolation must be nearest, bilinear or bicubic, found {self.interpolation!r}")
         if not 0 < self.crop_pct <= 1:
@@ -74,10 +83,11 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Inverse of `to_dict`; raises DataError for anything else."""
         try:
-            given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**given)
-        except (TypeError, AttributeError) as error:
-            raise DataError(f"not a preprocessing: {error}") from error
+            return cls(**values)
+        except DataError:
+            raise
+        except TypeError as error:
+            raise DataError.for_type(f"not a preprocessing: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -86,6 +96,9 @@ class Preprocessing:
     def with_options(self, **options: Any) -> Preprocessing:
         """With the options that are not None replaced; `image_size` sets height and width."""
         given = {key: value for key, value in options.items() if value is not None}
+        names = ("image_size", *(field.name for field in fields(self)))
+        if unknown := [name for name in given if name not in names]:
+            raise DataError.for_type(f"a preprocessing has no option {unknown[0]!r}; it has {', '.join(names)}")
         if (size := given.pop("image_size", None)) is not None:
             given["input_size"] = (self.input_size[0], size, size)
         return replace(self, **given)
@@ -104,8 +117,14 @@ EMBEDDED = Preprocessing((1, 28, 28), mean=(embedded.MEAN,), std=(embedded.STD,)
 class ImageData:
     """Images that are read when asked for.
 
-    count: how many. read: the preprocessed image (C, H, W) of an index. labels: int64 (count,), None without.
-    classes: how many label values there may be, None where unknown.
+    Args:
+        name: what error messages and reports call it.
+        count: how many.
+        read: the preprocessed image (C, H, W) of an index.
+        labels: int64 (count,); None without. Of data with `names` they count these, else the model's classes.
+        classes: how many label values there may be; None where unknown.
+        names: of the classes, sorted, where no list said which of the model's they are; `for_outputs` finds that out.
+        matched_by: how labels came to be the model's classes, in words.
     """
 
     name: str
@@ -113,52 +132,96 @@ class ImageData:
     read: Callable[[int], Tensor]
     labels: Tensor | None = None
     classes: int | None = None
+    names: tuple[str, ...] = ()
+    matched_by: str = "as given"
 
     @classmethod
-    def open(cls, path: str | PathLike[str], preprocessing: Preprocessing) -> ImageData:
-        """Class folders (sorted names are labels 0, 1, ...), a flat folder of images (no labels), or an .npz.
+    @checked(DataError)
+    def open(
+        cls,
+        path: str | PathLike[str],
+        preprocessing: Preprocessing,
+        *,
+        classes: str | PathLike[str] | Sequence[str] | None = None,
+        labels: str | PathLike[str] | None = None,
+    ) -> ImageData:
+        """Class folders, a folder of images with a file of labels or without labels, or an .npz.
 
-        An .npz has `images`: uint8 (N, H, W, C) or (N, H, W), preprocessed here; or float (N, C, H, W), taken as
-        preprocessed already; and optionally `labels`, integers (N,). Raises DataError.
+        Args:
+            path: a folder, or an .npz with `images`: uint8 (N, H, W, C) or (N, H, W), preprocessed here; or float
+                (N, C, H, W), taken as preprocessed already; and optionally `labels`, integers (N,).
+            preprocessing: what makes a model's input of a picture.
+            classes: names of the model's classes in the order of its outputs, or a file of them (`read_classes`).
+                Without, folders are matched to the model's classes when it is known (`for_outputs`).
+            labels: a file that gives the class of every image, by number or name, with paths below the folder
+                (`read_labels`).
+
+        Raises DataError.
         """
         place = Path(path)
-        if place.is_dir():
-            try:
-                return _open_folder(place, preprocessing)
-            except OSError as error:
-                raise DataError(f"{place} cannot be listed: {error}") from error
-        if not place.exists():
-            raise DataError(f"{place} does not exist: give a folder of images or an .npz file")
+        known = _names(classes)
+        try:
+            if not place.exists():
+                raise DataError(f"{place} does not exist: give a folder of images or an .npz file")
+            if place.is_dir():
+                found = _open_folder(place) if labels is None else _open_listed(place, labels)
+                return _labelled(place, *found, preprocessing, known, listed=labels is not None)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{place} cannot be listed: {error}") from error
         if place.suffix.lower() != ".npz":
             raise DataError(f"{place} is neither a folder nor an .npz file")
+        if labels is not None or known is not None:
+            raise DataError(f"{place} has its labels in it: classes and labels are for folders of images")
         return _open_npz(place, preprocessing)
 
     def batches(self, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Images (B, C, H, W) with labels; `limit` takes that many, evenly spread over all."""
+        size = whole("batch_size", batch_size, DataError, least=1)
         chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
             labels = None if self.labels is None else self.labels[torch.tensor(part)]
             yield torch.stack([self.read(index) for index in part]), labels
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer."""
-        if count < 1 or count > self.count:
+        if not 1 <= whole("count", count, DataError) <= self.count:
             raise DataError(f"{self.name} has {self.count} images, and {count} are asked for: --images, or count")
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+        draw = torch.Generator().manual_seed(whole("seed", seed, DataError, least=0, most=2**32 - 1))
+        order = torch.randperm(self.count, generator=draw)
         return torch.stack([self.read(index) for index in order[:count].tolist()])
 
     def check_labels(self, classes: int | None = None) -> None:
         """Raise DataError unless there are labels, all below `classes`."""
         if self.labels is None:
             raise DataError(
-                f"{self.name} has no labels, and accuracy needs them: give class sub-folders, or an .npz with `labels`"
+                f"{self.name} has no labels, and accuracy needs them: give class sub-folders, a file of labels "
+                f"(--labels FILE, or labels=), or an .npz with `labels`"
             )
         highest = int(self.labels.max())
         if classes is not None and highest >= classes:
             raise DataError(f"{self.name} has label {highest}, but the model gives {classes} classes")
 
+    def for_outputs(self, outputs: int) -> ImageData:
+        """The same images with labels as a model of so many outputs numbers its classes; see `class_names.matched`.
 
+        Raises DataError where there are no labels, where names say nothing of the model's classes, and for labels
+        beyond them.
+        """
+        self.check_labels()
+        assert self.labels is not None
+        if self.names:
+            indices, how = matched(self.names, outputs, self.name)
+            return replace(self, labels=torch.tensor(indices)[self.labels], classes=outputs, names=(), matched_by=how)
+        if self.matched_by == LISTED and self.classes != outputs:
+            raise DataError(f"{self.classes} names of classes are given, but the model gives {outputs} classes")
+        self.check_labels(outputs)
+        return self
+
+
+@checked(DataError)
 def load_images(
     path: str | PathLike[str], count: int, preprocessing: Preprocessing = EMBEDDED, seed: int = 0
 ) -> Tensor:
@@ -176,27 +239,81 @@ def embedded_test() -> ImageData:
 
 
 def _spread(count: int, limit: int) -> list[int]:
-    if limit < 1:
+    if whole("limit", limit, DataError) < 1:
         raise DataError(f"the limit must be at least 1 image, found {limit}")
     wanted = min(count, limit)
     return [position * count // wanted for position in range(wanted)]
 
 
-def _open_folder(place: Path, preprocessing: Preprocessing) -> ImageData:
+def _names(classes: str | PathLike[str] | Sequence[str] | None) -> list[str] | None:
+    """The model's classes, by whichever means they are given."""
+    if classes is None:
+        return None
+    is_file = isinstance(classes, str | PathLike)
+    return read_classes(classes) if is_file else check_classes(classes, "the list of classes")  # type: ignore[arg-type]
+
+
+def _open_folder(place: Path) -> tuple[list[Path], list[str] | None]:
+    """The images of a folder, and the name of each one's class folder; None without class folders."""
     folders = sorted(folder for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     by_class = [_images_in(folder, deep=True) for folder in folders]
     flat = _images_in(place, deep=False)
     if any(by_class) and flat:
-        raise DataError(f"{place} has images beside class folders: move them into folders, or the folders away")
+        raise DataError(
+            f"{place} has images beside class folders: move them into folders, the folders away, or say which image is "
+            f"of which class in a file of labels"
+        )
     files = flat or [file for found in by_class for file in found]
     if not files:
         raise DataError(f"{place} has no images (looked for {', '.join(sorted(SUFFIXES))})")
     if empty := [folder.name for folder, found in zip(folders, by_class, strict=True) if not found and not flat]:
         raise DataError(f"{place}: no images in class folder {empty[0]!r}, which would still take a label; remove it")
-    labels = None if flat else torch.tensor([label for label, found in enumerate(by_class) for _ in found])
+    named = [folder.name for folder, found in zip(folders, by_class, strict=True) for _ in found]
+    return files, None if flat else named
+
+
+def _open_listed(place: Path, labels: str | PathLike[str]) -> tuple[list[Path], list[str]]:
+    """The images that a file of labels names, below a folder, and the label of each as text."""
+    rows = read_labels(labels)
+    files = [place / name for name, _ in rows]
+    if missing := [file for file in files if not file.is_file()]:
+        raise DataError(f"{labels}: {len(missing)} of {len(files)} images are not there, such as {missing[0]}")
+    return files, [label for _, label in rows]
+
+
+def _labelled(
+    place: Path,
+    files: list[Path],
+    found: list[str] | None,
+    preprocessing: Preprocessing,
+    classes: list[str] | None,
+    *,
+    listed: bool,
+) -> ImageData:
+    """Files with the names of their classes as data: by the list of classes where there is one.
+
+    listed: names are from a file of labels, where numbers are the model's classes.
+    """
     transform = preprocessing.transform()
-    classes = None if flat else len(folders)
-    return ImageData(str(place), len(files), lambda index: _read_image(files[index], transform), labels, classes)
+    short_side = int(min(preprocessing.input_size[1:]) / preprocessing.crop_pct)
+
+    def read(index: int) -> Tensor:
+        return read_picture(files[index], short_side, transform)
+
+    if found is None:
+        return ImageData(str(place), len(files), read)
+    names = sorted(set(found))
+    position = {name: index for index, name in enumerate(names)}
+    labels = torch.tensor([position[name] for name in found])
+    numbers = as_numbers(names) if listed else None
+    if classes is None and numbers is None:
+        return ImageData(str(place), len(files), read, labels, len(names), tuple(names))
+    indices = indices_of(names, classes or [], str(place)) if numbers is None else numbers
+    data = ImageData(str(place), len(files), read, torch.tensor(indices)[labels])
+    if classes is None:
+        return data
+    data.check_labels(len(classes))
+    return replace(data, classes=len(classes), matched_by=LISTED)
 
 
 def _images_in(folder: Path, deep: bool) -> list[Path]:
@@ -204,53 +321,8 @@ def _images_in(folder: Path, deep: bool) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _read_image(file: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    try:
-        with Image.open(file) as picture:
-            return transform(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
-
-
 def _open_npz(place: Path, preprocessing: Preprocessing) -> ImageData:
-    try:
-        with np.load(place, allow_pickle=False) as archive:
-            if "images" not in archive:
-                raise DataError(f"{place} has no array called 'images', only {', '.join(archive) or 'nothing'}")
-            images = archive["images"]
-            labels = archive.get("labels")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{place} cannot be read as an .npz of plain arrays: {error}") from error
-    read = _reader(place, images, preprocessing)
-    if not len(images):
-        raise DataError(f"{place} has no images: 'images' has shape {images.shape}")
-    return ImageData(str(place), len(images), read, None if labels is None else _labels(place, labels, len(images)))
-
-
-def _reader(place: Path, images: np.ndarray, preprocessing: Preprocessing) -> Callable[[int], Tensor]:
-    shape, channels = images.shape, preprocessing.input_size[0]
-    if images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and shape[3] in (1, 3))):
-        transform = preprocessing.transform()
-        pictures = images[..., 0] if images.ndim == 4 and shape[3] == 1 else images
-        return lambda index: transform(Image.fromarray(pictures[index]))
-    if images.dtype.kind == "f" and images.ndim == 4:
-        if tuple(shape[1:]) != preprocessing.input_size:
-            expected = ", ".join(map(str, preprocessing.input_size))
-            raise DataError(
-                f"{place}: float images are taken as preprocessed, and must be (N, {expected}); found {shape}"
-            )
-        return lambda index: torch.from_numpy(np.ascontiguousarray(images[index], dtype=np.float32))
-    raise DataError(
-        f"{place}: 'images' must be uint8 (N, H, W) or (N, H, W, 1 or 3), or preprocessed float (N, {channels}, H, W); "
-        f"found {images.dtype} {shape}"
-    )
-
-
-def _labels(place: Path, labels: np.ndarray, count: int) -> Tensor:
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or int(labels.min()) < 0:
-        raise DataError(
-            f"{place}: 'labels' must be {count} integers from 0, one an image; found {labels.dtype} {labels.shape}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
+    arrays = read_arrays(place, ("images", "labels"))
+    read = image_reader(place, arrays["images"], preprocessing.input_size, preprocessing.transform())
+    count = len(arrays["images"])
+    return ImageData(str(place), count, read, labels_of(place, arrays["labels"], count) if "labels" in arrays else None)

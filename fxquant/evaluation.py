@@ -11,17 +11,18 @@ from torch import nn
 
 from fxquant.arguments import whole
 from fxquant.data import ImageData
-from fxquant.errors import DataError, ModelError, OptionError
+from fxquant.errors import DataError, FxQuantError, ModelError, OptionError
 from fxquant.hints import checked
 from passes.contract import ProgressReporter, SilentProgress
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `count` images were classified correctly."""
+    """How many of `count` images were classified correctly. labels: how they were matched to the model's classes."""
 
     correct: int
     count: int
+    labels: str = "as given"
 
     @property
     def top1(self) -> float:
@@ -45,6 +46,7 @@ class Accuracy:
             "standard_error": self.standard_error,
             "correct": self.correct,
             "count": self.count,
+            "labels": self.labels,
         }
 
 
@@ -61,24 +63,33 @@ def evaluate(
 ) -> Accuracy:
     """Top-1 of a model in eval mode; memory holds one batch.
 
-    Raises DataError without labels or with labels beyond the model's classes, ModelError for outputs that are not
-    class scores (B, classes).
+    Class folders are matched to the model's classes by `ImageData.for_outputs`. Raises DataError without labels, for
+    labels beyond the model's classes and class names that say nothing of them, ModelError for a model that cannot run
+    on these images and outputs that are not class scores (B, classes).
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
-    data.check_labels()
+    data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
     total = data.count if limit is None else min(limit, data.count)
     task = (progress or SilentProgress()).track(label, -(-total // batch_size))
     correct = count = 0
     for images, labels in data.batches(batch_size, limit):
-        assert labels is not None  # check_labels has seen to it
+        assert labels is not None  # for_outputs has seen to it
         scores = _scores(model(images))
-        if count == 0:
-            data.check_labels(scores.shape[1])
         correct += int(torch.eq(scores.argmax(1), labels).sum())
         count += len(images)
         task.advance()
     task.close()
-    return Accuracy(correct, count)
+    return Accuracy(correct, count, data.matched_by)
+
+
+def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:
+    """What the model returns for one image. Raises ModelError where it cannot run."""
+    try:
+        return model(image_chw[None])
+    except FxQuantError:
+        raise
+    except Exception as error:  # whatever a model of the caller's raises
+        raise ModelError(f"the model cannot run on an image of shape {tuple(image_chw.shape)}: {error}") from error
 
 
 def _scores(output: Any) -> torch.Tensor:

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from fxquant import embedded
 from fxquant.data import EMBEDDED, Preprocessing
 from fxquant.errors import DataError, ModelError
+from fxquant.hints import checked
 
 EMBEDDED_NAME = "embedded"
 RANDOM = "random"
+_MOST_CLASSES = 10_000_000
+_OF_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class NamedModel:
         return {"model": self.name, "weights": self.weights, "preprocessing": self.preprocessing.to_dict()}
 
 
+@checked(ModelError, weights=DataError)
 def load_model(
     name: str, weights: str | PathLike[str] | None = None, num_classes: int | None = None, **options: Any
 ) -> NamedModel:
@@ -74,6 +78,10 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, [*timm.list_models(), EMBEDDED_NAME], n=4)
         raise ModelError(f"no timm model is called {name!r}; close names: {', '.join(close) or 'none'}")
+    if others := [option for option in options if option in _OF_WEIGHTS]:
+        raise ModelError(f"{others[0]} brings other weights, from the network or unpickled: give a file as weights")
+    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
+        raise ModelError(f"num_classes is from 1 to {_MOST_CLASSES:,}, not {num_classes}")
     given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
     torch.manual_seed(0)
     try:
@@ -85,7 +93,10 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
 
 def load_weights(model: nn.Module, file: Path) -> None:
     """Put a file's tensors into the model, strictly. Raises DataError or ModelError naming the first five misfits."""
-    found = {key.removeprefix("module."): tensor for key, tensor in read_state(file).items()}
+    state = read_state(file)
+    found = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if len(found) < len(state):
+        raise DataError(f"weights {file} have a name twice, with 'module.' before it and without")
     expected = model.state_dict()
     misfits = [f"{key} is missing" for key in expected if key not in found]
     misfits += [f"{key} is not in the model" for key in found if key not in expected]
@@ -94,12 +105,33 @@ def load_weights(model: nn.Module, file: Path) -> None:
         for key, tensor in expected.items()
         if key in found and found[key].shape != tensor.shape
     ]
+    misfits += [
+        f"{key} is {_described(found[key])} in the file and {_described(tensor)} in the model"
+        for key, tensor in expected.items()
+        if key in found and _kind(found[key]) != _kind(tensor)
+    ]
     if misfits:
         more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise ModelError(
             f"{file} does not fit the model: {'; '.join(misfits[:5])}{more}. Check the model's name and num_classes"
         )
-    model.load_state_dict(found)
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:  # modules may take states in ways of their own
+        raise ModelError(f"{file} does not fit the model: {error}") from error
+
+
+def _kind(tensor: Tensor) -> str:
+    """What cannot be turned into something else without loss: "float", "complex", "bool", "int", or no plain tensor."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        return "no plain tensor"
+    if tensor.is_floating_point() or tensor.is_complex():
+        return "complex" if tensor.is_complex() else "float"
+    return "bool" if tensor.dtype is torch.bool else "int"
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype}".removeprefix("torch.") + (" without values" if tensor.is_meta else "")
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
@@ -118,14 +150,22 @@ def read_state(file: Path) -> dict[str, Tensor]:
         raise DataError(f"weights {file} are not a whole safetensors file: {error}") from error
     except Exception as error:  # torch.load raises whatever the bytes provoke
         raise DataError(
-            f"weights {file} cannot be read as a state dict of plain tensors: {str(error).splitlines()[0]}"
+            f"weights {file} cannot be read as a state dict of plain tensors: {_first_line(error)}"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
         raise DataError(f"weights {file} hold no state dict: save one with torch.save(model.state_dict(), path)")
     return dict(content)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -135,5 +175,5 @@ def parse_option(text: str) -> tuple[str, Any]:
         raise ModelError(f"a model option reads name=value, such as img_size=96; found {text!r}")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -32,17 +35,28 @@ def show(renderable: Any) -> None:
 
 def say(text: str) -> None:
     """A line about what goes on, on stderr."""
-    err.print(Text(text), soft_wrap=True)
+    _on_stderr(Text(text))
 
 
 def warn(text: str) -> None:
     """A line that must not be missed, on stderr."""
-    err.print(Text(f"warning: {text}", style="bold yellow"), soft_wrap=True)
+    _on_stderr(Text(f"warning: {text}", style="bold yellow"))
 
 
 def fail(text: str) -> None:
     """The one line of an error, on stderr."""
-    err.print(Text(f"error: {text}", style="bold red"), soft_wrap=True)
+    _on_stderr(Text(f"error: {text}", style="bold red"))
+
+
+def discard_output() -> None:
+    """Send what stdout still holds to nowhere, so that Python does not try to write it again when it ends."""
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _on_stderr(line: Text) -> None:
+    with suppress(OSError, ValueError):  # a stderr that cannot be written must not stop the work
+        err.print(line, soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:

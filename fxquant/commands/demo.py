@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_named
+from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_named, check_output
 
 
 def demo(
@@ -39,6 +39,8 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtefactError(f"{out} cannot be made a folder: {error}; give another --out") from error
+    artefact_path, picture_path = out / "model.fxq", out / "bits.svg"
+    check_output(artefact_path, picture_path)
     say("The embedded ViT (6 blocks, 0.68 M parameters, Fashion-MNIST); 32 calibration images; takes about a minute.")
     named, data, images = load_model("embedded"), embedded_test(), embedded.calibration_images(32)
     with RichProgress() as progress:
@@ -56,7 +58,6 @@ def demo(
         }
     quantized.card["float_accuracy"] = accuracy["float32"].to_dict()
     quantized.card["accuracy"] = accuracy["quantized"].to_dict()
-    artefact_path, picture_path = out / "model.fxq", out / "bits.svg"
     quantized.save(artefact_path)
     quantized.draw(picture_path)
     with torch.inference_mode():

@@ -13,6 +13,8 @@ from fxquant.commands import options as o
 def evaluate_model(
     model: Annotated[str, typer.Argument(help='An artefact (.fxq), a timm architecture, or "embedded".')],
     data: o.Data = None,
+    classes: o.Classes = None,
+    labels: o.Labels = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
@@ -52,10 +54,11 @@ def evaluate_model(
         named = o.named_model(model, weights, num_classes, model_option)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
     preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)
-    images = o.labelled_images(data, preprocessing, is_embedded)
+    images = o.labelled_images(data, preprocessing, is_embedded, classes, labels)
     with RichProgress() as progress:
         accuracy = evaluate(runs, images, batch_size=batch_size, limit=limit, progress=progress)
     if json:
         emit({"model": model, "data": images.name, **accuracy.to_dict(), "preprocessing": preprocessing.to_dict()})
     else:
-        show(f"top-1 {accuracy} on {images.name}")
+        how = "" if accuracy.labels == "as given" else f"; classes {accuracy.labels}"
+        show(f"top-1 {accuracy} on {images.name}{how}")

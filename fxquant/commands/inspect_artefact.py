@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxquant.commands.options import Json
+from fxquant.commands.options import Json, check_output
 
 if TYPE_CHECKING:
     from fxquant.report.tables import Report
@@ -27,11 +27,13 @@ def inspect_artefact(
     from fxquant.report.picture import check_picture, write_picture
     from fxquant.runtime.artefact import size_breakdown
 
+    check_output(picture)
+    if picture is not None:
+        check_picture(picture)
     report, sizes = report_of(artefact), size_breakdown(artefact)
     needs_graph = graph or (picture is not None and picture.suffix.lower() == ".dot")
     graph_module = load(artefact).graph_module if needs_graph else None
     if picture is not None:
-        check_picture(picture)
         title = str(report.card.get("model", ""))
         write_picture(picture, report.layers if graph_module is None else graph_module, title)
     text = format_graph(graph_module) if graph and graph_module is not None else None

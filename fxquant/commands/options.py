@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.errors import ArtefactError, BudgetError, DataError, OverrideError
+from fxquant.errors import ArtefactError, BudgetError, DataError, ModelError, OverrideError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +30,17 @@ ModelOption = Annotated[
 Calibration = Annotated[
     Path | None, typer.Option(help="Folder or .npz of images, no labels; else made from the model alone.")
 ]
-Data = Annotated[Path | None, typer.Option(help="Class folders, or .npz with labels; the embedded model has its own.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Class folders, a folder with --labels, or .npz with labels; the embedded model has its own."),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(help="Names of the model's classes, one a line in the order of its outputs, or JSON; for --data."),
+]
+Labels = Annotated[
+    Path | None, typer.Option(help="The class of every image in --data: 'path label' a line, or .csv; number or name.")
+]
 Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
 STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
@@ -97,12 +109,16 @@ def parse_overrides(texts: list[str] | None) -> dict[str, Bits]:
     for text in texts or []:
         layer, _, bits = text.rpartition("=")
         parts = bits.split("/")
-        is_read = all(part.isdigit() or (part == "-" and len(parts) == 2) for part in parts)
+        is_read = all(_is_width(part) or (part == "-" and len(parts) == 2) for part in parts)
         if not layer or len(parts) > 2 or not is_read:
             raise OverrideError(f"an override reads layer=6, or layer=4/8 for weight/activation bits; found {text!r}")
-        widths = [int(part) if part.isdigit() else None for part in parts]
+        widths = [int(part) if _is_width(part) else None for part in parts]
         found[layer] = (widths[0], widths[1]) if len(widths) == 2 else int(bits)
     return found
+
+
+def _is_width(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 4
 
 
 def parse_numbers(text: str | None, name: str) -> tuple[float, ...] | None:
@@ -132,19 +148,40 @@ def named_model(name: str, weights: Path | None, num_classes: int | None, option
     from fxquant.models import load_model, parse_option
 
     given: dict[str, Any] = dict(parse_option(text) for text in options or [])
+    if "num_classes" in given and num_classes is not None:
+        raise ModelError("--num-classes and --model-option num_classes=... say the same: give one of them")
+    num_classes = given.pop("num_classes", num_classes)
     found = load_model(name, weights, num_classes, **given)
     if found.is_random:
         warn(f"{name} has RANDOM weights: sizes, bits and times are real, accuracy means nothing; give --weights")
     return found
 
 
-def labelled_images(path: Path | None, preprocessing: Preprocessing, is_embedded: bool) -> ImageData:
-    """Labelled images, the embedded ones where no path is needed. Raises DataError."""
+def labelled_images(
+    path: Path | None,
+    preprocessing: Preprocessing,
+    is_embedded: bool,
+    classes: Path | None = None,
+    labels: Path | None = None,
+) -> ImageData:
+    """Labelled images, the embedded ones where no path is needed.
+
+    Args:
+        path: folder or .npz.
+        preprocessing: what makes a model's input of a picture.
+        is_embedded: whether the model is the embedded one, which has images of its own.
+        classes: file of the names of the model's classes.
+        labels: file of the classes of images.
+
+    Raises DataError.
+    """
     from fxquant.data import ImageData, embedded_test
 
     if path is None and not is_embedded:
         raise DataError("give labelled images: --data FOLDER or --data FILE.npz")
-    data = embedded_test() if path is None else ImageData.open(path, preprocessing)
+    if path is None and (classes is not None or labels is not None):
+        raise DataError("--classes and --labels are about the images of --data: give them too")
+    data = embedded_test() if path is None else ImageData.open(path, preprocessing, classes=classes, labels=labels)
     data.check_labels()
     return data
 
@@ -198,9 +235,25 @@ def calibration_images(
 
 
 def check_output(*paths: Path | None) -> None:
-    """Fail before the work and not after it: raises DataError where a file could not be written."""
-    for path in paths:
-        if path is not None and path.is_dir():
-            raise DataError(f"{path} is a folder: give the name of a file in it")
-        if path is not None and not path.parent.is_dir():
-            raise DataError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
+    """Fail before the work and not after it: raises DataError where a file could not be written.
+
+    A file is tried out beside each, since permissions, read-only file systems and long names show in no other way.
+    """
+    targets = [(path, Path(os.path.realpath(path))) for path in paths if path is not None]
+    for path, target in targets:
+        try:
+            if target.is_dir():
+                raise DataError(f"{path} is a folder: give the name of a file in it")
+            if os.path.lexists(target) and not target.is_file():
+                raise DataError(f"{path} is no regular file, and is not replaced by one: give the name of a file")
+            if not target.parent.is_dir():
+                raise DataError(f"{path} cannot be written: there is no folder {target.parent}; create it first")
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+            partial.open("xb").close()
+            partial.unlink()
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error}") from error
+    found = [target for _, target in targets]
+    if len(set(found)) < len(found):
+        twice = next(path for path, target in targets if found.count(target) > 1)
+        raise DataError(f"{twice} is given for two outputs, of which one would replace the other: give two names")

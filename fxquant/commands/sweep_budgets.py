@@ -22,6 +22,8 @@ def sweep_budgets(
     budgets: Annotated[str, typer.Option(help='Separated by commas, or by ";" where a budget has commas.')],
     calibration: o.Calibration = None,
     data: o.Data = None,
+    classes: o.Classes = None,
+    labels: o.Labels = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
@@ -65,14 +67,15 @@ def sweep_budgets(
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    tested = o.labelled_images(data, preprocessing, model == "embedded")
+    tested = o.labelled_images(data, preprocessing, model == "embedded", classes, labels)
     found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
     options: dict[str, Any] = {
         "first_last_bits": first_last_bits, "fully_quantized": fully_quantized, "backend": backend
     }  # fmt: skip
     data_used = found if isinstance(found, Tensor) else repr(found)
-    settings = signature(named.model, data_used, card, options, seed, batch_size, tested.name, tested.count, limit)
+    known = [tested.name, tested.count, tested.labels, tested.names]
+    settings = signature(named.model, data_used, card, options, seed, batch_size, *known, limit)
     with RichProgress() as progress:
         common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
         prepared = {
