@@ -24,7 +24,8 @@ from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
 from fxquant.cache import Cache, signature
-from fxquant.compiler import Compiled, layer_rows, protocol_card
+from fxquant.compiled import Compiled
+from fxquant.compiler import layer_rows, protocol_card
 from fxquant.errors import DataError
 from fxquant.evaluation import Accuracy
 from fxquant.graph.annotation import nodes_with_role

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import embedded
-from fxquant.compiler import Compiled
+from fxquant.compiled import Compiled
 from fxquant.errors import (
     BudgetError,
     CalibrationError,

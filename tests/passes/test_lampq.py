@@ -12,7 +12,7 @@ import fxquant
 from allocators.milp import Milp
 from allocators.pareto import Pareto
 from fxquant import embedded
-from fxquant.compiler import Compiled
+from fxquant.compiled import Compiled
 from fxquant.errors import BudgetError
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
