@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.budget import Budget
-    from fxquant.compiler import Compiled, compile, load
+    from fxquant.compiled import Compiled, load
+    from fxquant.compiler import compile
     from fxquant.graph.tracing import trace
     from fxquant.pareto import frontier
     from fxquant.synthesis.synthesize import Synthesis, synthesize
@@ -35,13 +36,13 @@ __all__ = [
 
 _HOMES = {
     "Budget": "allocators.budget",
-    "Compiled": "fxquant.compiler",
+    "Compiled": "fxquant.compiled",
     "PassContext": "passes.contract",
     "Pipeline": "passes.pipeline",
     "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.compiler",
     "frontier": "fxquant.pareto",
-    "load": "fxquant.compiler",
+    "load": "fxquant.compiled",
     "synthesize": "fxquant.synthesis.synthesize",
     "trace": "fxquant.graph.tracing",
 }

@@ -12,154 +12,34 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import networkx
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.overrides import Bits
 from fxquant.arguments import json_values
 from fxquant.cache import Cache
-from fxquant.errors import (
-    BY_ARGUMENT,
-    ArtefactError,
-    BackendError,
-    ExportError,
-    OptionError,
-    PipelineError,
-)
-from fxquant.export.onnx_file import to_onnx
-from fxquant.graph import pattern
+from fxquant.compiled import Compiled, load
+from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
 from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
 from fxquant.hints import checked
-from fxquant.report.picture import write_picture
-from fxquant.report.tables import Report
-from fxquant.runtime import artefact
-from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress, check_images
-from passes.lower import SIMULATED, Lower, backend_summary, execution_of, execution_summary
+from passes.contract import ProgressReporter, SilentProgress, check_images
+from passes.lower import SIMULATED, backend_summary
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
 from passes.substitute_quantizers import chosen
 
-
-class Compiled(nn.Module):
-    """A quantized model: call it like the original.
-
-    graph_module: the annotated graph that runs. allocation: bits by layer and how they were found. journal: one entry
-    per pass. layers: one row per quantized layer. card: the protocol (data, policies, what stays float, versions).
-    """
-
-    def __init__(
-        self,
-        graph_module: GraphModule,
-        allocation: Allocation | None,
-        journal: Journal,
-        layers: list[LayerRow],
-        card: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
-        self.eval()
-
-    def forward(self, images_bchw: Tensor) -> Tensor:
-        """Float (B, C, H, W) images to what the original model returns for them."""
-        result: Tensor = self.graph_module(images_bchw)
-        return result
-
-    def report(self) -> Report:
-        """Tables per layer and in total; print it, or take `.to_dict()`."""
-        return Report(self.layers, self.allocation, self.journal, self.card)
-
-    def to_networkx(self) -> networkx.DiGraph:
-        """The annotated graph, one networkx node per graph node."""
-        return pattern.to_networkx(self.graph_module)
-
-    @checked(ArtefactError)
-    def draw(self, path: str | PathLike[str]) -> None:
-        """Draw the bits: blocks by roles as `.svg`, the graph as Graphviz `.dot`. Raises ArtefactError."""
-        write_picture(path, self.graph_module, title=str(self.card.get("model", "")))
-
-    @checked(BackendError)
-    def lowered(self, backend: str = "auto") -> Compiled:
-        """This model with integer kernels, weights packed in memory; this one stays as it is.
-
-        backend: see `passes.lower.Lower`. Outputs equal this model's within float rounding; `.report()` lists the
-        kernel of each layer. Raises BackendError where the backend cannot run here, MissingExtraError without its
-        extra.
-        """
-        pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
-        journal = Journal(list(self.journal.entries))
-        graph_module = pipeline.run(self.graph_module, PassContext(journal=journal))
-        kernels = execution_of(graph_module)
-        layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
-        card = {**self.card, "execution": execution_summary(kernels)}
-        return Compiled(graph_module, self.allocation, journal, layers, card)
-
-    @checked(ArtefactError)
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the artefact: one file, packed weights, no code. Raises ArtefactError, also for a lowered model."""
-        if execution_of(self.graph_module):
-            raise ArtefactError(
-                "a lowered model belongs to the machine it was lowered on: save the model it was lowered from, and "
-                "lower again where it is loaded, fxquant.load(path, backend='auto')"
-            )
-        card = {**self.card, "layers": [row.to_dict() for row in self.layers]}
-        journal = [asdict(entry) for entry in self.journal.entries]
-        allocation = None if self.allocation is None else self.allocation.to_json()
-        artefact.save(path, self.graph_module, card=card, allocation_json=allocation, journal=journal)
-
-    @checked(ExportError, path=ArtefactError)
-    def export_onnx(self, path: str | PathLike[str], *, weight_type: str = "int8") -> dict[str, str]:
-        """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
-
-        Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata. weight_type:
-        "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or "simulated" (float
-        operators); what runs as int8 is up to the runtime.
-
-        Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered model, an unknown weight_type
-        and operations that torch cannot export; ArtefactError where the file cannot be written.
-        """
-        found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
-        write_file(Path(path), found.content)
-        return found.layers
-
-
-@checked(ArtefactError, backend=BackendError)
-def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
-    """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
-
-    backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn",
-    "cuda", "openvino". Runs nothing the file says. Raises ArtefactError for a file that is damaged, foreign or of
-    another version, BackendError where the backend cannot run here, MissingExtraError without its extra.
-    """
-    found = artefact.load(path)
-    card = dict(found.card)
-    rows = card.pop("layers", None)
-    if not isinstance(rows, list):
-        raise ArtefactError(f"{path} has no list of layers in its card")
-    try:
-        entries = [JournalEntry(**entry) for entry in found.journal]
-    except TypeError as error:
-        raise ArtefactError(f"the journal of {path} does not fit: {error}") from error
-    allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
-    layers = [LayerRow.from_dict(row) for row in rows]
-    compiled = Compiled(found.graph_module, allocation, Journal(entries), layers, card)
-    return compiled if backend == SIMULATED else compiled.lowered(backend)
+__all__ = ["Compiled", "compile", "layer_rows", "load", "protocol_card"]
 
 
 @checked(OptionError, **BY_ARGUMENT)

@@ -25,7 +25,7 @@ from allocators.cost_table import CostTable
 from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_limits
 from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
-from fxquant.compiler import Compiled
+from fxquant.compiled import Compiled
 from fxquant.errors import BY_ARGUMENT, BudgetError, ModelError, OptionError
 from fxquant.hints import checked
 from fxquant.report.plots import plot_frontier

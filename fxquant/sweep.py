@@ -25,7 +25,8 @@ from allocators.budget import Budget
 from allocators.cost_table import CostTable
 from fxquant.arguments import json_values
 from fxquant.cache import Cache, signature
-from fxquant.compiler import Compiled, layer_rows, protocol_card
+from fxquant.compiled import Compiled
+from fxquant.compiler import layer_rows, protocol_card
 from fxquant.errors import (
     BY_ARGUMENT,
     BudgetError,

@@ -105,7 +105,7 @@ def test_synthesize_and_compile_without_data(tmp_path: Path) -> None:
 def test_inspect_builds_no_model(compiled: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     path = compiled[0] / "m.fxq"
     whole = str(fxquant.load(path).report())
-    monkeypatch.setattr("fxquant.compiler.load", lambda path: pytest.fail("a model was built"))
+    monkeypatch.setattr("fxquant.compiled.load", lambda path: pytest.fail("a model was built"))
     assert str(report_of(path)) == whole
     brief, full = run("inspect", path), run("inspect", path, "--layers")
     assert brief.exit_code == full.exit_code == 0

@@ -28,7 +28,7 @@ def benchmark_model(
     import torch
 
     from fxquant.commands.console import emit, show
-    from fxquant.compiler import load
+    from fxquant.compiled import load
     from fxquant.latency import Timing, Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress

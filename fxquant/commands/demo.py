@@ -25,7 +25,8 @@ def demo(
     from allocators.budget import Budget
     from fxquant import embedded
     from fxquant.commands.console import emit, say, show
-    from fxquant.compiler import compile, load
+    from fxquant.compiled import load
+    from fxquant.compiler import compile
     from fxquant.data import embedded_test
     from fxquant.errors import ArtefactError
     from fxquant.evaluation import evaluate

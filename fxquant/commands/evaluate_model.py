@@ -32,7 +32,7 @@ def evaluate_model(
 ) -> None:
     """Measure top-1 accuracy, with the number of images and the standard error."""
     from fxquant.commands.console import emit, show
-    from fxquant.compiler import load
+    from fxquant.compiled import load
     from fxquant.data import Preprocessing
     from fxquant.errors import DataError
     from fxquant.evaluation import evaluate

@@ -20,7 +20,7 @@ def export_model(
 ) -> None:
     """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes."""
     from fxquant.commands.console import emit, show
-    from fxquant.compiler import load
+    from fxquant.compiled import load
     from fxquant.export.onnx_file import check_export
 
     o.check_output(out)

@@ -22,7 +22,7 @@ def inspect_artefact(
 ) -> None:
     """Show how an artefact came about, its bits and where its bytes go."""
     from fxquant.commands.console import emit, show
-    from fxquant.compiler import load
+    from fxquant.compiled import load
     from fxquant.graph.printer import format_graph
     from fxquant.report.picture import check_picture, write_picture
     from fxquant.runtime.artefact import size_breakdown
