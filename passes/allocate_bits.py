@@ -25,6 +25,7 @@ from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
 from fxquant.arguments import text
+from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import BudgetError, OverrideError
 from fxquant.graph.annotation import (
     SOFTMAX,
@@ -97,7 +98,7 @@ class AllocateBits:
         table = self.cost_table(graph_module, nodes)
         table, budget = self.without_narrow(table, self.budget), in_numbers(self.budget, table)
         task = context.progress.track("allocating bits", 1)
-        allocation = self.allocator.allocate(table, budget)
+        allocation = self._allocation(table, budget, context.cache)
         task.advance()
         task.close()
         images = image_readers(graph_module, nodes)
@@ -123,6 +124,13 @@ class AllocateBits:
             **({"role_bits": {str(role): bits for role, bits in self.role_bits}} if self.role_bits else {}),
         )
         return len(nodes)
+
+    def _allocation(self, table: CostTable, budget: Budget, cache: Cache) -> Allocation:
+        """The allocator's answer, recalled where it was asked before and is one of ours."""
+        if type(self.allocator).__module__.partition(".")[0] != "allocators":
+            return self.allocator.allocate(table, budget)
+        key = signature(code_signature(), "allocation", repr(self.allocator), table.to_dict(), budget.to_dict())
+        return Allocation.from_json(cache.recall(key, lambda: self.allocator.allocate(table, budget).to_json()))
 
     def without_narrow(self, table: CostTable, budget: Budget | None) -> CostTable:
         """The table without widths below `narrowest`, where the budget can be met without them; None: in any case."""

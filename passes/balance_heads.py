@@ -62,7 +62,7 @@ class BalanceHeads:
         products, refused = query_keys(graph_module, context.images)
         moments = _Moments(graph_module, products.values())
         with torch.no_grad():
-            for batch in context.batches("measuring queries and keys"):
+            for _, batch in context.gather("measuring queries and keys", moments, graph_module):
                 moments.run(batch)
         layers = {node for product in products.values() for node in (product.query, product.key)}
         for node in layers:
@@ -158,6 +158,21 @@ class _Moments(Interpreter):
                 self.sums[place] = self.sums.get(place, 0) + part.sum(0)
                 self.moments[place] = self.moments.get(place, 0) + part.T @ part
         return result
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums so far."""
+        sums = {f"{kind}/{name}/{first}": tensor for kind, of in (("sum", self.sums), ("moment", self.moments))
+                for (name, first), tensor in of.items()}  # fmt: skip
+        return sums | {f"count/{name}": torch.tensor(count) for name, count in self.counts.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        for path, tensor in state.items():
+            kind, name, *first = path.split("/")
+            if kind == "count":
+                self.counts[name] = int(tensor)
+            else:
+                (self.sums if kind == "sum" else self.moments)[name, int(first[0])] = tensor
 
     def mean(self, node: Node, channels: Tensor) -> Tensor:
         """Of a head's channels, (D,)."""

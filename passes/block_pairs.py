@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.cache import signature
 from fxquant.graph.annotation import Candidate, annotate, annotation_of, nodes_with_role
 from fxquant.graph.blocks import Block, cut, extract
 from fxquant.quantizers.quantizer import Quantizer
@@ -92,6 +93,13 @@ class BlockPairs:
         self.original = copy.deepcopy(bare).eval().to(self.device)
         self.quantized = copy.deepcopy(substituted).eval().to(self.device)
         self.blocks = cut(self.quantized)
+
+    def signature(self, *settings: Any) -> str:
+        """What a result depends on: both networks with codes and scales, quantizers, images, settings, device."""
+        quantizers = [repr(module) for module in self.quantized.modules() if not list(module.children())]
+        quantized = signature(self.quantized, self.quantized.code)
+        sizes = [self.context.batch_size, self.device.type]
+        return self.context.signature(self.original, quantized, quantizers, sizes, *settings)
 
     def __iter__(self) -> Iterator[BlockPair]:
         """The pairs in order, over all images."""

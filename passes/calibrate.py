@@ -59,14 +59,12 @@ class Calibrate:
         if grouped:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))
-        seen = 0
-        for batch in context.batches("calibrating"):
+        for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
                 gradients = self._gradients(output, recorder, context.seed, seen) if self.gradient else {}
             if self.output_error and not self.gradient:
                 gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
-            seen += len(batch)
             with torch.no_grad():
                 for node, found in watched.items():
                     _update(graph_module, node, found, recorder.inputs[node], gradients.get(node))
@@ -77,8 +75,9 @@ class Calibrate:
         self, graph_module: GraphModule, context: PassContext, grouped: dict[Node, list[tuple[int, Observer]]]
     ) -> None:
         recorder = Recorder(graph_module, set(grouped))
+        gathered = _Statistics([observer for found in grouped.values() for _, observer in found])
         with torch.no_grad():
-            for batch in context.batches("finding outlier channels"):
+            for _, batch in context.gather("finding outlier channels", gathered, graph_module, repr(self)):
                 recorder.run(batch)
                 for node, found in grouped.items():
                     for index, observer in found:
@@ -113,6 +112,26 @@ class Calibrate:
                 if gradient is not None:
                     square.addcmul_(gradient, gradient)
         return {node: square.div_(self.draws).sqrt_() for node, square in zip(nodes, squares, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What observers have gathered, for `PassContext.gather`."""
+
+    observers: list[Observer]
+
+    def state(self) -> dict[str, Tensor]:
+        """All observers', by their place in the list."""
+        return {f"{i}.{name}": t for i, o in enumerate(self.observers) for name, t in o.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        found: list[dict[str, Tensor]] = [{} for _ in self.observers]
+        for name, tensor in state.items():
+            place, _, rest = name.partition(".")
+            found[int(place)][rest] = tensor
+        for observer, own in zip(self.observers, found, strict=True):
+            observer.restore(own)
 
 
 def _update(

@@ -11,6 +11,7 @@ finds exactly these codes. Not done: reordering columns, or re-fitting scales.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -63,14 +64,20 @@ class CompensateWeights:
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
                 raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
             rows = module.weight.detach().flatten(1)
-            rounded = compensate(rows, gram, quantizer, self.dampening, self.block)
-            before += _cost(quantizer(rows) - rows, gram)
-            after += _cost(rounded - rows, gram)
-            module.weight = nn.Parameter(rounded.reshape(module.weight.shape), requires_grad=False)
+            key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
+            kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
+            before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])
+            module.weight = nn.Parameter(kept["weight"].reshape(module.weight.shape), requires_grad=False)
             task.advance()
         task.close()
         context.note(cost_before=before, cost_after=after)
         return len(work)
+
+    def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
+        """The weight (out, in), and the costs of rounding to nearest and of this."""
+        rounded = compensate(rows, gram, quantizer, self.dampening, self.block)
+        costs = [_cost(quantizer(rows) - rows, gram), _cost(rounded - rows, gram)]
+        return {"weight": rounded, "costs": torch.tensor(costs, dtype=torch.float64)}
 
 
 def compensate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +14,7 @@ from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import check_fields
+from passes.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class JournalEntry:
     seconds: float
     peak_mib: float
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+_IMAGES_SEEN = "images seen"  # among the tensors of a state
 
 
 @dataclass
@@ -76,6 +79,16 @@ class SilentProgress:
         return SilentTask()
 
 
+class Gathered(Protocol):
+    """What a pass gathers over the calibration images, batch by batch, in a form that can be kept."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that going on from here depends on."""
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to a state."""
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What every pass is given.
@@ -119,10 +132,41 @@ class PassContext:
             task.advance()
         task.close()
 
+    def gather(
+        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """`batches`, each with the index of its first image, for a pass that gathers something over all of them.
+
+        Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
+        one that was killed is given that state and the batches that are left.
+
+        Args:
+            label: shown with the progress.
+            gathered: what the caller updates with every batch.
+            graph_module: what the images run through.
+            settings: JSON values that what is gathered depends on as well, such as the pass's repr.
+        """
+        batches = torch.split(self.images, self.batch_size)
+        task = self.progress.track(label, len(batches))
+        key = "" if self.cache.folder is None else self.signature(graph_module, label, self.batch_size, *settings)
+        checkpoint = Checkpoint(self.cache, key)
+        _, state = checkpoint.load() or ({}, {})
+        done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
+        if done:
+            gathered.restore(state)
+        first = 0
+        for batch in batches:
+            if first >= done:
+                yield first, batch
+                seen = torch.tensor(first + len(batch))
+                checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
+            first += len(batch)
+            task.advance()
+        task.close()
+
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
-        versions = [*(importlib.metadata.version(name) for name in ("torch", "timm", "fxquant")), code_signature()]
-        return signature(graph_module, graph_module.code, self.images, self.seed, versions, *settings)
+        return signature(graph_module, graph_module.code, self.images, self.seed, code_signature(), *settings)
 
     def note(self, **notes: Any) -> None:
         """Leave notes (JSON values) in the journal entry of the running pass."""

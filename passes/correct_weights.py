@@ -21,6 +21,7 @@ Then the weight is rounded: to nearest, or by GPTQ with the same matrix of quant
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant.cache import signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import STATISTICS, Fact
 from fxquant.graph.blocks import extract
@@ -87,16 +89,27 @@ class CorrectWeights:
         """Rewrite weights and biases in place; returns how many layers. Notes each layer's ridge and error."""
         pairs = BlockPairs(graph_module, context)
         task = context.progress.track("correcting weights", len(pairs.blocks))
-        notes = []
+        notes, key = [], pairs.signature(repr(self))
         for pair in pairs:
             notes += [
                 {"layer": found.layer, "ridge": found.ridge, "heldout_error": found.heldout_error}
-                for found in self.correct(pair, pairs)
+                for found in self.recalled(pair, pairs, key)
             ]
             task.advance()
         task.close()
         context.note(layers=notes)
         return adopt(graph_module, pairs.quantized)
+
+    def recalled(self, pair: BlockPair, pairs: BlockPairs, key: str, images: Tensor | None = None) -> list[Correction]:
+        """`correct`, kept block by block, so that a process that takes the place of a killed one repeats one at most.
+
+        key: signature of all that the correction depends on besides the block's index.
+        """
+
+        def make() -> dict[str, Tensor]:
+            return _to_tensors(self.correct(pair, pairs, images), pair)
+
+        return _taken(pairs.context.cache.recall_tensors(signature(key, pair.index), make), pair)
 
     def correct(self, pair: BlockPair, pairs: BlockPairs, images: Tensor | None = None) -> list[Correction]:
         """Correct and round the layers of the pair's quantized block, in graph order.
@@ -167,6 +180,35 @@ class CorrectWeights:
             costs[ridge] = sum(cost(found.solve(ridge, without=fold), fold) for fold in folds)
         best = min(costs, key=lambda ridge: costs[ridge])
         return best, costs[best] / max(costs[None], 1e-300)
+
+
+def _to_tensors(corrections: list[Correction], pair: BlockPair) -> dict[str, Tensor]:
+    """Corrections, and what they have made of their layers."""
+    found: dict[str, Tensor] = {}
+    for correction in corrections:
+        module: Any = pair.quantized.get_submodule(correction.layer)
+        ridge = math.nan if correction.ridge is None else correction.ridge
+        numbers = torch.tensor([ridge, correction.heldout_error], dtype=torch.float64)
+        kept = {"numbers": numbers, "wanted": correction.weight, "codes": module.weight_codes, "bias": module.bias}
+        found |= {f"{correction.layer}/{name}": tensor for name, tensor in kept.items() if tensor is not None}
+    return found
+
+
+def _taken(tensors: dict[str, Tensor], pair: BlockPair) -> list[Correction]:
+    """The corrections that `_to_tensors` was given, in graph order, put into their layers."""
+    corrections = []
+    for node, module, layer in pair.layers():
+        path, device = str(node.target), layer.weight.device
+        if f"{path}/codes" not in tensors:
+            continue
+        module.weight_codes = tensors[f"{path}/codes"].to(device)
+        module.refresh()
+        if module.bias is not None:
+            module.bias = tensors[f"{path}/bias"].to(device)
+        ridge, error = tensors[f"{path}/numbers"].tolist()
+        wanted = tensors[f"{path}/wanted"].to(device)
+        corrections.append(Correction(path, None if math.isnan(ridge) else ridge, error, wanted))
+    return corrections
 
 
 @dataclass

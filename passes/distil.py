@@ -13,7 +13,7 @@ the start included; at every check the running mean of what learns is tried too,
 have settled.
 
 Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
-quantizers. State is kept at every check, so an interrupted run goes on from the last one.
+quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.cache import signature
+from fxquant.cache import Kept
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import check_fields
 from passes.augment import Augment
 from passes.block_pairs import BlockPairs, adopt
+from passes.checkpoint import Checkpoint
 from passes.contract import PassContext
 from passes.correct_weights import CorrectWeights
 from passes.training import MEMORY, Training, held_out
 
+EVERY_S = 30.0  # of training, between two states kept
 CLOSED_FORM = 128  # images at most; more hardly help it
 
 
@@ -84,26 +86,26 @@ class Distil:
         the check that was kept.
         """
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
-        quantizers = [repr(module) for module in pairs.quantized.modules() if not list(module.children())]
-        quantized = signature(pairs.quantized, pairs.quantized.code)
-        key = context.signature(pairs.original, quantized, quantizers, repr(self), MEMORY, pairs.device.type)
-        keys = [signature(key, check) for check in range(1, self.checks + 1)]
+        key = pairs.signature(repr(self), MEMORY)
+        checkpoint = Checkpoint(context.cache, key, EVERY_S)
         task = context.progress.track("distilling", self.checks)
-        kept = next((found for key in reversed(keys) if (found := context.cache.read(key)) is not None), None)
+        kept = checkpoint.load()
         train, held = held_out(len(context.images))
         wanted: dict[str, Tensor] = {}
         if kept is None and self.closed_form is not None:
             for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
-                wanted |= {found.layer: found.weight for found in self.closed_form.correct(pair, pairs)}
+                wanted |= {found.layer: found.weight for found in self.closed_form.recalled(pair, pairs, key)}
         training = Training(self, pairs, wanted, train, held)
         if kept is not None:
             training.restore(kept[1])
             task.advance(training.check)
+
+        def state() -> Kept:
+            return {}, training.state()
+
         while training.check < self.checks:
-            training.advance()
-            context.cache.write(keys[training.check - 1], {}, training.state())
-            if training.check > 1:
-                context.cache.forget(keys[training.check - 2])
+            training.advance(lambda: checkpoint.save(state))
+            checkpoint.save(state, last=True)
             task.advance()
         task.close()
         divergences = training.divergences

@@ -28,6 +28,7 @@ from fxquant.hints import check_fields
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
 
+_CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
 
 
@@ -81,7 +82,7 @@ class FoldSqb:
         }
         statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
-            for batch in context.batches("measuring LayerNorm outputs"):
+            for _, batch in context.gather("measuring LayerNorm outputs", statistics, graph_module, repr(self)):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]
@@ -157,6 +158,16 @@ class _Channels:
             self.rows = torch.cat([self.rows, kept]) if self.keep_rows else self.rows
         self.count += len(rows)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that going on from here depends on."""
+        return {**{name: getattr(self, name) for name in _CHANNEL_TENSORS}, "count": torch.tensor(self.count)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        for name in _CHANNEL_TENSORS:
+            setattr(self, name, state[name])
+        self.count = int(state["count"])
+
 
 def _smallest(kept: Tensor, rows: Tensor, count: int) -> Tensor:
     """The `count` smallest values of every channel among those kept and the new rows."""
@@ -175,6 +186,15 @@ class _OutputStatistics(Interpreter):
         if node in self.channels:
             self.channels[node].update(result)
         return result
+
+    def state(self) -> dict[str, Tensor]:
+        """All channels' statistics so far, by the name of their node."""
+        return {f"{node.name}/{name}": t for node, seen in self.channels.items() for name, t in seen.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        for node, seen in self.channels.items():
+            seen.restore({name: state[f"{node.name}/{name}"] for name in seen.state()})
 
 
 def _shared(norm: Node, path: ChannelPath, counts: dict[str, int]) -> str | None:

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.cache import signature
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import annotation_of
 from fxquant.hints import check_fields
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
-from fxquant.sensitivity.measured import Divergence
+from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
 from passes.contract import PassContext
-from passes.score_layers import Scores
+from passes.score_layers import Scores, described_candidates
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,21 @@ class TypeAwareFisher(FisherTrace):
         beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)
         divergence = Divergence(graph_module, context.images, context.batch_size)
-        exact = divergence.log_probabilities({})
+        exact: Tensor | None = None
+        common = context.signature(graph_module, "layer types", self.drop, self.labels, context.batch_size)
+
+        def measure(bits: dict[Node, Bits]) -> float:
+            nonlocal exact
+            exact = divergence.log_probabilities({}) if exact is None else exact
+            return self._drop(exact, divergence.log_probabilities(bits))
+
         task = context.progress.track("measuring layer types", len(sampled))
         found = {}
         for node in sampled:
             annotation = annotation_of(node)
-            bits = {node: (beta, beta if annotation.activation_candidates else None)}
-            found[annotation.layer] = self._drop(exact, divergence.log_probabilities(bits))
+            bits: dict[Node, Bits] = {node: (beta, beta if annotation.activation_candidates else None)}
+            key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
+            found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
             task.advance()
         task.close()
         return found

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -132,8 +132,12 @@ class Pipeline:
         return Pipeline((step for step in self.passes if not isinstance(step, kind)), self.assumes)
 
     @checked(PipelineError)
-    def run(self, graph_module: GraphModule, context: PassContext) -> GraphModule:
+    def run(
+        self, graph_module: GraphModule, context: PassContext, passed: Callable[[GraphModule], None] | None = None
+    ) -> GraphModule:
         """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
+
+        passed: called after every pass with the graph, which it must not change.
 
         Raises PipelineError when the graph lacks a fact this pipeline assumes, CalibrationError for images that are not
         the graph's or not finite, VerificationError when a pass did not establish what it provides.
@@ -154,6 +158,8 @@ class Pipeline:
                 verify(graph_module, fact)
             peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
+            if passed is not None:
+                passed(graph_module)
         return graph_module
 
 

@@ -5,21 +5,25 @@
     quantized = rest.run(searched, context)
 
 Kept under a signature of the traced model, the images, seed, batch size, versions, our sources and the passes' options.
-Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph. Not kept, and
-so run anew: passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
+Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph. Until the last
+pass is done, the graph after the passes so far is kept as a part, for a process that takes the place of a killed one.
+Not kept, and so run anew: passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 
 from torch.fx import GraphModule
 
+from fxquant.cache import Kept, signature
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import Fact, facts_of
 from fxquant.runtime.searched import searched_from_file, searched_to_file
 from fxquant.runtime.untrusted import from_json, to_json
 from passes.check_budget import CheckBudget
+from passes.checkpoint import Checkpoint
 from passes.contract import JournalEntry, PassContext
 from passes.pipeline import Pipeline
 
@@ -39,21 +43,35 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> G
 
     Says nothing about budgets: `check_budget` comes first. Raises what the passes raise.
     """
-    if context.cache.folder is None or not _can_be_kept(prefix):
+    cache, journal = context.cache, context.journal
+    if cache.folder is None or not _can_be_kept(prefix):
         return prefix.run(traced, context)
-    steps = [repr(step) for step in prefix]
-    key = context.signature(traced, "searched graph", context.batch_size, steps)
-    found = _recall(key, prefix, traced, context)
-    if found is not None:
-        return found
-    first = len(context.journal.entries)
-    searched = prefix.run(traced, context)
-    kept = [asdict(entry) for entry in context.journal.entries[first:]]
-    try:
-        texts, tensors = searched_to_file(searched, traced)
-        context.cache.write(key, {**texts, "journal": to_json(kept, "the journal")}, tensors)
-    except ArtefactError:
-        return searched  # a graph that no file can hold is a result all the same
+    key = context.signature(traced, "searched graph", context.batch_size, [repr(step) for step in prefix])
+    known = _read(cache.read(key), prefix, traced)
+    if known is not None and len(known.entries) == len(prefix):
+        journal.entries += [replace(e, seconds=0.0, notes={**e.notes, "recalled": True}) for e in known.entries]
+        return known.graph_module
+    first_part, first_entry = len(cache.parts), len(journal.entries)
+    checkpoint = Checkpoint(cache, signature(key, "unfinished"))
+    start = _read(checkpoint.load(), prefix, traced) or _Searched(traced, [])
+    journal.entries += start.entries
+
+    def written(graph_module: GraphModule) -> Kept:
+        texts, tensors = searched_to_file(graph_module, traced)
+        entries = [asdict(entry) for entry in journal.entries[first_entry:]]
+        return {**texts, "journal": to_json(entries, "the journal")}, tensors
+
+    def keep(graph_module: GraphModule) -> None:
+        """Between two passes; not while observers hold statistics, which Calibrate keeps itself."""
+        done = len(journal.entries) - first_entry
+        if done < len(prefix) and Fact.CALIBRATED not in facts_of(graph_module):
+            with suppress(ArtefactError):
+                checkpoint.save(lambda: written(graph_module))
+
+    searched = prefix[len(start.entries) :].run(start.graph_module, context, keep)
+    with suppress(ArtefactError):  # a graph that no file can hold is a result all the same
+        if cache.write(key, *written(searched)):
+            cache.forget(*cache.parts[first_part:])
     return searched
 
 
@@ -70,18 +88,23 @@ def _can_be_kept(prefix: Pipeline) -> bool:
     return is_ours and Fact.SCALES_SEARCHED in prefix.provides and Fact.CALIBRATED not in prefix.provides
 
 
-def _recall(key: str, prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule | None:
-    found = context.cache.read(key)
-    if found is None:
+@dataclass(frozen=True)
+class _Searched:
+    """A graph after some passes, and the journal's entries of these."""
+
+    graph_module: GraphModule
+    entries: list[JournalEntry]
+
+
+def _read(kept: Kept | None, prefix: Pipeline, traced: GraphModule) -> _Searched | None:
+    """What was kept, where it is of the first passes of this pipeline; None for anything that does not fit."""
+    if kept is None:
         return None
-    texts, tensors = found
+    texts, tensors = kept
     try:
-        searched = searched_from_file(texts, tensors, traced)
         entries = [JournalEntry(**entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
-        if [entry.step for entry in entries] != [repr(step) for step in prefix]:
-            raise ArtefactError("the journal kept is another pipeline's")
+        if [entry.step for entry in entries] != [repr(step) for step in prefix[: len(entries)]]:
+            return None
+        return _Searched(searched_from_file(texts, tensors, traced), entries)
     except (ArtefactError, TypeError, ValueError, KeyError):
-        context.cache.forget(key)
         return None
-    context.journal.entries += [replace(e, seconds=0.0, notes={**e.notes, "recalled": True}) for e in entries]
-    return searched

@@ -88,7 +88,7 @@ class Reconstruct:
         to the float network's), and steps taken. Every block is kept in the context's cache as soon as it is learned.
         """
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
-        key = self._key(pairs, context)
+        key = pairs.signature(repr(self))
         task = context.progress.track("reconstructing blocks", self.steps * len(pairs.blocks))
         notes = []
         for pair in pairs:
@@ -106,13 +106,6 @@ class Reconstruct:
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device
-
-    def _key(self, pairs: BlockPairs, context: PassContext) -> str:
-        """What the result depends on: both networks with codes and scales, quantizers, images, options, device."""
-        quantizers = [repr(module) for module in pairs.quantized.modules() if not list(module.children())]
-        return context.signature(
-            pairs.original, signature(pairs.quantized, pairs.quantized.code), quantizers, repr(self), pairs.device.type
-        )
 
 
 class _Learning:

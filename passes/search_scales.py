@@ -8,18 +8,21 @@ the noise power that sensitivities and allocators read; then the observers' stat
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import CalibrationError
+from fxquant.cache import Cache
+from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
 from fxquant.hints import check_fields
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
+from fxquant.runtime.searched import candidates_from_file, candidates_to_file
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
@@ -66,10 +69,11 @@ class SearchScales:
         task = context.progress.track("searching scales", len(nodes))
         for node in nodes:
             found = observers_of(graph_module, node)
+            weight, *activation = self._recalled(graph_module, node, [observer for _, observer in found], context.cache)
             annotate(
                 node,
-                weight_candidates=self._weight(graph_module, node, found[0][1]),
-                activation_candidates=tuple(self._activation(o) for _, o in found if o.family is not None),
+                weight_candidates=weight,
+                activation_candidates=tuple(activation),
                 weight_sensitivity=(),
                 activation_sensitivity=(),
             )
@@ -78,6 +82,22 @@ class SearchScales:
             task.advance()
         task.close()
         return len(nodes)
+
+    def _recalled(
+        self, graph_module: GraphModule, node: Node, observers: list[Observer], cache: Cache
+    ) -> tuple[tuple[Candidate, ...], ...]:
+        """Candidates of a node's weight, then of each quantized input; a killed process has left those it had."""
+        statistics = [[str(o.family), o.keeps_gram, o.images, o.state()] for o in observers]
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        key = cache.key_of(repr(self), statistics, module)
+        kept = cache.read(key, part=True)
+        if kept is not None:
+            return candidates_from_file(*kept)
+        inputs = (self._activation(observer) for observer in observers if observer.family is not None)
+        found = (self._weight(graph_module, node, observers[0]), *inputs)
+        with suppress(ArtefactError):  # a quantizer that no file can hold
+            cache.write(key, *candidates_to_file(found), part=True)
+        return found
 
     def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
         statistics = observer.statistics()

@@ -6,7 +6,7 @@ What the loss is and why: `passes.distil`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,7 @@ class Training:
         self.student = with_outputs(pairs.quantized, [block.result for block in pairs.blocks[:-1]])
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + 17)
         self.order = torch.empty(0, dtype=torch.int64)
-        self.check = 0
+        self.check = self.step = 0
         self.weights: dict[str, LearnedCodes] = {}
         constants = {node.target for node in self.student.graph.nodes if node.op == "get_attr"}
         self.rest = {
@@ -87,12 +87,14 @@ class Training:
         self.divergences = [self._divergence()]
         self.best, self.mean = self._values(), self._values()
 
-    def advance(self) -> None:
-        """Train up to the next check."""
-        first, last = (round(self.steps * check / self.options.checks) for check in (self.check, self.check + 1))
-        for step in range(first, last):
-            self._step(step)
+    def advance(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Train up to the next check; `after_step` may keep the state after every step."""
+        last = round(self.steps * (self.check + 1) / self.options.checks)
+        while self.step < last:
+            self._step(self.step)
             torch._foreach_lerp_(self.mean, [value.detach() for value in self._parameters()], 1 - MEMORY)
+            self.step += 1
+            after_step()
         self.check += 1
         now = self._values()
         found = [(self._divergence(), now)]
@@ -109,6 +111,7 @@ class Training:
         moments = self.optimizer.state_dict()["state"]
         return {
             "check": torch.tensor(self.check),
+            "step": torch.tensor(self.step),
             "divergences": torch.tensor(self.divergences, dtype=torch.float64),
             "order": self.order,
             "random": self.generator.get_state(),
@@ -120,7 +123,8 @@ class Training:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a state."""
-        self.check, self.divergences = int(state["check"]), state["divergences"].tolist()
+        self.check, self.step = int(state["check"]), int(state["step"])
+        self.divergences = state["divergences"].tolist()
         self.order = state["order"]
         self.generator.set_state(state["random"])
         self._take([state[f"now.{i}"] for i in range(len(self.best))])

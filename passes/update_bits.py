@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from allocators.allocation import Allocation
 from allocators.cost_table import Assignment, CostTable
 from allocators.exchanges import Step, exchanges, steps
+from fxquant.cache import signature
 from fxquant.errors import PipelineError
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
 from fxquant.hints import check_fields
@@ -82,7 +83,9 @@ class UpdateBits:
         start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
         described = [described_candidates(annotation_of(node)) for node in nodes]
         key = context.signature(graph_module, "update", repr(self), described, start)
-        found = context.cache.recall(key, lambda: _Search(self, graph_module, nodes, table, allocation, context).run())
+        found = context.cache.recall(
+            key, lambda: _Search(self, graph_module, nodes, table, allocation, context, key).run()
+        )
         columns = np.array(found["columns"])
         changed = 0
         weight_bits, activation_bits = table.bits(columns)
@@ -119,7 +122,11 @@ Taken = frozenset[tuple[int, tuple[int, int]]]
 
 
 class _Search:
-    """One run: the assignment so far, the errors measured so far, and the score."""
+    """One run: the assignment so far, the errors measured so far, and the score.
+
+    key: signature of all that the run depends on. Errors and scores are kept under it one by one, so that a process
+    that takes the place of a killed one has them all at once.
+    """
 
     def __init__(
         self,
@@ -129,7 +136,9 @@ class _Search:
         table: CostTable,
         allocation: Allocation,
         context: PassContext,
+        key: str,
     ) -> None:
+        self.key = key
         self.options, self.graph_module, self.nodes, self.table = options, graph_module, nodes, table
         self.budget, self.context = allocation.budget, context
         self.assignment = _columns(table, allocation)
@@ -203,11 +212,14 @@ class _Search:
             pairs.setdefault(self.nodes[row], []).append(self._bits(columns[0], columns[1]))
         if not pairs:
             return
-        batches = torch.split(self.error_images, self.context.batch_size)
-        found = reconstruction_errors(self.graph_module, pairs, batches)
-        for row, *columns in missing:
-            error = found[self.nodes[row]][self._bits(columns[0], columns[1])]
-            self.errors[row, columns[0], columns[1]] = error
+
+        def measured() -> list[float]:
+            batches = torch.split(self.error_images, self.context.batch_size)
+            found = reconstruction_errors(self.graph_module, pairs, batches)
+            return [found[self.nodes[row]][self._bits(columns[0], columns[1])] for row, *columns in missing]
+
+        errors = self.context.cache.recall(signature(self.key, "errors", missing), measured)
+        self.errors |= {(row, first, second): e for (row, first, second), e in zip(missing, errors, strict=True)}
 
     def _weight(self, row: int) -> float:
         """What one unit of a layer's relative error counts."""
@@ -247,7 +259,9 @@ class _Search:
             weight = int(weight_bits[row]) if assignment[0, row] >= 0 else annotation.weight_bits
             activation = int(activation_bits[row]) if assignment[1, row] >= 0 else annotation.activation_bits
             bits[node] = (weight, activation)
-        return self.divergence.of(bits)
+        key = signature(self.key, "score", assignment.tolist())
+        found: float = self.context.cache.recall(key, lambda: self.divergence.of(bits))
+        return found
 
     def _told(self, taken: list[Step], predicted: float, realised: float, kept: bool) -> dict[str, Any]:
         sides = {

@@ -86,7 +86,7 @@ def test_tensors_are_made_once_and_a_damaged_file_again(tmp_path: Path) -> None:
             found = cache.recall_tensors("k", make)
             assert found.keys() == tensors.keys()
             assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    file = tmp_path / "k.safetensors"
+    file = tmp_path / "k.part"
     file.write_bytes(file.read_bytes()[:50])
     assert torch.equal(Cache(tmp_path).recall_tensors("k", lambda: tensors)["a"], tensors["a"])
     assert Cache(tmp_path).recall_tensors("k", lambda: pytest.fail("made again")).keys() == tensors.keys()

@@ -49,6 +49,16 @@ class Bfloat16Histogram:
         for offset, moment in enumerate((weights, first, first * values)):
             self._moments[row + offset] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
 
+    def state(self) -> dict[str, Tensor]:
+        """The buckets that hold values, int64 (K,), their moments, float64 (6, K), and whether there are weights."""
+        used = torch.nonzero((self._moments != 0).any(0))[:, 0]
+        return {"used": used, "moments": self._moments[:, used], "weighted": torch.tensor(self.weighted)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        self._moments.zero_()[:, state["used"]] = state["moments"]
+        self.weighted = bool(state["weighted"])
+
     def finish(self) -> SortedMoments:
         """Buckets that hold values, in ascending order of value."""
         moments = self._moments.numpy()

@@ -16,6 +16,12 @@ from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
 from fxquant.quantizers.histogram import Bfloat16Histogram
 from fxquant.quantizers.outlier_channels import outlier_factors
 
+# What an observer gathers: all that `release` forgets.
+_COUNTS = ("images", "row_length", "coherence_count")
+_NUMBERS = (*_COUNTS, "minimum", "maximum", "image_minimum_sum", "token_weight_sum", "coherence_sum")
+_TENSORS = ("channel_magnitude", "channel_factor", "gram", "output_weight")
+_HISTOGRAMS = ("histogram", "row_histogram")
+
 
 class Edge(StrEnum):
     """What flows over an observed edge; decides which family of quantizer fits."""
@@ -125,6 +131,29 @@ class Observer(nn.Module):
         self.token_weight_sum += float(token_weight.double().sum())
         product = (rows * token_weight[:, None]).T @ rows
         self.gram = product if self.gram is None else self.gram + product
+
+    def state(self) -> dict[str, Tensor]:
+        """All statistics gathered so far, by name."""
+        numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
+        found = {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
+        for name in _HISTOGRAMS:
+            histogram = getattr(self, name)
+            if histogram is not None:
+                found |= {f"{name}.{part}": tensor for part, tensor in histogram.state().items()}
+        return {"numbers": numbers, **found}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        for name, value in zip(_NUMBERS, state["numbers"].tolist(), strict=True):
+            setattr(self, name, int(value) if name in _COUNTS else value)
+        for name in _TENSORS:
+            setattr(self, name, state.get(name))
+        for name in _HISTOGRAMS:
+            parts = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+            histogram = Bfloat16Histogram() if parts else None
+            if histogram is not None:
+                histogram.restore(parts)
+            setattr(self, name, histogram)
 
     def channel_weight(self) -> Tensor | None:
         """b_o (out,), float32: how much more than average the loss cares for each output channel; None if unknown."""

@@ -9,7 +9,7 @@ more is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -73,6 +73,19 @@ def searched_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor], 
         annotate(node, **{key: _read(value, tensors) for key, value in found.items() if key != "role"})
     graph_module.meta.update(field(content, "meta", dict, what))
     return graph_module
+
+
+def candidates_to_file(groups: Iterable[tuple[Candidate, ...]]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Texts and tensors of one layer's candidates, operand by operand. Raises ArtefactError as `searched_to_file`."""
+    writer = _Writer()
+    found = [writer.value(group, "candidates") for group in groups]
+    return {"candidates": to_json(found, "the candidates")}, writer.tensors
+
+
+def candidates_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[tuple[Candidate, ...], ...]:
+    """The candidates that were written. Raises ArtefactError for anything that does not fit together."""
+    what = "the candidates"
+    return tuple(_read(group, tensors) for group in from_json(texts.get("candidates", ""), list, what))
 
 
 class _Writer:

@@ -124,8 +124,8 @@ def test_same_seed_same_result_and_another_seed_another(allocated: GraphModule) 
 class Stops(Cache):
     """Interrupts after the first check."""
 
-    def write(self, key, texts, tensors):  # type: ignore[no-untyped-def]
-        super().write(key, texts, tensors)
+    def write(self, *content, **options):  # type: ignore[no-untyped-def]
+        super().write(*content, **options)
         raise KeyboardInterrupt
 
 
