@@ -4,8 +4,9 @@ After `normalize`, whatever the source said:
 
 - linear and convolution are `call_module` of `nn.Linear` / `nn.Conv*d`, also where the model called `F.linear` with a
   parameter of its own; softmax is `nn.Softmax`, GELU is `nn.GELU`, layer norm is `nn.LayerNorm`;
-- a product of two activations is `call_function torch.matmul`;
-- fused attention is written out as matmul, softmax, matmul;
+- a product of two activations is `call_function torch.matmul`, the sums of products that einsum and its kin spell too
+  (`contractions`, while tracing); a product with a constant matrix is `nn.Linear`;
+- fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing);
 - operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code.
 
 A new module takes the place of the module it came from (`blocks.3.attn.qkv`, `blocks.3.norm1`) where nothing else lives
@@ -14,7 +15,6 @@ there, else it is a child of it (`blocks.3.attn.softmax`).
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +25,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
-MATMULS = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"}
-SOFTMAXES = {functional.softmax, torch.softmax, "softmax"}
+MATMULS = {operator.matmul, torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
+SOFTMAXES = {functional.softmax, torch.softmax, torch.special.softmax, "softmax"}
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {
     functional.conv1d: nn.Conv1d,
     functional.conv2d: nn.Conv2d,
@@ -126,13 +126,34 @@ def _home_of_weight(node: Node, weight: Node, default: str) -> tuple[str, str]:
 
 
 def _rewrite_matmul(graph_module: GraphModule, node: Node) -> None:
+    left = argument(node, 0, "input")
+    right: Any = next(
+        value for value in (*node.args[1:], *map(node.kwargs.get, ("other", "mat2"))) if value is not None
+    )
+    weight_ic_oc = constant_of(graph_module, right)
+    if weight_ic_oc is not None and weight_ic_oc.ndim == 2 and constant_of(graph_module, left) is None:
+        channels_in, channels_out = weight_ic_oc.shape
+        linear = nn.Linear(channels_in, channels_out, bias=False, device="meta")
+        _set_parameters(linear, weight_ic_oc.t().contiguous(), None)
+        _call_module(graph_module, node, *_home_of_weight(node, right, "linear"), linear)
+        return
     with node.graph.inserting_before(node):
-        _replace(node, node.graph.call_function(torch.matmul, node.args[:2] or tuple(node.kwargs.values())))
+        _replace(node, node.graph.call_function(torch.matmul, (left, right)))
 
 
 def _rewrite_softmax(graph_module: GraphModule, node: Node) -> None:
-    if argument(node, 3, "dtype") is None:
-        _call_module(graph_module, node, scope_of(node), "softmax", nn.Softmax(argument(node, 1, "dim", -1)))
+    source, shape, dtype = argument(node, 0, "input"), shape_of(node), node.kwargs.get("dtype")
+    axis = argument(node, 1, "dim")
+    if shape is None or not isinstance(source, Node):
+        return
+    if axis is None:  # what torch takes then, with a warning
+        axis = 0 if len(shape) in (0, 1, 3) else 1
+    if dtype is not None and dtype != source.meta["tensor_meta"].dtype:
+        with node.graph.inserting_before(node):
+            converted = node.graph.call_method("to", (source, dtype))
+        converted.meta["tensor_meta"] = source.meta["tensor_meta"]._replace(dtype=dtype)
+        node.replace_input_with(source, converted)
+    _call_module(graph_module, node, scope_of(node), "softmax", nn.Softmax(-1 if axis == len(shape) - 1 else axis))
 
 
 def _rewrite_gelu(graph_module: GraphModule, node: Node) -> None:
@@ -194,31 +215,6 @@ def _set_parameters(module: nn.Module, weight: torch.Tensor | None, bias: torch.
             setattr(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
 
 
-def _rewrite_fused_attention(graph_module: GraphModule, node: Node) -> None:
-    """softmax(q k^T * scale + mask) v, written out."""
-    query, key, value = node.args[:3]
-    mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-    shape = shape_of(query)
-    mask_tensor = constant_of(graph_module, mask)
-    if shape is None:
-        return
-    unsupported = is_causal or node.kwargs.get("enable_gqa") or (mask is not None and mask_tensor is None)
-    if unsupported or (mask_tensor is not None and mask_tensor.dtype == torch.bool):
-        return
-    scale = node.kwargs.get("scale")
-    graph = node.graph
-    with graph.inserting_before(node):
-        scaled = graph.call_function(operator.mul, (query, scale if scale is not None else 1 / math.sqrt(shape[-1])))
-        scores = graph.call_function(torch.matmul, (scaled, graph.call_method("transpose", (key, -2, -1))))
-        scores = scores if mask is None else graph.call_function(operator.add, (scores, mask))
-        softmax = graph.call_function(torch.softmax, (scores, -1))
-        product = graph.call_function(torch.matmul, (softmax, value))
-    for made in (scaled, scores, softmax):
-        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-    _replace(node, product)
-    _rewrite_softmax(graph_module, softmax)
-
-
 def _drop(graph_module: GraphModule, node: Node) -> None:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     node.graph.erase_node(node)
@@ -249,7 +245,6 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {
     functional.gelu: _rewrite_gelu,
     functional.layer_norm: _rewrite_layer_norm,
     torch.layer_norm: _rewrite_layer_norm,
-    functional.scaled_dot_product_attention: _rewrite_fused_attention,
     functional.dropout: _drop_dropout,
     functional.pad: _drop_empty_padding,
     operator.getitem: _drop_whole_slice,

@@ -7,12 +7,16 @@ handed over as they are: what is computed from parameters alone (position bias t
 standardized weights) is computed during the trace and enters the graph as one constant. Functions that a model wrapped
 for `torch.fx` are called through, and modules that do nothing in inference leave no node.
 
+Hooks run as in any call, and what they do is recorded; so is the forward of every module that is not exactly one of
+torch.nn (`leaves`). Only the modules of the traced copy are watched (`interception`), never the process.
+
 Consequences: a graph is valid for any batch size and for the image size it was traced at. Control flow on activation
 values cannot be traced, by design.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,80 +25,42 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import _symbolic_trace
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.fx.proxy import Attribute
+from torch.fx.proxy import Scope, ScopeContextManager
+from torch.nn import functional
+
+from fxquant.errors import TraceError
+from fxquant.graph import contractions
+from fxquant.graph.attention_forms import scaled_dot_product_attention
+from fxquant.graph.batch_proxy import BatchProxy, ConstantProxy, at_batch, fakes_in, is_constant, proxies_in, varies
+from fxquant.graph.in_place import Memory, assigned, in_place_call, share_memory, whole_index
+from fxquant.graph.interception import intercepted
+from fxquant.graph.leaves import has_no_effect, is_leaf
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
 _BATCH_SIZES = (2, 3)
-_NO_OPERATION = (nn.Identity, nn.modules.dropout._DropoutNd)
-
-
-class BatchProxy(fx.Proxy):
-    """A proxy that carries the node's value at each of two batch sizes."""
-
-    batch_values: tuple[Any, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        """The attribute: a plain value where it does not depend on the batch, else a proxy; methods stay lazy."""
-        if name == "batch_values":  # not set yet: the node is being created
-            raise AttributeError(name)
-        if callable(getattr(self.batch_values[0], name, None)):
-            return Attribute(self, name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __len__(self) -> int:
-        """Length of the first axis; raises TraceError of torch.fx where it is the batch."""
-        lengths = [len(value) for value in self.batch_values]
-        if lengths[0] != lengths[1]:
-            raise fx.proxy.TraceError("len() of a tensor whose first axis is the batch")
-        return lengths[0]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        """x[:, 1:] = y, recorded as a new tensor that this name stands for from here on; other views keep the old."""
-        index = index if isinstance(index, tuple) else (index,)
-        if not all(isinstance(part, slice) for part in index):
-            raise fx.proxy.TraceError("assignment into a tensor is traced for slices only")
-        changed = _assign(self, index, value, 0)
-        self.node, self.batch_values = changed.node, changed.batch_values
-
-
-def _assign(target: Any, index: tuple[slice, ...], value: Any, axis: int) -> Any:
-    """`target` with target[index] = value, from the outermost sliced axis inwards."""
-    while index and index[0] == slice(None):
-        index, axis = index[1:], axis + 1
-    if not index:
-        return value
-    part = index[0]
-    inner = _assign(target[(slice(None),) * axis + (part,)], index[1:], value, axis + 1)
-    start, stop, step = part.indices(target.shape[axis])
-    return torch.slice_scatter(target, inner, axis, start, stop, step)
-
-
-class ConstantProxy(BatchProxy):
-    """A tensor known during the trace; it becomes a `get_attr` node only where it meets an activation."""
-
-    def __init__(self, tensor: torch.Tensor, tracer: ShapeTracer) -> None:
-        """The proxy of a tensor."""
-        self.batch_values = (tensor, tensor)
-        self.tracer = tracer
-        self._node: fx.Node | None = None
-
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        """The `get_attr` node, created on first use."""
-        if self._node is None:
-            self._node = self.tracer.create_arg(self.batch_values[0])  # type: ignore[assignment]
-        return self._node  # type: ignore[return-value]
+_IMAGE = "x"
+_CONVERSIONS = frozenset({"to", "float", "double", "type", "type_as"})
+_FORMS: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: scaled_dot_product_attention,
+    torch.einsum: functools.partial(contractions.einsum, is_constant),
+    torch.tensordot: functools.partial(contractions.tensordot, is_constant),
+    torch.inner: functools.partial(contractions.inner, is_constant),
+    "inner": functools.partial(contractions.inner, is_constant),
+    **dict.fromkeys(
+        (torch.baddbmm, torch.addmm, "baddbmm", "addmm"), functools.partial(contractions.baddbmm, is_constant)
+    ),
+}
 
 
 class ShapeTracer(fx.Tracer):
     """Traces an image model at the shape of an example, with the batch left free.
 
-    example_bchw: float (B, C, H, W); only its shape and dtype are used. After `trace`, `read_tensors` holds the ids of
-    the parameters and buffers that the model's own code has read.
+    example_bchw: float (B, C, H, W); only its shape and dtype are used. After `record`, `read_tensors` holds the ids of
+    the parameters and buffers that the model's own code has read; after it failed, `failed_in` is the path of the
+    module in which it did.
     """
 
     def __init__(self, example_bchw: torch.Tensor) -> None:
@@ -105,43 +71,63 @@ class ShapeTracer(fx.Tracer):
         self._example_bchw = example_bchw
         self._evaluating = False
         self._path_of_tensor: dict[int, str] = {}
+        self._alive: list[torch.Tensor] = []  # an id stands for a tensor only as long as that is alive
+        self._memory = Memory()
+        self._overwritten: dict[int, BatchProxy] = {}
         self.read_tensors: set[int] = set()
+        self.failed_in: str | None = None
 
-    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Record the model's graph; functions wrapped with `torch.fx.wrap` are traced through."""
-        if not isinstance(root, nn.Module):
-            raise TypeError(f"a module is traced, not {type(root).__name__}")
+    def record(self, root: nn.Module) -> fx.Graph:
+        """Call the model on a proxy for the image, and return the graph of what it did."""
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.graph._graph_namespace.create_name("self", None)  # the name of the module in the code of a graph
+        self.tensor_attrs = {}
+        modules = dict(root.named_modules())
+        self.submodule_paths = {module: path for path, module in modules.items()}
+        self._kinds = {module: type(module) for module in modules.values()}
+        self._leaves = {module for module in modules.values() if is_leaf(module)}
+        self._no_operations = {module for module in modules.values() if has_no_effect(module)}
+        self._in_place = {module for module in self._leaves if getattr(module, "inplace", False)}
+        for module in self._in_place:
+            module.inplace = False
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._path_of_tensor[id(tensor)] = path
-        wrapped = dict(_symbolic_trace._wrapped_fns_to_patch)
-        _symbolic_trace._wrapped_fns_to_patch.clear()
-        try:
-            return super().trace(root, concrete_args)
-        finally:
-            _symbolic_trace._wrapped_fns_to_patch.update(wrapped)
+        with intercepted(root, self):
+            result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
+        for proxy in proxies_in((result,)):
+            self._memory.check(proxy, "output", ())
+        self.create_node("output", "output", (self.create_arg(result),), {})
+        self.submodule_paths = None
+        return self.graph
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """One placeholder, the image; every other argument of forward keeps its default."""
-        name = root_fn.__code__.co_varnames[1]
-        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def read(self, value: Any) -> Any:
         """Parameters and buffers become constants."""
-        is_read_by_model = isinstance(attr_val, torch.Tensor) and not self._evaluating
-        if is_read_by_model:
-            self.read_tensors.add(id(attr_val))
-        return ConstantProxy(attr_val, self) if is_read_by_model else attr_val
+        if not isinstance(value, torch.Tensor) or self._evaluating:
+            return value
+        self.read_tensors.add(id(value))
+        return self._overwritten.get(id(value)) or ConstantProxy(value, self)
+
+    def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward."""
+        if isinstance(value, ConstantProxy):
+            return value.batch_values[0]
+        if isinstance(value, BatchProxy) and name in module._buffers:
+            self._overwritten[id(module._buffers[name])] = value
+            return module._buffers[name]
+        return value
 
     def create_arg(self, a: Any) -> Any:
-        """Tensors are read from the module that owns them; a computed one becomes a buffer where it was computed."""
+        """Tensors are read from the module that owns them; any other becomes a buffer where it was met."""
+        if isinstance(a, BatchProxy):
+            return a.node
         if not isinstance(a, torch.Tensor):
             return super().create_arg(a)
         if id(a) not in self._path_of_tensor:
             owner = self.root.get_submodule(self.scope.module_path)
             name = next(name for name in _constant_names() if name not in owner._buffers)
-            owner.register_buffer(name, a)
+            owner._buffers[name] = a.detach().clone()  # it may be the caller's own
+            self._alive.append(a)
             self._path_of_tensor[id(a)] = f"{self.scope.module_path}.{name}".lstrip(".")
         return self.create_node("get_attr", self._path_of_tensor[id(a)], (), {})
 
@@ -149,11 +135,26 @@ class ShapeTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Skip modules without effect, run modules that see constants only, trace the others."""
-        if isinstance(m, _NO_OPERATION):
+        if m in self._no_operations:
             return args[0] if args else next(iter(kwargs.values()))
-        if self._evaluating or not _varies((args, kwargs)):
+        if m is self.root or self._evaluating or not varies((args, kwargs)):
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        calls = self.num_calls.get(path, 0)
+        self.num_calls[path] = calls + 1
+        key = f"{path}@{calls}" if calls else path
+        with ScopeContextManager(self.scope, Scope(path, self._kinds[m])):
+            self.module_stack[key] = (path, self._kinds[m])
+            try:
+                if m not in self._leaves:
+                    return forward(*args, **kwargs)
+                result = self.create_proxy("call_module", path, args, kwargs)
+                return self.write(args[0] if args else kwargs["input"], result) if m in self._in_place else result
+            except Exception:
+                self.failed_in = self.failed_in or path
+                raise
+            finally:
+                self.module_stack.popitem()
 
     def proxy(self, node: fx.Node) -> BatchProxy:
         """A proxy that can carry values."""
@@ -170,26 +171,69 @@ class ShapeTracer(fx.Tracer):
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
         """Record a node and return its proxy, or the plain value where that does not depend on the batch."""
-        if kind in ("call_function", "call_method") and not _varies((args, kwargs)):
-            return self._constant(self._evaluate(kind, target, args, kwargs, 0))
+        if kind in ("call_function", "call_method"):
+            if not varies((args, kwargs)):
+                return self._constant(self._evaluate(kind, target, args, kwargs, 0))
+            written = in_place_call(kind, target, args, kwargs)
+            if written is not None:
+                return self.write(written[0], written[1]())
+            form = _FORMS.get(target)
+            result = NotImplemented if form is None else form(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         first, second = (self._evaluate(kind, target, args, kwargs, index) for index in range(2))
         if _is_known(first, second):
             return first
-        proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
-        proxy.batch_values = (first, second)  # type: ignore[attr-defined]
+        if target in _CONVERSIONS and first is at_batch(args[0], 0):
+            return args[0]
+        for argument in proxies_in((args, kwargs)):
+            self._memory.check(argument, target, args)
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
+        proxy.batch_values = (first, second)
         if isinstance(first, torch.Tensor):
             proxy.node.meta["tensor_meta"] = _extract_tensor_metadata(first)
+            self._memory.keep(proxy.node, first)
         if _is_aggregate(first) and len(first) == len(second):
             getters = [self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(first))]
             return getters if isinstance(first, list) else tuple(getters)
         return proxy
+
+    def write(self, written: Any, value: Any) -> Any:
+        """Let the proxy that is written to stand for the value from now on, and return it."""
+        if not isinstance(written, BatchProxy):
+            raise TraceError("a tensor that is no part of the model is changed by one that depends on the image")
+        if not isinstance(value, BatchProxy):
+            value = self._constant(value)
+        before = written.batch_values[0]
+        if value.dtype != before.dtype:
+            value = value.to(before.dtype)
+        if isinstance(written, ConstantProxy):
+            self._alive.append(before)
+            self._overwritten[id(before)] = written
+            written.__class__ = BatchProxy  # type: ignore[assignment]
+        elif not share_memory(before, value.batch_values[0]):
+            self._memory.write(before)
+        written.node, written.batch_values = value.node, value.batch_values
+        return written
+
+    def assign(self, target: BatchProxy, index: Any, value: Any) -> None:
+        """target[index] = value."""
+        parts = whole_index(index, len(target.batch_values[0].shape))
+        if isinstance(target, ConstantProxy) and not varies((value,)):
+            target.batch_values[0][parts] = at_batch(value, 0)
+            return
+        if not isinstance(target, ConstantProxy):
+            self._memory.accept(target.node, target.batch_values[0][parts])
+        self.write(target, assigned(target, parts, value))
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Iterate over the first axis where its length is known."""
         return iter([obj[i] for i in range(len(obj))])
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Truth of a value that depends on the batch or on activations: not traceable."""
+        """Truth of a constant; of a value that depends on the batch or on activations it is not traceable."""
+        if isinstance(obj, ConstantProxy):
+            return bool(obj.batch_values[0])
         raise fx.proxy.TraceError("control flow depends on the batch size or on activation values")
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any, index: int) -> Any:
@@ -197,19 +241,25 @@ class ShapeTracer(fx.Tracer):
         if kind == "placeholder":
             shape = (_BATCH_SIZES[index], *self._example_bchw.shape[1:])
             return self._fake_mode.from_tensor(torch.empty(shape, dtype=self._example_bchw.dtype))
-        args, kwargs = _at_batch(args, index), _at_batch(kwargs, index)
-        if kind == "output":
-            return args[0]
+        args, kwargs = at_batch(args, index), at_batch(kwargs, index)
+        fakes = fakes_in((args, kwargs))
+        versions = [fake._version for fake in fakes]
         self._evaluating = True
         try:
-            with self._fake_mode if _has_fake((args, kwargs)) else nullcontext():
-                if kind == "call_module":
-                    return self.root.get_submodule(target)(*args, **kwargs)
-                if kind == "call_method":
-                    return getattr(args[0], target)(*args[1:], **kwargs)
-                return target(*args, **kwargs)
+            with self._fake_mode if fakes else nullcontext():
+                result = self._run(kind, target, args, kwargs)
         finally:
             self._evaluating = False
+        if [fake._version for fake in fakes] != versions:
+            raise TraceError(f"{target} changes its arguments in place: use an operation that returns its result")
+        return result
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "call_module":
+            return self.root.get_submodule(target)(*args, **kwargs)
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     def _constant(self, value: Any) -> Any:
         """The value with its tensors as constants of the graph."""
@@ -218,35 +268,6 @@ class ShapeTracer(fx.Tracer):
             return ConstantProxy(item, self) if isinstance(item, torch.Tensor) else item
 
         return map_aggregate(value, enter)
-
-
-def _at_batch(arguments: Any, index: int) -> Any:
-    """Arguments with every proxy replaced by its value at the `index`-th batch size."""
-
-    def value_of(argument: Any) -> Any:
-        if isinstance(argument, Attribute):
-            return getattr(argument.root.batch_values[index], argument.attr)  # type: ignore[index]
-        return argument.batch_values[index] if isinstance(argument, BatchProxy) else argument
-
-    return map_aggregate(arguments, value_of)
-
-
-def _varies(arguments: Any) -> bool:
-    """Whether any argument depends on the image or on the batch."""
-    found: list[bool] = []
-
-    def look(argument: Any) -> None:
-        root = argument.root if isinstance(argument, Attribute) else argument
-        found.append(isinstance(root, fx.Proxy) and not isinstance(root, ConstantProxy))
-
-    map_aggregate(arguments, look)
-    return any(found)
-
-
-def _has_fake(arguments: Any) -> bool:
-    found: list[bool] = []
-    map_aggregate(arguments, lambda argument: found.append(isinstance(argument, FakeTensor)))
-    return any(found)
 
 
 def _constant_names() -> Iterator[str]:

@@ -1,15 +1,13 @@
 """From a Vision Transformer to one flat graph that computes the same: what every pass works on.
 
-`trace` records the model at the size of an example image with the batch left free (`shape_tracer`), brings the graph
-to one form (`normalization`), writes every node's shape into `meta["tensor_meta"]`, and accepts the result only if it
-equals the eager model at two batch sizes. It never touches the caller's model. Not done: several inputs, several
-outputs, dynamic image sizes.
+`trace` records a copy of the model at the size of an example image with the batch left free (`shape_tracer`), brings
+the graph to one form (`normalization`), writes every node's shape into `meta["tensor_meta"]`, and accepts the result
+only if it equals the model as it was given, with its hooks and replaced forwards, at two batch sizes. It never touches
+the caller's model, its state or the example. Not done: several inputs, several outputs, dynamic image sizes.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import operator
 import traceback
 from pathlib import Path
@@ -19,11 +17,15 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
 
-from fxquant.arguments import number, shown
+from fxquant.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
-from fxquant.graph.annotation import Fact, declare, facts_of
+from fxquant.graph.annotation import Fact, declare
+from fxquant.graph.leaves import has_global_hooks
+from fxquant.graph.model_checks import check_example, check_model
 from fxquant.graph.normalization import normalize
+from fxquant.graph.plain_model import copy_of, has_own_code, settle_weights
 from fxquant.graph.shape_tracer import ShapeTracer
 
 _RELATIVE_TOLERANCE = 1e-4
@@ -31,88 +33,52 @@ _CHECKED_BATCH_SIZES = (1, 3)
 _LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: float = 0.98) -> fx.GraphModule:
     """Trace a vision model in inference mode into a graph every pass understands.
 
-    model: takes one image tensor, returns one tensor; it is copied, never changed. example_bchw: finite float
-    (B, C, H, W) on the model's device; the graph takes any B and exactly this (C, H, W). minimum_coverage: least
-    share, 0 to 1, of linear and convolution weight elements that must be visible in the graph.
+    Args:
+        model: takes one image tensor, returns one tensor; it is copied, never changed. What `torch.compile` and
+            `nn.DataParallel` wrap is traced itself. Hooks and replaced forwards are part of the graph; parametrized,
+            normalized and pruned weights are plain weights of the value they have.
+        example_bchw: finite float (B, C, H, W) on the CPU, as is the model; the graph takes any B and this (C, H, W).
+        minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
+            graph.
 
     The result declares `Fact.TRACED`, has `meta["coverage"]` (share of weight elements seen) and
     `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
     gradients; its state is independent of the model's.
 
-    Raises ModelError for a quantized model and for weights that are missing, not float32 or float64, or not finite;
-    CalibrationError for an example of the wrong kind or a size the model refuses; CoverageError for hidden weights;
-    TraceError for everything else, naming the line of the model that stands in the way.
+    Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not
+    on the CPU, not float32 or float64, or not finite; CalibrationError for an example of the wrong kind or a size the
+    model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model that
+    stands in the way.
     """
     check_model(model)
-    _check_example(example_bchw)
+    check_example(example_bchw)
     if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
         raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
-    root = copy.deepcopy(model).eval().requires_grad_(False)
-    with torch.no_grad():
-        expected = _run_eagerly(root, example_bchw)
-        for module in root.modules():
-            if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", False)  # noqa: B010
-        graph_module, tracer = _record(root, example_bchw)
-        coverage = _coverage(root, graph_module, tracer, minimum_coverage)
-        graph_module = normalize(graph_module)
-        _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
-        for node in graph_module.graph.nodes:
-            node.type = None  # a graph read from a file has no annotations, and the same code is to look the same
-        _propagate_shapes(graph_module, example_bchw)
-        graph_module.graph.lint()
-        graph_module.recompile()
-        _check_equivalence(graph_module, example_bchw, expected)
+    expected = _run_eagerly(copy_of(model), example_bchw)  # a copy of its own, since running it may change its state
+    root = copy_of(model)
+    settle_weights(root)
+    for module in root.modules():
+        if getattr(module, "fused_attn", None) is True:
+            setattr(module, "fused_attn", False)  # noqa: B010
+    graph_module, tracer = _record(root, example_bchw)
+    coverage = _coverage(root, graph_module, tracer, minimum_coverage)
+    graph_module = normalize(graph_module)
+    _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
+    for node in graph_module.graph.nodes:
+        node.type = None  # a graph read from a file has no annotations, and the same code is to look the same
+    _propagate_shapes(graph_module, example_bchw)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    _check_equivalence(graph_module, example_bchw, expected)
     graph_module.meta["coverage"] = coverage
     graph_module.meta["image_shape"] = tuple(example_bchw.shape[1:])
     declare(graph_module, frozenset({Fact.TRACED}))
     return graph_module
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise ModelError unless a model can be quantized: not quantized yet, finite float32 or float64 weights."""
-    if not isinstance(model, nn.Module):
-        hint = f": write {model.__name__}()" if isinstance(model, type) else ""
-        raise ModelError.for_type(f"a torch.nn.Module is traced, not {shown(model)}{hint}")
-    for module in model.modules():
-        if _is_quantized(module):
-            raise ModelError(
-                f"{type(model).__name__} is quantized already: give the float model it was made from, an artefact does "
-                f"not hold its weights"
-            )
-    parameters = list(model.named_parameters())
-    if not parameters:
-        raise ModelError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
-    for name, tensor in (*parameters, *model.named_buffers()):
-        if name in dict(parameters) and not tensor.is_floating_point():
-            raise ModelError(f"parameter '{name}' is {tensor.dtype}, not float: pass the model before it is quantized")
-        if name in dict(parameters) and not torch.isfinite(tensor).all():
-            raise ModelError(f"parameter '{name}' has NaN or infinite values: load or train the weights again")
-        if name in dict(parameters) and tensor.dtype not in (torch.float32, torch.float64):
-            raise ModelError(
-                f"parameter '{name}' is {tensor.dtype}, too coarse to search scales with: pass model.float() and "
-                f"float32 images; what comes out is as small and as fast"
-            )
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a quantized graph of ours, or one of torch's quantized layers."""
-    ours = isinstance(module, fx.GraphModule) and bool(facts_of(module) & {Fact.QUANTIZED, Fact.LOWERED})
-    return ours or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
-
-
-def _check_example(example_bchw: torch.Tensor) -> None:
-    if not isinstance(example_bchw, torch.Tensor):
-        raise CalibrationError.for_type(f"the example is a {type(example_bchw).__name__}, not a tensor (B, C, H, W)")
-    if example_bchw.ndim != 4 or example_bchw.numel() == 0:
-        raise CalibrationError(f"the example has shape {tuple(example_bchw.shape)}; images are (B, C, H, W), B >= 1")
-    if not example_bchw.is_floating_point():
-        raise CalibrationError(f"the example is {example_bchw.dtype}; scale the images to float first")
-    if not torch.isfinite(example_bchw).all():
-        raise CalibrationError("the example has NaN or infinite values")
 
 
 def _images(example_bchw: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -138,7 +104,24 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tens
                 f"{type(root).__name__} returns a {type(output).__name__}, not one tensor: wrap it in a module whose "
                 "forward returns the tensor to quantize for"
             )
+    alone, together = outputs
+    difference = _difference(together[:1], alone)  # both begin with the same image
+    if not difference <= _tolerance(alone):
+        raise TraceError(
+            f"{type(root).__name__} differs from the model it was one call before: the same image, alone and first of "
+            f"three, has outputs {difference:.3g} apart. Its forward draws at random, keeps a state, or mixes the "
+            f"images of a batch: take that out of inference"
+        )
     return outputs
+
+
+def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference of two outputs; infinite where their shapes differ."""
+    return float((output - reference).abs().max()) if output.shape == reference.shape else float("inf")
+
+
+def _tolerance(reference: torch.Tensor) -> float:
+    return _RELATIVE_TOLERANCE * max(float(reference.abs().max()), 1e-6)
 
 
 def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
@@ -152,19 +135,43 @@ def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule, ShapeTracer]:
-    required = [p for p in inspect.signature(root.forward).parameters.values() if p.default is p.empty]
-    if sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required) > 1:
-        raise TraceError(f"{type(root).__name__}.forward needs {len(required)} arguments: wrap it to take images only")
     tracer = ShapeTracer(example_bchw)
     try:
-        graph = tracer.trace(root)
+        graph = tracer.record(root)
     except Exception as error:
         raise TraceError(
-            f"{type(root).__name__} cannot be traced: {_where(error)}: {error}. Tensor operations may not decide which "
-            "Python code runs, and tensors may not be assigned into: use torch.where, masks and torch.cat there, or "
-            "move that code out of forward"
+            f"{type(root).__name__} cannot be traced: {_place(root, tracer)}{_where(error)}: {error}. Tensor "
+            "operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
+            "of forward"
         ) from error
-    return fx.GraphModule(root, graph, class_name=type(root).__name__), tracer
+    return fx.GraphModule(root, _with_free_names(root, graph), class_name=type(root).__name__), tracer
+
+
+def _place(root: nn.Module, tracer: ShapeTracer) -> str:
+    """The module in which it failed, and whether hooks or a replaced forward of its own may be the reason."""
+    path = tracer.failed_in
+    if path is None:
+        return ""
+    module = root.get_submodule(path)
+    own = ", which has hooks or a forward of its own that can be removed" if has_own_code(module) else ""
+    return f"in '{path}' ({type(module).__name__}{own}): "
+
+
+def _with_free_names(root: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """Rename what a graph module could not hold under its name, such as a submodule called `graph` or `meta`."""
+    taken = {name for name in (*dir(fx.GraphModule), "meta", "shape_env") if not hasattr(nn.Module, name)}
+    groups: tuple[dict[str, Any], ...] = (root._modules, root._parameters, root._buffers)
+    for group in groups:
+        for name in taken & set(group):
+            free = f"{name}_"
+            while free in taken or hasattr(root, free):
+                free += "_"
+            group[free] = group.pop(name)
+            for node in graph.nodes:
+                first, dot, rest = str(node.target).partition(".")
+                if node.op in ("get_attr", "call_module") and first == name:
+                    node.target = f"{free}{dot}{rest}"
+    return graph
 
 
 def _where(error: BaseException) -> str:
@@ -177,14 +184,13 @@ def _where(error: BaseException) -> str:
 
 def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float) -> float:
     """Share of weight elements that are visible; weights inside composite leaves are hidden."""
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    hidden: dict[str, int] = {}
+    hidden = _hidden_in_functions(graph_module)
     seen = sum(p.numel() for p in root.parameters() if p.ndim >= 2 and id(p) in tracer.read_tensors)
-    for path in called:
-        module = root.get_submodule(path)
+    seen -= sum(hidden.values())
+    for path in {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}:
+        module = graph_module.get_submodule(path)
         elements = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-        is_opaque = bool(list(module.children())) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
-        if is_opaque:
+        if list(module.children()) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
             hidden[path] = elements
         else:
             seen += elements
@@ -193,12 +199,26 @@ def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer
         raise ModelError(f"{type(root).__name__} has no linear or convolution weights on the path of the image")
     if seen / total < minimum_coverage:
         biggest = sorted(hidden, key=lambda path: -hidden[path])[:5]
-        listed = ", ".join(f"'{p}' ({type(root.get_submodule(p)).__name__}, {hidden[p]} elements)" for p in biggest)
+        kinds = {path: type(graph_module.get_submodule(path)).__name__ for path in biggest}
+        listed = ", ".join(f"'{path}' ({kinds[path]}, {hidden[path]} elements)" for path in biggest)
         raise CoverageError(
             f"the graph shows {seen / total:.1%} of {total} weight elements, {minimum_coverage:.1%} are required; "
-            f"hidden inside {listed}: write them out with nn.Linear and torch.matmul, or lower minimum_coverage"
+            f"hidden inside {listed}. Write them out with nn.Linear and torch.matmul; or leave them in float: run a "
+            f"pipeline on fxquant.trace(model, images, minimum_coverage={int(seen / total * 100) / 100})"
         )
     return seen / total
+
+
+def _hidden_in_functions(graph_module: fx.GraphModule) -> dict[str, int]:
+    """Weight elements that go into a function which is a layer and more, by the module that holds them."""
+    hidden: dict[str, int] = {}
+    for node in graph_module.graph.find_nodes(op="call_function", target=functional.multi_head_attention_forward):
+        for source in node.all_input_nodes:
+            owner, _, name = str(source.target).rpartition(".")
+            tensor = getattr(graph_module.get_submodule(owner), name) if source.op == "get_attr" else None
+            if tensor is not None and tensor.ndim >= 2:
+                hidden[owner] = hidden.get(owner, 0) + tensor.numel()
+    return hidden
 
 
 def _propagate_shapes(graph_module: fx.GraphModule, example_bchw: torch.Tensor) -> None:
@@ -228,11 +248,11 @@ def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor,
             output = graph_module(_images(example_bchw, batch_size))
         except Exception as error:
             raise TraceError(f"the traced graph fails at batch size {batch_size}: {error}") from error
-        difference = float((output - reference).abs().max()) if output.shape == reference.shape else float("inf")
-        tolerance = _RELATIVE_TOLERANCE * max(float(reference.abs().max()), 1e-6)
+        difference, tolerance = _difference(output, reference), _tolerance(reference)
         if not difference <= tolerance:
+            hooks = "hooks are registered for all modules of the process, remove them; else " * has_global_hooks()
             raise TraceError(
                 f"the traced graph differs from the model by {difference:.3g} at batch size {batch_size} "
-                f"(tolerance {tolerance:.3g}): its forward depends on the batch size, on randomness or on a state, "
-                "or it changes tensors in place"
+                f"(tolerance {tolerance:.3g}): {hooks}its forward depends on the batch size, on randomness or on a "
+                "state, or it changes a tensor in place that it reads under another name"
             )

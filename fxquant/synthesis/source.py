@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.cache import Cache
-from fxquant.graph.tracing import check_model, trace
+from fxquant.graph.model_checks import check_model
+from fxquant.graph.tracing import trace
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.assign_roles import AssignRoles
 from passes.contract import PassContext, ProgressReporter, check_draws

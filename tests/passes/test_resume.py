@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from fxquant.cache import Cache
-from fxquant.graph.annotation import facts_of
 from fxquant.graph.tracing import trace
+from passes.allocate_bits import AllocateBits
 from passes.checkpoint import Checkpoint
 from passes.contract import Journal, PassContext
 from passes.correct_weights import CorrectWeights
 from passes.distil import Distil
-from passes.allocate_bits import AllocateBits
 from passes.pipeline import Pipeline
 from passes.prefix import run_prefix, split
 from passes.recipes import recipe
@@ -73,7 +72,9 @@ def pipelines() -> dict[str, Pipeline]:
 
 
 @pytest.mark.parametrize("name", pipelines())
-def test_a_run_killed_after_everything_it_keeps_ends_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_after_everything_it_keeps_ends_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.modules["passes.recipes.best"], "Distil", partial(Distil, steps=4, checks=2))
     pipeline = pipelines()[name]
     tensors, told = outcome(pipeline, Cache())
