@@ -106,7 +106,8 @@ class ShapeTracer(fx.Tracer):
         if not isinstance(value, torch.Tensor) or self._evaluating:
             return value
         self.read_tensors.add(id(value))
-        return self._overwritten.get(id(value)) or ConstantProxy(value, self)
+        overwritten = self._overwritten.get(id(value))
+        return ConstantProxy(value, self) if overwritten is None else overwritten
 
     def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward."""
