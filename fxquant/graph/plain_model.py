@@ -78,7 +78,13 @@ def copy_of(model: nn.Module) -> nn.Module:
                 f"{type(model).__name__} cannot be copied, and compiling works on a copy: {error}. Change the model so "
                 f"that copy.deepcopy(model) works"
             ) from error
-    for module in copied.modules():
+    callers = set(model.modules())
+    for path, module in copied.named_modules():
+        if module in callers:
+            raise ModelError(
+                f"copy.deepcopy does not copy '{path}' ({type(module).__name__}), and compiling works on a copy: "
+                f"remove its __deepcopy__"
+            )
         _own_functions(module, memo)
         module._compiled_call_impl = None  # set by module.compile()
         module._backward_hooks.clear()

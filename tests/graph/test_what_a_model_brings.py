@@ -94,6 +94,18 @@ class PaddedConv(nn.Conv2d):
         return super().forward(x * 0.5)
 
 
+class Reflecting(nn.Conv2d):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Noting(nn.Identity):
+    @torch.inference_mode()
+    def forward(self, x):
+        return x * 1.5
+
+
 class Halved(nn.Module):
     def forward(self, weight):
         return weight / 2
@@ -205,6 +217,7 @@ HANDLED: dict[str, Callable[[nn.Module], object]] = {
     "subclass of Softmax": replace("head_drop", lambda old: CoolSoftmax(-1)),
     "class with a register": replace("head_drop", lambda old: Registered()),
     "pruning": lambda m: prune.l1_unstructured(m.blocks[0].mlp.fc1, "weight", 0.5),
+    "pruning twice": lambda m: [prune.random_unstructured(m.head, "weight", 0.3) for _ in range(2)],
     "pruning of a tied weight": tied_pruning,
     "old weight_norm": lambda m: weight_norm(m.blocks[0].mlp.fc1),
     "old spectral_norm": spectral,
@@ -213,6 +226,10 @@ HANDLED: dict[str, Callable[[nn.Module], object]] = {
     "orthogonal": lambda m: parametrizations.orthogonal(m.blocks[0].attn.proj),
     "parametrized norm": lambda m: parametrize.register_parametrization(m.norm, "weight", Halved()),
     "compiled submodule": replace("blocks.0.mlp", lambda old: torch.compile(old, backend="eager")),
+    "compiled forward of a class": replace(
+        "patch_embed.proj", lambda old: Reflecting(3, 12, 4, 4, padding=1, padding_mode="reflect")
+    ),
+    "forward in inference mode": replace("head_drop", lambda old: Noting()),
     "compiled in place": lambda m: m.blocks[0].mlp.compile(backend="eager"),
     "lock": set_lock,
     "computed tensor as attribute": set_attribute("cached", lambda m: m.head.weight * 2),
@@ -254,6 +271,29 @@ def hook_that_decides(model: nn.Module) -> None:
     model.blocks[0].mlp.fc1.register_forward_hook(lambda m, i, o: o * 2 if o.sum() > 0 else o)
 
 
+def running_statistics(model: nn.Module) -> None:
+    model.register_buffer("mean", torch.zeros(5))
+    model.register_buffer("variance", torch.ones(5))
+    model.norm.register_forward_hook(
+        lambda m, i, o: o + 0 * nn.functional.batch_norm(o, model.mean, model.variance, training=True, momentum=0.5)
+    )
+
+
+class Compiled(nn.Identity):
+    def forward(self, x):
+        return twice(x)
+
+
+@torch.compile(backend="eager")
+def twice(x):
+    return x * 2
+
+
+class Singleton(nn.Identity):
+    def __deepcopy__(self, memo):
+        return self
+
+
 def not_copyable(model: nn.Module) -> None:
     def refuse(memo: object) -> None:
         raise RuntimeError("one of a kind")
@@ -276,6 +316,9 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] =
     "half": (set_weight(lambda w: w.half()), ModelError, r"'head\.weight' is torch\.float16.*model\.float\(\)"),
     "sparse": (set_weight(lambda w: w.to_sparse()), ModelError, r"'head\.weight' has the layout.*to_dense"),
     "hook that decides": (hook_that_decides, TraceError, r"in 'blocks\.0\.mlp\.fc1' \(Linear, which has hooks"),
+    "running statistics": (running_statistics, TraceError, r"changes 'mean', and a quantized model keeps no state"),
+    "compiled function": (replace("head_drop", lambda old: Compiled()), TraceError, "in 'head_drop'.*dynamo-optimized"),
+    "singleton": (replace("head_drop", lambda old: Singleton()), ModelError, "does not copy 'head_drop'.*__deepcopy__"),
     "one of a kind": (not_copyable, ModelError, "cannot be copied.*one of a kind.*copy.deepcopy"),
 }
 
