@@ -18,6 +18,7 @@ from torch.nn import functional
 from fxquant.errors import TraceError
 from fxquant.graph.batch_proxy import BatchProxy, is_constant
 
+_WHOLE = [slice(start, None, step) for start in (None, 0) for step in (None, 1)]
 _SHAPES = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "numel", "stride"})
 
 
@@ -72,7 +73,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> Any:
     """`target` with target[index] = value, from the outermost axis that is indexed inwards; slices and integers."""
-    while index and index[0] == slice(None):
+    while index and index[0] in _WHOLE:
         index, axis = index[1:], axis + 1
     if not index:
         return like(value, target)

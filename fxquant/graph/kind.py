@@ -21,6 +21,7 @@ class Kind(StrEnum):
     LINEAR = "linear"
     CONV = "convolution"
     DEPTHWISE = "depthwise convolution"
+    FLOAT_CONV = "convolution that stays float"
     LAYER_NORM = "layer norm"
     SOFTMAX = "softmax"
     GELU = "gelu"
@@ -60,8 +61,10 @@ def kind_of(graph_module: fx.GraphModule, node: fx.Node) -> Kind:
 
 
 def _kind_of_module(module: nn.Module) -> Kind:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.Conv2d):
         return Kind.CONV if module.groups == 1 else Kind.DEPTHWISE
+    if isinstance(module, nn.modules.conv._ConvNd):  # of another dimension, or transposed
+        return Kind.FLOAT_CONV
     kinds: list[tuple[Any, Kind]] = [
         (nn.Linear, Kind.LINEAR),
         (nn.LayerNorm, Kind.LAYER_NORM),

@@ -34,8 +34,11 @@ _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the module is taken as one node."""
-    has_implicit_axis = isinstance(module, nn.Softmax) and module.dim is None
-    return type(module) in _LEAVES and not module.training and not has_implicit_axis and _is_plain(module)
+    if isinstance(module, nn.Softmax) and module.dim is None:
+        return False  # its axis depends on the shape
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return False  # padding becomes a node, and the convolution one that every pass knows
+    return type(module) in _LEAVES and not module.training and _is_plain(module)
 
 
 def has_no_effect(module: nn.Module) -> bool:

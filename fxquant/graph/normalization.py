@@ -90,8 +90,8 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
 
 
 def _replace(node: Node, replacement: Node) -> None:
-    """Let the replacement take the node's users and where it came from."""
-    for key in ("nn_module_stack", "stack_trace"):
+    """Let the replacement take the node's users, its shape and where it came from."""
+    for key in ("nn_module_stack", "stack_trace", "tensor_meta"):
         if key in node.meta:
             replacement.meta[key] = node.meta[key]
     node.replace_all_uses_with(replacement)

@@ -23,7 +23,7 @@ from torch import fx
 from fxquant.graph.kind import Kind, kind_of, tensor_inputs
 
 _LAYERS = frozenset({Kind.LINEAR, Kind.CONV})
-_ENDS = _LAYERS | {Kind.MATMUL, Kind.SOFTMAX, Kind.IMAGE, Kind.OUTPUT}
+_ENDS = _LAYERS | {Kind.FLOAT_CONV, Kind.MATMUL, Kind.SOFTMAX, Kind.IMAGE, Kind.OUTPUT}
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def match_reduction(graph: nx.DiGraph, linear: str) -> Failure | None:
             queue += graph.predecessors(name)
             continue
         narrow = graph.nodes[name]["node"].meta["tensor_meta"].shape
-        width = narrow[1 if kind in (Kind.CONV, Kind.DEPTHWISE) else -1]
+        width = narrow[1 if kind in (Kind.CONV, Kind.DEPTHWISE, Kind.FLOAT_CONV) else -1]
         is_multiple = width < shape[-1] and shape[-1] % width == 0
         if len(narrow) >= 3 and is_multiple and narrow.numel() // width > shape.numel() // shape[-1]:
             return None

@@ -29,7 +29,12 @@ _COMPILED_FROM = "_torchdynamo_orig_callable"
 
 def has_own_code(module: nn.Module) -> bool:
     """Whether more runs than the forward of its class: hooks, or a forward that was set on the module itself."""
-    return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+    return "forward" in vars(module) or has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after every forward of this module."""
+    return any(getattr(module, name) for name in _HOOKS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -38,10 +43,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises ModelError where the wrapper has hooks of its own, which the model inside does not have.
     """
     while (inner := _inner(model)) is not None:
-        if has_own_code(model):
+        if has_hooks(model):
             raise ModelError(
-                f"the {type(model).__name__} around the model has hooks or a forward of its own: put them on the model "
-                f"inside, {type(inner).__name__}"
+                f"the {type(model).__name__} around the model has hooks: register them on the model inside, a "
+                f"{type(inner).__name__}"
             )
         model = inner
     return model
@@ -73,7 +78,13 @@ def copy_of(model: nn.Module) -> nn.Module:
                 f"{type(model).__name__} cannot be copied, and compiling works on a copy: {error}. Change the model so "
                 f"that copy.deepcopy(model) works"
             ) from error
-    for module in copied.modules():
+    callers = set(model.modules())
+    for path, module in copied.named_modules():
+        if module in callers:
+            raise ModelError(
+                f"copy.deepcopy does not copy '{path}' ({type(module).__name__}), and compiling works on a copy: "
+                f"remove its __deepcopy__"
+            )
         _own_functions(module, memo)
         module._compiled_call_impl = None  # set by module.compile()
         module._backward_hooks.clear()

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._symbolic_trace import _is_fx_tracing_context
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import Scope, ScopeContextManager
@@ -93,7 +94,8 @@ class ShapeTracer(fx.Tracer):
             module.inplace = False
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._path_of_tensor[id(tensor)] = path
-        with intercepted(root, self):
+        # The flag is this thread's own: functions compiled by torch.compile refuse proxies by it.
+        with intercepted(root, self), _is_fx_tracing_context(True):
             result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
         for proxy in proxies_in((result,)):
             self._memory.check(proxy, "output", ())
@@ -106,7 +108,8 @@ class ShapeTracer(fx.Tracer):
         if not isinstance(value, torch.Tensor) or self._evaluating:
             return value
         self.read_tensors.add(id(value))
-        return self._overwritten.get(id(value)) or ConstantProxy(value, self)
+        overwritten = self._overwritten.get(id(value))
+        return ConstantProxy(value, self) if overwritten is None else overwritten
 
     def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward."""
@@ -243,14 +246,14 @@ class ShapeTracer(fx.Tracer):
             return self._fake_mode.from_tensor(torch.empty(shape, dtype=self._example_bchw.dtype))
         args, kwargs = at_batch(args, index), at_batch(kwargs, index)
         fakes = fakes_in((args, kwargs))
-        versions = [fake._version for fake in fakes]
+        versions = _versions(fakes)
         self._evaluating = True
         try:
             with self._fake_mode if fakes else nullcontext():
                 result = self._run(kind, target, args, kwargs)
         finally:
             self._evaluating = False
-        if [fake._version for fake in fakes] != versions:
+        if _versions(fakes) != versions:
             raise TraceError(f"{target} changes its arguments in place: use an operation that returns its result")
         return result
 
@@ -268,6 +271,11 @@ class ShapeTracer(fx.Tracer):
             return ConstantProxy(item, self) if isinstance(item, torch.Tensor) else item
 
         return map_aggregate(value, enter)
+
+
+def _versions(tensors: list[FakeTensor]) -> list[int]:
+    """How often each tensor was written to; tensors made in inference mode do not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _constant_names() -> Iterator[str]:

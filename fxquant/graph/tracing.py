@@ -243,6 +243,9 @@ def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...
 
 
 def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    """Raise TraceError unless the graph computes what the model did, and keeps no state."""
+    tensors = dict((*graph_module.named_parameters(), *graph_module.named_buffers()))
+    versions = {name: tensor._version for name, tensor in tensors.items()}
     for batch_size, reference in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
         try:
             output = graph_module(_images(example_bchw, batch_size))
@@ -256,3 +259,9 @@ def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor,
                 f"(tolerance {tolerance:.3g}): {hooks}its forward depends on the batch size, on randomness or on a "
                 "state, or it changes a tensor in place that it reads under another name"
             )
+    changed = [name for name, tensor in tensors.items() if tensor._version != versions[name]]
+    if changed:
+        raise TraceError(
+            f"the forward of the model changes '{changed[0]}', and a quantized model keeps no state: take that out of "
+            f"inference"
+        )

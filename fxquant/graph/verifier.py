@@ -60,7 +60,7 @@ def _check_roles(graph_module: fx.GraphModule) -> None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return isinstance(module, nn.Linear | nn.Conv2d)
 
 
 def _check_calibrated(graph_module: fx.GraphModule) -> None:
