@@ -75,7 +75,8 @@ def methods(name: str, value: Any, protocol: type, error: Error) -> None:
     missing = [member for member in _members(protocol) if not hasattr(value, member)]
     if missing or isinstance(value, type):
         hint = f"write {value.__name__}()" if isinstance(value, type) else f"it has no {missing[0]!r}"
-        raise error.for_type(f"{name} must be a {protocol.__name__}, found {shown(value)}: {hint}")
+        article = "an" if protocol.__name__[0] in "AEIOU" else "a"
+        raise error.for_type(f"{name} must be {article} {protocol.__name__}, found {shown(value)}: {hint}")
 
 
 def json_values(name: str, value: Any, error: Error) -> dict[str, Any]:

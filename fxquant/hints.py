@@ -129,7 +129,8 @@ def described(annotation: Any) -> str:
         return "a function"
     if origin is tuple:
         return f"a tuple ({', '.join('...' if each is ... else described(each) for each in inner)})"
-    return f"a {getattr(annotation, '__name__', annotation)}"
+    name = getattr(annotation, "__name__", str(annotation))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import DataError, OptionError
+from fxquant.errors import DataError, FxQuantError, OptionError
 from fxquant.hints import checked
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
 from passes.contract import ProgressReporter, SilentProgress
@@ -78,8 +78,8 @@ def measure(
     task = (progress or SilentProgress()).track(f"batch {len(images_bchw)}", len(variants))
     try:
         torch.set_num_threads(threads)
-        for run in variants.values():
-            run(images_bchw)
+        for name, run in variants.items():
+            _try_out(name, run, images_bchw)
             task.advance()
         end = time.perf_counter() + seconds
         while len(next(iter(wall.values()))) < _FEWEST_ROUNDS or time.perf_counter() < end:
@@ -100,6 +100,15 @@ def measure(
         )
         for name in variants
     ]  # fmt: skip
+
+
+def _try_out(name: str, run: Variant, images_bchw: Tensor) -> None:
+    try:
+        run(images_bchw)
+    except FxQuantError:
+        raise
+    except Exception as error:  # whatever a model of the caller's raises
+        raise DataError(f"{name} cannot run on images of shape {tuple(images_bchw.shape)}: {error}") from error
 
 
 def _ratio(reference: list[float], found: list[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -70,7 +71,7 @@ def load_model(
         preprocessing = Preprocessing.of(model)
     if weights is None:
         return NamedModel(model.eval(), name, RANDOM, preprocessing)
-    load_weights(model, Path(weights))
+    load_weights(model, weights)
     return NamedModel(model.eval(), name, Path(weights).name, preprocessing)
 
 
@@ -91,7 +92,8 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
     return model
 
 
-def load_weights(model: nn.Module, file: Path) -> None:
+@checked(ModelError, file=DataError)
+def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
     """Put a file's tensors into the model, strictly. Raises DataError or ModelError naming the first five misfits."""
     state = read_state(file)
     found = {key.removeprefix("module."): tensor for key, tensor in state.items()}
@@ -134,12 +136,14 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype}".removeprefix("torch.") + (" without values" if tensor.is_meta else "")
 
 
-def read_state(file: Path) -> dict[str, Tensor]:
+@checked(DataError)
+def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Tensors by name from .safetensors or a torch state dict, also one under "state_dict" or "model".
 
     Raises DataError.
     """
-    if not file.is_file():
+    file = Path(path)
+    if not os.path.isfile(file):  # False, not an OSError, for names the system refuses
         raise DataError(f"weights {file} are not there, or not a file")
     try:
         if file.suffix == ".safetensors":

@@ -25,6 +25,7 @@ from allocators.cost_table import CostTable
 from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_limits
 from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
+from fxquant.arguments import number
 from fxquant.compiled import Compiled
 from fxquant.errors import BY_ARGUMENT, BudgetError, ModelError, OptionError
 from fxquant.hints import checked
@@ -161,7 +162,7 @@ def frontier(
     task = progress.track("measuring", len(points))
     losses = []
     for point in points:
-        losses.append(float(measure(_compiled(prepared, point))))
+        losses.append(number("what `realised` returns", measure(_compiled(prepared, point)), BudgetError))
         task.advance()
     task.close()
     name = "realised KL" if realised == "kl" else getattr(realised, "__name__", "realised")

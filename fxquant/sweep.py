@@ -10,6 +10,7 @@ Accuracy over all of them, kept in a file after every point: `sweep`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,7 +24,7 @@ from torch.fx import GraphModule
 from allocators.allocator import Allocator
 from allocators.budget import Budget
 from allocators.cost_table import CostTable
-from fxquant.arguments import json_values
+from fxquant.arguments import json_values, shown
 from fxquant.cache import Cache, signature
 from fxquant.compiled import Compiled
 from fxquant.compiler import layer_rows, protocol_card
@@ -135,14 +136,14 @@ class Results:
     """
 
     @checked(DataError)
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: str | PathLike[str] | None = None) -> None:
         """Read the points that are there."""
-        self.path = path
+        self.path = None if path is None else Path(path)
         self.points: dict[str, dict[str, Any]] = {}
-        if path is None or not path.exists():
+        if self.path is None or not os.path.exists(self.path):
             return
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(self.path.read_text())
             self.points = {point["signature"]: point for point in content["points"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} holds no sweep results ({error!r}): give another file, or remove it") from error
@@ -182,13 +183,15 @@ def sweep(
     settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
     before anything is calibrated. Raises as `fxquant.compile` does.
     """
+    if not prepared or not budgets or not allocators:
+        raise OptionError("a sweep needs at least one recipe, one budget and one allocator (None for the recipe's own)")
     planned = [(name, each, b, a) for name, each in prepared.items() for b in budgets for a in allocators]
     keys = [signature(settings, [repr(step) for step in each.pipeline(b, a)]) for _, each, b, a in planned]
     for key, (_, each, budget, allocator) in zip(keys, planned, strict=True):
         if key not in results.points:
             each.check(budget, allocator)
     model = next(iter(prepared.values())).model
-    baseline = results.point(signature(settings, "float32"), lambda: {"accuracy": measure(model, "float32").to_dict()})
+    baseline = results.point(signature(settings, "float32"), lambda: {"accuracy": _measured(measure, model, "float32")})
     points = [
         results.point(key, partial(_point, name, each, budget, allocator, measure))
         for key, (name, each, budget, allocator) in zip(keys, planned, strict=True)
@@ -211,6 +214,13 @@ def _point(
         "allocator": "none" if allocation is None else allocation.solver,
         "status": "none" if allocation is None else allocation.status,
         "budget": str(budget),
-        "accuracy": measure(compiled, f"{recipe} at {budget}").to_dict(),
+        "accuracy": _measured(measure, compiled, f"{recipe} at {budget}"),
         **totals.to_dict(),
     }
+
+
+def _measured(measure: Callable[[nn.Module, str], Accuracy], model: nn.Module, label: str) -> dict[str, Any]:
+    found = measure(model, label)
+    if not isinstance(found, Accuracy):
+        raise OptionError.for_type(f"`measure` returned {shown(found)}, not an Accuracy")
+    return found.to_dict()

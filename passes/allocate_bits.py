@@ -24,7 +24,7 @@ from allocators.like_uniform import in_numbers
 from allocators.meter import FLOAT_BITS
 from allocators.milp import Milp
 from allocators.overrides import Bits
-from fxquant.arguments import text
+from fxquant.arguments import shown, text
 from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import BudgetError, OverrideError
 from fxquant.graph.annotation import (
@@ -128,7 +128,10 @@ class AllocateBits:
     def _allocation(self, table: CostTable, budget: Budget, cache: Cache) -> Allocation:
         """The allocator's answer, recalled where it was asked before and is one of ours."""
         if type(self.allocator).__module__.partition(".")[0] != "allocators":
-            return self.allocator.allocate(table, budget)
+            found = self.allocator.allocate(table, budget)
+            if not isinstance(found, Allocation):
+                raise BudgetError.for_type(f"{self.allocator!r} returned {shown(found)}, not an Allocation")
+            return found
         key = signature(code_signature(), "allocation", repr(self.allocator), table.to_dict(), budget.to_dict())
         return Allocation.from_json(cache.recall(key, lambda: self.allocator.allocate(table, budget).to_json()))
 

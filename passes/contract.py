@@ -220,6 +220,8 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
         raise CalibrationError(
             f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
         )
+    if len(images) and not images.numel():
+        raise CalibrationError(f"calibration images have no pixels: their shape is {tuple(images.shape)}")
     if len(images) < minimum:
         raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
     bad = ~torch.isfinite(images).flatten(1).all(1)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch.fx import GraphModule, Node
 
+from fxquant.arguments import shown
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
 from fxquant.hints import check_fields
@@ -83,7 +84,7 @@ class ScoreLayers:
         nodes = [node for node in observed if self.roles is None or annotation_of(node).role in self.roles]
         candidates = [[annotation_of(node).layer, *described_candidates(annotation_of(node))] for node in observed]
         key = context.signature(graph_module, "scores", repr(self), candidates)
-        scores = Scores(**context.cache.recall(key, lambda: asdict(self.metric.score(graph_module, nodes, context))))
+        scores = Scores(**context.cache.recall(key, lambda: asdict(self._scores(graph_module, nodes, context))))
         for node in observed:
             layer = annotation_of(node).layer
             weight, activation = scores.weight.get(layer, []), scores.activation.get(layer, [])
@@ -97,6 +98,12 @@ class ScoreLayers:
         scored = scores.weight.keys() | scores.activation.keys()
         context.note(scored=len(scored), **scores.notes)
         return len(scored)
+
+    def _scores(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        found = self.metric.score(graph_module, nodes, context)
+        if not isinstance(found, Scores):
+            raise SensitivityError.for_type(f"{self.metric!r} returned {shown(found)}, not Scores")
+        return found
 
 
 def described_candidates(annotation: Annotation) -> list[Any]:

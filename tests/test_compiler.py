@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fxquant.compiled import Compiled
 from torch import Tensor, nn
 
 import fxquant
 from fxquant import embedded
+from fxquant.compiled import Compiled
 from fxquant.errors import (
     BudgetError,
     CalibrationError,
@@ -71,7 +71,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "NaN in an image": ({"calibration": pixel(float("nan"))}, CalibrationError, "image 2 has NaN"),
     "infinite pixel": ({"calibration": pixel(float("inf"))}, CalibrationError, "image 2 has NaN or infinite"),
     "one image without a batch": ({"calibration": images(1)[0]}, CalibrationError, "N, C, H, W"),
-    "a list": ({"calibration": [1, 2]}, CalibrationError, "found list"),
+    "a list": ({"calibration": [1, 2]}, CalibrationError, "must be a Tensor"),
     "nothing, and no image size": ({"model": Unsized(), "calibration": None}, CalibrationError, "image_shape="),
     "wrong size": ({"calibration": images(4, 48)}, CalibrationError, "32"),
     "wrong channels": ({"calibration": images(4, 32, 1)}, CalibrationError, "3"),
@@ -84,9 +84,9 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
         PipelineError,
         "SubstituteQuantizers()",
     ),
-    "a list of passes": ({"recipe": [FoldSqb()]}, PipelineError, "no recipe is called"),
-    "allocator by name": ({"allocator": "greedy"}, BudgetError, "Milp()"),
-    "overrides as a list": ({"overrides": ["head"]}, OverrideError, "map names"),
+    "a list of passes": ({"recipe": [FoldSqb()]}, PipelineError, "recipe must be text or a Pipeline"),
+    "allocator by name": ({"allocator": "greedy"}, BudgetError, "must be an Allocator"),
+    "overrides as a list": ({"overrides": ["head"]}, OverrideError, "must be a mapping"),
     "half a batch": ({"batch_size": 2.5}, CalibrationError, "whole"),
     "budget": ({"budget": "four bits"}, BudgetError, "four bits"),
     "budget 0": ({"budget": 0}, BudgetError, ""),

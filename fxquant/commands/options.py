@@ -247,7 +247,7 @@ def check_output(*paths: Path | None) -> None:
             if os.path.lexists(target) and not target.is_file():
                 raise DataError(f"{path} is no regular file, and is not replaced by one: give the name of a file")
             if not target.parent.is_dir():
-                raise DataError(f"{path} cannot be written: there is no folder {target.parent}; create it first")
+                raise DataError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
             partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
             partial.open("xb").close()
             partial.unlink()

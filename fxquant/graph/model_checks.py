@@ -114,5 +114,7 @@ def check_example(example_bchw: Tensor) -> None:
         raise CalibrationError(
             f"the example is on {example_bchw.device}, and models are compiled on the CPU: images.cpu()"
         )
+    if example_bchw.layout is not torch.strided:
+        raise CalibrationError(f"the example is {example_bchw.layout}, not a plain tensor: images.to_dense()")
     if not torch.isfinite(example_bchw).all():
         raise CalibrationError("the example has NaN or infinite values")

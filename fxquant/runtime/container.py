@@ -154,9 +154,9 @@ class _Opened:
         self.handle: Any = None
 
     def __enter__(self) -> _Opened:
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):  # False, not an OSError, for names the system refuses
             raise ArtefactError(
-                f"{self.path} is {'a folder' if self.path.is_dir() else 'not there'}: give an artefact file"
+                f"{self.path} is {'a folder' if os.path.isdir(self.path) else 'not there'}: give an artefact file"
             )
         try:
             self.handle = safe_open(self.path, "pt")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
+from fxquant.arguments import whole
 from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.annotation import Role, nodes_with_role
@@ -34,7 +35,7 @@ from fxquant.graph.tracing import known_image_shape, trace
 from fxquant.hints import check_fields, checked
 from fxquant.synthesis.priors import similarity_entropy, variation
 from passes.assign_roles import AssignRoles
-from passes.contract import PassContext, ProgressReporter, SilentProgress
+from passes.contract import PassContext, ProgressReporter, SilentProgress, check_draws
 from passes.pipeline import Pipeline
 
 _PAPER_NORMS = 4 * math.sqrt(32 * 3 * 224 * 224)  # sum of four norms for a root mean square difference of 1
@@ -76,8 +77,8 @@ class Synthesis:
         """Raise CalibrationError for options out of range."""
         check_fields(self, CalibrationError)
         least, most = self.variation
-        if min(self.count, self.steps, self.checkpoint_steps) < 1:
-            raise CalibrationError(f"count, steps and checkpoint_steps are at least 1, found {self}")
+        for name in ("count", "steps", "checkpoint_steps"):
+            whole(name, getattr(self, name), CalibrationError, least=1, most=1_000_000)
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
             raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
 
@@ -141,6 +142,7 @@ def synthesize(
     Raises CalibrationError where the image size is not known or the model has no attention over patches; ModelError,
     TraceError or CoverageError where it cannot be traced.
     """
+    seed, batch_size = check_draws(seed, batch_size)
     pictures = Pictures.of(model, options)
     traced = Pipeline([AssignRoles()]).run(trace_without_images(model, pictures), PassContext())
     return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), progress or SilentProgress())
