@@ -118,7 +118,7 @@ def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
     assert [file.name for file in tmp_path.iterdir()] == [whole.name]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["vit", "deit3"])
 def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
     """Else a resumed run would not find what the killed one has kept."""
     model, size = ARCHITECTURES[name]()
