@@ -24,19 +24,21 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxquant.errors import ArtefactError
 from fxquant.runtime.container import pack_file, read_file, write_file
 from fxquant.runtime.untrusted import from_json
 
-_OWN_FILE = re.compile(r"[0-9a-f]{16}\.(json|safetensors|part)")
+_OWN_FILE = re.compile(r"[0-9a-f]{16}\.(json|safetensors|([0-9a-f]{16}\.)?part)")
 _PACKAGES = ("fxquant", "passes", "allocators")
 _VERSIONS_OF = ("fxquant", "torch", "timm", "numpy", "mip")
 _STALE_S = 3600.0  # after which no process is still writing a partial file
@@ -49,7 +51,7 @@ def signature(*values: Any) -> str:
     """A digest of JSON values, tensors and modules: equal settings have equal signatures, across processes.
 
     Of a module it covers all parameters and buffers, and the class and plain attributes (numbers, texts) of every
-    module in it: an epsilon changes what is computed as a weight does.
+    module in it: an epsilon changes what is computed as a weight does. Of a graph module, those that its graph reads.
     """
     total = hashlib.sha256()
     for value in values:
@@ -58,10 +60,13 @@ def signature(*values: Any) -> str:
 
 
 def _digest_of(value: Any) -> bytes:
+    if isinstance(value, GraphModule):
+        used = {str(node.target) for node in value.graph.nodes if node.op in ("call_module", "get_attr")}
+        return _digest_of([[path, _digest_of(attrgetter(path)(value)).hex()] for path in sorted(used)])
     if isinstance(value, nn.Module):
         tensors = (*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False))
         held = [[name, _digest_of(tensor).hex()] for name, tensor in sorted(tensors)]
-        return _digest_of([held, [[path, *_plain(module)] for path, module in value.named_modules()]])
+        return _digest_of([held, sorted([path, *_plain(module)] for path, module in value.named_modules())])
     if isinstance(value, Tensor):
         content = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
         content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -118,14 +123,14 @@ class Cache:
     """JSON values and tensors by signature: one file each in a folder, or in memory only when there is no folder.
 
     folder: made where it is missing. limit_bytes: of all files in it together; a new file over it removes parts first,
-    then the longest unused. parts: signatures of the parts kept or read so far, in order. Raises ArtefactError where
-    the folder cannot be made; one that cannot be written to is worth a warning, and nothing more is kept.
+    then the longest unused. Raises ArtefactError where the folder cannot be made; one that cannot be written to is
+    worth a warning, and nothing more is kept.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit_bytes: float = 4e9) -> None:
         self.folder = None if folder is None else Path(folder)
         self.limit_bytes = limit_bytes
-        self.parts: list[str] = []
+        self._work = ""
         self._known: dict[str, Any] = {}
         self._writes = self.folder is not None
         if self.folder is not None:
@@ -151,7 +156,7 @@ class Cache:
         """Texts and tensors that `write` kept under this signature; None without a folder and for a damaged file."""
         if self.folder is None:
             return None
-        file = self.folder / _name(key, part)
+        file = self.folder / self._name(key, part)
         try:
             texts, tensors = read_file(file)
         except (ArtefactError, OSError):
@@ -159,8 +164,6 @@ class Cache:
         if texts.get("signature") != key:  # a file that was given another's name
             return None
         _touch(file)
-        if part:
-            self.parts.append(key)
         return texts, _unshared(tensors)
 
     def write(self, key: str, texts: Mapping[str, str], tensors: Mapping[str, Tensor], *, part: bool = False) -> bool:
@@ -168,11 +171,7 @@ class Cache:
 
         Without a folder nothing is; where it cannot be written to, the first time warns.
         """
-        if not self._writes or not self._put(_name(key, part), pack_file({**texts, "signature": key}, tensors)):
-            return False
-        if part:
-            self.parts.append(key)
-        return True
+        return self._writes and self._put(self._name(key, part), pack_file({**texts, "signature": key}, tensors))
 
     def key_of(self, *values: Any) -> str:
         """The signature of values and of our sources; empty without a folder, where nothing is kept under it."""
@@ -190,13 +189,30 @@ class Cache:
         self.write(key, {}, found, part=True)
         return found
 
-    def forget(self, *keys: str) -> None:
-        """Remove what `write` kept under these signatures, parts too."""
-        for key in keys:
-            for part in (False, True):
-                if self.folder is not None:
-                    with suppress(OSError):
-                        (self.folder / _name(key, part)).unlink()
+    def forget(self, key: str) -> None:
+        """Remove what `write` kept under this signature."""
+        if self.folder is not None:
+            with suppress(OSError):
+                (self.folder / self._name(key, part=False)).unlink()
+
+    @contextmanager
+    def work(self, key: str) -> Iterator[None]:
+        """Inside, parts belong to the work of this signature, and are known to it alone."""
+        before, self._work = self._work, f"{key}."
+        try:
+            yield
+        finally:
+            self._work = before
+
+    def forget_parts(self, key: str) -> None:
+        """Remove all parts of the work of this signature, whichever process has kept them: the whole is kept."""
+        for file in self._files():
+            if file.name.startswith(f"{key}.") and file.suffix == ".part":
+                with suppress(OSError):
+                    file.unlink()
+
+    def _name(self, key: str, part: bool) -> str:
+        return f"{self._work}{key}.part" if part else f"{key}.safetensors"
 
     def _read_json(self, key: str) -> Any:
         if self.folder is None:
@@ -259,10 +275,6 @@ class Cache:
         with suppress(OSError):
             return [] if self.folder is None else list(self.folder.iterdir())
         return []
-
-
-def _name(key: str, part: bool) -> str:
-    return f"{key}.part" if part else f"{key}.safetensors"
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ Not kept, and so run anew: passes from outside this package, whose code we canno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from torch.fx import GraphModule
 
@@ -50,9 +52,20 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> G
     known = _read(cache.read(key), prefix, traced)
     if known is not None and len(known.entries) == len(prefix):
         journal.entries += [replace(e, seconds=0.0, notes={**e.notes, "recalled": True}) for e in known.entries]
+        cache.forget_parts(key)  # of a process that was killed right after it had kept the whole
         return known.graph_module
-    first_part, first_entry = len(cache.parts), len(journal.entries)
-    checkpoint = Checkpoint(cache, signature(key, "unfinished"))
+    with cache.work(key):
+        searched, kept = _resumed(prefix, traced, context)
+    with suppress(ArtefactError):  # a graph that no file can hold is a result all the same
+        if cache.write(key, *kept()):
+            cache.forget_parts(key)
+    return searched
+
+
+def _resumed(prefix: Pipeline, traced: GraphModule, context: PassContext) -> tuple[GraphModule, Callable[[], Kept]]:
+    """The graph after these passes, begun where a killed process was; and what to keep of it."""
+    journal, first_entry = context.journal, len(context.journal.entries)
+    checkpoint = Checkpoint(context.cache, signature("searched graph"))
     start = _read(checkpoint.load(), prefix, traced) or _Searched(traced, [])
     journal.entries += start.entries
 
@@ -69,10 +82,7 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> G
                 checkpoint.save(lambda: written(graph_module))
 
     searched = prefix[len(start.entries) :].run(start.graph_module, context, keep)
-    with suppress(ArtefactError):  # a graph that no file can hold is a result all the same
-        if cache.write(key, *written(searched)):
-            cache.forget(*cache.parts[first_part:])
-    return searched
+    return searched, partial(written, searched)
 
 
 def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:

@@ -1,9 +1,7 @@
-"""A process that was killed goes on where it was: stopped after everything it keeps, it ends in the same model."""
+"""A process that was killed goes on where it was: stopped again and again, it ends in the same model."""
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.cache import Cache
+from fxquant.cache import Cache, signature
 from fxquant.graph.tracing import trace
+from fxquant.runtime.searched import searched_from_file, searched_to_file
 from passes.allocate_bits import AllocateBits
 from passes.checkpoint import Checkpoint
 from passes.contract import Journal, PassContext
@@ -22,9 +21,20 @@ from passes.pipeline import Pipeline
 from passes.prefix import run_prefix, split
 from passes.recipes import recipe
 from passes.reconstruct import Reconstruct
-from tests.passes.models import images, vit
+from passes.search_scales import SearchScales
+from tests.passes.models import ARCHITECTURES, images, vit
 
-IMAGES = images(5)
+IMAGES = images(4)
+TRACED = trace(vit(depth=1), IMAGES[:2])
+FEW: dict[str, Any] = {"bits": (3, 4, 8)}
+PIPELINES = {
+    "best": lambda: recipe("best")("W4A4", **FEW),
+    "best, fully quantized": lambda: recipe("best")("W4A4", fully_quantized=True, **FEW),
+    "lampq": lambda: recipe("lampq")("W4A4", **FEW),
+    "corrected": lambda: recipe("mptq_vit")("W4A4", **FEW).after(AllocateBits, CorrectWeights()),
+    "reconstructed": lambda: recipe("mptq_vit")("W4A4", **FEW).after(AllocateBits, Reconstruct(steps=2)),
+    "trained": lambda: recipe("best_thorough")("W4A4", **FEW).changed(Distil, steps=4, checks=2),
+}
 
 
 class Killed(BaseException):
@@ -32,59 +42,90 @@ class Killed(BaseException):
 
 
 class Dies(Cache):
-    """Stops the process as soon as something new is kept."""
+    """Stops the process as soon as it has kept so many new things."""
+
+    def __init__(self, folder: Path, left: int) -> None:
+        super().__init__(folder)
+        self.left = left
 
     def _put(self, name: str, content: bytes) -> bool:
-        super()._put(name, content)
-        raise Killed
+        kept = super()._put(name, content)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+        return kept
 
 
-@pytest.fixture(autouse=True)
-def every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self, state, *, last=False: save(self, state, last=True))
 
 
 def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
-    """Tensors of the quantized model, and the journal without times."""
+    """Tensors of the quantized model; its code, and the journal without times."""
     context = PassContext(IMAGES, batch_size=2, cache=cache, journal=Journal())
     prefix, rest = split(pipeline)
     quantized = rest.run(run_prefix(prefix, TRACED, context), context)
-    notes = [(entry.step, entry.nodes_changed, entry.notes) for entry in context.journal.entries]
+    notes = [(entry.step, entry.nodes_changed, entry.notes | {"recalled": 0}) for entry in context.journal.entries]
     return quantized.state_dict(), [quantized.code, *notes]
 
 
-TRACED = trace(vit(depth=1), IMAGES[:2])
-
-
-def pipelines() -> dict[str, Pipeline]:
-    few: dict[str, Any] = {"bits": (3, 4, 8)}
-    allocated = recipe("mptq_vit")("W4A4", **few)
-    return {
-        "best": recipe("best")("W4A4", **few),
-        "best, fully quantized": recipe("best")("W4A4", fully_quantized=True, **few),
-        "lampq": recipe("lampq")("W4A4", **few),
-        "mix_qvit": recipe("mix_qvit")("W4A4", **few),
-        "corrected": allocated.after(AllocateBits, CorrectWeights()),
-        "reconstructed": allocated.after(AllocateBits, Reconstruct(steps=4)),
-        "trained": recipe("best_thorough")("W4A4", **few),
-    }
-
-
-@pytest.mark.parametrize("name", pipelines())
-def test_a_run_killed_after_everything_it_keeps_ends_the_same(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules["passes.recipes.best"], "Distil", partial(Distil, steps=4, checks=2))
-    pipeline = pipelines()[name]
+@pytest.mark.usefixtures("_every_state_is_kept")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_killed_again_and_again_ends_in_the_same_model(name: str, tmp_path: Path) -> None:
+    pipeline = PIPELINES[name]()
     tensors, told = outcome(pipeline, Cache())
     kills = 0
     while True:
         try:
-            found, again = outcome(pipeline, Dies(tmp_path))
+            found, told_again = outcome(pipeline, Dies(tmp_path, left=8))
             break
         except Killed:
             kills += 1
-    print(name, kills, sorted(f.suffix for f in tmp_path.iterdir()))
+    assert kills >= 2
+    assert told_again == told
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[k], tensors[k]) for k in tensors)
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.usefixtures("_every_state_is_kept")
+def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+    weight = SearchScales._weight
+
+    def counted(self: SearchScales, graph_module: Any, node: Any, observer: Any) -> Any:
+        searched.append(node.name)
+        return weight(self, graph_module, node, observer)
+
+    monkeypatch.setattr(SearchScales, "_weight", counted)
+    prefix, _ = split(PIPELINES["best"]())
+    for _ in range(99):
+        try:
+            run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Dies(tmp_path, left=1)))
+            break
+        except Killed:
+            suffixes = [file.suffix for file in tmp_path.iterdir()]
+            if ".safetensors" in suffixes:
+                break
+    assert len(searched) == len(set(searched)) == 8
+    assert any(file.suffix == ".part" for file in tmp_path.iterdir())
+    (whole,) = tmp_path.glob("*.safetensors")
+    whole.unlink()
+    run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+    assert [file.name for file in tmp_path.iterdir()] == [whole.name]
+
+
+@pytest.mark.parametrize("name", ["vit", "deit3"])
+def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
+    """Else a resumed run would not find what the killed one has kept."""
+    model, size = ARCHITECTURES[name]()
+    x = images(2, size)
+    traced = trace(model, x)
+    prefix, _ = split(recipe("best")("W4A4", **FEW))
+    folded = prefix[: len(prefix) - 2].run(traced, PassContext(x))
+    again = searched_from_file(*searched_to_file(folded, traced), traced)
+    assert again.code == folded.code
+    assert signature(again) == signature(folded)
