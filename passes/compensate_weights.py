@@ -108,4 +108,5 @@ def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
     gram = gram + torch.diag((diagonal.mean().clamp_min(1e-30) * dampening).expand_as(diagonal))
     # Turned round by both axes, G's lower Cholesky factor is the upper triangular one that stands on the left.
     upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    return upper / upper.diagonal()
+    feedback: Tensor = upper / upper.diagonal()
+    return feedback
