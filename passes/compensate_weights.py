@@ -1,8 +1,9 @@
 """CompensateWeights: round each weight column so that later columns make up for the error of earlier ones (OPTQ/GPTQ).
 
-With G the layer's Gram matrix and U the upper Cholesky factor of its damped inverse, column j is rounded to its grid
-and the error e = (w_j - q_j) / U_jj is taken out of the columns not yet rounded: w_k -= e U_jk. The grid (scales,
-bits) stays as searched; only which grid point a weight takes changes (Frantar et al., GPTQ, algorithm 1).
+With G = R R^T the layer's damped Gram matrix, R upper triangular, the cost of an error d = w - q is |d R|^2, whose term
+of column j is R_jj^2 (w_j + sum over k < j of d_k R_kj / R_jj - q_j)^2: column by column, what is in front of q_j is
+rounded to the grid. This gives what GPTQ gives (Frantar et al., algorithm 1) without inverting G (Chee et al., QuIP,
+theorem 6). The grid (scales, bits) stays as searched; only which grid point a weight takes changes.
 
 The result is written back as the layer's float weight, whose entries now lie on their grid, so that substitution
 finds exactly these codes. Not done: reordering columns, or re-fitting scales.
@@ -21,6 +22,7 @@ from torch.fx import GraphModule
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.hints import check_fields
+from fxquant.quantizers.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -50,7 +52,10 @@ class CompensateWeights:
             raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Rewrite weights in place; returns how many layers. Notes the summed cost d G d^T before and after."""
+        """Rewrite weights in place; returns how many layers.
+
+        Notes the summed cost d G d^T before and after, to some per cent: of G the low rank that SearchScales sees.
+        """
         work = []
         for node in nodes_with_role(graph_module):
             found = observers_of(graph_module, node)
@@ -76,8 +81,9 @@ class CompensateWeights:
     def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
         """The weight (out, in), and the costs of rounding to nearest and of this."""
         rounded = compensate(rows, gram, quantizer, self.dampening, self.block)
-        costs = [_cost(quantizer(rows) - rows, gram), _cost(rounded - rows, gram)]
-        return {"weight": rounded, "costs": torch.tensor(costs, dtype=torch.float64)}
+        seen = LowRank.of(gram)
+        costs = [seen.cost(error).sum(dtype=torch.float64) for error in (quantizer(rows) - rows, rounded - rows)]
+        return {"weight": rounded, "costs": torch.stack(costs)}
 
 
 def compensate(
@@ -85,29 +91,36 @@ def compensate(
 ) -> Tensor:
     """GPTQ: a weight on the quantizer's grid with small (W^ - W) G (W^ - W)^T.
 
-    weight_oi: float (out, in). gram_ii: float (in, in), positive semi-definite. quantizer: its scale is (out, 1) or ().
-    Returns float (out, in).
+    Args:
+        weight_oi: float (out, in).
+        gram_ii: float (in, in), positive semi-definite.
+        quantizer: its scale is (out, 1) or ().
+        dampening: see CompensateWeights.
+        block: columns of which the earlier ones' errors are gathered in one product.
+
+    Returns:
+        float (out, in).
     """
-    columns = weight_oi.shape[1]
-    gram = gram_ii.double()
-    mean = gram.diagonal().mean().clamp_min(1e-30)
-    gram = gram + torch.eye(columns, dtype=gram.dtype, device=gram.device) * mean * dampening
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight_oi.dtype)
-    work, result = weight_oi.clone(), torch.empty_like(weight_oi)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = work.new_empty(len(work), stop - start)
-        for j in range(start, stop):
-            column = work[:, j : j + 1]
-            rounded = quantizer(column)
-            error = (column - rounded) / upper[j, j]
-            result[:, j : j + 1] = rounded
-            errors[:, j - start : j - start + 1] = error
-            work[:, j:stop] -= error * upper[j, j:stop]
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    feedback = _feedback(gram_ii, dampening).to(weight_oi.dtype)
+    result, error = torch.empty_like(weight_oi), torch.empty_like(weight_oi)
+    for start in range(0, weight_oi.shape[1], block):
+        inside = slice(start, start + block)
+        target = weight_oi[:, inside] + error[:, :start] @ feedback[:start, inside]
+        for j in range(target.shape[1]):
+            column = start + j
+            target[:, j] += error[:, start:column] @ feedback[start:column, column]
+            rounded = quantizer(target[:, j : j + 1])[:, 0]
+            result[:, column] = rounded
+            error[:, column] = weight_oi[:, column] - rounded
     return result
 
 
-def _cost(error_oi: Tensor, gram_ii: Tensor) -> float:
-    return float(((error_oi @ gram_ii) * error_oi).double().sum())
+def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
+    """R_kj / R_jj of the damped G = R R^T, float64 (in, in), upper triangular."""
+    gram = gram_ii.double()
+    diagonal = gram.diagonal()
+    gram = gram + torch.diag((diagonal.mean().clamp_min(1e-30) * dampening).expand_as(diagonal))
+    # Turned round by both axes, G's lower Cholesky factor is the upper triangular one that stands on the left.
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    feedback: Tensor = upper / upper.diagonal()
+    return feedback

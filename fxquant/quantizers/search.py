@@ -1,4 +1,4 @@
-"""Choosing scales: activations from streamed moments, weights from a Gram matrix; exact, all candidates at once.
+"""Choosing scales: activations from streamed moments, weights from a Gram matrix; no value is quantized twice.
 
 The Hessian-guided metric of PTQ4ViT is sum (g (O - O^))^2 over a layer's output O, g = dL/dO. Its published code takes
 L = KL(p || p), whose gradient is zero up to round-off; here L is the cross-entropy against labels drawn from the
@@ -7,24 +7,28 @@ model's own output, so g g^T is the Fisher matrix and half the metric predicts t
 - An activation error e moves output o by w_o . e. Taking errors of different inputs as uncorrelated, the metric is
   sum h e^2 with h = g^2 W^2 (elementwise squares): a weighted squared error, which the histogram evaluates exactly.
 - A weight error d_o of output channel o costs b_o d_o^T G d_o with G = sum over tokens a_t x_t x_t^T, where
-  g_to^2 is approximated by a_t b_o (token times channel). All candidates of a layer share G.
+  g_to^2 is approximated by a_t b_o (token times channel). All candidates of a layer share G, of
+  which they see the directions that count (`fxquant.quantizers.low_rank`): a candidate costs as much as the weight is
+  large, not as much as G is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
 from fxquant.quantizers.families import Family, Statistics
+from fxquant.quantizers.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 
-COARSE_RATIOS = tuple(np.linspace(0.3, 1.1, 9))
+COARSE_RATIOS = (1.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
 END_STEPS = (-0.3, -0.2, -0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
+HOPELESS = 64.0  # times the least cost of a row: it is not clipped further
+CHUNK = 1 << 17  # weights that are searched together, so that all their candidates stay in the processor's cache
 WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
 
@@ -63,42 +67,74 @@ def search_weight(
 ) -> tuple[Candidate, ...]:
     """The best per-output-channel scales at each width, and zero-points where they are asked for.
 
-    weight_oi: float (out, in). gram_ii: G above, float (in, in); None for plain squared error of the weight.
-    channel_weight_o: b_o, float (out,). Candidates are ranges relative to the one that just covers each channel: nine
-    coarse ratios, then steps around each channel's best; asymmetric ranges then move each of their ends, twice.
-    search: False takes the covering range. asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
+    Candidates are ranges relative to the one that just covers each channel: coarse ratios, then steps around each
+    channel's best; asymmetric ranges then move each of their ends, twice.
+
+    Args:
+        weight_oi: float (out, in).
+        bits: the widths.
+        images: how many images G covers; losses are per image.
+        gram_ii: G above, float (in, in); None for plain squared error of the weight.
+        channel_weight_o: b_o, float (out,); None: one for every channel.
+        search: False takes the covering range.
+        asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
     """
     weight = weight_oi.detach().float()
-    gram = None if gram_ii is None else gram_ii.float()
+    columns = weight.shape[1]
+    gram = LowRank.identity(columns) if gram_ii is None else LowRank.of(gram_ii.float())
     scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
-    signal = float(weight.double().square().sum())
+    signal = _energy(weight)
+    chunks = torch.split(weight, max(CHUNK // columns, 1))
     found = []
     for width in bits:
-        covering = _covering(weight, asymmetric and width <= WIDEST_ASYMMETRIC)
-        together, each = torch.ones(covering.shape[1]), torch.eye(covering.shape[1])
-        best = torch.ones_like(covering)
-        cost = _weight_costs(weight, _spanning(best * covering, width), gram)
-        tried = [(together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each) if len(each) > 1)]
-        for moved, steps in ((together, COARSE_RATIOS), *tried) if search else ():
-            centre = torch.zeros_like(best) if steps is COARSE_RATIOS else best.clone()
-            for step in steps:
-                ratio = (centre + step * moved).clamp_min(END_STEPS[-1] / 4)
-                challenger = _weight_costs(weight, _spanning(ratio * covering, width), gram)
-                better = challenger < cost
-                cost = torch.where(better, challenger, cost)
-                best = torch.where(better[:, None], ratio, best)
-        quantizer = _spanning(best * covering, width)
-        noise = float((quantizer(weight) - weight).double().square().sum())
-        loss = 0.5 * float((cost.clamp_min(0) * scaling).double().sum()) / images
-        found.append(Candidate(width, quantizer, loss, noise, signal))
+        has_zero_point = asymmetric and width <= WIDEST_ASYMMETRIC
+        best = [_best_ranges(chunk, gram, width, has_zero_point, search) for chunk in chunks]
+        quantizer = _spanning(torch.cat([ranges for ranges, _ in best]), width)
+        cost = torch.cat([least for _, least in best])
+        loss = 0.5 * float((cost * scaling).sum(dtype=torch.float64)) / images
+        found.append(Candidate(width, quantizer, loss, _energy(_error(weight, quantizer)), signal))
     return tuple(found)
 
 
-def _covering(weight: Tensor, asymmetric: bool) -> Tensor:
+def _best_ranges(
+    weight: Tensor, gram: LowRank, width: int, has_zero_point: bool, search: bool
+) -> tuple[Tensor, Tensor]:
+    """The ranges of least cost, as `_covering` gives them, and that cost of every row, (out,)."""
+    covering = _covering(weight, has_zero_point)
+    ends = covering.shape[1]
+    best = torch.ones_like(covering)
+    least = gram.cost(_error(weight, _spanning(covering, width)))
+    if not search:
+        return covering, least
+
+    def attempt(ratio: Tensor, rows: Tensor | slice) -> Tensor:
+        """Take what is better of these ranges, relative to the covering ones of these rows; returns their cost."""
+        cost = gram.cost(_error(weight[rows], _spanning(ratio * covering[rows], width)))
+        better = cost < least[rows]
+        least[rows] = torch.where(better, cost, least[rows])
+        best[rows] = torch.where(better[:, None], ratio, best[rows])
+        return cost
+
+    # Downwards: what is clipped stays clipped, so a row that suffers from it need not go on.
+    rest = torch.arange(len(weight))
+    for ratio in COARSE_RATIOS:
+        cost = attempt(torch.full((len(rest), ends), ratio), rest)
+        rest = rest[cost <= HOPELESS * least[rest]]
+        if not len(rest):
+            break
+    together, each = torch.ones(ends), torch.eye(ends) if has_zero_point else ()
+    for moved, steps in ((together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each))):
+        centre = best.clone()
+        for step in steps:
+            attempt((centre + step * moved).clamp_min(END_STEPS[-1] / 4), slice(None))
+    return best * covering, least
+
+
+def _covering(weight: Tensor, has_zero_point: bool) -> Tensor:
     """The range of each row that just covers it: (out, 1), the largest magnitude, or (out, 2), how far below and above
     zero it reaches.
     """
-    if not asymmetric:
+    if not has_zero_point:
         return weight.abs().amax(1, keepdim=True).clamp_min(1e-12)
     return torch.stack([-weight.amin(1), weight.amax(1)], 1).clamp_min(1e-12)
 
@@ -111,8 +147,10 @@ def _spanning(range_or: Tensor, width: int) -> UniformQuantizer:
     return UniformQuantizer(width, scale, torch.round(range_or[:, :1] / scale))
 
 
-def _weight_costs(weight: Tensor, quantizer: UniformQuantizer, gram: Tensor | None) -> Tensor:
-    """Cost of each output channel (out,) under per-channel scales."""
-    error = quantizer(weight).sub_(weight)
-    cost: Tensor = error.square() if gram is None else (error @ gram).mul_(error)
-    return cost.sum(1)
+def _error(weight: Tensor, quantizer: UniformQuantizer) -> Tensor:
+    rounded: Tensor = quantizer(weight)
+    return rounded.sub_(weight)
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
