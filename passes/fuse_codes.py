@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.graph.annotation import Role, annotation_of
+from fxquant.graph.names import add_module, exchange_module
 from fxquant.graph.normalization import constant_of
 from fxquant.runtime.byte_table import byte_table
 from fxquant.runtime.lowered import AttentionCodes, Epilogue, IntegerAttention, LayerNormToCodes
@@ -48,9 +49,9 @@ def fuse_attention(plan: IntegerPlan) -> dict[str, str]:
         if found is None:
             continue
         graph_module = plan.graph_module
-        name = f"{str(found.linear.target).rpartition('.')[0]}.integer_attention".lstrip(".")
         module = IntegerAttention(found.heads, found.head_size, found.codes, found.bias_ghnn)
-        graph_module.add_submodule(name, module)
+        wanted = f"{str(found.linear.target).rpartition('.')[0]}.integer_attention".lstrip(".")
+        name = add_module(graph_module, wanted, module)
         with graph_module.graph.inserting_before(found.end):
             fused = graph_module.graph.call_module(name, (found.linear,))
         fused.meta["tensor_meta"] = found.end.meta["tensor_meta"]
@@ -233,10 +234,7 @@ def fuse_layer_norms(plan: IntegerPlan) -> None:
             continue
         if len(module.normalized_shape) != 1 or shape_of(input_of(norm)) is None:
             continue
-        calls = [n for n in norm.graph.nodes if n.op == "call_module" and n.target == norm.target]
-        if len(calls) != 1:
-            continue
-        plan.graph_module.add_submodule(str(norm.target), LayerNormToCodes(module, code))
+        exchange_module(plan.graph_module, norm, LayerNormToCodes(module, code))
         codes.replace_all_uses_with(norm)
         del plan.made[codes]
         norm.graph.erase_node(codes)
