@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fxquant.compiled import Compiled
 from torch import Tensor, nn
 
 import fxquant
 from fxquant import embedded
+from fxquant.compiled import Compiled
 from fxquant.errors import (
     BudgetError,
     CalibrationError,

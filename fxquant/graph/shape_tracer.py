@@ -270,8 +270,6 @@ class ShapeTracer(fx.Tracer):
         return map_aggregate(value, enter)
 
 
-
-
 def _is_known(first: Any, second: Any) -> bool:
     """Whether a value is the same at both batch sizes; tensors, alone or in a container, never are."""
     return not isinstance(first, (torch.Tensor, tuple, list)) and bool(first == second)
