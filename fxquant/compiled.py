@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import networkx
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.allocation import Allocation
-from fxquant.errors import ArtefactError, BackendError, ExportError
+from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph import pattern
-from fxquant.graph.annotation import Fact
+from fxquant.graph.annotation import Fact, facts_of
 from fxquant.hints import checked
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime import artefact
+from fxquant.runtime.border import Border
 from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
+from fxquant.runtime.state import check_names, check_state, description
 from passes.contract import Journal, JournalEntry, PassContext
 from passes.lower import SIMULATED, Lower, execution_of, execution_summary
 from passes.pipeline import Pipeline
@@ -32,6 +39,9 @@ class Compiled(nn.Module):
 
     graph_module: the annotated graph that runs. allocation: bits by layer and how they were found. journal: one entry
     per pass. layers: one row per quantized layer. card: the protocol (data, policies, what stays float, versions).
+
+    It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
+    compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
     """
 
     def __init__(
@@ -45,12 +55,18 @@ class Compiled(nn.Module):
         super().__init__()
         self.graph_module = graph_module
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
+        self.border = Border.of(graph_module)
+        self._is_lowered = Fact.LOWERED in facts_of(graph_module)
+        self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
         self.eval()
 
     def forward(self, images_bchw: Tensor) -> Tensor:
-        """Float (B, C, H, W) images to what the original model returns for them."""
-        result: Tensor = self.graph_module(images_bchw)
-        return result
+        """Float (B, C, H, W) images to what the original model returns for them.
+
+        An image with a NaN or infinite pixel gives NaN, and leaves the others as they are; no images give (0, ...).
+        Raises InputError for images of another shape, dtype, layout or device, a TypeError too for what is no tensor.
+        """
+        return self.border.run(self.graph_module, images_bchw, self._device())
 
     def report(self) -> Report:
         """Tables per layer and in total; print it, or take `.to_dict()`."""
@@ -81,6 +97,82 @@ class Compiled(nn.Module):
         card = {**self.card, "execution": execution_summary(kernels)}
         return Compiled(graph_module, self.allocation, journal, layers, card)
 
+    def train(self, mode: bool = True) -> Compiled:
+        """Nothing: a quantized model stays in inference mode, as it was compiled."""
+        return super().train(False)
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """Codes, scales and what else the model consists of, by name. Raises StateError for a lowered model."""
+        self._refuse_lowered("has no state dict")
+        return super().state_dict(*arguments, **keywords)
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors of the state belong to, see `fxquant.runtime.state`."""
+        return description(self.graph_module)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: it has been compared with this model's."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take the numbers of a model compiled alike, with the same quantizers; report and card stay as they are.
+
+        strict: whether all of them have to be there. Raises StateError, and changes nothing, for every other state.
+        """
+        self._refuse_lowered("takes no state dict")
+        if strict or not isinstance(state_dict, Mapping):
+            check_names(self.state_dict(), state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        self._refuse_lowered("takes no state dict")
+        check_state(self.graph_module, f"{prefix}graph_module.", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
+        """Move to another device, of which a lowered model has one; refuse another dtype."""
+        device = self._device()
+        before = torch.empty(0, dtype=self.border.dtype, device=device)
+        after = fn(before)
+        if after.dtype != before.dtype:
+            raise ModelError(
+                f"a quantized model computes in {before.dtype}, as it was compiled, not in {after.dtype}: for a "
+                "smaller or faster one take fewer bits or a backend"
+            )
+        if after.is_meta or (device is not None and after.device != device and self._is_lowered):
+            raise BackendError(
+                f"a {'lowered' if self._is_lowered else 'quantized'} model cannot be moved to {after.device}: move "
+                "the model it was lowered from, or lower that with backend='cuda'"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _refuse_lowered(self, what: str) -> None:
+        if self._is_lowered:
+            raise StateError(f"a lowered model {what}, it belongs to this machine: take the model it was lowered from")
+
+    def _device(self) -> torch.device | None:
+        """Where images have to be; None where the graph fetches them itself."""
+        if self._fetches_images:
+            return None
+        tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
+        return next((tensor.device for tensor in tensors), None)
+
+    def __copy__(self) -> Compiled:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As its artefact; raises ArtefactError where that cannot be written, before anything is."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.fxq"
+            self.save(path)
+            return _from_content, (path.read_bytes(),)
+
     @checked(ArtefactError)
     def save(self, path: str | PathLike[str]) -> None:
         """Write the artefact: one file, packed weights, no code. Raises ArtefactError, also for a lowered model."""
@@ -108,6 +200,14 @@ class Compiled(nn.Module):
         found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
         write_file(Path(path), found.content)
         return found.layers
+
+
+def _from_content(content: bytes) -> Compiled:
+    """The model of an artefact's bytes: what pickles hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.fxq"
+        path.write_bytes(content)
+        return load(path)
 
 
 @checked(ArtefactError, backend=BackendError)

@@ -71,6 +71,10 @@ class InputError(FxQuantError, ValueError):
     """The images a quantized model is called with are not what it was compiled for: shape, dtype, device or values."""
 
 
+class StateError(ModelError, RuntimeError):
+    """A state dict does not belong to the quantized model it is loaded into, or a model has none."""
+
+
 class DataError(FxQuantError, ValueError):
     """Images or labels on disk cannot be read as asked."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.names import add_module
 from fxquant.graph.normalization import argument, constant_of
 from fxquant.runtime.lowered import AssembleTokens
 from passes.integer_plan import SUMS, only_reader, shape_of
@@ -23,8 +24,7 @@ def assemble_tokens(graph_module: GraphModule) -> None:
         if found is None:
             continue
         source, positions, first = found
-        name = f"tokens_{node.name}"
-        graph_module.add_submodule(name, AssembleTokens(positions, first))
+        name = add_module(graph_module, f"tokens_{node.name}", AssembleTokens(positions, first))
         with graph_module.graph.inserting_before(node):
             assembled = graph_module.graph.call_module(name, (source,))
         assembled.meta["tensor_meta"] = node.meta["tensor_meta"]

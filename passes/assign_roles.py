@@ -7,8 +7,9 @@ the summed axis. Not counted: norms, softmax, activations, biases.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 from torch import fx
@@ -35,7 +36,7 @@ class AssignRoles:
         """Annotate in place; returns the number of nodes that have a role."""
         roles = find_roles(graph_module)
         batch_size = image_of(graph_module).meta["tensor_meta"].shape[0]
-        names: Counter[str] = Counter()
+        names = _public_names(graph_module, roles.role)
         for node in graph_module.graph.nodes:
             role = roles.role.get(node.name)
             if role is None:
@@ -43,14 +44,12 @@ class AssignRoles:
                     nothing = dict.fromkeys(("parameters", "macs", "activation_elements", "left_elements"), 0)
                     annotate(node, role=None, layer="", block=None, **nothing)
                 continue
-            name = _public_name(node, role)
-            names[name] += 1
             elements = [_elements(source, batch_size) for source in _quantizable_inputs(node, role)]
             parameters = _weight_elements(graph_module, node) if role.has_weight else 0
             annotate(
                 node,
                 role=role,
-                layer=name if names[name] == 1 else f"{name}_{names[name] - 1}",
+                layer=names[node],
                 block=roles.block.get(node.name),
                 parameters=parameters,
                 macs=_macs(node, role, parameters, batch_size),
@@ -60,6 +59,19 @@ class AssignRoles:
         context.note(unmatched=[{"node": failure.node, "reason": failure.reason} for failure in roles.failures])
         declare(graph_module, self.provides, self.breaks)
         return len(roles.role)
+
+
+def _public_names(graph_module: fx.GraphModule, roles: Mapping[str, Role]) -> dict[fx.Node, str]:
+    """A name of its own for every node with a role; the second of one name is called `name_1`, if no other is."""
+    nodes = [node for node in graph_module.graph.nodes if node.name in roles]
+    wanted = {node: _public_name(node, roles[node.name]) for node in nodes}
+    taken, names = set(wanted.values()), dict[fx.Node, str]()
+    for node, name in wanted.items():
+        if name in names.values():
+            name = next(other for number in count(1) if (other := f"{name}_{number}") not in taken)
+            taken.add(name)
+        names[node] = name
+    return names
 
 
 def _public_name(node: fx.Node, role: Role) -> str:

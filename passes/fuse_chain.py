@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.names import add_module
 from fxquant.runtime.chain import ChainLayer, IntegerChain, RowOrder, Step
 from fxquant.runtime.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.row_order import ReorderRows
@@ -171,8 +172,8 @@ def _replace(graph_module: GraphModule, run: _Run) -> Node:
     channels, result = (shape_of(first) or (0,))[-1], shape_of(last) or (0,)
     gather = None if run.gather is None else _reordering(graph_module, run.gather)
     order = RowOrder(gather, (shape_of(first) or (0, 0))[1] if has_attention else 1, last in run.is_back)
-    name = f"chain_{run.layers[0].name}"
-    graph_module.add_submodule(name, IntegerChain(steps, channels, result[-1], order))
+    chain_module = IntegerChain(steps, channels, result[-1], order)
+    name = add_module(graph_module, f"chain_{run.layers[0].name}", chain_module)
     with graph_module.graph.inserting_before(last):
         chain = graph_module.graph.call_module(name, (run.source,))
         chain.meta["tensor_meta"] = last.meta["tensor_meta"]

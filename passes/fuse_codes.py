@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxquant.graph.annotation import Role, annotation_of
+from fxquant.graph.names import add_module, exchange_module
 from fxquant.graph.normalization import constant_of
 from fxquant.runtime.byte_table import byte_table
 from fxquant.runtime.lowered import AttentionCodes, Epilogue, IntegerAttention, LayerNormToCodes
@@ -48,9 +49,9 @@ def fuse_attention(plan: IntegerPlan) -> dict[str, str]:
         if found is None:
             continue
         graph_module = plan.graph_module
-        name = f"{str(found.linear.target).rpartition('.')[0]}.integer_attention".lstrip(".")
         module = IntegerAttention(found.heads, found.head_size, found.codes, found.bias_ghnn)
-        graph_module.add_submodule(name, module)
+        wanted = f"{str(found.linear.target).rpartition('.')[0]}.integer_attention".lstrip(".")
+        name = add_module(graph_module, wanted, module)
         with graph_module.graph.inserting_before(found.end):
             fused = graph_module.graph.call_module(name, (found.linear,))
         fused.meta["tensor_meta"] = found.end.meta["tensor_meta"]
@@ -78,12 +79,12 @@ def _match(plan: IntegerPlan, av: Node) -> _Attention | None:
     splits = {part[0] for part in parts if part is not None}
     if qk is None or softmax is None or None in parts or len(splits) != 1:
         return None
-    linear, end = _split_linear(plan, splits.pop()), _merged_heads(output)
     shape = shape_of(av) or ()
     if len(shape) != 4:
         return None
     _, heads, tokens, size = shape
-    if linear is None or end is None or (shape_of(end) or ())[1:] != (tokens, heads * size):
+    linear, end = _split_linear(plan, splits.pop(), shape), _merged_heads(output)
+    if linear is None or end is None or (shape_of(end) or ())[1:] != (tokens, heads * size) or not _asks(end):
         return None
     query, key, value = (plan.made[codes] for codes in operands if codes is not None)
     if not (query.identity and key.identity and value.identity) or plan.made[weights].kind == library.CODEBOOK:
@@ -148,8 +149,11 @@ def _part(plan: IntegerPlan, codes: Node | None, index: int) -> tuple[Node, floa
     return None if source is None else (source, factor)
 
 
-def _split_linear(plan: IntegerPlan, unbind: Node) -> Node | None:
-    """The linear layer (B, N, 3 H D) whose result is split as reshape, permute(2, 0, 3, 1, 4), unbind(0)."""
+def _split_linear(plan: IntegerPlan, unbind: Node, result: tuple[int, ...]) -> Node | None:
+    """The linear layer (B, N, 3 H D) whose result is split as reshape, permute(2, 0, 3, 1, 4), unbind(0).
+
+    result: (B, H, N, D) of the attention. Sizes are believed only where the graph and the shapes noted in it agree.
+    """
     permute = input_of(unbind)
     reshape = input_of(permute)
     linear = input_of(reshape)
@@ -159,10 +163,21 @@ def _split_linear(plan: IntegerPlan, unbind: Node) -> Node | None:
         return None
     if reshape is None or reshape.target not in ("reshape", "view") or only_reader(permute) is not unbind:
         return None
-    shape = shape_of(reshape)
-    is_split = shape is not None and len(shape) == 5 and shape[2] == 3 and len(shape_of(linear) or ()) == 3
+    batch, heads, tokens, size = result
+    is_split = shape_of(reshape) == (batch, tokens, 3, heads, size) and _asks(reshape)
+    is_split &= shape_of(linear) == (batch, tokens, 3 * heads * size)
     is_alone = only_reader(linear) is reshape and only_reader(reshape) is permute
     return linear if is_split and is_alone and isinstance(plan.module(linear), QuantizedLinear) else None
+
+
+def _asks(view: Node) -> bool:
+    """Whether the sizes that a view asks for, where it names any, are those of the shape noted for it."""
+    sizes = view.args[1] if isinstance(view.args[1], tuple | list) else view.args[1:]
+    if view.target == "flatten":
+        return True
+    shape = shape_of(view) or ()
+    pairs = zip(sizes, shape, strict=False)
+    return len(sizes) == len(shape) and all(type(size) is not int or size in (-1, noted) for size, noted in pairs)
 
 
 def _merged_heads(codes: Node | None) -> Node | None:
@@ -233,10 +248,7 @@ def fuse_layer_norms(plan: IntegerPlan) -> None:
             continue
         if len(module.normalized_shape) != 1 or shape_of(input_of(norm)) is None:
             continue
-        calls = [n for n in norm.graph.nodes if n.op == "call_module" and n.target == norm.target]
-        if len(calls) != 1:
-            continue
-        plan.graph_module.add_submodule(str(norm.target), LayerNormToCodes(module, code))
+        exchange_module(plan.graph_module, norm, LayerNormToCodes(module, code))
         codes.replace_all_uses_with(norm)
         del plan.made[codes]
         norm.graph.erase_node(codes)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
 from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.names import add_module
 from fxquant.hints import check_fields
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
@@ -24,6 +25,10 @@ from passes.contract import PassContext
 _SHAPE_ONLY = frozenset(
     {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
 )
+
+
+Place = tuple[Node, int]
+"""A node and which of its arguments."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +164,17 @@ def remove_observers(graph_module: GraphModule) -> int:
     return len(detached)
 
 
-def _detach_observers(graph_module: GraphModule) -> dict[str, Node]:
-    """Let the readers of every observer read its source instead; returns the observer nodes by target."""
-    detached = {str(node.target): node for node in observer_nodes(graph_module)}
+def _detach_observers(graph_module: GraphModule) -> dict[Place, Node]:
+    """Let the reader of every observer read its source instead; returns the observer nodes by where they were."""
+    detached = {_place_of(node): node for node in observer_nodes(graph_module)}
     for node in detached.values():
         node.replace_all_uses_with(node.all_input_nodes[0])
     return detached
+
+
+def _place_of(observed: Node) -> Place:
+    """The node that reads an observer, itself where none does, and as which argument."""
+    return next(((reader, reader.args.index(observed)) for reader in observed.users), (observed, 0))
 
 
 def _erase(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
@@ -173,14 +183,15 @@ def _erase(graph_module: GraphModule, nodes: Iterable[Node]) -> None:
         graph_module.delete_submodule(str(node.target))
 
 
-def _insert(graph_module: GraphModule, node: Node, index: int, observer: Observer, earlier: dict[str, Node]) -> None:
+def _insert(graph_module: GraphModule, node: Node, index: int, observer: Observer, earlier: dict[Place, Node]) -> None:
     """Put the observer on one input; the node that an earlier one had there is used again, so names stay."""
     source = node.args[index]
-    name = f"observer_{annotation_of(node).layer.replace('.', '_')}_{index}"
-    graph_module.add_submodule(name, observer)
-    observed = earlier.pop(name, None)
+    observed = earlier.pop((node, index), None)
     if observed is None:
+        name = add_module(graph_module, f"observer_{annotation_of(node).layer.replace('.', '_')}_{index}", observer)
         observed = graph_module.graph.create_node("call_module", name)
+    else:
+        graph_module.add_submodule(str(observed.target), observer)
     observed.args = (source,)
     node.prepend(observed)
     observed.meta["tensor_meta"] = source.meta.get("tensor_meta") if isinstance(source, Node) else None

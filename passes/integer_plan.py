@@ -8,7 +8,6 @@ Fusions (`passes.fuse_codes`) change plans; `Lower` builds the modules.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
+from fxquant.graph.names import add_module
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_codes import ByteCode, byte_code
@@ -63,10 +63,8 @@ class IntegerPlan:
         found = next((node for node in source.users if self.made.get(node) == code), None)
         if found is not None:
             return found
-        name = f"codes_{source.name}"
-        while hasattr(self.graph_module, name):
-            name += "_"
-        self.graph_module.add_submodule(name, RowLogToCodes(code) if code.of_rows else ToCodes(code))
+        module = RowLogToCodes(code) if code.of_rows else ToCodes(code)
+        name = add_module(self.graph_module, f"codes_{source.name}", module)
         with self.graph_module.graph.inserting_after(source):
             codes = self.graph_module.graph.call_module(name, (source,))
         self.made[codes] = code
@@ -113,11 +111,9 @@ def plan(graph_module: GraphModule) -> IntegerPlan:
 
 def integer_nodes(graph_module: GraphModule) -> dict[Node, tuple[ByteCode, ...]]:
     """Nodes that can run as integers, in graph order, with the codes of their inputs."""
-    calls = Counter(node.target for node in graph_module.graph.nodes if node.op == "call_module")
     found = {}
     for node in graph_module.graph.nodes:
-        # A module called twice cannot be replaced for one of its callers.
-        if node.op == "call_module" and calls[node.target] == 1:
+        if node.op == "call_module":
             codes = integer_codes(graph_module.get_submodule(str(node.target)), node)
             if codes is not None:
                 found[node] = codes

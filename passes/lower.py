@@ -21,6 +21,7 @@ from fxquant.errors import BackendError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.names import add_module, exchange_module
 from fxquant.graph.normalization import image_of
 from fxquant.hints import check_fields
 from fxquant.runtime.byte_codes import ByteCode
@@ -186,7 +187,7 @@ def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:
         replacement, kernel = IntegerLinear(module, chosen.codes[0], chosen.epilogue), "linear"
     else:
         replacement, kernel = IntegerMatmul(*chosen.codes), "matmul"
-    planned.graph_module.add_submodule(str(node.target), replacement)
+    exchange_module(planned.graph_module, node, replacement)
     return kernel
 
 
@@ -199,7 +200,7 @@ def _lower_linears(graph_module: GraphModule, kind: type[TorchLinear], kernel: s
     for node, code in _uniform_linears(graph_module).items():
         module = graph_module.get_submodule(str(node.target))
         assert isinstance(module, QuantizedLinear)
-        graph_module.add_submodule(str(node.target), kind(module, code))
+        exchange_module(graph_module, node, kind(module, code))
         kernels[annotation_of(node).layer] = kernel
     return kernels
 
@@ -238,13 +239,13 @@ def _uniform_linears(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]
 def _lower_openvino(graph_module: GraphModule) -> dict[str, str]:
     """One call in the place of all nodes; only the check of the image's shape stays."""
     graph = graph_module.graph
-    if hasattr(graph_module, _OPENVINO):
+    if any(isinstance(module, OpenvinoModel) for module in graph_module.modules()):
         return {}
     module = OpenvinoModel(to_onnx(graph_module).content)
-    graph_module.add_submodule(_OPENVINO, module)
+    path = add_module(graph_module, _OPENVINO, module)
     image, output = image_of(graph_module), graph.output_node()
     with graph.inserting_before(output):
-        scores = graph.call_module(_OPENVINO, (image,))
+        scores = graph.call_module(path, (image,))
     simulated: Any = output.args[0]
     scores.meta.update({key: value for key, value in simulated.meta.items() if key == "tensor_meta"})
     output.args = (scores,)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.names import add_module
 from fxquant.graph.normalization import image_of
 from fxquant.runtime.lowered import IntegerAttention
 from fxquant.runtime.native.library import MAX_PARTS
@@ -115,7 +116,8 @@ def _window(plan: IntegerPlan, attention: Node, shapes: BatchShapes) -> None:
     for node in (windows, norm, codes, total):
         set_shape(node, shape_of(proj) or (), like=x)
     with plan.graph_module.graph.inserting_after(total):
-        restored = plan.graph_module.graph.call_module(_add(plan, f"image_{norm.name}", back), (total,))
+        path = add_module(plan.graph_module, f"image_{norm.name}", back)
+        restored = plan.graph_module.graph.call_module(path, (total,))
     set_shape(restored, shape_of(x) or (), like=x)
     shapes.copy(restored, like=x)
     total.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
@@ -188,9 +190,4 @@ def _run(path: list[Node], x: Tensor, values: Mapping[Node, Any]) -> Tensor:
 
 def _insert(plan: IntegerPlan, name: str, module: ReorderRows, source: Node, before: Node) -> Node:
     with plan.graph_module.graph.inserting_before(before):
-        return plan.graph_module.graph.call_module(_add(plan, name, module), (source,))
-
-
-def _add(plan: IntegerPlan, name: str, module: ReorderRows) -> str:
-    plan.graph_module.add_submodule(name, module)
-    return name
+        return plan.graph_module.graph.call_module(add_module(plan.graph_module, name, module), (source,))

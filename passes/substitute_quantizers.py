@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError
 from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.names import add_module, exchange_module
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.contract import PassContext
@@ -76,9 +77,7 @@ def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, pl
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:
-    name = annotation_of(node).layer
     if node.op == "call_module":
-        calls = [n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == node.target]
-        name = str(node.target) if len(calls) == 1 else f"{node.target}_{node.name}"
-    graph_module.add_submodule(name, replacement)
-    node.op, node.target = "call_module", name
+        exchange_module(graph_module, node, replacement)
+    else:
+        node.op, node.target = "call_module", add_module(graph_module, annotation_of(node).layer, replacement)

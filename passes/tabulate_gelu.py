@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.names import exchange_module
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_table import BITS, fits
@@ -41,14 +42,13 @@ class TabulateGelu:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Replace GELU modules in place; returns how many."""
         modules = dict(graph_module.named_modules())
-        calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
         changed = 0
         for node in nodes_with_role(graph_module, Role.GELU):
             before, after = input_of(node), only_reader(node)
             is_fed = isinstance(modules.get(str(getattr(before, "target", None))), QuantizedLinear)
             gelu, linear = modules.get(str(node.target)), modules.get(str(getattr(after, "target", None)))
             following = linear.input_quantizer if isinstance(linear, QuantizedLinear) else None
-            is_alone = only_reader(before) is node and calls.count(str(node.target)) == 1
+            is_alone = only_reader(before) is node
             if not isinstance(gelu, nn.GELU) or following is None or not (is_alone and is_fed):
                 continue
             if getattr(following, "scale", torch.ones(1)).numel() != 1:
@@ -56,7 +56,7 @@ class TabulateGelu:
             quantizer = input_quantizer(gelu, following)
             x = quantizer.dequantize(torch.arange(2**BITS, dtype=torch.int32))
             if fits(following.quantize(gelu(x))):
-                graph_module.add_submodule(str(node.target), QuantizedInput(gelu, quantizer))
+                exchange_module(graph_module, node, QuantizedInput(gelu, quantizer))
                 changed += 1
         graph_module.recompile()
         return changed

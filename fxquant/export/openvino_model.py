@@ -52,7 +52,7 @@ class OpenvinoModel(nn.Module):
             try:
                 self._compiled = threads, core.compile_model(core.read_model(self.content), "CPU", settings)
             except RuntimeError as error:
-                raise BackendError(f"OpenVINO cannot compile the model: {str(error).splitlines()[0]}") from error
+                raise BackendError(f"OpenVINO cannot compile the model: {reason_of(error)}") from error
         return self._compiled[1]
 
     def forward(self, images_bchw: Tensor) -> Tensor:
@@ -78,3 +78,10 @@ class OpenvinoModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What OpenVINO says, in one line, without the places in its sources that it names first."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith("Exception from ")]
+    return " ".join(told or lines)

@@ -8,7 +8,7 @@
 - Row-log on the left of a product: the same with whole levels n, and the product divided by the sum of the row's.
 - Everything else that is quantized gets its values from float operators and stays simulated: levels that span more
   than a byte (as two int8 products, of digits, they ran no faster in ONNX Runtime and OpenVINO), tables such as
-  AdaLog's, inputs of softmax.
+  AdaLog's, inputs of layer norm with a scale per channel.
 
 The modules here mean something to `torch.onnx.export` only: run eagerly, their codes are zeros.
 """

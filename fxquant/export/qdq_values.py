@@ -38,8 +38,8 @@ def _onnx(
 class Codes(nn.Module):
     """Float to codes and back to float.
 
-    scale: float32, () or one per entry of the last dimension. zero: the same shape, int8 or uint8, which is the dtype
-    of the codes. bounds: lowest and highest float, of scale's shape; None where the dtype bounds the codes by itself.
+    scale: float32 (). zero: int8 or uint8 (), which is the dtype of the codes. bounds: lowest and highest float; None
+    where the dtype bounds the codes by itself.
     nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of scale.
     book: uint8 (256,), the code that takes the place of each; None where all stay.
     """
@@ -52,7 +52,7 @@ class Codes(nn.Module):
         self,
         scale: Tensor,
         zero: Tensor,
-        bounds: tuple[Tensor, Tensor] | None = None,
+        bounds: tuple[float, float] | None = None,
         nearest: nn.Module | None = None,
         book: Tensor | None = None,
     ) -> None:
@@ -60,19 +60,16 @@ class Codes(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
         self.register_buffer("book", book)
-        self.nearest = nearest
-        self.axis = -1 if scale.ndim else None
-        # Numbers where they can be: an ONNX Clip has scalar bounds.
-        self.bounds: Any = bounds if bounds is None or scale.ndim else tuple(float(bound) for bound in bounds)
+        self.nearest, self.bounds = nearest, bounds
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 of any shape to the same."""
         x = x if self.nearest is None else self.nearest(x)
         x = x if self.bounds is None else x.clamp(*self.bounds)
-        codes = _onnx("QuantizeLinear", (x, self.scale, self.zero), self.zero.dtype, self.axis)
+        codes = _onnx("QuantizeLinear", (x, self.scale, self.zero), self.zero.dtype, None)
         if self.book is not None:
             codes = _onnx("Gather", (self.book, codes.int()), self.zero.dtype, 0, codes.shape)
-        return _onnx("DequantizeLinear", (codes, self.scale, self.zero), torch.float32, self.axis)
+        return _onnx("DequantizeLinear", (codes, self.scale, self.zero), torch.float32, None)
 
 
 class RowLevels(nn.Module):
@@ -176,19 +173,15 @@ def quantized(quantizer: Quantizer | None) -> nn.Module:
 
 
 def _uniform(quantizer: UniformQuantizer) -> Codes | None:
-    """None where codes have more than 8 bits, a zero-point is no code, or scales differ along another dimension."""
-    scale = quantizer.scale.detach()
-    shape = [] if scale.numel() == 1 else [scale.shape[-1]]
-    if quantizer.bits > _WIDEST or (shape and scale.numel() != shape[0]):
+    """None where codes have more than 8 bits, a zero-point is no code, or there are several scales.
+
+    A product cannot take a scale per channel of its input out of the sum, so codes would gain nothing; and OpenVINO
+    refuses a whole model that has such a QuantizeLinear.
+    """
+    zero = 0 if quantizer.zero_point is None else quantizer.zero_point
+    if quantizer.bits > _WIDEST or quantizer.scale.numel() != 1 or not 0 <= int(zero) <= 255:
         return None
-    scale = scale.reshape(shape)
-    zero = (
-        torch.zeros(shape, dtype=torch.int32)
-        if quantizer.zero_point is None
-        else quantizer.zero_point.expand_as(quantizer.scale).reshape(shape)
-    )
-    if int(zero.min()) < 0 or int(zero.max()) > 255:
-        return None
+    scale, zero = quantizer.scale.detach().reshape(()), int(zero)
     low, high = quantizer.code_range
-    bounds = None if quantizer.bits == _WIDEST else ((low - zero) * scale, (high - zero) * scale)
-    return Codes(scale, zero.to(torch.int8 if quantizer.symmetric else torch.uint8), bounds)
+    bounds = None if quantizer.bits == _WIDEST else (float((low - zero) * scale), float((high - zero) * scale))
+    return Codes(scale, torch.tensor(zero, dtype=torch.int8 if quantizer.symmetric else torch.uint8), bounds)

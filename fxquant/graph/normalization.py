@@ -7,7 +7,8 @@ After `normalize`, whatever the source said:
 - a product of two activations is `call_function torch.matmul`, the sums of products that einsum and its kin spell too
   (`contractions`, while tracing); a product with a constant matrix is `nn.Linear`;
 - fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing);
-- operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code.
+- operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code;
+- every call is of a module of its own, also where the model calls one module several times.
 
 A new module takes the place of the module it came from (`blocks.3.attn.qkv`, `blocks.3.norm1`) where nothing else lives
 there, else it is a child of it (`blocks.3.attn.softmax`).
@@ -16,6 +17,7 @@ there, else it is a child of it (`blocks.3.attn.softmax`).
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
+
+from fxquant.graph.names import add_module, separate_calls
 
 MATMULS = {operator.matmul, torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
 SOFTMAXES = {functional.softmax, torch.softmax, torch.special.softmax, "softmax"}
@@ -45,7 +49,9 @@ def normalize(graph_module: GraphModule) -> GraphModule:
         if rewrite is not None:
             rewrite(graph_module, node)
     graph.eliminate_dead_code()
-    return GraphModule(graph_module, graph, class_name=type(graph_module).__name__.removesuffix("Impl"))
+    normalized = GraphModule(graph_module, graph, class_name=type(graph_module).__name__.removesuffix("Impl"))
+    separate_calls(normalized)
+    return normalized
 
 
 def _rewrite_of(node: Node) -> Callable[[GraphModule, Node], None] | None:
@@ -80,7 +86,8 @@ def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
 
 def scope_of(node: Node) -> str:
     """Path of the module whose code made the node, "" for the model itself."""
-    return str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
+    scope = str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
+    return re.sub(r"@\d+$", "", scope)  # torch.fx counts the calls of a module so
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
@@ -103,17 +110,18 @@ def _replace(node: Node, replacement: Node) -> None:
 
 
 def _call_module(graph_module: GraphModule, node: Node, home: str, stem: str, module: nn.Module) -> None:
-    """Replace the node by a call of `module` on its first input, placed at `home` if free, else at `home.stem`."""
+    """Replace the node by a call of `module` on its first input, in the place of the module at `home` if nothing else
+    needs that, else at `home.stem`."""
     taken = {n.target for n in node.graph.nodes if n.op == "call_module"} | {
         str(n.target).rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr" and set(n.users) - {node}
     }
     present = dict(graph_module.named_modules())
-    place = present.get(home, nn.Module())
-    is_free = bool(home) and home not in taken and not list(place.children())
-    path = home if is_free else f"{home}.{stem}".lstrip(".")
-    while not is_free and hasattr(place, path.rpartition(".")[2]):
-        path += "_"
-    graph_module.add_submodule(path, module.eval().requires_grad_(False))
+    module = module.eval().requires_grad_(False)
+    path = home
+    if home and home in present and home not in taken and not list(present[home].children()):
+        graph_module.add_submodule(path, module)
+    else:
+        path = add_module(graph_module, f"{home}.{stem}".lstrip("."), module)
     with node.graph.inserting_before(node):
         _replace(node, node.graph.call_module(path, (argument(node, 0, "input"),)))
 

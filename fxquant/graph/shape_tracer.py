@@ -20,7 +20,6 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import count
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from fxquant.graph.batch_proxy import BatchProxy, ConstantProxy, at_batch, fakes
 from fxquant.graph.in_place import Memory, assigned, in_place_call, share_memory, whole_index
 from fxquant.graph.interception import intercepted
 from fxquant.graph.leaves import has_no_effect, is_leaf
+from fxquant.graph.names import free_name
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
 _BATCH_SIZES = (2, 3)
@@ -128,7 +128,7 @@ class ShapeTracer(fx.Tracer):
             return super().create_arg(a)
         if id(a) not in self._path_of_tensor:
             owner = self.root.get_submodule(self.scope.module_path)
-            name = next(name for name in _constant_names() if name not in owner._buffers)
+            name = free_name(owner, "constant")
             owner._buffers[name] = a.detach().clone()  # it may be the caller's own
             self._alive.append(a)
             self._path_of_tensor[id(a)] = f"{self.scope.module_path}.{name}".lstrip(".")
@@ -276,11 +276,6 @@ class ShapeTracer(fx.Tracer):
 def _versions(tensors: list[FakeTensor]) -> list[int]:
     """How often each tensor was written to; tensors made in inference mode do not count."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _constant_names() -> Iterator[str]:
-    yield "constant"
-    yield from (f"constant_{index}" for index in count(1))
 
 
 def _is_known(first: Any, second: Any) -> bool:

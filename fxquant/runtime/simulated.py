@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fxquant.errors import StateError
 from fxquant.quantizers.quantizer import Quantizer
 
 
@@ -34,6 +35,7 @@ class QuantizedWeightModule(nn.Module):
         codes = None if weight_quantizer is None else quantize_rows(weight, weight_quantizer)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight", weight.detach().clone(), persistent=codes is None)
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
         self.refresh()
 
     def refresh(self) -> None:
@@ -41,6 +43,18 @@ class QuantizedWeightModule(nn.Module):
         if self.weight_codes is not None and self.weight_quantizer is not None:
             rows = self.weight_quantizer.dequantize(self.weight_codes.flatten(1).to(torch.int32))
             self.weight = rows.reshape(self.weight_codes.shape).to(self.weight.dtype)
+
+    def check_codes(self, codes: Any, path: str) -> None:
+        """Raise StateError, naming `path`, where the weight quantizer does not have these codes; None has none."""
+        bounds = getattr(self.weight_quantizer, "code_range", None)
+        if codes is None or bounds is None:
+            return
+        if codes.numel() and not bounds[0] <= int(codes.min()) <= int(codes.max()) <= bounds[1]:
+            raise StateError(f"codes of '{path}' are not all within {bounds}: they are of another width")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        self.check_codes(state_dict.get(f"{prefix}weight_codes"), prefix.rstrip("."))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def requantize(self, weight: Tensor) -> None:
         """Take another float weight of the same shape, quantized by the quantizer that is there."""
@@ -55,6 +69,11 @@ class QuantizedWeightModule(nn.Module):
     def extra_repr(self) -> str:
         """Shape of the weight."""
         return f"weight {tuple(self.weight.shape)}"
+
+
+def _refresh(module: QuantizedWeightModule, incompatible_keys: object) -> None:
+    """After codes and scales were loaded: the float weight follows them."""
+    module.refresh()
 
 
 def quantize_rows(weight: Tensor, quantizer: Quantizer) -> Tensor:

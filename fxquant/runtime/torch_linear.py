@@ -54,6 +54,8 @@ class OnednnLinear(TorchLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 (..., in) to float32 (..., out)."""
+        if x.numel() == 0:  # oneDNN has no product of no rows
+            return x.new_empty((*x.shape[:-1], len(self.scale)))
         if self._packed is None:
             self._packed = torch.ops.onednn.qlinear_prepack(self.weight_codes, None)
         result: Tensor = torch.ops.onednn.qlinear_pointwise(

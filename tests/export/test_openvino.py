@@ -7,11 +7,16 @@ import sys
 
 import pytest
 import torch
+from torch import fx, nn
+from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import BackendError, ExportError, MissingExtraError
-from fxquant.export.openvino_model import OpenvinoModel
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.openvino_model import OpenvinoModel, reason_of
+from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
+from fxquant.runtime.simulated import QuantizedInput
 from tests.export.models import compiled, exact
 from tests.passes.models import images
 
@@ -64,7 +69,7 @@ def test_what_is_refused(
     simulated: fxquant.Compiled, lowered: fxquant.Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BackendError, match=r"images are torch\.float64"):
-        lowered(images(1).double())
+        lowered.graph_module.get_submodule("openvino_model")(images(1).double())
     with pytest.raises(BackendError, match="OpenVINO cannot compile the model"):
         OpenvinoModel(b"nothing").compiled()
     if library.why_absent() is None:
@@ -73,3 +78,30 @@ def test_what_is_refused(
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'fxquant\[openvino\]'"):
         simulated.lowered("openvino")
+
+
+def test_a_scale_per_channel_compiles() -> None:
+    """The inputs of layer norms have one in fully quantized models; OpenVINO refuses it as QuantizeLinear."""
+    quantizer = UniformQuantizer(4, torch.linspace(0.1, 0.5, 12))
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module("norm", QuantizedInput(nn.LayerNorm(12), quantizer))
+    x = graph.call_method("flatten", (graph.placeholder("x"), 1, 2))
+    graph.output(graph.call_module("norm", (x,)))
+    graph_module = GraphModule(root.eval(), graph).eval()
+    graph_module.meta["image_shape"] = (1, 12, 12)
+    x = images(3, 12, channels=1)
+    torch.testing.assert_close(OpenvinoModel(to_onnx(graph_module).content)(x), graph_module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_no_images_mean_what_they_do_elsewhere(lowered: fxquant.Compiled) -> None:
+    x = images(3)
+    expected, bad = lowered(x), x.clone()
+    bad[1, 0, 0, 0] = torch.nan
+    assert torch.isnan(lowered(bad)).all(1).tolist() == [False, True, False]
+    assert torch.equal(lowered(bad)[::2], expected[::2])
+    assert lowered(x[:0]).shape == (0, *expected.shape[1:])
+
+
+def test_the_whole_reason_is_told_in_one_line() -> None:
+    error = RuntimeError("Exception from a.cpp:1:\nCheck 'axis' failed at b.cpp:2:\nno such axis\n\n")
+    assert reason_of(error) == "Check 'axis' failed at b.cpp:2: no such axis"

@@ -30,9 +30,9 @@ QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
     "symmetric, 3 bits": (UniformQuantizer(3, 0.3), True),
     "with a zero-point, 8 bits": (UniformQuantizer(8, 0.02, 100), True),
     "with a zero-point, 4 bits": (UniformQuantizer(4, 0.2, 6), True),
-    "a scale per channel": (UniformQuantizer(4, torch.linspace(0.05, 0.5, CHANNELS)), True),
+    "a scale per channel": (UniformQuantizer(4, torch.linspace(0.05, 0.5, CHANNELS)), False),
     "a scale and a zero-point per channel": (
-        UniformQuantizer(5, torch.linspace(0.05, 0.2, CHANNELS)[None], torch.arange(CHANNELS)[None] % 31), True,
+        UniformQuantizer(5, torch.linspace(0.05, 0.2, CHANNELS)[None], torch.arange(CHANNELS)[None] % 31), False,
     ),
     "12 bits": (UniformQuantizer(12, 0.001), False),
     "a zero-point below every code": (UniformQuantizer(8, 0.01, -3), False),

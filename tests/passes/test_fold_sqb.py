@@ -191,31 +191,19 @@ class TestRefusals:
 
         assert_refused(ReadsTwice(), "norm", "add (call_function) reads norm and is not a linear layer")
 
-    def test_norm_called_twice(self) -> None:
+    def test_tensors_of_a_norm_or_layer_are_read_elsewhere(self) -> None:
         class Shared(nn.Module):
-            def __init__(self) -> None:
+            def __init__(self, owner: str) -> None:
                 super().__init__()
-                self.embed = nn.Conv2d(3, 8, 4, 4)
+                self.embed, self.owner = nn.Conv2d(3, 8, 4, 4), owner
                 self.norm, self.layer, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)
 
             def forward(self, x: Tensor) -> Tensor:
-                y = self.embed(x).flatten(2).transpose(1, 2)
-                return self.head(self.norm(self.layer(self.norm(y)).relu()).mean(1))
+                y = self.layer(self.norm(self.embed(x).flatten(2).transpose(1, 2)))
+                return self.head((y.relu() * getattr(self, self.owner).bias).mean(1))
 
-        assert_refused(Shared(), "norm", "norm is used 2 times")
-
-    def test_layer_called_twice(self) -> None:
-        class Shared(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.embed = nn.Conv2d(3, 8, 4, 4)
-                self.norm, self.other, self.layer = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = self.norm(self.embed(x).flatten(2).transpose(1, 2))
-                return self.layer(self.other(self.layer(y).relu()).mean(1))
-
-        assert_refused(Shared(), "norm", "layer is used 2 times")
+        for owner in ("norm", "layer"):
+            assert_refused(Shared(owner), "norm", f"{owner} is used 2 times")
 
     def test_channels_mixed_on_the_way(self) -> None:
         class Mixes(nn.Module):

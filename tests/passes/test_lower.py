@@ -307,7 +307,7 @@ def test_patterns_that_do_not_match_run_unfused(post_softmax: str) -> None:
 
 
 @needs_kernels
-def test_shapes_asked_for_and_modules_called_twice_are_left_alone() -> None:
+def test_shapes_asked_for_and_modules_called_twice_are_right() -> None:
     graph_module = quantized("vit")
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.nodes}

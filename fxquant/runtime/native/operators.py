@@ -62,13 +62,20 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _filled(out: Tensor, kernel: str, *arguments: Any) -> Tensor:
+    """The result, written by a kernel unless it is empty: kernels take no memory of no size."""
+    if out.numel():
+        call(kernel, *arguments)
+    return out
+
+
 def quantize(x: Tensor, quantizer: Tensor) -> Tensor:
     """Bytes (uint8) of float32 x, same shape. quantizer: the bytes of a `QuantizerSpec`."""
     x = _bytes(x, torch.float32, "x")
     out = torch.empty_like(x, dtype=torch.uint8)
     pointer = _spec(quantizer, QuantizerSpec, "the quantizer")
-    call("quantize", pointer, x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), torch.get_num_threads())
-    return out
+    threads = torch.get_num_threads()
+    return _filled(out, "quantize", pointer, x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), threads)
 
 
 def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -77,11 +84,11 @@ def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor
     channels = x.shape[-1]
     weight, bias = _vector(weight, channels, "weight"), _vector(bias, channels, "bias")
     out = torch.empty_like(x, dtype=torch.uint8)
-    call(
-        "layer_norm", _spec(quantizer, QuantizerSpec, "the quantizer"), x.data_ptr(), x.numel() // max(channels, 1),
-        channels, _pointer(weight), _pointer(bias), epsilon, out.data_ptr(), out.numel(), torch.get_num_threads(),
+    pointer = _spec(quantizer, QuantizerSpec, "the quantizer")
+    return _filled(
+        out, "layer_norm", pointer, x.data_ptr(), x.numel() // max(channels, 1), channels, _pointer(weight),
+        _pointer(bias), epsilon, out.data_ptr(), out.numel(), torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def linear(
@@ -93,11 +100,10 @@ def linear(
     out = torch.empty((*codes.shape[:-1], out_features), dtype=torch.uint8 if gives_codes else torch.float32)
     if residual is not None:
         residual = _vector(residual, out.numel(), "residual")
-    call(
-        "linear", layout.data_ptr(), layout.numel(), codes.data_ptr(), codes.numel(), rows, _pointer(residual),
+    return _filled(
+        out, "linear", layout.data_ptr(), layout.numel(), codes.data_ptr(), codes.numel(), rows, _pointer(residual),
         0 if residual is None else residual.numel() * 4, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: float, transposed: bool) -> Tensor:
@@ -107,12 +113,11 @@ def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: 
     if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1 if transposed else -2]:
         raise BackendError(f"codes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
     out = torch.empty((*left.shape[:-1], columns))
-    call(
-        "matmul", _spec(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
+    return _filled(
+        out, "matmul", _spec(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
         right.data_ptr(), right.numel(), int(transposed), left.shape[:-2].numel(), left.shape[-2], left.shape[-1],
         columns, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,22 +138,20 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
             raise BackendError(
                 f"bias {tuple(bias.shape)} does not fit {batch} images of {heads} heads, {tokens} tokens"
             )
-    call(
-        "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), size, out.data_ptr(),
+    return _filled(
+        out, "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), size, out.data_ptr(),
         out.numel(), torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def patches(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Bytes (B, rows, columns, C kernel size): what a kernel sees of uint8 codes (B, C, H, W)."""
     codes = _bytes(codes, torch.uint8, "codes")
     out = torch.empty(_patch_sizes(codes, kernel, stride), dtype=torch.uint8)
-    call(
-        "patches", codes.data_ptr(), codes.numel(), *codes.shape, *kernel, *stride, out.data_ptr(), out.numel(),
+    return _filled(
+        out, "patches", codes.data_ptr(), codes.numel(), *codes.shape, *kernel, *stride, out.data_ptr(), out.numel(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def _patch_sizes(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> tuple[Any, ...]:
@@ -164,11 +167,10 @@ def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
     if positions.shape != x.shape[1:] or first.ndim != 2 or first.shape[1:] != x.shape[2:]:
         raise BackendError(f"{tuple(first.shape)} and {tuple(positions.shape)} do not fit tokens {tuple(x.shape)}")
     out = torch.empty(_token_sizes(x, first))
-    call(
-        "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
+    return _filled(
+        out, "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
         first.nbytes, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def _token_sizes(x: Tensor, first: Tensor) -> tuple[Any, ...]:
@@ -186,11 +188,10 @@ def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int 
     tokens = tokens or out.shape[1]
     if rows % max(tokens, 1) or parts < 1:
         raise BackendError(f"{rows} rows are no groups of {tokens}")
-    call(
-        "chain", layout.data_ptr(), layout.numel(), rows // max(tokens, 1), tokens, x.data_ptr(), x.nbytes,
+    return _filled(
+        out, "chain", layout.data_ptr(), layout.numel(), rows // max(tokens, 1), tokens, x.data_ptr(), x.nbytes,
         out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
-    return out
 
 
 def _chain_sizes(x: Tensor, width: int, parts: int) -> tuple[int, int, int]:

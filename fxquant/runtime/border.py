@@ -1,0 +1,94 @@
+"""The border of a quantized model: what it is called with, checked before anything runs, alike for every backend.
+
+- Images that are no tensor, or of another shape, dtype, layout or device than the model takes, are refused.
+- An image with a pixel that is NaN or infinite has NaN as its scores, as in a float model: codes cannot say that there
+  was no number. The other images of its batch have the scores they have without it.
+- A batch of no images has no scores, a tensor (0, classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+
+from fxquant.errors import InputError
+from fxquant.graph.normalization import image_of
+
+
+@dataclass(frozen=True)
+class Border:
+    """What a graph takes and gives.
+
+    image_shape: (C, H, W). dtype: of the images. result_shape: of the result of one image, None where the result's
+    first dimension is not the batch. result_dtype: of the result.
+    """
+
+    image_shape: tuple[int, ...]
+    dtype: torch.dtype
+    result_shape: tuple[int, ...] | None
+    result_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, graph_module: GraphModule) -> Border:
+        """The border of a traced graph."""
+        image = image_of(graph_module).meta["tensor_meta"]
+        output: Any = graph_module.graph.output_node().args[0]
+        result = output.meta.get("tensor_meta", image)
+        is_by_image = output.meta.get("tensor_meta") is not None and result.shape[:1] == image.shape[:1]
+        return cls(tuple(image.shape[1:]), image.dtype, tuple(result.shape[1:]) if is_by_image else None, result.dtype)
+
+    def run(self, model: Callable[[Tensor], Tensor], images_bchw: Any, device: torch.device | None) -> Tensor:
+        """What the model gives for checked images; see the module for NaN and for no images.
+
+        Args:
+            model: from images to a result whose first dimension is the batch.
+            images_bchw: (B, C, H, W), of the border's dtype; anything else is refused.
+            device: where the images have to be; None: anywhere.
+
+        Raises InputError, also a TypeError for what is no tensor.
+        """
+        self.check(images_bchw, device)
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or isinstance(images_bchw, FakeTensor):
+            return model(images_bchw)  # without numbers there is nothing to look at
+        images: Tensor = images_bchw.contiguous()
+        if len(images) == 0 and self.result_shape is not None:
+            return images.new_empty((0, *self.result_shape), dtype=self.result_dtype)
+        # One sum is finite only if all pixels are; it takes a hundredth of the time that looking at each of them does.
+        if math.isfinite(float(images.detach().sum())):
+            return model(images)
+        is_finite = torch.isfinite(images).flatten(1).all(1)
+        if bool(is_finite.all()):  # the sum was too large
+            return model(images)
+        if self.result_shape is None or not self.result_dtype.is_floating_point:
+            raise InputError(f"image {int((~is_finite).nonzero()[0])} has NaN or infinite pixels")
+        scores = model(torch.where(is_finite.view(-1, 1, 1, 1), images, 0))
+        return torch.where(is_finite.view(-1, *[1] * (scores.ndim - 1)), scores, math.nan)
+
+    def check(self, images_bchw: Any, device: torch.device | None) -> None:
+        """Raise InputError unless images are as the model takes them; values are not looked at."""
+        wanted = f"a tensor (B, {', '.join(map(str, self.image_shape))}) of {self.dtype}"
+        if not isinstance(images_bchw, Tensor):
+            raise InputError.for_type(
+                f"the model takes images, {wanted}, not a {type(images_bchw).__name__}: for an array, "
+                "torch.from_numpy(array)"
+            )
+        if images_bchw.layout != torch.strided:
+            raise InputError(f"images are of layout {images_bchw.layout}; the model takes {wanted}: images.to_dense()")
+        if images_bchw.ndim != 4 or tuple(images_bchw.shape[1:]) != self.image_shape:
+            one = ": add the batch, images[None]" if tuple(images_bchw.shape) == self.image_shape else ""
+            resize = one or ": resize the images, or compile for this size"
+            raise InputError(f"images have shape {tuple(images_bchw.shape)}; the model takes {wanted}{resize}")
+        if images_bchw.dtype != self.dtype:
+            raise InputError(
+                f"images are {images_bchw.dtype}; the model takes {wanted}: preprocess them as for calibration, then "
+                f"images.to({self.dtype})"
+            )
+        if device is not None and images_bchw.device != device:
+            raise InputError(f"images are on {images_bchw.device}, the model is on {device}: images.to('{device}')")
