@@ -38,7 +38,7 @@ from fxquant.runtime.layer_row import LayerRow
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, JournalEntry, PassContext, ProgressReporter, SilentProgress, check_images
+from passes.contract import Journal, PassContext, ProgressReporter, SilentProgress, check_images
 from passes.lower import SIMULATED, Lower, backend_summary, execution_of, execution_summary
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
@@ -134,17 +134,8 @@ def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     another version, BackendError where the backend cannot run here, MissingExtraError without its extra.
     """
     found = artefact.load(path)
-    card = dict(found.card)
-    rows = card.pop("layers", None)
-    if not isinstance(rows, list):
-        raise ArtefactError(f"{path} has no list of layers in its card")
-    try:
-        entries = [JournalEntry(**entry) for entry in found.journal]
-    except TypeError as error:
-        raise ArtefactError(f"the journal of {path} does not fit: {error}") from error
-    allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
-    layers = [LayerRow.from_dict(row) for row in rows]
-    compiled = Compiled(found.graph_module, allocation, Journal(entries), layers, card)
+    report = Report.of_texts(found, str(path))
+    compiled = Compiled(found.graph_module, report.allocation, report.journal, report.layers, dict(report.card))
     return compiled if backend == SIMULATED else compiled.lowered(backend)
 
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
+from fxquant.runtime.untrusted import OBJECT, POSITIVE, TEXT, record, whole
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,14 @@ class JournalEntry:
     seconds: float
     peak_mib: float
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> JournalEntry:
+        """From the fields by name, as a file has them. Raises ArtefactError for anything else."""
+        return cls(**record(values, _ENTRY, "a journal entry", {"notes": OBJECT}))
+
+
+_ENTRY = {"step": TEXT, "nodes_changed": whole(), "seconds": POSITIVE, "peak_mib": POSITIVE}
 
 
 @dataclass

@@ -77,7 +77,7 @@ def _recall(key: str, prefix: Pipeline, traced: GraphModule, context: PassContex
     texts, tensors = found
     try:
         searched = searched_from_file(texts, tensors, traced)
-        entries = [JournalEntry(**entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
+        entries = [JournalEntry.from_dict(entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
         if [entry.step for entry in entries] != [repr(step) for step in prefix]:
             raise ArtefactError("the journal kept is another pipeline's")
     except (ArtefactError, TypeError, ValueError, KeyError):
