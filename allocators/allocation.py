@@ -6,7 +6,6 @@ Deliberately not done: scales and quantizers, which belong to the graph.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
@@ -89,27 +88,34 @@ class Allocation:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtefactError(f"not an allocation: the text is not JSON ({error})") from error
         names = {item.name for item in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise ArtefactError(f"not an allocation: it must be an object with the fields {', '.join(sorted(names))}")
         try:
-            values["budget"] = Budget.from_dict(values["budget"])
-        except (BudgetError, TypeError, AttributeError) as error:
+            budget = values["budget"] = Budget.from_dict(values["budget"])
+            limits = budget.limits
+        except (BudgetError, TypeError, AttributeError, OverflowError) as error:
             raise ArtefactError(f"not an allocation: bad field 'budget' ({error})") from error
         for name, valid in _VALID.items():
             if not valid(values[name]):
-                raise ArtefactError(f"not an allocation: bad field {name!r}, found {values[name]!r}")
+                raise ArtefactError(f"not an allocation: bad field {name!r}, found {values[name]!r:.200}")
+        if missing := [quantity for quantity in limits if quantity not in values["usage"]]:
+            raise ArtefactError(f"not an allocation: bad field 'usage', which lacks {', '.join(missing)}")
         return cls(**values | {"binding": tuple(values["binding"])})
 
 
+_LARGEST, _WIDEST = 1e300, 64
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    # Compared, not math.isfinite, which takes no whole number beyond the floats.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _is_widths(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(width) is int and width > 0 for width in value.values())
+    return isinstance(value, dict) and all(type(width) is int and 0 < width <= _WIDEST for width in value.values())
 
 
 def _is_usage(value: Any) -> bool:

@@ -29,7 +29,7 @@ from fxquant.runtime.border import Border
 from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.state import check_names, check_state, description
-from passes.contract import Journal, JournalEntry, PassContext
+from passes.contract import Journal, PassContext
 from passes.lower import SIMULATED, Lower, execution_of, execution_summary
 from passes.pipeline import Pipeline
 
@@ -219,15 +219,6 @@ def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     another version, BackendError where the backend cannot run here, MissingExtraError without its extra.
     """
     found = artefact.load(path)
-    card = dict(found.card)
-    rows = card.pop("layers", None)
-    if not isinstance(rows, list):
-        raise ArtefactError(f"{path} has no list of layers in its card")
-    try:
-        entries = [JournalEntry(**entry) for entry in found.journal]
-    except TypeError as error:
-        raise ArtefactError(f"the journal of {path} does not fit: {error}") from error
-    allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
-    layers = [LayerRow.from_dict(row) for row in rows]
-    compiled = Compiled(found.graph_module, allocation, Journal(entries), layers, card)
+    report = Report.of_texts(found, str(path))
+    compiled = Compiled(found.graph_module, report.allocation, report.journal, report.layers, dict(report.card))
     return compiled if backend == SIMULATED else compiled.lowered(backend)

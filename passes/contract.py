@@ -14,6 +14,8 @@ from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import check_fields
+from fxquant.runtime import untrusted
+from fxquant.runtime.untrusted import OBJECT, POSITIVE, TEXT, record
 from passes.checkpoint import Checkpoint
 
 
@@ -26,6 +28,14 @@ class JournalEntry:
     seconds: float
     peak_mib: float
     notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> JournalEntry:
+        """From the fields by name, as a file has them. Raises ArtefactError for anything else."""
+        return cls(**record(values, _ENTRY, "a journal entry", {"notes": OBJECT}))
+
+
+_ENTRY = {"step": TEXT, "nodes_changed": untrusted.whole(), "seconds": POSITIVE, "peak_mib": POSITIVE}
 
 
 _IMAGES_SEEN = "images seen"  # among the tensors of a state

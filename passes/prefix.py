@@ -112,7 +112,7 @@ def _read(kept: Kept | None, prefix: Pipeline, traced: GraphModule) -> _Searched
         return None
     texts, tensors = kept
     try:
-        entries = [JournalEntry(**entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
+        entries = [JournalEntry.from_dict(entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
         if [entry.step for entry in entries] != [repr(step) for step in prefix[: len(entries)]]:
             return None
         return _Searched(searched_from_file(texts, tensors, traced), entries)

@@ -50,25 +50,7 @@ def inspect_artefact(
 
 def report_of(path: Path) -> Report:
     """The report of an artefact, from its texts. Raises ArtefactError, also where the file is damaged."""
-    from allocators.allocation import Allocation
-    from fxquant.errors import ArtefactError
     from fxquant.report.tables import Report
-    from fxquant.runtime.container import decompress, read_file
-    from fxquant.runtime.layer_row import LayerRow
-    from fxquant.runtime.untrusted import from_json
-    from passes.contract import Journal, JournalEntry
+    from fxquant.runtime.artefact import load_texts
 
-    texts = read_file(path)[0]
-    card = from_json(texts.get("card", ""), dict, f"the card of {path}")
-    rows = card.pop("layers", None)
-    if not isinstance(rows, list):
-        raise ArtefactError(f"{path} has no list of layers in its card: it was not written by Compiled.save")
-    allocation = None
-    if "allocation" in texts:
-        allocation = Allocation.from_json(decompress(texts["allocation"], f"the allocation of {path}"))
-    what = f"the journal of {path}"
-    try:
-        entries = [JournalEntry(**entry) for entry in from_json(decompress(texts["journal"], what), list, what)]
-    except (KeyError, TypeError) as error:
-        raise ArtefactError(f"{what} does not fit: {error}") from error
-    return Report([LayerRow.from_dict(row) for row in rows], allocation, Journal(entries), card)
+    return Report.of_texts(load_texts(path), str(path))

@@ -20,13 +20,20 @@ from fxquant.report.actions import actions_for
 from fxquant.report.render import Document
 from fxquant.report.sections import Lines, Table
 from fxquant.report.totals import Totals
+from fxquant.runtime.artefact import LoadedTexts
 from fxquant.runtime.layer_row import LayerRow
-from passes.contract import Journal
+from fxquant.runtime.untrusted import LIST, OBJECT, TEXT, Kind, checked, listed, mapped, whole
+from passes.contract import Journal, JournalEntry
 
-_CARD_TYPES: dict[type, tuple[str, ...]] = {
-    dict: ("first_last_weight_bits", "versions", "preprocessing"),
-    list: ("pipeline", "stays_float"),
-    int: ("parameters",),
+# What the report reads from a card; whoever compiles may add entries of any kind.
+_CARD: dict[str, Kind] = {
+    "first_last_weight_bits": mapped(listed(whole(1, 32))),
+    "versions": mapped(TEXT),
+    "preprocessing": OBJECT,
+    "pipeline": listed(TEXT),
+    "stays_float": listed(TEXT),
+    "parameters": whole(),
+    "recipe": TEXT,
 }
 
 
@@ -51,6 +58,18 @@ class Report(Document):
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
         self.actions = actions_for(self.layers, allocation)
+
+    @classmethod
+    def of_texts(cls, found: LoadedTexts, where: str) -> Report:
+        """The report of an artefact, from what it says. Raises ArtefactError, naming `where`, for other values."""
+        card = dict(found.card)
+        rows = checked(card.pop("layers", None), LIST, f"the list of layers in the card of {where}")
+        try:
+            allocation = None if found.allocation_json is None else Allocation.from_json(found.allocation_json)
+            journal = Journal([JournalEntry.from_dict(entry) for entry in found.journal])
+            return cls([LayerRow.from_dict(row) for row in rows], allocation, journal, card)
+        except ArtefactError as error:
+            raise ArtefactError(f"{where} was not written by fxquant, or edited: {error}") from error
 
     @property
     def model_name(self) -> str:
@@ -99,11 +118,6 @@ class Report(Document):
 
 def _check(card: Mapping[str, Any]) -> None:
     """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
-    for kind, names in _CARD_TYPES.items():
-        for name in names:
-            value = card.get(name)
-            if value is not None and not isinstance(value, kind):
-                raise ArtefactError(
-                    f"the card's {name!r} is a {type(value).__name__}, not a {kind.__name__}: "
-                    f"the artefact was not written by fxquant, or edited"
-                )
+    for name, kind in _CARD.items():
+        if card.get(name) is not None:
+            checked(card[name], kind, f"the card's '{name}'")

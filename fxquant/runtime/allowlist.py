@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.node import _get_qualified_name
 from torch.nn import functional
 
 _NAMES: dict[str, tuple[Any, str]] = {
@@ -55,6 +56,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 # An object reached under two names keeps the first.
 FUNCTION_NAMES: dict[Callable[..., Any], str] = {call: name for name, call in reversed(FUNCTIONS.items())}
+
+CODE_NAMES = frozenset(_get_qualified_name(call).replace(".", "_") for call in FUNCTIONS.values()) | {
+    "abs", "complex", "float", "getattr", "int", "len", "max", "min", "slice",
+}  # fmt: skip
+"""Globals of the code that torch.fx writes for a graph of these functions, which no value in it may hide."""
 
 _METHOD_NAMES = (
     "abs add add_ addcmul all amax amin any argmax argmin argsort bmm bool broadcast_to ceil chunk clamp clamp_max "

@@ -1,5 +1,8 @@
 """One file that holds a quantized model: graph, packed weights, scales, and how it came about; no pickle, no code.
 
+An artefact comes from somebody else, so loading bounds what it takes: texts, tensors and what is derived from them by
+multiples of the file's size, and what runs by `shape_check`.
+
 The file is safetensors; its metadata are JSON texts: the card, readable with any safetensors tool, and graph, journal
 and allocation, compressed (base64 of zlib). Weights are packed at their bits, so the payload is what the allocation
 claims, and the loaded model's outputs equal the saved one's bit for bit.
@@ -8,32 +11,48 @@ claims, and the loaded model's outputs equal the saved one's bit for bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.errors import ArtefactError
 from fxquant.runtime import untrusted
 from fxquant.runtime.container import compress, decompress, pack_file, read_file, read_texts, stored_bytes, write_file
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
-from fxquant.runtime.module_json import CODES, claimed_bits
+from fxquant.runtime.module_json import CODES, claimed_bits, unpacked_bytes
+from fxquant.runtime.shape_check import check_shapes
+
+_COMPRESSED = ("graph", "journal", "allocation")
+# All texts together: this many bytes, and besides one for so many of the file. A parsed text takes up to 25 times its
+# length; a ViT-tiny's texts have 107 KB, ten times what they take in the file.
+_TEXT_FLOOR, _TEXT_SHARE = 2**22, 8
+# What tensors take in memory: a weight of 2 bits is held as codes of 8 and float32, 20 times what the file has of it.
+_TENSOR_FLOOR, _TENSOR_FACTOR = 2**25, 24
 
 
 @dataclass(frozen=True)
-class LoadedArtefact:
-    """What an artefact holds.
+class LoadedTexts:
+    """What an artefact says.
 
-    graph_module: in inference mode, on the CPU. card: protocol, data, accuracy, as saved. allocation_json: the
-    Allocation as JSON text, None where none was saved. journal: one JSON object per pass.
+    card: protocol, data, accuracy, as saved. allocation_json: the Allocation as JSON text, None where none was saved.
+    journal: one JSON object per pass.
     """
 
-    graph_module: GraphModule
     card: dict[str, Any]
     allocation_json: str | None = None
-    journal: list[dict[str, Any]] = field(default_factory=list)
+    journal: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoadedArtefact(LoadedTexts):
+    """What an artefact holds. graph_module: in inference mode, on the CPU."""
+
+    graph_module: GraphModule = field(kw_only=True)
 
 
 def save(
@@ -62,8 +81,10 @@ def save(
     }
     if allocation_json is not None:
         texts["allocation"] = compress(_checked_json(allocation_json))
-    graph_from_json(json.loads(graph_text), tensors)
-    write_file(Path(path), pack_file(texts, tensors))
+    content = pack_file(texts, tensors)
+    _Texts(texts, len(content), path)
+    _graph(json.loads(graph_text), tensors, len(content), path)
+    write_file(Path(path), content)
 
 
 def load(path: str | PathLike[str]) -> LoadedArtefact:
@@ -71,20 +92,25 @@ def load(path: str | PathLike[str]) -> LoadedArtefact:
 
     Raises ArtefactError, saying what is wrong, for every file that is not a whole artefact of this version.
     """
-    texts, tensors = read_file(Path(path))
-    graph_module = graph_from_json(_parsed(texts, "graph", dict, path), tensors)
-    allocation = decompress(texts["allocation"], f"the allocation of {path}") if "allocation" in texts else None
-    return LoadedArtefact(
-        graph_module,
-        _card(texts, path),
-        None if allocation is None else _checked_json(allocation),
-        _parsed(texts, "journal", list, path),
-    )
+    file = Path(path)
+    texts, tensors = read_file(file)
+    found = _Texts(texts, file.stat().st_size, path)
+    graph_module = _graph(found.parsed("graph", dict), tensors, found.file_bytes, path)
+    return LoadedArtefact(found.card(), found.allocation(), found.parsed("journal", list), graph_module=graph_module)
+
+
+def load_texts(path: str | PathLike[str]) -> LoadedTexts:
+    """What a file says besides its model, which is not rebuilt. Raises ArtefactError, also for a damaged file."""
+    file = Path(path)
+    found = _Texts(read_file(file)[0], file.stat().st_size, path)
+    return LoadedTexts(found.card(), found.allocation(), found.parsed("journal", list))
 
 
 def inspect_card(path: str | PathLike[str]) -> dict[str, Any]:
     """The card alone, without reading tensors. Raises ArtefactError where the file is not an artefact."""
-    return _card(read_texts(Path(path)), path)
+    file = Path(path)
+    texts = read_texts(file)
+    return _Texts(texts, file.stat().st_size, path).card()
 
 
 def size_breakdown(path: str | PathLike[str]) -> dict[str, int]:
@@ -96,11 +122,12 @@ def size_breakdown(path: str | PathLike[str]) -> dict[str, int]:
     Raises ArtefactError where the file is not an artefact.
     """
     file = Path(path)
-    specs = untrusted.field(_parsed(read_texts(file), "graph", dict, path), "modules", dict, "the graph")
+    texts = read_texts(file)
+    total = file.stat().st_size
+    specs = untrusted.field(_Texts(texts, total, path).parsed("graph", dict), "modules", dict, "the graph")
     stored = stored_bytes(file)
     packed = sum(size for name, size in stored.items() if name.endswith(f".{CODES}"))
     scales = sum(size for name, size in stored.items() if name.endswith(("_quantizer.scale", "_quantizer.zero_point")))
-    total = file.stat().st_size
     return {
         "packed_weight_bytes": packed,
         "scale_bytes": scales,
@@ -117,19 +144,55 @@ def _of_type(value: Any, kind: type, what: str) -> Any:
     return value
 
 
-def _card(texts: dict[str, str], path: str | PathLike[str]) -> dict[str, Any]:
-    card: dict[str, Any] = untrusted.from_json(texts.get("card", ""), dict, f"the card of {path}")
-    return card
+class _Texts:
+    """The texts of a file, unfolded within a multiple of its size, whatever they claim."""
+
+    def __init__(self, texts: Mapping[str, str], file_bytes: int, path: str | PathLike[str]) -> None:
+        self.file_bytes, self._path, self._texts = file_bytes, path, texts
+        self._left = _TEXT_FLOOR + file_bytes // _TEXT_SHARE
+        self._kept = {key: decompress(texts[key], self._what(key), self._left) for key in _COMPRESSED if key in texts}
+        self._kept["card"] = texts.get("card", "")
+        if (found := sum(map(len, self._kept.values()))) > self._left:
+            raise ArtefactError(f"the texts of {path} have {found} characters, which no model of its size needs")
+
+    def parsed(self, key: str, kind: type) -> Any:
+        """The value of a JSON text that must be there."""
+        if key not in self._kept:
+            raise ArtefactError(f"{self._what(key)} is missing")
+        return untrusted.from_json(self._kept[key], kind, self._what(key))
+
+    def card(self) -> dict[str, Any]:
+        """The card."""
+        card: dict[str, Any] = self.parsed("card", dict)
+        return card
+
+    def allocation(self) -> str | None:
+        """The allocation as JSON text, None where there is none."""
+        text = self._kept.get("allocation")
+        return None if text is None else _checked_json(text)
+
+    def _what(self, key: str) -> str:
+        return f"the {key} of {self._path}"
 
 
-def _parsed(texts: dict[str, str], key: str, kind: type, path: str | PathLike[str]) -> Any:
-    what = f"the {key} of {path}"
-    return untrusted.from_json(decompress(texts.get(key, ""), what), kind, what)
+def _graph(document: Any, tensors: Mapping[str, Tensor], file_bytes: int, path: str | PathLike[str]) -> GraphModule:
+    """The graph module, once it is known to be no larger than a file of this size makes one, and to run."""
+    modules = untrusted.field(document, "modules", dict, "the graph")
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    held += sum(unpacked_bytes(spec, name) for name, spec in modules.items())
+    if held > (limit := _TENSOR_FLOOR + _TENSOR_FACTOR * file_bytes):
+        raise ArtefactError(
+            f"the model in {path} takes {held >> 20} MiB, and a file of {file_bytes} bytes may take {limit >> 20} MiB: "
+            "many of its tensors are one, under several names"
+        )
+    graph_module = graph_from_json(document, tensors)
+    check_shapes(graph_module, file_bytes)
+    return graph_module
 
 
 def _checked_json(text: str) -> str:
     try:
-        json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+        untrusted.from_json(text, dict, "the allocation")
+    except (TypeError, ArtefactError) as error:
         raise ArtefactError(f"the allocation is not a JSON text: {error}") from error
     return text

@@ -7,10 +7,15 @@ from data; it does not tell who wrote the file.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
+import re
 import secrets
+import socket
+import stat
+import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,7 +31,10 @@ from fxquant.errors import ArtefactError
 from fxquant.runtime.untrusted import from_json, to_json
 
 FORMAT, VERSION = "fxquant", "1"
-_LONGEST_TEXT = 2**28
+LONGEST_TEXT = 2**26
+"""Characters that a compressed text may have by itself; whoever reads a file from elsewhere asks for fewer."""
+_OLD_S = 3600.0  # after this long a temporary file of another machine is taken for a dead process's
+_PARTIAL = re.compile(r"\..+\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-)?[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 def pack_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
@@ -60,13 +68,13 @@ def compress(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
-def decompress(text: str, what: str) -> str:
-    """The text that was compressed, at most 256 MiB; raises ArtefactError naming `what`."""
+def decompress(text: str, what: str, longest: int = LONGEST_TEXT) -> str:
+    """The text that was compressed, of at most `longest` bytes. Raises ArtefactError naming `what`."""
     try:
         stream = zlib.decompressobj()
-        content = stream.decompress(base64.b64decode(text, validate=True), _LONGEST_TEXT)
+        content = stream.decompress(base64.b64decode(text, validate=True), max(longest, 1))
         if not stream.eof:
-            raise ValueError("the stream does not end, or is too long")
+            raise ValueError(f"the stream does not end, or is too long: it may unfold to {longest} bytes")
         return content.decode()
     except (ValueError, zlib.error) as error:
         raise ArtefactError(f"{what} cannot be decompressed: {error}") from error
@@ -92,24 +100,78 @@ def _digest_of(tensor: Tensor) -> bytes:
 def write_file(path: Path, content: bytes) -> None:
     """Put a file in place in one step; on failure nothing is left behind and an older file stays as it was.
 
+    A link stays and the file it names is written, whether it is there or not. An older file's permissions are kept.
+    What is no regular file (a folder, a device, a pipe) is never replaced. Temporary files that killed processes have
+    left beside this one are removed.
+
     Raises ArtefactError where the file cannot be written.
     """
-    if os.path.isdir(path):  # False, not an OSError, for names the system refuses
-        raise ArtefactError(f"{path} is a folder: give the name of a file in it")
-    if not os.path.isdir(path.parent):
-        raise ArtefactError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    target, mode = _target(path)
+    partial = target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
+            if mode is not None:
+                os.chmod(partial, mode)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, target)
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(OSError, ValueError):  # there is nothing to remove after success
             partial.unlink()
+    _clear_partials(target.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ArtefactError where `write_file` could not write: before the work, not after it."""
+    _target(path)
+
+
+def _target(path: Path) -> tuple[Path, int | None]:
+    """The file to write, links followed, and the permissions of the one that is there, None where there is none."""
+    try:
+        target = Path(os.path.realpath(path))  # not strict: the end of a link need not be there
+        found = os.stat(path) if os.path.lexists(target) else None  # a circle of links fails
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            what = "a folder: give the name of a file in it" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            raise ArtefactError(f"{path} is {what}")
+        if not target.parent.is_dir():
+            raise ArtefactError(f"{path} cannot be written: there is no folder {target.parent}; create it first")
+    except (OSError, ValueError) as error:  # names the system refuses, circles of links
+        raise ArtefactError(f"{path} cannot be written: {error}") from error
+    return target, None if found is None else stat.S_IMODE(found.st_mode)
+
+
+def _clear_partials(folder: Path) -> None:
+    """Remove temporary files whose process is gone: of this machine by its number, of others once they are old."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            found = _PARTIAL.fullmatch(name) if name.endswith(".partial") else None
+            if found and _is_left_behind(folder / name, found["host"], found["process"]):
+                with suppress(OSError):  # another process may have removed it
+                    os.unlink(folder / name)
+
+
+def _is_left_behind(partial: Path, host: str | None, process: str | None) -> bool:
+    if process is None or host != _host() or os.name != "posix":
+        with suppress(OSError):
+            return time.time() - partial.stat().st_mtime > _OLD_S
+        return False
+    try:
+        os.kill(int(process), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:  # it runs, for another user
+        return False
+    return False
+
+
+@functools.cache
+def _host() -> str:
+    """A short name of this machine: numbers of processes mean something on one machine only."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -155,9 +217,8 @@ class _Opened:
 
     def __enter__(self) -> _Opened:
         if not os.path.isfile(self.path):  # False, not an OSError, for names the system refuses
-            raise ArtefactError(
-                f"{self.path} is {'a folder' if os.path.isdir(self.path) else 'not there'}: give an artefact file"
-            )
+            what = "a folder" if os.path.isdir(self.path) else "no file" if os.path.exists(self.path) else "not there"
+            raise ArtefactError(f"{str(self.path)[:200]} is {what}: give an artefact file")
         try:
             self.handle = safe_open(self.path, "pt")
             self.handle.__enter__()

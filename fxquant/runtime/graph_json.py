@@ -1,18 +1,16 @@
 """An fx graph as JSON and tensors, and back, without running anything that the file says.
 
 Functions, methods, attributes and module classes are looked up in fixed tables (`allowlist`, `module_json`); names
-that end up in the generated `forward` are checked to be names; a node may refer to earlier nodes only.
-
-Argument values: None, bool, int, finite float, str and lists are themselves; everything else is an object with one
-key: {"node": index}, {"tuple": [...]}, {"dict": [[key, value], ...]}, {"slice": [start, stop, step]},
-{"float": "inf"}, {"dtype": "float32"}, {"device": "cpu"}, {"format": "channels_last"}, {"ellipsis": true}.
+that end up in the generated `forward` are checked to be names, and to be no name that stands for something else there;
+a node may refer to earlier nodes only. That what a method is called on is a tensor, and that what is written to is not
+the caller's, shows when shapes are propagated (`shape_check`).
 """
 
 from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,17 +20,44 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, declare, facts_of
-from fxquant.runtime.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
+from fxquant.runtime.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
+from fxquant.runtime.argument_json import value_to_json, values_from_json
 from fxquant.runtime.module_json import module_from_json, module_to_json
-from fxquant.runtime.untrusted import check_identifier, check_path, dtype_named, field, sizes, take
+from fxquant.runtime.untrusted import (
+    FLAG,
+    NUMBER,
+    OBJECT,
+    SHAPE,
+    TEXT,
+    Kind,
+    check_identifier,
+    check_path,
+    check_variable,
+    choice,
+    dtype_named,
+    listed,
+    record,
+    take,
+    whole,
+)
 
-_FORMATS = {
-    str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.memory_format)
-}
-_ANNOTATED: dict[str, type] = {
-    "layer": str, "block": int, "parameters": int, "macs": int, "activation_elements": int, "left_elements": int,
-    "weight_bits": int, "activation_bits": int, "left_bits": int, "pinned": bool,
+_COUNT, _BITS = whole(), whole(1, 32)
+_ANNOTATED: dict[str, Kind] = {
+    "layer": TEXT, "block": whole(0, 10**6), "parameters": _COUNT, "macs": _COUNT, "activation_elements": _COUNT,
+    "left_elements": _COUNT, "weight_bits": _BITS, "activation_bits": _BITS, "left_bits": _BITS, "pinned": FLAG,
 }  # fmt: skip
+_NOTES = {"role": choice(*map(str, Role)), **_ANNOTATED}
+_GRAPH = {
+    "class": TEXT,
+    "facts": listed(choice(*map(str, Fact))),
+    "coverage": NUMBER,
+    "image_shape": SHAPE,
+    "modules": OBJECT,
+    "nodes": listed(OBJECT, longest=20_000),
+}
+_NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
+_ANY = Kind("a value", lambda value: True)
+_NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
 _CALLS = ("call_function", "call_method", "call_module")
 
 
@@ -70,25 +95,22 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
 
     Raises ArtefactError for anything that is malformed, not allowed or does not fit together.
     """
-    contents: dict[str, Any] = {}
-    for path, spec in field(document, "modules", dict, "the graph").items():
-        contents[path] = module_from_json(spec, check_path(path), tensors)
+    read = record(document, _GRAPH, "the graph")
     graph = Graph()
     nodes: list[Node] = []
-    for position, record in enumerate(field(document, "nodes", list, "the graph")):
-        nodes.append(_node_from_json(record, position, graph, nodes))
+    constants: dict[str, Any] = {}
+    for position, values in enumerate(read["nodes"]):
+        nodes.append(_node_from_json(values, position, graph, nodes))
         if nodes[-1].op == "get_attr":
             path = str(nodes[-1].target)
-            contents.setdefault(path, _constant(path, tensors, record))
-    _check_structure(nodes, contents)
-    graph_module = _assemble(graph, contents, check_identifier(field(document, "class", str, "the graph"), "class"))
-    try:
-        facts = frozenset(Fact(name) for name in field(document, "facts", list, "the graph"))
-    except ValueError as error:
-        raise ArtefactError(f"the graph declares an unknown fact: {error}") from error
-    declare(graph_module, facts)
-    graph_module.meta["coverage"] = field(document, "coverage", float, "the graph")
-    graph_module.meta["image_shape"] = sizes(field(document, "image_shape", list, "the graph"), "image_shape")
+            if path not in constants:
+                constants[path] = _constant(path, tensors, values)
+    _check_structure(nodes, read["modules"])
+    contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
+    graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
+    declare(graph_module, frozenset(map(Fact, read["facts"])))
+    graph_module.meta["coverage"] = float(read["coverage"])
+    graph_module.meta["image_shape"] = tuple(read["image_shape"])
     return graph_module.eval()
 
 
@@ -118,20 +140,32 @@ def _place(owner: nn.Module, path: str, content: nn.Module | Tensor) -> None:
         owner.register_buffer(last, content)
 
 
-def _constant(path: str, tensors: Mapping[str, Tensor], record: Any) -> Tensor:
+def _constant(path: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Tensor:
     tensor = take(tensors, path)
-    if "shape" in record and tuple(tensor.shape) != tuple(record["shape"]):
-        raise ArtefactError(f"tensor '{path}' has shape {tuple(tensor.shape)}, its node says {record['shape']}")
+    if "shape" in values and list(tensor.shape) != values["shape"]:
+        raise ArtefactError(f"tensor '{path}' has shape {tuple(tensor.shape)}, its node says {values['shape']}")
     return tensor.clone()
 
 
-def _check_structure(nodes: list[Node], contents: dict[str, Any]) -> None:
+def _check_structure(nodes: list[Node], modules: Mapping[str, Any]) -> None:
     ops = [node.op for node in nodes]
-    if ops.count("output") != 1 or ops[-1] != "output" or "placeholder" not in ops:
+    inputs = ops.count("placeholder")
+    if ops.count("output") != 1 or ops[-1] != "output" or inputs == 0:
         raise ArtefactError("the graph does not have an input and exactly one output, as its last node")
+    # The image first, then what has a default: arguments of the function that torch.fx writes.
+    has_defaults = all(node.args and not node.all_input_nodes for node in nodes[1:inputs])
+    if set(ops[:inputs]) != {"placeholder"} or nodes[0].args or not has_defaults:
+        raise ArtefactError("the graph does not begin with its inputs: the image, and others that have a default")
+    if len({node.target for node in nodes[:inputs]}) != inputs:
+        raise ArtefactError("two inputs of the graph have the same name")
+    for path in modules:
+        check_path(path)
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
     for node in nodes:
-        if node.op == "call_module" and not isinstance(contents.get(str(node.target)), nn.Module):
+        if node.op == "call_module" and node.target not in modules:
             raise ArtefactError(f"node {node.name} calls module '{node.target}', which the graph does not have")
+    if unused := modules.keys() - called:
+        raise ArtefactError(f"the graph has module '{min(unused):.100}', which no node calls")
 
 
 def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
@@ -142,9 +176,9 @@ def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
     check_target(node.op, target, node.args, where)
     record: dict[str, Any] = {"name": node.name, "op": node.op, "target": target}
     if node.args:
-        record["args"] = [_value_to_json(value, index, where) for value in node.args]
+        record["args"] = [value_to_json(value, index, where) for value in node.args]
     if node.kwargs:
-        record["kwargs"] = {key: _value_to_json(value, index, where) for key, value in node.kwargs.items()}
+        record["kwargs"] = {key: value_to_json(value, index, where) for key, value in node.kwargs.items()}
     metadata = node.meta.get("tensor_meta")
     if isinstance(metadata, TensorMetadata):
         record["shape"] = list(metadata.shape)
@@ -156,40 +190,35 @@ def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
     return record | ({"notes": notes} if notes else {})
 
 
-def _node_from_json(record: Any, position: int, graph: Graph, nodes: list[Node]) -> Node:
-    name = check_identifier(field(record, "name", str, f"node {position}"), "node name")
+def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node]) -> Node:
+    read = record(values, _NODE, f"node {position}", _NODE_OPTIONS)
+    name = check_variable(read["name"], "node name", CODE_NAMES)
     where = f"node {name}"
-    op, target = field(record, "op", str, where), field(record, "target", str, where)
-    args = tuple(_value_from_json(value, nodes, where) for value in field(record, "args", list, where, []))
-    kwargs = {
-        check_identifier(key, f"{where}: argument"): _value_from_json(value, nodes, where)
-        for key, value in field(record, "kwargs", dict, where, {}).items()
-    }
+    op, target = read["op"], read["target"]
+    given = read.get("kwargs", {})
+    values = values_from_json([*read.get("args", []), *given.values()], nodes, where)
+    args = tuple(values[: len(values) - len(given)])
+    names = (check_identifier(key, f"{where}: argument") for key in given)
+    kwargs = dict(zip(names, values[len(args) :], strict=True))
     check_target(op, target, args, where)
     if op == "output" and (len(args) != 1 or kwargs):
         raise ArtefactError(f"{where} is an output of not exactly one value")
+    if op in ("placeholder", "get_attr") and (kwargs or len(args) > (op == "placeholder")):
+        raise ArtefactError(f"{where} is a {op} with arguments")
+    if "out" in kwargs or (op == "call_module" and kwargs):
+        raise ArtefactError(f"{where} has arguments that graphs in files may not give: {sorted(kwargs)}")
     node = graph.create_node(op, FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name=name)
     if node.name != name:
         raise ArtefactError(f"{where}: the name is there twice or reserved")
-    if "shape" in record:
-        shape = torch.Size(sizes(record["shape"], where))
-        dtype = dtype_named(record.get("dtype", "float32"), where)
+    if "shape" in read:
+        shape = torch.Size(read["shape"])
+        dtype = dtype_named(read.get("dtype", "float32"), where)
         stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
         node.meta["tensor_meta"] = TensorMetadata(shape, dtype, False, stride, None, False, {})
-    if "notes" in record:
-        annotate(node, **_notes(field(record, "notes", dict, where), where))
+    if "notes" in read:
+        notes = record(read["notes"], {}, f"{where}: notes", _NOTES)
+        annotate(node, **notes | ({"role": Role(notes["role"])} if "role" in notes else {}))
     return node
-
-
-def _notes(notes: Any, where: str) -> dict[str, Any]:
-    known = {key: field(notes, key, kind, where) for key, kind in _ANNOTATED.items() if key in notes}
-    if any(value < 0 for value in known.values() if type(value) is int):
-        raise ArtefactError(f"{where}: an annotation is negative: {known}")
-    if "role" in notes:
-        if notes["role"] not in [str(role) for role in Role]:
-            raise ArtefactError(f"{where} has the unknown role {notes['role']!r}")
-        known["role"] = Role(notes["role"])
-    return known
 
 
 def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> None:
@@ -209,73 +238,9 @@ def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> Non
         raise ArtefactError(f"{where} reads the attribute {args[1:]!r}; graphs in files may read {sorted(ATTRIBUTES)}")
     if op in ("call_module", "get_attr"):
         check_path(target)
-    elif op in ("placeholder", "output"):
+    elif op == "placeholder":
+        check_variable(target, f"{where}: target", CODE_NAMES)
+    elif op == "output":
         check_identifier(target, f"{where}: target")
     elif op not in _CALLS:
         raise ArtefactError(f"{where} has the unknown op {op!r}")
-
-
-def _value_to_json(value: Any, index: Mapping[Node, int], where: str) -> Any:
-    if value is None or type(value) in (bool, int, str):
-        return value
-    if type(value) is float:
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, Node):
-        return {"node": index[value]}
-    if isinstance(value, tuple | list):
-        items = [_value_to_json(item, index, where) for item in value]
-        return items if isinstance(value, list) else {"tuple": items}
-    if isinstance(value, dict):
-        return {"dict": [[_value_to_json(part, index, where) for part in item] for item in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [_value_to_json(part, index, where) for part in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.dtype | torch.memory_format):
-        kind = "dtype" if isinstance(value, torch.dtype) else "format"
-        return {kind: str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"device": str(value)}
-    if value is ...:
-        return {"ellipsis": True}
-    raise ArtefactError(f"{where} has an argument of type {type(value).__name__}, which cannot be kept: {value!r}")
-
-
-def _value_from_json(value: Any, nodes: list[Node], where: str) -> Any:
-    if type(value) is list:
-        return [_value_from_json(item, nodes, where) for item in value]
-    if type(value) is not dict:
-        return value
-    try:
-        ((kind, content),) = value.items()
-        return _TAGGED[kind](content, nodes, where)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise ArtefactError(f"{where} has an argument that cannot be read: {value!r:.200}: {error}") from error
-
-
-def _earlier(position: Any, nodes: list[Node], where: str) -> Node:
-    if type(position) is not int or not 0 <= position < len(nodes):
-        raise ArtefactError(f"{where} refers to node {position!r}; only the {len(nodes)} nodes before it exist there")
-    return nodes[position]
-
-
-def _items(values: Any, nodes: list[Node], where: str) -> tuple[Any, ...]:
-    if type(values) is not list:
-        raise ArtefactError(f"{where} has {values!r:.200} where a list belongs")
-    return tuple(_value_from_json(item, nodes, where) for item in values)
-
-
-def _slice(values: Any, nodes: list[Node], where: str) -> slice:
-    start, stop, step = _items(values, nodes, where)
-    return slice(start, stop, step)
-
-
-_TAGGED: dict[str, Callable[[Any, list[Node], str], Any]] = {
-    "node": _earlier,
-    "tuple": _items,
-    "slice": _slice,
-    "dict": lambda pairs, nodes, where: dict(_items(pair, nodes, where) for pair in pairs),
-    "float": lambda text, nodes, where: {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[text],
-    "dtype": lambda text, nodes, where: dtype_named(text, where),
-    "device": lambda text, nodes, where: torch.device(text),
-    "format": lambda text, nodes, where: _FORMATS[text],
-    "ellipsis": lambda flag, nodes, where: ...,
-}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from fxquant.errors import ArtefactError
+from fxquant.runtime.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, either, record, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,15 @@ class LayerRow:
     @classmethod
     def from_dict(cls, values: Any) -> LayerRow:
         """Inverse of `to_dict`; raises ArtefactError for anything else."""
-        names = {field.name for field in fields(cls)}
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
-        if not isinstance(values, dict) or not needed <= set(values) <= names:
-            raise ArtefactError(f"not a layer row: expected the fields {sorted(names)}")
-        return cls(**values)
+        return cls(**record(values, _NEEDED, "a layer row", _OPTIONAL))
+
+
+_BITS, _TEXT, _DECIBEL = (either(NOTHING, kind) for kind in (whole(1, 32), TEXT, NUMBER))
+_KINDS: dict[str, Kind] = {
+    "layer": TEXT, "role": TEXT, "block": either(NOTHING, whole(0, 10**6)), "weight_bits": _BITS,
+    "activation_bits": _BITS, "parameters": whole(), "macs": whole(), "activation_elements": whole(),
+    "weight_sqnr_db": _DECIBEL, "activation_sqnr_db": _DECIBEL, "predicted_loss": NUMBER, "weight_quantizer": _TEXT,
+    "activation_quantizer": _TEXT, "execution": TEXT, "pinned": FLAG, "left_bits": _BITS, "left_elements": whole(),
+}  # fmt: skip
+_NEEDED = {item.name: _KINDS[item.name] for item in fields(LayerRow) if item.default is MISSING}
+_OPTIONAL = {item.name: _KINDS[item.name] for item in fields(LayerRow) if item.default is not MISSING}

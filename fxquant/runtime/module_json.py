@@ -18,62 +18,32 @@ from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_table import BITS as TABLE_BITS
+from fxquant.runtime.module_settings import BITS, BY_NAME, CLASSES, QUANTIZERS, SETTINGS
 from fxquant.runtime.observer_json import observer_from_json, observer_to_json
 from fxquant.runtime.packing import WIDTHS, pack, unpack
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
-from fxquant.runtime.untrusted import check_positive, dtype_named, element_count, field, sizes, take
+from fxquant.runtime.untrusted import (
+    FLAG,
+    FLOATS,
+    NOTHING,
+    OBJECT,
+    SHAPE,
+    TEXT,
+    check_positive,
+    dtype_named,
+    either,
+    element_count,
+    field,
+    record,
+    sizes,
+    take,
+)
 
-_CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
-_BATCH_NORM = "num_features eps momentum affine track_running_stats"
-_AVERAGE_POOL = "kernel_size stride padding ceil_mode count_include_pad"
-
-# Class: constructor arguments that are attributes of the same name ("bias": whether there is one).
-_CLASSES: dict[type[nn.Module], str] = {
-    nn.Linear: "in_features out_features bias",
-    nn.Conv1d: _CONVOLUTION,
-    nn.Conv2d: _CONVOLUTION,
-    nn.Conv3d: _CONVOLUTION,
-    nn.LayerNorm: "normalized_shape eps elementwise_affine bias",
-    nn.RMSNorm: "normalized_shape eps elementwise_affine",
-    nn.GroupNorm: "num_groups num_channels eps affine",
-    nn.BatchNorm1d: _BATCH_NORM,
-    nn.BatchNorm2d: _BATCH_NORM,
-    nn.Softmax: "dim",
-    nn.LogSoftmax: "dim",
-    nn.GELU: "approximate",
-    nn.SiLU: "",
-    nn.ReLU: "",
-    nn.ReLU6: "",
-    nn.Hardswish: "",
-    nn.Hardsigmoid: "",
-    nn.Sigmoid: "",
-    nn.Tanh: "",
-    nn.Mish: "",
-    nn.Identity: "",
-    nn.LeakyReLU: "negative_slope",
-    nn.ELU: "alpha",
-    nn.PReLU: "num_parameters",
-    nn.Softplus: "beta threshold",
-    nn.Hardtanh: "min_val max_val",
-    nn.Dropout: "p",
-    nn.Dropout2d: "p",
-    nn.AvgPool1d: _AVERAGE_POOL,
-    nn.AvgPool2d: f"{_AVERAGE_POOL} divisor_override",
-    nn.AdaptiveAvgPool1d: "output_size",
-    nn.AdaptiveAvgPool2d: "output_size",
-    nn.AdaptiveMaxPool2d: "output_size",
-    nn.MaxPool2d: "kernel_size stride padding dilation ceil_mode",
-    nn.Unfold: "kernel_size dilation padding stride",
-    nn.Fold: "output_size kernel_size dilation padding stride",
-    nn.Flatten: "start_dim end_dim",
-    nn.Upsample: "size scale_factor mode align_corners",
-    nn.PixelShuffle: "upscale_factor",
-    nn.PixelUnshuffle: "downscale_factor",
-    nn.ZeroPad2d: "padding",
-}
-_BY_NAME = {kind.__name__: kind for kind in _CLASSES}
-_GEOMETRY = ("stride", "padding", "dilation", "groups")
+_GEOMETRY = {name: SETTINGS[name] for name in ("stride", "padding", "dilation", "groups")}
 _QUANTIZED_WEIGHT = {"QuantizedLinear": 2, "QuantizedConv2d": 4}  # dimensions of the weight
+_OPTIONAL_OBJECT = either(NOTHING, OBJECT)
+_WEIGHT = {"shape": SHAPE, "dtype": TEXT, "bias": FLAG, "weight": _OPTIONAL_OBJECT, "input": _OPTIONAL_OBJECT}
+_CLASS = {"class": TEXT}
 CODES = "weight_codes"
 
 Spec = dict[str, Any]
@@ -97,7 +67,7 @@ def module_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
         return {"class": "QuantizedInput", "inner": inner, "input": source}, inner_state | source_state
     if type(module) is Observer:
         return observer_to_json(module, path)
-    if type(module) not in _CLASSES:
+    if type(module) not in CLASSES:
         raise ArtefactError(
             f"module '{path}' is a {type(module).__module__}.{type(module).__name__}, which artefacts do not know: "
             "write it out in forward with torch.nn modules and functions so that tracing goes through it, or add the "
@@ -118,7 +88,7 @@ def module_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> nn.
         raise error if f"'{path}" in str(error) else ArtefactError(f"module '{path}': {error}") from error
     # Constructors are given settings that anybody may have written; whatever they object to, the file is at fault.
     except Exception as error:
-        raise ArtefactError(f"module '{path}': settings do not make a {name}: {spec}: {error}") from error
+        raise ArtefactError(f"module '{path}': settings do not make a {name}: {spec!r:.300}: {error}") from error
 
 
 def claimed_bits(spec: Spec, path: str) -> int:
@@ -129,31 +99,43 @@ def claimed_bits(spec: Spec, path: str) -> int:
     return element_count(sizes(spec.get("shape"), f"module '{path}'")) * int(field(spec["weight"], "bits", int, path))
 
 
+def unpacked_bytes(spec: Spec, path: str) -> int:
+    """Bytes that the module's weight takes in memory, as codes of a byte and as float32; 0 where none is packed."""
+    name = field(spec, "class", str, f"module '{path}'")
+    if name not in _QUANTIZED_WEIGHT or spec.get("weight") is None:
+        return 0
+    return 5 * element_count(sizes(spec.get("shape"), f"module '{path}'"))
+
+
 def _build(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     if name in _QUANTIZED_WEIGHT:
         return _quantized_weight_from_json(name, spec, path, tensors)
+    where = f"module '{path}'"
     if name == "QuantizedMatmul":
-        quantizers = (quantizer_from_json(spec.get(k), f"{path}.{k}_quantizer", tensors) for k in ("left", "right"))
+        read = record(spec, {**_CLASS, "left": _OPTIONAL_OBJECT, "right": _OPTIONAL_OBJECT}, where)
+        quantizers = (quantizer_from_json(read[k], f"{path}.{k}_quantizer", tensors) for k in ("left", "right"))
         return QuantizedMatmul(*quantizers)
     if name == "QuantizedInput":
-        source: Any = quantizer_from_json(field(spec, "input", dict, path), f"{path}.input_quantizer", tensors)
-        inner = field(spec, "inner", dict, path)
-        if inner.get("class") not in _BY_NAME:
-            raise ArtefactError(f"module '{path}' has inside a {inner.get('class')!r}, which is not a plain module")
-        return QuantizedInput(module_from_json(inner, f"{path}.inner", tensors), source)
+        read = record(spec, {**_CLASS, "input": OBJECT, "inner": OBJECT}, where)
+        source: Any = quantizer_from_json(read["input"], f"{path}.input_quantizer", tensors)
+        if (inner := read["inner"].get("class")) not in list(BY_NAME):
+            raise ArtefactError(f"{where} has inside a {inner!r:.100}, which is not a plain module")
+        return QuantizedInput(module_from_json(read["inner"], f"{path}.inner", tensors), source)
     if name == "Observer":
         return observer_from_json(spec, path, tensors)
-    if name not in _BY_NAME:
-        raise ArtefactError(f"module '{path}' has the unknown class {name!r}")
+    if name not in BY_NAME:
+        raise ArtefactError(f"{where} has the unknown class {name!r:.100}")
+    kind = BY_NAME[name]
+    settings = record(spec, {**_CLASS, **{key: SETTINGS[key] for key in CLASSES[kind].split()}}, where)
     with torch.device("meta"):
-        module = _BY_NAME[name](**{key: _from_list(value) for key, value in spec.items() if key != "class"})
+        module = kind(**{key: _from_list(value) for key, value in settings.items() if key != "class"})
     _assign(module, path, tensors)
     return module
 
 
 def _plain_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
     spec: Spec = {"class": type(module).__name__}
-    for key in _CLASSES[type(module)].split():
+    for key in CLASSES[type(module)].split():
         value = getattr(module, key)
         value = value is not None if key == "bias" else value
         if not _is_plain(value):
@@ -196,9 +178,12 @@ def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor])
     """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together."""
     if settings is None:
         return None
-    _check_width(field(settings, "bits", int, f"quantizer '{path}'"), path)
-    if "shape" in settings:
-        sizes(settings["shape"], f"quantizer '{path}'")
+    where = f"quantizer '{path}'"
+    kind = field(settings, "kind", str, where)
+    if kind not in QUANTIZERS:
+        raise ArtefactError(f"{where} is of the unknown quantizer kind {kind!r:.100}; there are {sorted(QUANTIZERS)}")
+    _check_width(field(settings, "bits", int, where), path)
+    record(settings, {"kind": TEXT, "bits": BITS, **QUANTIZERS[kind]}, where)
     with torch.device("meta"):
         quantizer = Quantizer.from_settings(settings)
     state = quantizer.state_dict()
@@ -256,15 +241,17 @@ def _quantized_weight_to_json(module: QuantizedLinear | QuantizedConv2d, path: s
 
 def _quantized_weight_from_json(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     where = f"module '{path}'"
-    shape, dtype = sizes(spec.get("shape"), where), dtype_named(spec.get("dtype"), where)
-    if len(shape) != _QUANTIZED_WEIGHT[name] or not dtype.is_floating_point or 0 in shape:
+    is_linear = name == "QuantizedLinear"
+    read = record(spec, {**_CLASS, **_WEIGHT, **({} if is_linear else _GEOMETRY)}, where)
+    shape, dtype = tuple(read["shape"]), dtype_named(read["dtype"], where)
+    if len(shape) != _QUANTIZED_WEIGHT[name] or dtype not in FLOATS or 0 in shape:
         raise ArtefactError(f"{where}: no weight of a {name} has shape {shape} and dtype {dtype}")
-    input_quantizer = quantizer_from_json(spec.get("input"), f"{path}.input_quantizer", tensors)
-    weight_quantizer = quantizer_from_json(spec.get("weight"), f"{path}.weight_quantizer", tensors)
+    input_quantizer = quantizer_from_json(read["input"], f"{path}.input_quantizer", tensors)
+    weight_quantizer = quantizer_from_json(read["weight"], f"{path}.weight_quantizer", tensors)
     with torch.device("meta"):
         bias_like = torch.empty(shape[:1])
-    bias = take(tensors, f"{path}.bias", bias_like) if field(spec, "bias", bool, where) else None
-    geometry = [] if name == "QuantizedLinear" else [_geometry(spec, where)]
+    bias = take(tensors, f"{path}.bias", bias_like) if read["bias"] else None
+    geometry = [] if is_linear else [{key: _from_list(read[key]) for key in _GEOMETRY}]
     kind: Any = QuantizedLinear if name == "QuantizedLinear" else QuantizedConv2d
     if weight_quantizer is None:
         weight = take(tensors, f"{path}.weight")
@@ -284,11 +271,3 @@ def _quantized_weight_from_json(name: str, spec: Spec, path: str, tensors: Mappi
     module.weight_codes = codes.reshape(shape).to(torch.int8)
     module.refresh()
     return module  # type: ignore[no-any-return]
-
-
-def _geometry(spec: Spec, where: str) -> dict[str, Any]:
-    geometry = {key: _from_list(spec.get(key)) for key in _GEOMETRY}
-    for key, value in geometry.items():
-        if not (type(value) in (int, str) or (type(value) is tuple and all(type(size) is int for size in value))):
-            raise ArtefactError(f"{where}: {key} is {value!r}")
-    return geometry

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fxquant.errors import ArtefactError
 from fxquant.quantizers.observers import Edge, Observer
-from fxquant.runtime.untrusted import field
+from fxquant.runtime.untrusted import FLAG, NOTHING, TEXT, choice, either, record
+
+_OBSERVER = {"class": TEXT, "family": either(NOTHING, TEXT), "edge": choice(*map(str, Edge)), "gram": FLAG}
 
 
 def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -25,8 +27,8 @@ def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dic
 
 def observer_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> Observer:
     """The observer. Raises ArtefactError for anything that does not fit together."""
-    family = None if spec.get("family") is None else field(spec, "family", str, path)
-    observer = Observer(family, Edge(field(spec, "edge", str, path)), field(spec, "gram", bool, path))
+    read = record(spec, _OBSERVER, f"observer '{path}'")
+    observer = Observer(read["family"], Edge(read["edge"]), read["gram"])
     gram = tensors.get(f"{path}.gram")
     if gram is not None and (gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point()):
         raise ArtefactError(f"'{path}.gram' is no Gram matrix: {gram.dtype}, shape {tuple(gram.shape)}")

@@ -19,7 +19,7 @@ from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotatio
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
-from fxquant.runtime.module_json import _CLASSES
+from fxquant.runtime.module_settings import CLASSES
 from fxquant.runtime.simulated import QuantizedLinear
 
 
@@ -142,7 +142,7 @@ def test_modules_survive(module, shape):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind, arguments in _CLASSES.items() if not arguments], ids=lambda k: k.__name__
+    "kind", [kind for kind, arguments in CLASSES.items() if not arguments], ids=lambda k: k.__name__
 )
 def test_modules_without_settings_survive(kind):
     assert type(round_trip(one_module(kind())).get_submodule("body.layer")) is kind
