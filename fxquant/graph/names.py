@@ -11,11 +11,13 @@ import copy
 import itertools
 import keyword
 import re
+from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-_RESERVED = frozenset(dir(GraphModule)) | {"graph", "training"}
+_RESERVED = frozenset(dir(GraphModule)) | {"graph", "training", "meta", "shape_env"}
+_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 def free_name(owner: nn.Module, wanted: str) -> str:
@@ -26,7 +28,13 @@ def free_name(owner: nn.Module, wanted: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9_]", "_", wanted)
     stem = f"_{stem.strip('_')}" if not stem or stem.startswith("__") else stem
     names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(1)))
-    return next(n for n in names if not (_is_taken(owner, n) or keyword.iskeyword(n) or n in _RESERVED))
+    return next(name for name in names if _is_valid(name) and not _is_taken(owner, name))
+
+
+def _is_valid(name: str) -> bool:
+    """Whether generated code and artefacts can have it."""
+    is_name = _NAME.fullmatch(name) is not None and not name.startswith("__")
+    return is_name and not keyword.iskeyword(name) and name not in _RESERVED
 
 
 def _is_taken(owner: nn.Module, name: str) -> bool:
@@ -40,7 +48,7 @@ def free_path(graph_module: GraphModule, wanted: str) -> str:
     owner: nn.Module = graph_module
     *parents, last = wanted.split(".")
     for index, part in enumerate(parents):
-        child = owner._modules.get(part)
+        child = owner._modules.get(part) if _is_valid(part) else None
         if child is None:  # everything below a new module is free
             return ".".join([*parents[:index], free_name(owner, part), *_names(wanted, index + 1)])
         owner = child
@@ -65,6 +73,36 @@ def exchange_module(graph_module: GraphModule, node: Node, module: nn.Module) ->
         node.target = add_module(graph_module, path, module)
     else:
         graph_module.add_submodule(path, module)
+
+
+def with_valid_names(root: nn.Module, graph: Graph) -> Graph:
+    """Rename what neither generated code nor artefacts can hold: modules called `class`, `a-b`, `graph` or the like.
+
+    root: what the graph's targets are in. Both are changed.
+    """
+    names: dict[tuple[nn.Module, str], str] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        owner, parts = root, []
+        for part in str(node.target).split("."):
+            if (owner, part) not in names:
+                names[owner, part] = part if _is_valid(part) else _renamed(owner, part)
+            parts.append(names[owner, part])
+            child = owner._modules.get(parts[-1])
+            owner = owner if child is None else child
+        node.target = ".".join(parts)
+    return graph
+
+
+def _renamed(owner: nn.Module, name: str) -> str:
+    """Give a module, parameter or buffer a free name in its owner; returns it."""
+    free = free_name(owner, name)
+    tables: tuple[dict[str, Any], ...] = (owner._modules, owner._parameters, owner._buffers)
+    for table in tables:
+        if name in table:
+            table[free] = table.pop(name)
+    return free
 
 
 def separate_calls(graph_module: GraphModule) -> None:

@@ -24,6 +24,7 @@ from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionEr
 from fxquant.graph.annotation import Fact, declare
 from fxquant.graph.leaves import has_global_hooks
 from fxquant.graph.model_checks import check_example, check_model
+from fxquant.graph.names import with_valid_names
 from fxquant.graph.normalization import normalize
 from fxquant.graph.plain_model import copy_of, has_own_code, settle_weights
 from fxquant.graph.shape_tracer import ShapeTracer
@@ -144,7 +145,7 @@ def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule
             "operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
             "of forward"
         ) from error
-    return fx.GraphModule(root, _with_free_names(root, graph), class_name=type(root).__name__), tracer
+    return fx.GraphModule(root, with_valid_names(root, graph), class_name=type(root).__name__), tracer
 
 
 def _place(root: nn.Module, tracer: ShapeTracer) -> str:
@@ -155,23 +156,6 @@ def _place(root: nn.Module, tracer: ShapeTracer) -> str:
     module = root.get_submodule(path)
     own = ", which has hooks or a forward of its own that can be removed" if has_own_code(module) else ""
     return f"in '{path}' ({type(module).__name__}{own}): "
-
-
-def _with_free_names(root: nn.Module, graph: fx.Graph) -> fx.Graph:
-    """Rename what a graph module could not hold under its name, such as a submodule called `graph` or `meta`."""
-    taken = {name for name in (*dir(fx.GraphModule), "meta", "shape_env") if not hasattr(nn.Module, name)}
-    groups: tuple[dict[str, Any], ...] = (root._modules, root._parameters, root._buffers)
-    for group in groups:
-        for name in taken & set(group):
-            free = f"{name}_"
-            while free in taken or hasattr(root, free):
-                free += "_"
-            group[free] = group.pop(name)
-            for node in graph.nodes:
-                first, dot, rest = str(node.target).partition(".")
-                if node.op in ("get_attr", "call_module") and first == name:
-                    node.target = f"{free}{dot}{rest}"
-    return graph
 
 
 def _where(error: BaseException) -> str:

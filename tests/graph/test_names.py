@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
@@ -84,6 +85,31 @@ def test_every_call_has_a_module_of_its_own() -> None:
     assert torch.equal(graph_module.get_submodule("0").weight, graph_module.get_submodule("0_2").weight)
     graph_module.get_submodule("0_1").weight.data.sub_(1)
     torch.testing.assert_close(graph_module(x), expected)
+
+
+@pytest.mark.parametrize("name", ["class", "a-b", "ä", "x y", "graph", "code", "meta", "0"])
+def test_models_may_call_their_modules_anything(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = nn.Module()
+            for owner in (self, self.held):
+                owner.add_module(name, nn.Module())
+                owner._modules[name].fc = nn.Linear(4, 4)
+                owner._modules[name].register_parameter(name, nn.Parameter(torch.randn(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            for owner in (self, self.held):
+                x = owner._modules[name].fc(x) * owner._modules[name]._parameters[name]
+            return x
+
+    model, x = Named(), torch.randn(2, 1, 2, 2)
+    graph_module = trace(model, x)
+    torch.testing.assert_close(graph_module(x), model(x))
+    targets = [str(n.target) for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")]
+    assert [check_path(target) for target in targets] == targets
+    assert name in model._modules, "the caller's model keeps its names"
 
 
 def test_a_constant_does_not_take_the_name_of_what_is_there() -> None:
