@@ -10,7 +10,8 @@ content does not match its digest, counts as absent: it is computed and written 
 was killed go on where it was, are the first to be removed where room is needed, and go once the whole is kept.
 
 Several processes may use one folder: a file appears whole or not at all, a reader keeps what it has opened, and all
-processes remove files in the same order, so the newest file stays whoever makes room.
+processes remove files in the same order, so the newest file stays whoever makes room. Temporary files that killed
+processes have left go with the next write (`write_file`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ from fxquant.runtime.untrusted import from_json
 _OWN_FILE = re.compile(r"[0-9a-f]{16}\.(json|safetensors|([0-9a-f]{16}\.)?part)")
 _PACKAGES = ("fxquant", "passes", "allocators")
 _VERSIONS_OF = ("fxquant", "torch", "timm", "numpy", "mip")
-_STALE_S = 3600.0  # after which no process is still writing a partial file
 
 Kept = tuple[dict[str, str], dict[str, Tensor]]
 """Texts and tensors by name, as a file keeps them."""
@@ -138,7 +138,6 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except (OSError, ValueError) as error:
                 raise ArtefactError(f"the cache folder {folder} cannot be made: {error}; give another one") from error
-            self._clear_partial()
 
     def recall(self, key: str, make: Callable[[], Any]) -> Any:
         """The value kept under this signature, else what `make` returns (a JSON value), which is kept at once."""
@@ -262,13 +261,6 @@ class Cache:
             room -= size
             if room < 0:
                 with suppress(OSError):
-                    file.unlink()
-
-    def _clear_partial(self) -> None:
-        """Remove partial files of processes that ended while they wrote."""
-        for file in self._files():
-            with suppress(OSError):
-                if file.name.endswith(".partial") and time.time() - file.stat().st_mtime > _STALE_S:
                     file.unlink()
 
     def _files(self) -> list[Path]:

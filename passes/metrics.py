@@ -27,6 +27,7 @@ from fxquant.hints import check_fields
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
+from fxquant.sensitivity.sums import Sums
 from passes.contract import PassContext
 from passes.score_layers import Scores, described_candidates
 
@@ -57,13 +58,16 @@ class FisherTrace:
 
     def traces(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
         """tr(F) by layer."""
+        sums, weighted = Sums(), _weighted(nodes)
+        settings = [self.draws, self.labels, [node.name for node in weighted]]
         found = fisher_traces(
             graph_module,
-            _weighted(nodes),
-            context.batches("Fisher traces"),
+            weighted,
+            (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
             draws=self.draws,
             seed=context.seed,
             labels_n=torch.tensor(self.labels) if self.labels else None,
+            sums=sums,
         )
         return {annotation_of(node).layer: trace for node, trace in found.items()}
 
@@ -160,7 +164,9 @@ class NuclearNorm:
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer."""
-        norms = nuclear_norms(graph_module, context.batches("nuclear norms"))
+        sums = Sums()
+        batches = (batch for _, batch in context.gather("nuclear norms", sums, graph_module))
+        norms = nuclear_norms(graph_module, batches, sums)
         scores, used = {}, {}
         for node in nodes:
             annotation = annotation_of(node)

@@ -54,6 +54,7 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> G
         journal.entries += [replace(e, seconds=0.0, notes={**e.notes, "recalled": True}) for e in known.entries]
         cache.forget_parts(key)  # of a process that was killed right after it had kept the whole
         return known.graph_module
+    cache.forget(key)  # what is there does not fit
     with cache.work(key):
         searched, kept = _resumed(prefix, traced, context)
     with suppress(ArtefactError):  # a graph that no file can hold is a result all the same

@@ -24,6 +24,7 @@ from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.hints import check_fields
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.relevance import Relevance
+from fxquant.sensitivity.sums import Sums
 from passes.allocate_bits import image_readers
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
@@ -132,7 +133,9 @@ def _importance(graph_module: GraphModule, context: PassContext) -> dict[str, fl
     """I_l by layer, from the cache or the images."""
 
     def measure() -> dict[str, float]:
-        return Relevance(graph_module).importance(context.batches("relevance"))
+        sums = Sums()
+        batches = (batch for _, batch in context.gather("relevance", sums, graph_module))
+        return Relevance(graph_module).importance(batches, sums)
 
     found: dict[str, float] = context.cache.recall(context.signature(graph_module, "importance"), measure)
     return found

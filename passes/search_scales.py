@@ -87,14 +87,20 @@ class SearchScales:
         self, graph_module: GraphModule, node: Node, observers: list[Observer], cache: Cache
     ) -> tuple[tuple[Candidate, ...], ...]:
         """Candidates of a node's weight, then of each quantized input; a killed process has left those it had."""
+
+        def searched() -> tuple[tuple[Candidate, ...], ...]:
+            inputs = (self._activation(observer) for observer in observers if observer.family is not None)
+            return (self._weight(graph_module, node, observers[0]), *inputs)
+
+        if cache.folder is None:
+            return searched()
         statistics = [[str(o.family), o.keeps_gram, o.images, o.state()] for o in observers]
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         key = cache.key_of(repr(self), statistics, module)
         kept = cache.read(key, part=True)
         if kept is not None:
             return candidates_from_file(*kept)
-        inputs = (self._activation(observer) for observer in observers if observer.family is not None)
-        found = (self._weight(graph_module, node, observers[0]), *inputs)
+        found = searched()
         with suppress(ArtefactError):  # a quantizer that no file can hold
             cache.write(key, *candidates_to_file(found), part=True)
         return found

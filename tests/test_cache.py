@@ -238,3 +238,11 @@ def test_a_user_without_a_home_is_warned_and_has_no_cache(
         user_folder()
     assert cache_folder(None, no_cache=False) is None
     assert "no home folder" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_temporary_files_of_killed_processes_go_with_the_next_write(tmp_path: Path) -> None:
+    left = tmp_path / f".{'0' * 16}.json.12345678.partial"
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    Cache(tmp_path).recall("1" * 16, lambda: 1)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{'1' * 16}.json"]

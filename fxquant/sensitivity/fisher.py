@@ -23,6 +23,9 @@ from fxquant.graph.annotation import annotation_of
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.sensitivity.logit_gradients import Fisher, class_scores, label_gradients, logit_gradients
+from fxquant.sensitivity.sums import Sums
+
+_SEEN = "images summed"  # among the sums, which else have the names of nodes
 
 
 def fisher_traces(
@@ -34,21 +37,23 @@ def fisher_traces(
     draws: int = 4,
     seed: int = 0,
     labels_n: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> dict[Node, float]:
     """tr(F) of each node's weight, summed in float64.
 
     nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
     matrix product (grouped convolutions) are left out of the answer. batches: images, float (B, C, H, W); one batch of
     activations is alive at a time. fisher, draws, seed: of the logit gradients. labels_n: int64, one per image of all
-    batches; then fisher, draws and seed say nothing.
+    batches; then fisher, draws and seed say nothing. sums: of the batches before these, where there were any.
 
     Raises CalibrationError without class scores or with too few labels, SensitivityError for a trace that is not
     finite.
     """
-    traces = {node: 0.0 for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))}
-    recorder = Recorder(graph_module, set(traces))
-    seen = 0
+    sums = Sums() if sums is None else sums
+    scored = [node for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))]
+    recorder = Recorder(graph_module, set(scored))
     for batch in batches:
+        seen = int(sums[_SEEN])
         with torch.enable_grad():
             output = recorder.run(batch.clone().requires_grad_())
         logits = class_scores(output, "the Fisher trace", "choose another metric")
@@ -59,20 +64,25 @@ def fisher_traces(
             raise CalibrationError(f"{len(labels_n)} labels for at least {seen + len(batch)} images")
         else:
             cotangents = label_gradients(p, labels_n[seen : seen + len(batch)])
-        _add_batch(graph_module, recorder, logits, cotangents.to(logits.dtype), traces)
+        _add_batch(graph_module, recorder, logits, cotangents.to(logits.dtype), scored, sums)
         recorder.forget()
-        seen += len(batch)
-    for node, total in traces.items():
-        if not total < float("inf"):
+        sums.add(_SEEN, len(batch))
+    for node in scored:
+        if not sums[node.name] < float("inf"):
             raise SensitivityError(f"the Fisher trace of {annotation_of(node).layer} is not finite")
-    return {node: total / max(seen, 1) for node, total in traces.items()}
+    return {node: sums[node.name] / max(sums[_SEEN], 1) for node in scored}
 
 
 def _add_batch(
-    graph_module: GraphModule, recorder: Recorder, logits: Tensor, cotangents: Tensor, traces: dict[Node, float]
+    graph_module: GraphModule,
+    recorder: Recorder,
+    logits: Tensor,
+    cotangents: Tensor,
+    scored: Sequence[Node],
+    sums: Sums,
 ) -> None:
     """Add the batch's mean over draws of the sum over images of the squared gradient norms."""
-    nodes = [node for node in traces if node in recorder.differentiated]
+    nodes = [node for node in scored if node in recorder.differentiated]
     outputs = [recorder.differentiated[node] for node in nodes]
     for draw, cotangent in enumerate(cotangents):
         more = draw + 1 < len(cotangents)
@@ -85,7 +95,7 @@ def _add_batch(
             rows_bti = rows.reshape(len(logits), -1, rows.shape[1])
             columns = gradient_rows(module, gradient)
             columns_bto = columns.reshape(len(logits), -1, columns.shape[1])
-            traces[node] += float(squared_norms(rows_bti, columns_bto).sum()) / len(cotangents)
+            sums.add(node.name, float(squared_norms(rows_bti, columns_bto).sum()) / len(cotangents))
 
 
 def squared_norms(rows_bti: Tensor, gradients_bto: Tensor) -> Tensor:

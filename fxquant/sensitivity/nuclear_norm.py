@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.sensitivity.sums import Sums
 
 
 class Module(StrEnum):
@@ -34,16 +35,19 @@ MODULE_OF = {Role.QKV: Module.MSA, Role.PROJ: Module.MSA, Role.FC1: Module.MLP, 
 _FEATURE_OF = {Role.SOFTMAX: Module.MSA, Role.FC2: Module.MLP}
 
 
-def nuclear_norms(graph_module: GraphModule, batches: Iterable[Tensor]) -> dict[tuple[int, Module], float]:
-    """Mean nuclear norm by (block, module). batches: images, float (B, C, H, W).
+def nuclear_norms(
+    graph_module: GraphModule, batches: Iterable[Tensor], sums: Sums | None = None
+) -> dict[tuple[int, Module], float]:
+    """Mean nuclear norm by (block, module). batches: images, float (B, C, H, W). sums: of the batches before these.
 
     Raises SensitivityError for a feature that is not finite.
     """
-    runner = _Norms(graph_module)
+    sums = Sums() if sums is None else sums
+    runner = _Norms(graph_module, sums)
     with torch.no_grad():
         for batch in batches:
             runner.run(batch)
-    found = {key: total / count for key, (total, count) in runner.totals.items()}
+    found = {key: sums[f"{key} total"] / sums[f"{key} count"] for key in map(_key, runner.watched)}
     for (block, module), norm in found.items():
         if not norm < float("inf"):
             raise SensitivityError(f"the feature of {module} in block {block} is not finite")
@@ -59,18 +63,24 @@ def nuclear_norm(matrices_nm: Tensor) -> Tensor:
 class _Norms(Interpreter):
     """Adds up nuclear norms while the graph runs; keeps no feature."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, sums: Sums) -> None:
         super().__init__(graph_module)
         watched = nodes_with_role(graph_module, *_FEATURE_OF)
-        self.watched = {node for node in watched if annotation_of(node).block is not None}
-        self.totals: dict[tuple[int, Module], tuple[float, int]] = {}
+        self.watched = [node for node in watched if annotation_of(node).block is not None]
+        self.sums = sums
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
-        annotation = annotation_of(node)
-        if node in self.watched and annotation.role is not None and annotation.block is not None:
+        if node in self.watched:
             norms = nuclear_norm(result)
-            key = (annotation.block, _FEATURE_OF[annotation.role])
-            total, count = self.totals.get(key, (0.0, 0))
-            self.totals[key] = (total + float(norms.sum()), count + norms.numel())
+            self.sums.add(f"{_key(node)} total", float(norms.sum()))
+            self.sums.add(f"{_key(node)} count", norms.numel())
         return result
+
+
+def _key(node: Node) -> tuple[int, Module]:
+    """Block and module of a node that is watched."""
+    annotation = annotation_of(node)
+    if annotation.block is None or annotation.role is None:
+        raise SensitivityError(f"{node.name} is in no block")
+    return annotation.block, _FEATURE_OF[annotation.role]

@@ -34,6 +34,7 @@ from torch.nn import functional
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.kind import Kind, is_quick_gelu, kind_of, tensor_inputs
+from fxquant.sensitivity.sums import Sums
 
 _PRODUCTS: dict[Any, Callable[[Tensor, Any], Tensor]] = {
     torch.matmul: torch.matmul,
@@ -88,21 +89,22 @@ class Relevance:
         self._recorder.values.clear()
         return found
 
-    def importance(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def importance(self, batches: Iterable[Tensor], sums: Sums | None = None) -> dict[str, float]:
         """I_l by layer, sums to 1: mean over images of sum |R| at the output of every layer that multiplies.
 
-        Raises SensitivityError where a relevance is not finite.
+        sums: of the batches before these, where there were any. Raises SensitivityError where a relevance is not
+        finite.
         """
         names = [annotation_of(n).layer for n in self._watched if _multiplies(annotation_of(n).role)]
-        total = dict.fromkeys(names, 0.0)
+        sums = Sums() if sums is None else sums
         for batch in batches:
             found = self.of(batch)
             for name in names:
-                total[name] += float(found[name].abs().sum(dtype=torch.float64))
-        whole = sum(total.values())
+                sums.add(name, float(found[name].abs().sum(dtype=torch.float64)))
+        whole = sum(sums[name] for name in names)
         if not 0 < whole < float("inf"):
             raise SensitivityError(f"relevance over all layers sums to {whole}: the model's output must depend on them")
-        return {name: value / whole for name, value in total.items()}
+        return {name: sums[name] / whole for name in names}
 
     def balance(self, images_bchw: Tensor) -> Balance:
         """What became of the logits of these images; see `Balance`."""
