@@ -17,6 +17,7 @@ from fxquant.errors import (
     CalibrationError,
     FxQuantError,
     InfeasibleBudgetError,
+    InputError,
     ModelError,
     OverrideError,
     PipelineError,
@@ -199,7 +200,7 @@ class TestCompiled:
     def test_any_batch_size_and_no_other_image_size(self, small: Compiled) -> None:
         x = images(5)
         assert torch.allclose(small(x)[:1], small(x[:1]), atol=1e-4)
-        with pytest.raises(AssertionError, match="3, 32, 32"):
+        with pytest.raises(InputError, match="3, 32, 32"):
             small(images(1, 48))
 
     def test_saved_and_loaded(self, small: Compiled, tmp_path: Path) -> None:
