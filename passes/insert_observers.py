@@ -19,7 +19,7 @@ from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, node
 from fxquant.hints import check_fields
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 _SHAPE_ONLY = frozenset(
     {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
@@ -49,6 +49,7 @@ class InsertObservers:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
         """Raise PatternError for options that do not fit."""

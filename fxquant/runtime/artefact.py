@@ -19,6 +19,7 @@ from fxquant.errors import ArtefactError
 from fxquant.runtime import untrusted
 from fxquant.runtime.container import compress, decompress, pack_file, read_file, read_texts, stored_bytes, write_file
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
+from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.module_json import CODES, claimed_bits
 
 
@@ -27,13 +28,15 @@ class LoadedArtefact:
     """What an artefact holds.
 
     graph_module: in inference mode, on the CPU. card: protocol, data, accuracy, as saved. allocation_json: the
-    Allocation as JSON text, None where none was saved. journal: one JSON object per pass.
+    Allocation as JSON text, None where none was saved. journal: one JSON object per pass. answers: what the model gave
+    for images from a seed, None where none were saved.
     """
 
     graph_module: GraphModule
     card: dict[str, Any]
     allocation_json: str | None = None
     journal: list[dict[str, Any]] = field(default_factory=list)
+    answers: KnownAnswers | None = None
 
 
 def save(
@@ -43,6 +46,7 @@ def save(
     card: dict[str, Any],
     allocation_json: str | None = None,
     journal: list[dict[str, Any]] | None = None,
+    answers: KnownAnswers | None = None,
 ) -> None:
     """Write one file, in one step; an existing file is replaced, and kept as it was if anything fails.
 
@@ -62,6 +66,8 @@ def save(
     }
     if allocation_json is not None:
         texts["allocation"] = compress(_checked_json(allocation_json))
+    if answers is not None:
+        texts["answers"] = compress(untrusted.to_json(answers.to_json(), "the known answers"))
     graph_from_json(json.loads(graph_text), tensors)
     write_file(Path(path), pack_file(texts, tensors))
 
@@ -79,6 +85,7 @@ def load(path: str | PathLike[str]) -> LoadedArtefact:
         _card(texts, path),
         None if allocation is None else _checked_json(allocation),
         _parsed(texts, "journal", list, path),
+        KnownAnswers.from_json(_parsed(texts, "answers", dict, path)) if "answers" in texts else None,
     )
 
 

@@ -21,7 +21,17 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, declare, facts_of
+from fxquant.graph.annotation import (
+    Annotation,
+    Fact,
+    Role,
+    annotate,
+    annotation_of,
+    declare,
+    facts_of,
+    folds_of,
+    note_fold,
+)
 from fxquant.runtime.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.runtime.module_json import module_from_json, module_to_json
 from fxquant.runtime.untrusted import check_identifier, check_path, dtype_named, field, sizes, take
@@ -57,6 +67,7 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
     document = {
         "class": type(graph_module).__name__,
         "facts": sorted(facts_of(graph_module)),
+        "folds": folds_of(graph_module),
         "coverage": float(graph_module.meta.get("coverage", 1.0)),
         "image_shape": list(graph_module.meta.get("image_shape", ())),
         "modules": modules,
@@ -87,6 +98,8 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     except ValueError as error:
         raise ArtefactError(f"the graph declares an unknown fact: {error}") from error
     declare(graph_module, facts)
+    for name in field(document, "folds", list, "the graph", []):
+        note_fold(graph_module, check_identifier(name, "a fold's name"))
     graph_module.meta["coverage"] = field(document, "coverage", float, "the graph")
     graph_module.meta["image_shape"] = sizes(field(document, "image_shape", list, "the graph"), "image_shape")
     return graph_module.eval()

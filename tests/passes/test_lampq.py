@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fxquant.compiled import Compiled
 
 import fxquant
 from allocators.milp import Milp
 from allocators.pareto import Pareto
 from fxquant import embedded
+from fxquant.compiled import Compiled
 from fxquant.errors import BudgetError
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
