@@ -9,8 +9,6 @@ Many budgets from one calibration: `fxquant.sweep`.
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -25,21 +23,21 @@ from fxquant.arguments import json_values
 from fxquant.cache import Cache
 from fxquant.compiled import Compiled, load
 from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Fact
 from fxquant.hints import checked
-from fxquant.runtime.layer_row import LayerRow
+from fxquant.protocol_card import layer_rows, protocol_card
+from fxquant.runtime.known_answers import KnownAnswers, answer_images_for
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import ProgressReporter, SilentProgress, check_images
-from passes.lower import SIMULATED, backend_summary
+from passes.contract import Journal, ProgressReporter, SilentProgress, check_images
+from passes.lower import SIMULATED
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
 from passes.prefix import check_budget, run_prefix, split
 from passes.recipes import recipe as recipe_named
-from passes.substitute_quantizers import chosen
 
-__all__ = ["Compiled", "compile", "layer_rows", "load", "protocol_card"]
+__all__ = ["Compiled", "compile", "load"]
 
 
 @checked(OptionError, **BY_ARGUMENT)
@@ -103,80 +101,32 @@ def compile(
     check_budget(pipeline, source.with_roles)
     context = source.context
     quantized = rest.run(run_prefix(prefix, source.traced, context), context)
-    protocol = protocol_card(model, source, pipeline, quantized, backend)
-    return Compiled(
-        quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **entries}
-    )
+    return compiled_from(model, source, pipeline, quantized, context.journal, backend=backend, card=entries)
 
 
-def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
-    """One row per node that has bits, in graph order."""
-    rows = []
-    for node in nodes_with_role(graph_module):
-        annotation = annotation_of(node)
-        if annotation.weight_bits is None and annotation.activation_bits is None:
-            continue
-        weight = chosen(annotation.weight_candidates, annotation.weight_bits)
-        found = [chosen(*pair) for pair in zip(annotation.activation_candidates, annotation.input_bits, strict=True)]
-        inputs = [candidate for candidate in found if candidate is not None]
-        ratio = sum(c.noise / max(c.signal, 1e-30) for c in inputs) / max(len(inputs), 1)
-        rows.append(
-            LayerRow(
-                layer=annotation.layer,
-                role=str(annotation.role),
-                block=annotation.block,
-                weight_bits=annotation.weight_bits,
-                activation_bits=annotation.activation_bits,
-                parameters=annotation.parameters,
-                macs=annotation.macs,
-                activation_elements=annotation.activation_elements,
-                left_bits=annotation.left_bits,
-                left_elements=annotation.left_elements,
-                weight_sqnr_db=None if weight is None else _decibel(weight.noise / max(weight.signal, 1e-30)),
-                activation_sqnr_db=_decibel(ratio) if inputs else None,
-                predicted_loss=sum(c.loss for c in (*inputs, *([weight] if weight else []))),
-                weight_quantizer=None if weight is None else weight.quantizer.kind,
-                activation_quantizer=" x ".join(dict.fromkeys(c.quantizer.kind for c in inputs)) or None,
-                execution="simulated",
-                pinned=annotation.pinned,
-            )
-        )
-    return rows
-
-
-def _decibel(ratio: float) -> float:
-    return -10 * math.log10(max(ratio, 1e-30))
-
-
-def protocol_card(
+def compiled_from(
     model: nn.Module,
     source: CalibrationSource,
     pipeline: Pipeline,
-    graph_module: GraphModule,
+    quantized: GraphModule,
+    journal: Journal,
+    *,
     backend: str = SIMULATED,
-) -> dict[str, Any]:
-    """How the numbers came about, as JSON values. backend: what quantizers and widths were restricted to."""
-    quantized = {annotation_of(n).role for n in nodes_with_role(graph_module) if annotation_of(n).activation_bits}
-    float_parts = [str(role) for role in (Role.SOFTMAX, Role.GELU, Role.LAYER_NORM) if role not in quantized]
-    bits_by_role = {
-        str(role): sorted({annotation_of(n).weight_bits or 32 for n in nodes_with_role(graph_module, role)})
-        for role in (Role.PATCH_EMBED, Role.HEAD)
-    }
-    timed = next((step for step in pipeline if isinstance(step, MeasureLatency)), None)
-    return {
-        "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "calibration": source.described,
-        "calibration_images": len(source.images),
-        "image_shape": list(source.images.shape[1:]),
-        "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
-        "seed": source.context.seed,
-        "pipeline": [repr(step) for step in pipeline],
-        "stays_float": [*float_parts, "residual additions"],
-        "first_last_weight_bits": bits_by_role,
-        "execution": "simulated",
-        **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
-        **({} if timed is None else {"latency": timed.described}),
-        "coverage": float(graph_module.meta.get("coverage", math.nan)),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
-    }
+    card: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """What a pipeline has made, with what it says of itself and its known answers.
+
+    Args:
+        model: the caller's.
+        source: the model as it was traced, and its images.
+        pipeline: what was run, from the traced model on.
+        quantized: what came out of it.
+        journal: of all its passes.
+        backend: what quantizers and widths were restricted to.
+        card: entries that are added to the protocol card, or replace its own.
+    """
+    protocol = protocol_card(model, source, pipeline, quantized, backend)
+    with torch.no_grad():
+        answers = KnownAnswers.of(quantized(answer_images_for(quantized)), source.model_outputs.answers)
+    layers = layer_rows(quantized)
+    return Compiled(quantized, allocation_of(quantized), journal, layers, {**protocol, **(card or {})}, answers)

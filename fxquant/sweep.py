@@ -27,20 +27,15 @@ from allocators.cost_table import CostTable
 from fxquant.arguments import json_values, shown
 from fxquant.cache import Cache, signature
 from fxquant.compiled import Compiled
-from fxquant.compiler import layer_rows, protocol_card
-from fxquant.errors import (
-    BY_ARGUMENT,
-    BudgetError,
-    DataError,
-    OptionError,
-)
+from fxquant.compiler import compiled_from
+from fxquant.errors import BY_ARGUMENT, BudgetError, DataError, OptionError
 from fxquant.evaluation import Accuracy
 from fxquant.graph.annotation import nodes_with_role
 from fxquant.hints import checked
 from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate_bits import AllocateBits, allocation_of
+from passes.allocate_bits import AllocateBits
 from passes.contract import Journal, ProgressReporter, SilentProgress, check_images
 from passes.insert_observers import observers_of
 from passes.lower import SIMULATED
@@ -123,10 +118,9 @@ class Prepared:
         searched = self._searched
         context = replace(self._source.context, journal=Journal(list(self._source.context.journal.entries)))
         quantized = rest.run(searched, context)
-        card = protocol_card(self.model, self._source, pipeline, quantized, self._options.get("backend", SIMULATED))
-        return Compiled(
-            quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**card, **self.card}
-        )
+        backend = self._options.get("backend", SIMULATED)
+        journal = context.journal
+        return compiled_from(self.model, self._source, pipeline, quantized, journal, backend=backend, card=self.card)
 
 
 class Results:

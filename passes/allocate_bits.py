@@ -26,8 +26,9 @@ from allocators.milp import Milp
 from allocators.overrides import Bits
 from fxquant.arguments import shown, text
 from fxquant.cache import Cache, code_signature, signature
-from fxquant.errors import BudgetError, OverrideError
+from fxquant.errors import BudgetError, OverrideError, SensitivityError
 from fxquant.graph.annotation import (
+    LATENCY,
     SOFTMAX,
     Annotation,
     Candidate,
@@ -42,7 +43,6 @@ from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
-from passes.measure_latency import LATENCY
 
 ALLOCATION = "fxquant_allocation"
 COST_TABLE = "fxquant_cost_table"
@@ -92,10 +92,12 @@ class AllocateBits:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.
 
-        Raises InfeasibleBudgetError, OverrideError, or SensitivityError for a score that is not a number.
+        Raises InfeasibleBudgetError, OverrideError, or SensitivityError for a score that is not a number, and where all
+        losses are equal.
         """
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         table = self.cost_table(graph_module, nodes)
+        check_losses(table)
         table, budget = self.without_narrow(table, self.budget), in_numbers(self.budget, table)
         task = context.progress.track("allocating bits", 1)
         allocation = self._allocation(table, budget, context.cache)
@@ -237,6 +239,19 @@ class AllocateBits:
     def has_own_softmax(self, edges: Sequence[Edge]) -> bool:
         """Whether attention probabilities among a node's quantized inputs get bits of their own."""
         return self.softmax_bits is not None and len(edges) > 1 and edges[0] is Edge.POST_SOFTMAX
+
+
+def check_losses(table: CostTable) -> None:
+    """Raise SensitivityError where all losses are equal: no allocation would be better than another."""
+    weight = table.weight_cost[table.weight_elements > 0]
+    costs = np.concatenate([weight.ravel(), table.activation_cost[table.activation_elements > 0].ravel()])
+    if len(costs) > 1 and float(costs.min()) == float(costs.max()):
+        raise SensitivityError(
+            f"all {len(costs)} predicted losses are {float(costs.max()):g}, so no allocation of bits is better than "
+            f"another: the output does not react to what any layer computes. Has the last layer been trained (its "
+            f"weights may all be 0), and are the calibration images different from one another? A recipe that looks at "
+            f"every layer's own error needs no output that reacts: recipe='repq_vit'"
+        )
 
 
 Scores = tuple[list[float], list[float]]

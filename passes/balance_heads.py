@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of
+from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, note_fold
 from fxquant.graph.query_keys import QueryKey, query_keys
 from fxquant.hints import check_fields
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 _TINY = 1e-30
 
@@ -46,6 +46,7 @@ class BalanceHeads:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -82,6 +83,7 @@ class BalanceHeads:
                 after = (matrix.T @ of_query @ matrix).trace() * (inverse @ of_key @ inverse.T).trace()
                 before = of_query.trace() * of_key.trace()
                 factors[name] += float(after / before if before > _TINY else 1) / len(product.heads)
+        note_fold(graph_module, type(self).__name__)
         context.note(balanced=factors, refused={annotation_of(node).layer: reason for node, reason in refused.items()})
         return len(layers)
 

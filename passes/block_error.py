@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.graph.blocks import extract
-from fxquant.sensitivity.logit_gradients import class_scores, logit_gradients
+from fxquant.sensitivity.logit_gradients import check_class_scores, class_scores, logit_gradients
 from passes.block_pairs import BlockPair, BlockPairs
 
 BlockError = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +40,7 @@ def block_error(pair: BlockPair, pairs: BlockPairs, loss: Literal["mse", "fisher
 
 def _fisher(pair: BlockPair, pairs: BlockPairs, rank: int) -> tuple[Tensor, Tensor]:
     """Gradients (rank, N, ...) in bfloat16 and the mean over images of their squares (...), float32."""
+    check_class_scores(pairs.original, 'Reconstruct(loss="fisher")', 'use loss="mse"')
     context = pairs.context
     result = pairs.blocks[-1].result
     rest = extract(pairs.original, pair.block.result, result)

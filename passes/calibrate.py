@@ -20,11 +20,18 @@ from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.hints import check_fields
 from fxquant.quantizers.observers import Observer
-from fxquant.sensitivity.logit_gradients import Fisher, class_scores, logit_gradients
+from fxquant.sensitivity.logit_gradients import (
+    NEEDS_NO_SCORES,
+    Fisher,
+    check_class_scores,
+    class_scores,
+    logit_gradients,
+)
 from passes.contract import PassContext
 from passes.insert_observers import observers_of
 
 MASSIVE_RMS = 100.0
+_NEEDED_BY = "the Hessian-guided metric"
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,13 @@ class Calibrate:
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Fill the observers; returns how many. Raises CalibrationError for non-finite activations."""
+        """Fill the observers; returns how many.
+
+        Raises CalibrationError for activations that are not finite; where gradients are asked for, also for a model
+        whose output are no class scores.
+        """
+        if self.gradient:
+            check_class_scores(graph_module, _NEEDED_BY, NEEDS_NO_SCORES)
         context = replace(context, images_bchw=context.images[: self.images])
         watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
         observers = [observer for found in watched.values() for _, observer in found]
@@ -95,11 +108,7 @@ class Calibrate:
 
     def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
         """Root mean square, over draws, of the gradient that each watched node's metric needs."""
-        logits = class_scores(
-            output,
-            "the Hessian-guided metric",
-            'use SearchScales(metric="mse") and Calibrate(gradient=False)',
-        )
+        logits = class_scores(output, _NEEDED_BY, NEEDS_NO_SCORES)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
         probabilities = logits.detach().float().softmax(1)

@@ -24,7 +24,7 @@ from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
 from fxquant.hints import check_fields
 from fxquant.quantizers.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 from passes.insert_observers import observers_of
 from passes.substitute_quantizers import chosen
 
@@ -44,6 +44,7 @@ class CompensateWeights:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+    effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -59,7 +60,8 @@ class CompensateWeights:
         work = []
         for node in nodes_with_role(graph_module):
             found = observers_of(graph_module, node)
-            candidate = chosen(annotation_of(node).weight_candidates, annotation_of(node).weight_bits)
+            annotation = annotation_of(node)
+            candidate = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
             if candidate is not None and found and found[0][1].gram is not None:
                 work.append((node, found[0][1].gram, candidate.quantizer))
         task = context.progress.track("compensating weights", len(work))

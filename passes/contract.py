@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,10 +12,11 @@ from torch.fx import GraphModule
 
 from fxquant.arguments import whole
 from fxquant.cache import Cache, code_signature, signature
-from fxquant.errors import CalibrationError, OptionError
+from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import check_fields
 from fxquant.runtime import untrusted
+from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.untrusted import OBJECT, POSITIVE, TEXT, record
 from passes.checkpoint import Checkpoint
 
@@ -107,6 +109,9 @@ class PassContext:
     batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
     float rounding. seed: of every random draw. cache: where scores are kept, in memory unless it has a folder.
     progress: where long steps report. journal: where notes go. ahead: the passes that follow, which the pipeline says.
+    expected: what the model that was traced gives for the first two images (one of them twice where there is one),
+    which the graph is held against (`passes.proof`); None: what the graph itself gives before the first exact pass.
+    answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is lowered.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -116,6 +121,8 @@ class PassContext:
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
     ahead: tuple[Pass, ...] = ()
+    expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
@@ -183,11 +190,34 @@ class PassContext:
         self.journal.pending.update(notes)
 
 
+class Effect(StrEnum):
+    """What a pass does to what the graph computes; a pass says so by a ClassVar `effect`.
+
+    EXACT: nothing, which is proven on two images right after it has run (folds, rewrites). WEIGHTS: it gives tensors
+    other values and changes nothing else; the last proof puts the float ones back. FUNCTION: it is meant to compute
+    something else; from then on the graph is held against what it computes after the pass. A pass that says nothing
+    (one that writes annotations) is held to the last proof, with all others. See `passes.proof`.
+    """
+
+    EXACT = "exact"
+    WEIGHTS = "weights"
+    FUNCTION = "function"
+
+
+def effect_of(step: Pass) -> Effect | None:
+    """What the pass declares; None where it says nothing. Raises PipelineError for what is no Effect."""
+    found = getattr(step, "effect", None)
+    if found is not None and not isinstance(found, Effect):
+        raise PipelineError(f"{step!r} has the effect {found!r}: write Effect.EXACT, Effect.WEIGHTS or Effect.FUNCTION")
+    return found
+
+
 @runtime_checkable
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options.
 
-    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after.
+    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after. A
+    pass may also have an `effect: ClassVar[Effect]`.
     """
 
     @property

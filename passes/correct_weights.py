@@ -40,7 +40,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.block_pairs import BlockPair, BlockPairs, adopt
 from passes.compensate_weights import compensate
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class CorrectWeights:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
+    effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""

@@ -30,10 +30,11 @@ from fxquant.cache import Kept
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import check_fields
+from fxquant.sensitivity.logit_gradients import check_class_scores
 from passes.augment import Augment
 from passes.block_pairs import BlockPairs, adopt
 from passes.checkpoint import Checkpoint
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 from passes.correct_weights import CorrectWeights
 from passes.training import MEMORY, Training, held_out
 
@@ -70,6 +71,7 @@ class Distil:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -85,6 +87,7 @@ class Distil:
         Notes the held-out divergence (nats per image; None where it is not finite) at the start and at every check, and
         the check that was kept.
         """
+        check_class_scores(graph_module, "Distil", "use CorrectWeights or Reconstruct")
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
         key = pairs.signature(repr(self), MEMORY)
         checkpoint = Checkpoint(context.cache, key, EVERY_S)

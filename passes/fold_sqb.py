@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.annotation import STATISTICS, Fact, note_fold
 from fxquant.graph.channel_paths import ChannelPath, channel_paths, module_uses
 from fxquant.hints import check_fields
 from fxquant.quantizers.uniform import UniformQuantizer
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
@@ -53,6 +53,7 @@ class FoldSqb:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -87,6 +88,7 @@ class FoldSqb:
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]
             self._fold(modules[str(norm.target)], linears, channels[norm], path.padded)
+        note_fold(graph_module, type(self).__name__)
         context.note(folded=[norm.name for norm in groups], refused=refused)
         return len(groups) + sum(len(path.consumers) for path in groups.values())
 

@@ -20,7 +20,7 @@ from fxquant.graph.names import add_module
 from fxquant.hints import check_fields
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 _SHAPE_ONLY = frozenset(
     {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
@@ -54,6 +54,7 @@ class InsertObservers:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
         """Raise PatternError for options that do not fit."""

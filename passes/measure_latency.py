@@ -26,7 +26,7 @@ from allocators.arrays import FloatArray
 from allocators.latency import rising
 from fxquant.cache import signature
 from fxquant.errors import BudgetError
-from fxquant.graph.annotation import Fact, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import LATENCY, Fact, annotate, annotation_of, nodes_with_role
 from fxquant.graph.normalization import image_of
 from fxquant.hints import check_fields
 from fxquant.quantizers.families import widest_bits
@@ -40,7 +40,6 @@ from passes.integer_plan import integer_nodes, shape_of
 from passes.lower import Lower
 from passes.substitute_quantizers import SubstituteQuantizers
 
-LATENCY = "fxquant_latency"
 NOISE = 0.1
 
 

@@ -26,6 +26,7 @@ from fxquant.graph.normalization import image_of
 from fxquant.graph.verifier import verify
 from fxquant.hints import checked, fitted
 from passes.contract import Pass, PassContext, check_images
+from passes.proof import Proof
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Pipeline:
         passed: called after every pass with the graph, which it must not change.
 
         Raises PipelineError when the graph lacks a fact this pipeline assumes, CalibrationError for images that are not
-        the graph's or not finite, VerificationError when a pass did not establish what it provides.
+        the graph's or not finite, VerificationError when a pass did not establish what it provides, or is given a graph
+        that has not what it requires, or when a pass changed what the graph computes (`passes.proof`), BackendError
+        when a lowering did.
         """
         missing = self.assumes - facts_of(graph_module)
         if missing:
@@ -149,13 +152,23 @@ class Pipeline:
                 f"that provide them first"
             )
         _check_images(graph_module, context.images_bchw)
-        graph_module = copy.deepcopy(graph_module)
+        given, graph_module = graph_module, copy.deepcopy(graph_module)
+        proof = Proof(given, graph_module, context)
+        del given  # the proof lets go of it, unless it is what will be lowered
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
+            for fact in sorted(step.requires):
+                verify(graph_module, fact)
+            proof.before(graph_module, step)
             changed = step.apply(graph_module, dataclasses.replace(context, ahead=self.passes[index + 1 :]))
             declare(graph_module, step.provides, step.breaks)
             for fact in sorted(step.provides):
                 verify(graph_module, fact)
+            proof.after(graph_module, step, context)
+            # What `compile` runs in two parts is proven in the second, where it goes on.
+            is_part = context.expected is not None and Fact.QUANTIZED not in facts_of(graph_module)
+            if index + 1 == len(self.passes) and not is_part:
+                proof.finish(graph_module, context)
             peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
             if passed is not None:

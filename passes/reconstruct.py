@@ -37,7 +37,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import quantize_rows
 from passes.block_error import BlockError, block_error
 from passes.block_pairs import BlockPair, BlockPairs, adopt
-from passes.contract import PassContext, ProgressTask
+from passes.contract import Effect, PassContext, ProgressTask
 from passes.correct_weights import CorrectWeights
 
 HELD_OUT = 8  # one image in so many
@@ -71,6 +71,7 @@ class Reconstruct:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
+    effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.annotation import STATISTICS, Fact, note_fold
 from fxquant.graph.channel_paths import channel_paths, module_uses
 from fxquant.graph.residual_stream import ResidualStream, residual_streams
-from passes.contract import PassContext
+from passes.contract import Effect, PassContext
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RotateResidual:
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    effect: ClassVar[Effect] = Effect.EXACT
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rotate in place; returns the number of norms, layers and parameters changed."""
@@ -57,6 +58,7 @@ class RotateResidual:
             rotated.append(stream.norms[0].name)
         graph_module.graph.lint()
         graph_module.recompile()
+        note_fold(graph_module, type(self).__name__)
         context.note(rotated=rotated, refused=refused)
         return changed
 

@@ -78,7 +78,7 @@ class ScoreLayers:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate scores, clear those of other layers; returns the number of layers scored. Notes the metric's notes.
 
-        Raises SensitivityError for a score that is negative or not finite.
+        Raises SensitivityError for a score that is negative or not finite, and where all are equal.
         """
         observed = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         nodes = [node for node in observed if self.roles is None or annotation_of(node).role in self.roles]
@@ -94,6 +94,12 @@ class ScoreLayers:
                 node,
                 weight_sensitivity=tuple(weight) if annotation_of(node).weight_candidates else (),
                 activation_sensitivity=tuple(activation) if annotation_of(node).activation_candidates else (),
+            )
+        every = [score for found in (scores.weight, scores.activation) for values in found.values() for score in values]
+        if len(every) > 1 and min(every) == max(every):
+            raise SensitivityError(
+                f"{self.metric!r} gives every layer and width the score {every[0]:g}: it says nothing of any layer; "
+                f"choose another metric, or leave ScoreLayers out, and the predicted losses of SearchScales count"
             )
         scored = scores.weight.keys() | scores.activation.keys()
         context.note(scored=len(scored), **scores.notes)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.errors import PatternError
+from fxquant.errors import PatternError, VerificationError
 from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
 from fxquant.graph.names import add_module, exchange_module
 from fxquant.quantizers.quantizer import Quantizer
@@ -34,7 +34,7 @@ class SubstituteQuantizers:
         changed = 0
         for node in nodes_with_role(graph_module):
             annotation = annotation_of(node)
-            if annotation.weight_bits is None and annotation.activation_bits is None:
+            if not annotation.has_bits:
                 continue
             places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
             replacement = _quantized(graph_module, node, annotation, places)
@@ -47,17 +47,32 @@ class SubstituteQuantizers:
         return changed
 
 
-def chosen(candidates: tuple[Candidate, ...], bits: int | None) -> Candidate | None:
-    """The candidate of this width; None when there are no candidates or no bits."""
-    return next((candidate for candidate in candidates if candidate.bits == bits), None)
+def chosen(candidates: tuple[Candidate, ...], bits: int | None, layer: str) -> Candidate | None:
+    """The candidate of this width, None without bits.
+
+    Raises VerificationError, naming the layer, where it has bits and no candidate of that width.
+    """
+    if bits is None:
+        return None
+    found = next((candidate for candidate in candidates if candidate.bits == bits), None)
+    if found is None:
+        widths = [candidate.bits for candidate in candidates]
+        listed = f"its candidates have {widths}" if widths else "this operand has no candidates"
+        raise VerificationError(
+            f"layer '{layer}' has {bits} bits, and {listed}: allocate among the candidates, or search that width, "
+            f"SearchScales(bits=...)"
+        )
+    return found
 
 
 def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
-    weight = chosen(annotation.weight_candidates, annotation.weight_bits)
+    weight = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
+    groups = annotation.activation_candidates
+    if not groups:
+        chosen((), annotation.activation_bits, annotation.layer)
     inputs: dict[int, Quantizer] = {}
-    groups = zip(annotation.activation_candidates, annotation.input_bits, strict=True)
-    for place, (candidates, bits) in zip(places, groups, strict=True):
-        candidate = chosen(candidates, bits)
+    for place, candidates, bits in zip(places, groups, annotation.input_bits, strict=True):
+        candidate = chosen(candidates, bits, annotation.layer)
         if candidate is not None:
             inputs[place] = candidate.quantizer
     weight_quantizer = None if weight is None else weight.quantizer

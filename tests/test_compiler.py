@@ -291,7 +291,7 @@ MODELS = {
     "swin that pads": lambda: (timm_model("swin_tiny_patch4_window7_224", **SWIN), 56),
     "deit distilled": lambda: (timm_model("deit_tiny_distilled_patch16_224", **VIT), 32),
     "siglip with an attention pool": lambda: (
-        timm_model("vit_base_patch16_siglip_224", img_size=32, embed_dim=24, depth=1, num_heads=3), 32
+        timm_model("vit_base_patch16_siglip_224", img_size=32, embed_dim=24, depth=1, num_heads=3, num_classes=7), 32
     ),
 }  # fmt: skip
 

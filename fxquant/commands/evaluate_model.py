@@ -30,7 +30,10 @@ def evaluate_model(
     ] = "simulated",
     json: o.Json = False,
 ) -> None:
-    """Measure top-1 accuracy, with the number of images and the standard error."""
+    """Measure top-1 accuracy, with the number of images and the standard error.
+
+    An artefact is first held against the answers that it holds.
+    """
     from fxquant.commands.console import emit, show
     from fxquant.compiled import load
     from fxquant.data import Preprocessing
@@ -43,6 +46,7 @@ def evaluate_model(
         if weights is not None or num_classes is not None or model_option:
             raise DataError(f"{model} is an artefact, which brings its own weights: leave model options out")
         runs = load(model, backend)
+        runs.check_answers()
         is_embedded = runs.card.get("model") == "embedded"
         if "preprocessing" not in runs.card:
             raise DataError(

@@ -16,16 +16,22 @@ def export_model(
     weight_type: Annotated[
         str, typer.Option(help="int8; or int4, which writes weights of at most 4 bits as INT4.")
     ] = "int8",
+    check: Annotated[
+        bool, typer.Option(help="Run the model in ONNX Runtime before it is written, and compare with known answers.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes."""
     from fxquant.commands.console import emit, show
     from fxquant.compiled import load
+    from fxquant.export.onnx_check import check_onnxruntime
     from fxquant.export.onnx_file import check_export
 
     o.check_output(out)
     check_export(weight_type)
-    layers = load(artefact).export_onnx(out, weight_type=weight_type)
+    if check:
+        check_onnxruntime()
+    layers = load(artefact).export_onnx(out, weight_type=weight_type, check=check)
     size = out.stat().st_size
     if json:
         emit({"onnx": str(out), "bytes": size, "weight_type": weight_type, "layers": layers})

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 _ANNOTATION = "fxquant"
 _FACTS = "fxquant_facts"
+_FOLDS = "fxquant_folds"
+LATENCY = "fxquant_latency"
+"""Key of a graph's meta: what MeasureLatency has measured."""
+EXECUTION = "execution"
+"""Key of a graph's meta: by layer, the kernel that runs it; Lower writes it."""
 SOFTMAX = ".softmax"
 """Behind a layer's name: its attention probabilities, where they have bits of their own."""
 
@@ -113,6 +118,11 @@ class Annotation:
     pinned: bool = False  # AllocateBits: bits were fixed by an override or the first/last policy
 
     @property
+    def has_bits(self) -> bool:
+        """Whether anything of the node is to compute in bits."""
+        return self.weight_bits is not None or self.activation_bits is not None
+
+    @property
     def input_bits(self) -> tuple[int | None, ...]:
         """Bits of every input that has candidates, in the order of `activation_candidates`."""
         bits = [self.activation_bits] * len(self.activation_candidates)
@@ -147,6 +157,16 @@ def facts_of(graph_module: GraphModule) -> frozenset[Fact]:
 def declare(graph_module: GraphModule, provided: frozenset[Fact], broken: frozenset[Fact] = frozenset()) -> None:
     """Record that facts hold now, and that others no longer do."""
     graph_module.meta[_FACTS] = (facts_of(graph_module) - broken) | provided
+
+
+def folds_of(graph_module: GraphModule) -> list[str]:
+    """Names of the passes that have folded something into norms and weights, in the order they ran."""
+    return list(graph_module.meta.get(_FOLDS, ()))
+
+
+def note_fold(graph_module: GraphModule, name: str) -> None:
+    """Record that a pass of this name has folded what it can; the check of `Fact.FOLDED` asks for it."""
+    graph_module.meta[_FOLDS] = [*folds_of(graph_module), name]
 
 
 def nodes_with_role(graph_module: GraphModule, *roles: Role) -> list[Node]:

@@ -1,9 +1,9 @@
 """The residual stream: tensors of one width tied together by additions, what writes them and what reads them.
 
 From the input of a LayerNorm the search follows additions, token concatenations and data movement, in both directions,
-until it meets what writes (linear and convolution layers, parameters such as class token and position embedding, each
-perhaps times a LayerScale vector) and what reads (LayerNorms). Anything else that touches the stream is a reason why it
-cannot be changed as a whole.
+until it meets what writes (linear layers, convolutions without groups, parameters such as class token and position
+embedding, each perhaps times a LayerScale vector) and what reads (LayerNorms). Anything else that touches the stream is
+a reason why it cannot be changed as a whole.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PRODUCTS = frozenset({operator.mul, torch.mul})
 class ResidualStream:
     """One stream. Lists of nodes in no order.
 
-    norms: LayerNorms that read it. layers: linear or convolution nodes that write it. parameters: get_attr nodes that
-    are added or concatenated. layer_scales: (product node, its vector's get_attr node, the linear node scaled).
-    refusals: why it cannot be changed as a whole; empty when it can.
+    norms: LayerNorms that read it. layers: linear nodes and convolutions without groups that write it. parameters:
+    get_attr nodes that are added or concatenated. layer_scales: (product node, its vector's get_attr node, the linear
+    node scaled). refusals: why it cannot be changed as a whole; empty when it can.
     """
 
     norms: list[Node] = field(default_factory=list)
@@ -73,8 +73,11 @@ class _Search:
     def _look_back(self, node: Node) -> None:
         """What a tensor of the stream is made of."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             self.stream.layers.append(node)
+        elif isinstance(module, nn.Conv2d):
+            # An output channel of one group that is mixed with those of others would need the others' inputs.
+            self.stream.refusals.append(f"{node.name} writes the residual stream in {module.groups} groups of channels")
         elif node.op == "get_attr":
             self.stream.parameters.append(node)
         elif node.op == "call_function" and node.target in _ADDITIONS:

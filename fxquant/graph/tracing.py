@@ -22,6 +22,7 @@ from torch.nn import functional
 from fxquant.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
 from fxquant.graph.annotation import Fact, declare
+from fxquant.graph.class_scores import CLASSES, declared_classes
 from fxquant.graph.leaves import has_global_hooks
 from fxquant.graph.model_checks import check_example, check_model
 from fxquant.graph.names import with_valid_names
@@ -77,6 +78,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     graph_module.recompile()
     _check_equivalence(graph_module, example_bchw, expected)
     graph_module.meta["coverage"] = coverage
+    if (classes := declared_classes(root)) is not None:
+        graph_module.meta[CLASSES] = classes
     graph_module.meta["image_shape"] = tuple(example_bchw.shape[1:])
     declare(graph_module, frozenset({Fact.TRACED}))
     return graph_module

@@ -1,20 +1,54 @@
 """What each fact means, as a check that names the first node that breaks it.
 
-Passes declare facts; `verify` tests one. A check reads the graph and its annotations and runs nothing.
+Passes declare facts; `verify` tests one. A check reads the graph, its annotations and its meta, and runs nothing. No
+check believes a declaration: each looks for what the pass that provides the fact leaves behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxquant.errors import VerificationError
-from fxquant.graph.annotation import Fact, Role, annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import (
+    EXECUTION,
+    LATENCY,
+    Annotation,
+    Fact,
+    Role,
+    annotation_of,
+    facts_of,
+    folds_of,
+    nodes_with_role,
+)
 from fxquant.graph.printer import describe
 
 _SHAPED = frozenset({"placeholder", "call_module", "get_attr"})
+
+
+@runtime_checkable
+class Observes(Protocol):
+    """What a check reads of an observer; the observers themselves are in `fxquant.quantizers`.
+
+    family: None where the edge stays float. images: how many images it has seen. keeps_gram: whether it gathers the
+    Gram matrix of its values, which is then in gram.
+    """
+
+    family: str | None
+    images: int
+    keeps_gram: bool
+    gram: Tensor | None
+
+
+@runtime_checkable
+class ComputesInBits(Protocol):
+    """What a check reads of a quantized module; the modules themselves are in `fxquant.runtime.simulated`."""
+
+    def operand_bits(self) -> tuple[int | None, tuple[int | None, ...]]:
+        """Width of the weight, and of every input; None where one stays float or is not there."""
 
 
 def verify(graph_module: fx.GraphModule, fact: Fact) -> None:
@@ -63,20 +97,51 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv2d)
 
 
-def _check_calibrated(graph_module: fx.GraphModule) -> None:
-    _require_roles(graph_module, Fact.CALIBRATED)
-
-
-def _check_grams(graph_module: fx.GraphModule) -> None:
-    _require_roles(graph_module, Fact.GRAMS_KNOWN)
+def _observers(graph_module: fx.GraphModule) -> list[tuple[fx.Node, Observes]]:
+    """Nodes that call an observer, with it."""
+    modules = {n: graph_module.get_submodule(str(n.target)) for n in graph_module.graph.nodes if n.op == "call_module"}
+    return [(node, module) for node, module in modules.items() if isinstance(module, Observes)]
 
 
 def _check_observed(graph_module: fx.GraphModule) -> None:
-    _require_roles(graph_module, Fact.OBSERVED)
+    """Observers are there, each on the input of a node that has a role."""
+    found = _observers(graph_module)
+    if not found:
+        raise _absent(Fact.OBSERVED, "no edge has an observer", "InsertObservers")
+    for node, _ in found:
+        if not any(annotation_of(user).role for user in node.users):
+            raise _fail(Fact.OBSERVED, node, "no node with a role reads this observer", "run InsertObservers again")
+
+
+def _check_calibrated(graph_module: fx.GraphModule) -> None:
+    """Every observer has seen images."""
+    found = _observers(graph_module)
+    if not found:
+        raise _absent(Fact.CALIBRATED, "no edge has an observer", "InsertObservers and Calibrate")
+    for node, observer in found:
+        if not observer.images:
+            raise _fail(Fact.CALIBRATED, node, "this observer has seen no image", "run Calibrate again")
+
+
+def _check_grams(graph_module: fx.GraphModule) -> None:
+    """Wherever a weight is one matrix, the observer of its input has that input's Gram matrix."""
+    found = [(node, observer) for node, observer in _observers(graph_module) if observer.keeps_gram]
+    if not any(observer.gram is not None for _, observer in found):
+        raise _absent(Fact.GRAMS_KNOWN, "no observer has a Gram matrix", "Calibrate")
+    for node, observer in found:
+        linear = [u for u in node.users if u.op == "call_module" and _is_linear(graph_module, u)]
+        if observer.gram is None and linear:
+            raise _fail(Fact.GRAMS_KNOWN, linear[0], "its input's Gram matrix is not there", "run Calibrate again")
+
+
+def _is_linear(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(graph_module.get_submodule(str(node.target)), nn.Linear)
 
 
 def _check_folded(graph_module: fx.GraphModule) -> None:
-    """Parameters stay finite through folding."""
+    """A pass that folds has run, and parameters have stayed finite through it."""
+    if not folds_of(graph_module):
+        raise _absent(Fact.FOLDED, "no pass has folded anything", "FoldSqb, RotateResidual or BalanceHeads")
     for node in nodes_with_role(graph_module):
         if node.op != "call_module":
             continue
@@ -85,9 +150,8 @@ def _check_folded(graph_module: fx.GraphModule) -> None:
                 raise _fail(Fact.FOLDED, node, f"'{name}' is not finite", "calibrate on images with finite outputs")
 
 
-def _require_roles(graph_module: fx.GraphModule, fact: Fact) -> None:
-    if not nodes_with_role(graph_module):
-        raise VerificationError(f"'{fact}' does not hold: no node has a role; run AssignRoles first")
+def _absent(fact: Fact, problem: str, passes: str) -> VerificationError:
+    return VerificationError(f"'{fact}' does not hold: {problem}; run {passes} first")
 
 
 def _check_scales(graph_module: fx.GraphModule) -> None:
@@ -105,6 +169,10 @@ def _check_scales(graph_module: fx.GraphModule) -> None:
 
 
 def _check_scores(graph_module: fx.GraphModule) -> None:
+    """Some layer has scores, and every layer that has some has one per candidate."""
+    annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]
+    if not any(found.weight_sensitivity or found.activation_sensitivity for found in annotations):
+        raise _absent(Fact.SCORED, "no layer has scores", "ScoreLayers")
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
         groups = [(annotation.weight_sensitivity, annotation.weight_candidates)]
@@ -116,33 +184,68 @@ def _check_scores(graph_module: fx.GraphModule) -> None:
 
 
 def _check_latency(graph_module: fx.GraphModule) -> None:
-    _require_roles(graph_module, Fact.LATENCY_KNOWN)
+    """Times of layers are in the graph's meta."""
+    measured = graph_module.meta.get(LATENCY)
+    if not isinstance(measured, dict) or not measured.get("layers"):
+        raise _absent(Fact.LATENCY_KNOWN, "no times have been measured", "MeasureLatency")
 
 
 def _check_bits(graph_module: fx.GraphModule) -> None:
-    for node in nodes_with_role(graph_module):
+    """Some node has bits, and each of its widths is one that it has a quantizer for."""
+    nodes = nodes_with_role(graph_module)
+    if not any(annotation_of(node).has_bits for node in nodes):
+        raise _absent(Fact.BITS_ALLOCATED, "no node has bits", "AllocateBits")
+    substituted = Fact.QUANTIZED in facts_of(graph_module)
+    for node in nodes:
         annotation = annotation_of(node)
-        pairs = [("weight", annotation.weight_bits, annotation.weight_candidates)]
-        inputs = zip(annotation.input_bits, annotation.activation_candidates, strict=True)
-        pairs += [("activation", bits, group) for bits, group in inputs]
-        for kind, bits, candidates in pairs:
-            widths = [candidate.bits for candidate in candidates]
-            if widths and bits not in widths:
-                problem = f"{bits} {kind} bits are not among {widths}"
+        candidates = (annotation.weight_candidates, *annotation.activation_candidates)
+        if substituted and not any(candidates):
+            continue  # read from a file, which has the chosen quantizers only
+        for kind, bits, widths in _widths(annotation):
+            if bits not in widths and (bits is not None or widths):
+                listed = f"among {widths}" if widths else "there: this operand has no candidates"
+                problem = f"{bits} {kind} bits are not {listed}"
                 raise _fail(Fact.BITS_ALLOCATED, node, problem, "allocate among the candidates, or search that width")
 
 
+def _widths(annotation: Annotation) -> list[tuple[str, int | None, list[int]]]:
+    """What is multiplied, its bits, and the widths that it has candidates of."""
+    found = [("weight", annotation.weight_bits, annotation.weight_candidates)]
+    inputs = zip(annotation.input_bits, annotation.activation_candidates, strict=True)
+    found += [("activation", bits, group) for bits, group in inputs]
+    if not annotation.activation_candidates:
+        found.append(("activation", annotation.activation_bits, ()))
+    return [(kind, bits, [candidate.bits for candidate in candidates]) for kind, bits, candidates in found]
+
+
 def _check_quantized(graph_module: fx.GraphModule) -> None:
-    _require_roles(graph_module, Fact.QUANTIZED)
+    """Every node with bits calls a module that computes in them, unless an integer kernel has taken its place."""
+    nodes = [node for node in nodes_with_role(graph_module) if annotation_of(node).has_bits]
+    if not nodes:
+        raise _absent(Fact.QUANTIZED, "no node has bits", "AllocateBits and SubstituteQuantizers")
+    if Fact.LOWERED in facts_of(graph_module):
+        return  # `lowered` says of each of these nodes what runs it
+    for node in nodes:
+        annotation = annotation_of(node)
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, ComputesInBits):
+            raise _fail(Fact.QUANTIZED, node, "it has bits and computes in float", "run SubstituteQuantizers again")
+        weight, inputs = module.operand_bits()
+        widths = {bits for bits in (annotation.activation_bits, annotation.left_bits) if bits is not None}
+        found = {bits for bits in inputs if bits is not None}
+        if weight != annotation.weight_bits or found != widths:
+            problem = f"its module computes with a weight of {weight} bits and inputs of {sorted(found)}"
+            raise _fail(Fact.QUANTIZED, node, problem, "run SubstituteQuantizers again")
 
 
 def _check_lowered(graph_module: fx.GraphModule) -> None:
-    """Every node with bits says how it runs."""
-    execution = graph_module.meta.get("execution", {})
+    """Something says of every node with bits how it runs."""
+    if EXECUTION not in graph_module.meta:
+        raise _absent(Fact.LOWERED, "nothing says what runs as integers", "Lower")
+    execution = graph_module.meta[EXECUTION]
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
-        has_bits = annotation.weight_bits is not None or annotation.activation_bits is not None
-        if has_bits and annotation.layer not in execution:
+        if annotation.has_bits and annotation.layer not in execution:
             raise _fail(Fact.LOWERED, node, "nothing says which kernel runs it", "run Lower again")
 
 

@@ -11,6 +11,7 @@ from fxquant.report.actions import Action
 from fxquant.report.grid import Tile, grid_of, tiles_of
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
+from fxquant.runtime.mac_shares import checked_shares
 from passes.contract import Journal
 
 EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
@@ -49,9 +50,30 @@ def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -
         lines.insert(1, ("weights", "RANDOM: not trained, accuracy means nothing"))
     execution = str(card.get("execution", "simulated"))
     lines.append(("execution", EXECUTION.get(execution, execution)))
+    lines += [("arithmetic", text) for text in _arithmetic(card)]
     if "backend" in card:
         lines.append(("made for", str(card["backend"])))
     return Lines("fxquant report", tuple(lines))
+
+
+def _arithmetic(card: Mapping[str, Any]) -> list[str]:
+    """How the multiply-accumulates run, one line; none for a card that does not say."""
+    shares = checked_shares(card.get("multiply_accumulates"))
+    if not shares:
+        return []
+    parts = [
+        f"{shares[key]:.1%} {how}"
+        for key, how in (
+            ("integer_share", "as integers"),
+            ("simulated_share", "simulated"),
+            ("float_share", "in float"),
+        )
+        if key in shares
+    ]
+    if "integer_share" not in shares:
+        parts = [f"{1 - shares['float_share']:.1%} quantized", *parts]
+    largest = ", ".join(f"{entry['node']} {entry['share']:.1%}" for entry in shares["largest_in_float"][:3])
+    return [f"{', '.join(parts)} of {shares['total']:,} multiply-accumulates" + (f" ({largest})" if largest else "")]
 
 
 def _recipe(card: Mapping[str, Any]) -> str:

@@ -24,10 +24,11 @@ from fxquant.errors import ArtefactError
 from fxquant.runtime import untrusted
 from fxquant.runtime.container import compress, decompress, pack_file, read_file, read_texts, stored_bytes, write_file
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
+from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.module_json import CODES, claimed_bits, unpacked_bytes
 from fxquant.runtime.shape_check import check_shapes
 
-_COMPRESSED = ("graph", "journal", "allocation")
+_COMPRESSED = ("graph", "journal", "allocation", "answers")
 # All texts together: this many bytes, and besides one for so many of the file. A parsed text takes up to 25 times its
 # length; a ViT-tiny's texts have 107 KB, ten times what they take in the file.
 _TEXT_FLOOR, _TEXT_SHARE = 2**22, 8
@@ -50,9 +51,14 @@ class LoadedTexts:
 
 @dataclass(frozen=True)
 class LoadedArtefact(LoadedTexts):
-    """What an artefact holds. graph_module: in inference mode, on the CPU."""
+    """What an artefact holds.
+
+    graph_module: in inference mode, on the CPU. answers: what the model gave for images from a seed, None where none
+    were saved.
+    """
 
     graph_module: GraphModule = field(kw_only=True)
+    answers: KnownAnswers | None = field(default=None, kw_only=True)
 
 
 def save(
@@ -62,6 +68,7 @@ def save(
     card: dict[str, Any],
     allocation_json: str | None = None,
     journal: list[dict[str, Any]] | None = None,
+    answers: KnownAnswers | None = None,
 ) -> None:
     """Write one file, in one step; an existing file is replaced, and kept as it was if anything fails.
 
@@ -81,6 +88,8 @@ def save(
     }
     if allocation_json is not None:
         texts["allocation"] = compress(_checked_json(allocation_json))
+    if answers is not None:
+        texts["answers"] = compress(untrusted.to_json(answers.to_json(), "the known answers"))
     content = pack_file(texts, tensors)
     _Texts(texts, len(content), path)
     _graph(json.loads(graph_text), tensors, len(content), path)
@@ -96,7 +105,13 @@ def load(path: str | PathLike[str]) -> LoadedArtefact:
     texts, tensors = read_file(file)
     found = _Texts(texts, file.stat().st_size, path)
     graph_module = _graph(found.parsed("graph", dict), tensors, found.file_bytes, path)
-    return LoadedArtefact(found.card(), found.allocation(), found.parsed("journal", list), graph_module=graph_module)
+    return LoadedArtefact(
+        found.card(),
+        found.allocation(),
+        found.parsed("journal", list),
+        graph_module=graph_module,
+        answers=KnownAnswers.from_json(found.parsed("answers", dict)) if "answers" in texts else None,
+    )
 
 
 def load_texts(path: str | PathLike[str]) -> LoadedTexts:

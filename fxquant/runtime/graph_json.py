@@ -19,7 +19,17 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, declare, facts_of
+from fxquant.graph.annotation import (
+    Annotation,
+    Fact,
+    Role,
+    annotate,
+    annotation_of,
+    declare,
+    facts_of,
+    folds_of,
+    note_fold,
+)
 from fxquant.runtime.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.runtime.argument_json import value_to_json, values_from_json
 from fxquant.runtime.module_json import module_from_json, module_to_json
@@ -55,6 +65,7 @@ _GRAPH = {
     "modules": OBJECT,
     "nodes": listed(OBJECT, longest=20_000),
 }
+_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
 _ANY = Kind("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
@@ -82,6 +93,7 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
     document = {
         "class": type(graph_module).__name__,
         "facts": sorted(facts_of(graph_module)),
+        "folds": folds_of(graph_module),
         "coverage": float(graph_module.meta.get("coverage", 1.0)),
         "image_shape": list(graph_module.meta.get("image_shape", ())),
         "modules": modules,
@@ -95,7 +107,7 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
 
     Raises ArtefactError for anything that is malformed, not allowed or does not fit together.
     """
-    read = record(document, _GRAPH, "the graph")
+    read = record(document, _GRAPH, "the graph", _GRAPH_OPTIONS)
     graph = Graph()
     nodes: list[Node] = []
     constants: dict[str, Any] = {}
@@ -109,6 +121,8 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
     graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
     declare(graph_module, frozenset(map(Fact, read["facts"])))
+    for name in read.get("folds", []):
+        note_fold(graph_module, check_identifier(name, "a fold's name"))
     graph_module.meta["coverage"] = float(read["coverage"])
     graph_module.meta["image_shape"] = tuple(read["image_shape"])
     return graph_module.eval()

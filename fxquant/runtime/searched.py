@@ -24,7 +24,7 @@ from fxquant.runtime.graph_json import graph_from_json, graph_to_json
 from fxquant.runtime.module_json import quantizer_from_json, quantizer_to_json
 from fxquant.runtime.untrusted import field, from_json, to_json
 
-_WRITTEN_WITH_THE_GRAPH = ("coverage", "image_shape", "fxquant_facts")
+_WRITTEN_WITH_THE_GRAPH = ("coverage", "image_shape", "fxquant_facts", "fxquant_folds")
 
 
 def searched_to_file(graph_module: GraphModule, traced: GraphModule) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -66,6 +66,14 @@ class QuantizedWeightModule(nn.Module):
         """The input as the multiplication sees it."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
+    def operand_bits(self) -> tuple[int | None, tuple[int | None, ...]]:
+        """Width of the weight, and of the input; None where it stays float."""
+        return bits_of(self.weight_quantizer), (bits_of(self.input_quantizer),)
+
+    def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer computes of a float input with a float weight: no quantizer has any say in it."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         """Shape of the weight."""
         return f"weight {tuple(self.weight.shape)}"
@@ -74,6 +82,11 @@ class QuantizedWeightModule(nn.Module):
 def _refresh(module: QuantizedWeightModule, incompatible_keys: object) -> None:
     """After codes and scales were loaded: the float weight follows them."""
     module.refresh()
+
+
+def bits_of(quantizer: Quantizer | None) -> int | None:
+    """The quantizer's width; None without one."""
+    return None if quantizer is None else quantizer.bits
 
 
 def quantize_rows(weight: Tensor, quantizer: Quantizer) -> Tensor:
@@ -86,7 +99,11 @@ class QuantizedLinear(QuantizedWeightModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        return functional.linear(self.quantized_input(x), self.weight, self.bias)
+        return self.in_float(self.quantized_input(x), self.weight, self.bias)
+
+    def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y = x W^T + b."""
+        return functional.linear(x, weight, bias)
 
     def settings(self) -> dict[str, Any]:
         """Nothing beyond the tensors."""
@@ -109,7 +126,11 @@ class QuantizedConv2d(QuantizedWeightModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in, H, W) to (B, out, H', W')."""
-        return functional.conv2d(self.quantized_input(x), self.weight, self.bias, **self.geometry)
+        return self.in_float(self.quantized_input(x), self.weight, self.bias)
+
+    def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of x with W, plus b."""
+        return functional.conv2d(x, weight, bias, **self.geometry)
 
     def settings(self) -> dict[str, Any]:
         """The geometry."""
@@ -127,6 +148,14 @@ class QuantizedMatmul(nn.Module):
         """left (..., n, d) times right (..., d, m)."""
         left = left if self.left_quantizer is None else self.left_quantizer(left)
         right = right if self.right_quantizer is None else self.right_quantizer(right)
+        return self.in_float(left, right)
+
+    def operand_bits(self) -> tuple[int | None, tuple[int | None, ...]]:
+        """None, there is no weight; and widths of the left and the right input."""
+        return None, (bits_of(self.left_quantizer), bits_of(self.right_quantizer))
+
+    def in_float(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product of what it is given."""
         return torch.matmul(left, right)
 
 
@@ -141,3 +170,7 @@ class QuantizedInput(nn.Module):
         """inner(Q(x))."""
         result: Tensor = self.inner(self.input_quantizer(x))
         return result
+
+    def operand_bits(self) -> tuple[int | None, tuple[int | None, ...]]:
+        """None, no weight is quantized; and the width of the input."""
+        return None, (self.input_quantizer.bits,)

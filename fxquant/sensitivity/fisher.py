@@ -22,10 +22,17 @@ from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
-from fxquant.sensitivity.logit_gradients import Fisher, class_scores, label_gradients, logit_gradients
+from fxquant.sensitivity.logit_gradients import (
+    Fisher,
+    check_class_scores,
+    class_scores,
+    label_gradients,
+    logit_gradients,
+)
 from fxquant.sensitivity.sums import Sums
 
 _SEEN = "images summed"  # among the sums, which else have the names of nodes
+_NEEDED_BY, _REMEDY = "the Fisher trace", "choose another metric, NuclearNorm()"
 
 
 def fisher_traces(
@@ -49,6 +56,7 @@ def fisher_traces(
     Raises CalibrationError without class scores or with too few labels, SensitivityError for a trace that is not
     finite.
     """
+    check_class_scores(graph_module, _NEEDED_BY, _REMEDY)
     sums = Sums() if sums is None else sums
     scored = [node for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))]
     recorder = Recorder(graph_module, set(scored))
@@ -56,7 +64,7 @@ def fisher_traces(
         seen = int(sums[_SEEN])
         with torch.enable_grad():
             output = recorder.run(batch.clone().requires_grad_())
-        logits = class_scores(output, "the Fisher trace", "choose another metric")
+        logits = class_scores(output, _NEEDED_BY, _REMEDY)
         p = logits.detach().softmax(1)
         if labels_n is None:
             cotangents = logit_gradients(p, fisher, draws, seed, seen)

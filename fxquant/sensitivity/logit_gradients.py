@@ -13,21 +13,43 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError
+from fxquant.graph.class_scores import why_no_class_scores
 
 Fisher = Literal["signs", "sampled", "arg-max"]
 """Which v; "arg-max" takes the prediction for the label: biased, vanishes for confident models."""
 
 
+NEEDS_NO_SCORES = (
+    "fxquant.compile(..., recipe='repq_vit') takes any output, and so does a pipeline that weighs errors at each "
+    "layer's own output, recipe=best('W4A4', allocator=Uniform()).changed(Calibrate, gradient=False, output_error=True)"
+)
+"""What to do with a model that gives features; part of errors."""
+
+
+def check_class_scores(graph_module: GraphModule, needed_by: str, remedy: str) -> None:
+    """Raise CalibrationError, saying what is there instead, unless a graph's output are class scores.
+
+    What counts as such: `fxquant.graph.class_scores`.
+    """
+    reason = why_no_class_scores(graph_module)
+    if reason is not None:
+        raise CalibrationError(
+            f"{needed_by} needs class scores (B, classes) as the model's output, and {reason}: {remedy}; if its output "
+            f"are class scores, say so on the model, model.num_classes = <number of outputs>"
+        )
+
+
 def class_scores(output: Any, needed_by: str, remedy: str, finite: bool = True) -> Tensor:
-    """The logits (B, classes) in a model's output.
+    """The logits (B, classes) in a model's output, at least two classes.
 
     Raises CalibrationError where there are none, or, if `finite` is asked, where one is not finite.
     """
     logits = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         raise CalibrationError(
             f"{needed_by} needs class scores (B, classes) as the model's output; this model gives something else: "
             f"{remedy}"

@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
 from fxquant.quantizers.observers import Observer
+from fxquant.sensitivity.logit_gradients import check_class_scores
 
 Bits = tuple[int | None, int | None]
 """(weight bits, activation bits) of one node; None leaves the operand float."""
@@ -63,6 +64,7 @@ class Divergence:
     def __init__(
         self, graph_module: GraphModule, images_bchw: Tensor, batch_size: int = 16, baseline: Assignment | None = None
     ) -> None:
+        check_class_scores(graph_module, "the measured divergence", "choose another metric, NuclearNorm()")
         self._runner = _Runner(graph_module)
         self._batches = torch.split(images_bchw, batch_size)
         self._images = len(images_bchw)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.cache import Cache
 from fxquant.graph.model_checks import check_model
+from fxquant.graph.plain_model import copy_of
 from fxquant.graph.tracing import trace
+from fxquant.runtime.known_answers import answer_images_for
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.assign_roles import AssignRoles
 from passes.contract import PassContext, ProgressReporter, check_draws
 from passes.pipeline import Pipeline
+from passes.proof import IMAGES
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What the caller's own model gives: for the first two calibration images, and for those of known answers."""
+
+    first: Tensor
+    answers: Tensor
 
 
 class CalibrationSource:
@@ -63,8 +76,23 @@ class CalibrationSource:
 
     @cached_property
     def context(self) -> PassContext:
-        """What passes are given; makes the images."""
-        return PassContext(self.images, self._batch_size, self._seed, cache=self._cache, progress=self._progress)
+        """What passes are given; makes the images, and runs the model on two of them."""
+        return PassContext(
+            self.images,
+            self._batch_size,
+            self._seed,
+            cache=self._cache,
+            progress=self._progress,
+            expected=self.model_outputs.first,
+        )
+
+    @cached_property
+    def model_outputs(self) -> ModelOutputs:
+        """Outputs of a copy of the caller's model, with all that hangs on it, in inference mode."""
+        first, more = self.images[torch.arange(IMAGES) % len(self.images)], answer_images_for(self.traced)
+        model = copy_of(self._model)
+        with torch.no_grad():
+            return ModelOutputs(model(first.clone()), model(more))
 
     @property
     def described(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 import fxquant
 from fxquant import embedded
 from fxquant.errors import ArtefactError, ExportError, MissingExtraError
-from fxquant.export.onnx_file import to_onnx
+from fxquant.export.onnx_check import check_in_onnxruntime
+from fxquant.export.onnx_file import OnnxModel, to_onnx
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from tests.export.models import compiled, exact, run_in_onnxruntime
@@ -33,6 +36,28 @@ def small() -> fxquant.Compiled:
 @pytest.fixture(scope="module")
 def small_onnx(small: fxquant.Compiled) -> bytes:
     return to_onnx(small.graph_module, card=small.card).content
+
+
+def test_an_export_is_checked_where_asked(
+    small: fxquant.Compiled, small_onnx: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, answers = tmp_path / "small.onnx", small.answers
+    assert answers is not None
+    found = OnnxModel(small_onnx, {})
+    monkeypatch.setattr(f"{fxquant.Compiled.__module__}.to_onnx", lambda *_, **__: found)  # made once for all tests
+    small.export_onnx(path, check=True)
+    assert path.read_bytes() == small_onnx
+    path.unlink()
+    wrong = replace(answers, simulated=answers.simulated.flip(1))
+    broken = fxquant.Compiled(small.graph_module, None, small.journal, small.layers, small.card, wrong)
+    with pytest.raises(ExportError, match=r"ONNX Runtime.* known answers: relative difference"):
+        broken.export_onnx(path, check=True)
+    with pytest.raises(ExportError, match="ONNX Runtime cannot run"):
+        check_in_onnxruntime(b"nonsense", answers, images(2))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match="pip install onnxruntime"):
+        small.export_onnx(path, check=True)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(("architecture", "recipe"), CASES)

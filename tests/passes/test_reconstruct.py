@@ -65,7 +65,7 @@ def scales(graph_module: GraphModule) -> list[float]:
         float(candidate.quantizer.scale.sum())
         for node in nodes_with_role(graph_module)
         for group in annotation_of(node).activation_candidates
-        if (candidate := chosen(group, annotation_of(node).activation_bits)) is not None
+        if (candidate := chosen(group, annotation_of(node).activation_bits, "")) is not None
     ]
 
 

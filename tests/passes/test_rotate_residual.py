@@ -12,7 +12,7 @@ from fxquant.graph.residual_stream import residual_streams
 from fxquant.graph.tracing import trace
 from passes.contract import PassContext
 from passes.rotate_residual import RotateResidual, mean_keeping_rotation
-from tests.passes.models import ARCHITECTURES, images, timm_model, vit
+from tests.passes.models import ARCHITECTURES, images, scrambled, timm_model, vit
 
 BEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
 ROTATED = {
@@ -77,6 +77,34 @@ def test_a_stream_read_by_something_else_is_refused() -> None:
     before = copy.deepcopy(graph_module.state_dict())
     assert RotateResidual().apply(graph_module, PassContext(images(2))) == 0
     assert all(torch.equal(value, before[key]) for key, value in graph_module.state_dict().items())
+
+
+class DepthwiseBlocks(nn.Module):
+    """Two blocks as ConvNeXt has them: a depthwise convolution writes what the norm and the layers after it read."""
+
+    def __init__(self, groups: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.depthwise = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=groups) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for depthwise, norm, layers in zip(self.depthwise, self.norms, self.layers, strict=True):
+            x = x + layers(norm(depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_what_grouped_convolutions_write_is_left_alone(groups: int) -> None:
+    x = images(2, 16).double()
+    graph_module = trace(scrambled(DepthwiseBlocks(groups)).double(), x)
+    expected, context = graph_module(x), PassContext(x)
+    RotateResidual().apply(graph_module, context)
+    assert float((graph_module(x) - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    assert f"in {groups} groups of channels" in context.journal.pending["refused"]["norms_0"]
 
 
 def test_an_outlier_channel_is_spread_out() -> None:

@@ -93,12 +93,12 @@ def test_outputs_are_those_of_quantizers_applied_by_hand(searched: GraphModule) 
     found = annotations(quantized)
 
     def weight(layer: str) -> torch.Tensor:
-        candidate = chosen(found[layer].weight_candidates, 5)
+        candidate = chosen(found[layer].weight_candidates, 5, layer)
         matrix = searched.get_submodule(layer).weight
         return candidate.quantizer(matrix.flatten(1)).reshape(matrix.shape)
 
     def operand(layer: str, x: torch.Tensor, bits: int = 4, index: int = 0) -> torch.Tensor:
-        return chosen(found[layer].activation_candidates[index], bits).quantizer(x)
+        return chosen(found[layer].activation_candidates[index], bits, layer).quantizer(x)
 
     def linear(layer: str, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(operand(layer, x), weight(layer), searched.get_submodule(layer).bias)

@@ -1,0 +1,140 @@
+"""Known answers: what a model gave, in float and simulated, for images that anybody can make again.
+
+The images are smooth noise from a seed, by numpy's legacy generator, whose numbers are frozen, and additions and
+multiplications alone: no version of any library and no machine changes them. They are coarse random grids of two sizes,
+interpolated, so that they have shapes of several sizes and scores differ between them.
+
+Whatever else runs the model (integer kernels, another runtime, another machine) is held against the simulated answers:
+
+    sqrt(mean (found - expected)^2)  <=  TOLERANCE (root mean square of expected, less its mean over classes)
+
+Codes at the edge between two levels fall either way with the rounding of float32, so the tolerance is wider than that
+rounding; a kernel, a weight or a shape that is wrong is off by ten times as much and more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.errors import ArtefactError
+from fxquant.graph.normalization import image_of
+from fxquant.runtime.untrusted import field
+
+SEED = 15
+COUNT = 2
+TOLERANCE = 0.05
+LARGEST = 1024  # numbers that are kept of one image's output
+_GRIDS = ((3, 1.2), (8, 0.8))  # points along a side, and the height of the noise
+
+
+def answer_images(image_shape: tuple[int, ...], seed: int = SEED) -> Tensor:
+    """Two images of a shape (C, H, W), float32 (2, C, H, W), about as large as normalised pictures are."""
+    random = np.random.RandomState(seed)
+    channels, height, width = image_shape
+    images = np.zeros((COUNT, channels, height, width))
+    for points, amplitude in _GRIDS:
+        grid = random.random_sample((COUNT, channels, points, points)) * 2 - 1
+        images += 2 * amplitude * _between(_between(grid, height, 2), width, 3)
+    return torch.from_numpy(images.astype(np.float32))
+
+
+def _between(grid: np.ndarray[Any, Any], size: int, axis: int) -> np.ndarray[Any, Any]:
+    """The grid at `size` places along an axis, linearly between its points."""
+    places = np.arange(size) * (grid.shape[axis] - 1) / max(size - 1, 1)
+    low = np.minimum(places.astype(np.int64), grid.shape[axis] - 2)
+    share = (places - low).reshape([-1 if a == axis else 1 for a in range(grid.ndim)])
+    found: np.ndarray[Any, Any] = grid.take(low, axis) * (1 - share) + grid.take(low + 1, axis) * share
+    return found
+
+
+@dataclass(frozen=True)
+class KnownAnswers:
+    """Outputs for `answer_images`, float32 (2, n), n at most LARGEST: of larger outputs evenly spaced numbers.
+
+    simulated: of the quantized model. float_model: of the model that was compiled; None where it is not known.
+    """
+
+    simulated: Tensor
+    float_model: Tensor | None = None
+    seed: int = SEED
+
+    @classmethod
+    def of(cls, simulated_output: Tensor, float_output: Tensor | None = None) -> KnownAnswers:
+        """From whole outputs for `answer_images()`."""
+        return cls(_kept(simulated_output), None if float_output is None else _kept(float_output))
+
+    def images_for(self, graph_module: GraphModule) -> Tensor:
+        """The images (2, C, H, W) in the shape and dtype that a graph takes."""
+        return answer_images_for(graph_module, self.seed)
+
+    def difference(self, output: Any) -> float:
+        """How far an output for the images is from the simulated answer, relative; infinite where nothing fits."""
+        if not isinstance(output, Tensor) or len(output) != COUNT:
+            return math.inf
+        found = _kept(output)
+        if found.shape != self.simulated.shape:
+            return math.inf
+        expected = self.simulated.double()
+        spread = float((expected - expected.mean(1, keepdim=True)).square().mean().sqrt())
+        spread = max(spread, 1e-4 * float(expected.abs().max()), 1e-12)  # of outputs of one number
+        relative = float((found.double() - expected).square().mean().sqrt()) / spread
+        return relative if math.isfinite(relative) else math.inf
+
+    def described(self, output: Any, found: float, what: str) -> str:
+        """Found, expected and tolerance, in words."""
+        shown = _first(output) if isinstance(output, Tensor) else type(output).__name__
+        return (
+            f"{what} does not give the model's known answers: relative difference {found:.3g}, tolerance "
+            f"{TOLERANCE:g}; for the first image it gives {shown}, expected {_first(self.simulated)}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        known = None if self.float_model is None else self.float_model.tolist()
+        return {"seed": self.seed, "simulated": self.simulated.tolist(), "float": known}
+
+    @classmethod
+    def from_json(cls, document: Any) -> KnownAnswers:
+        """Inverse of `to_json`; raises ArtefactError for anything else."""
+        where = "the known answers"
+        seed = field(document, "seed", int, where)
+        if not 0 <= seed < 2**32:
+            raise ArtefactError(f"{where} have the seed {seed}, which is not from 0 to 2**32 - 1")
+        simulated = _rows(field(document, "simulated", list, where), where)
+        given = document.get("float")
+        known = None if given is None else _rows(given, where)
+        if known is not None and known.shape != simulated.shape:
+            raise ArtefactError(f"{where} of the float model have another shape than those of the simulated one")
+        return cls(simulated, known, seed)
+
+
+def answer_images_for(graph_module: GraphModule, seed: int = SEED) -> Tensor:
+    """`answer_images` in the shape and dtype that a graph takes."""
+    image = image_of(graph_module).meta["tensor_meta"]
+    return answer_images(tuple(image.shape[1:]), seed).to(image.dtype)
+
+
+def _kept(output: Tensor) -> Tensor:
+    rows = output.detach().cpu().float().reshape(len(output), -1)
+    return rows[:, :: -(-rows.shape[1] // LARGEST)].contiguous() if rows.shape[1] else rows
+
+
+def _rows(values: Any, where: str) -> Tensor:
+    is_rows = type(values) is list and len(values) == COUNT and all(type(row) is list for row in values)
+    if not is_rows or not 0 < len(values[0]) <= LARGEST or len({len(row) for row in values}) > 1:
+        raise ArtefactError(f"{where} are not {COUNT} rows of 1 to {LARGEST} numbers")
+    numbers = [number for row in values for number in row]
+    if not all(type(number) is float and math.isfinite(number) for number in numbers):
+        raise ArtefactError(f"{where} have values that are no finite numbers")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _first(output: Tensor) -> str:
+    return "[" + ", ".join(f"{float(value):.4g}" for value in output.flatten()[:4]) + ", ...]"
