@@ -81,7 +81,10 @@ def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> 
     region = target[(slice(None),) * axis + (part,)]
     if isinstance(part, int):
         return torch.select_scatter(target, assigned(region, rest, value, axis), axis, part)
-    start, stop, step = part.indices(target.shape[axis])
+    size = target.shape[axis]
+    if not isinstance(size, int):
+        raise TraceError("assignment into a part of the batch: every image has to be computed alike")
+    start, stop, step = part.indices(size)
     return torch.slice_scatter(target, assigned(region, rest, value, axis + 1), axis, start, stop, step)
 
 

@@ -53,6 +53,9 @@ def _observed(kind: type[nn.Module], observer: Observer) -> type[nn.Module]:
 
     methods = {"__call__": call, "__getattr__": get, "__setattr__": put, "__module__": kind.__module__}
     # Neither the metaclass nor __init_subclass__ of the caller's class is to notice, since both may keep registers.
-    observed: type[nn.Module] = type.__new__(type(kind), kind.__name__, (nn.Module,), methods)
-    observed.__bases__ = (kind,)
+    observed: type[nn.Module] = type.__new__(type(kind), kind.__name__, (nn.Module,), dict(methods))
+    try:
+        observed.__bases__ = (kind,)
+    except TypeError:  # its instances are laid out otherwise, as where it inherits from ABC first
+        observed = type.__new__(type(kind), kind.__name__, (kind,), methods)
     return observed

@@ -95,6 +95,11 @@ def _check_values(what: str, tensor: Tensor) -> None:
 def _check_arguments(model: nn.Module) -> None:
     parameters = inspect.signature(model.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if required and required[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise TraceError(
+            f"{type(model).__name__}.forward takes '{required[0].name}' by keyword only: wrap it in a module that "
+            f"takes images as its first argument"
+        )
     if len(required) > 1:
         raise TraceError(
             f"{type(model).__name__}.forward needs {len(required)} arguments ({', '.join(p.name for p in required)}): "

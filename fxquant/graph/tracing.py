@@ -119,6 +119,11 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tens
     return outputs
 
 
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same elements, where NaN is the same as NaN."""
+    return torch.equal(tensor, other) or bool(((tensor == other) | (tensor.isnan() & other.isnan())).all())
+
+
 def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference of two outputs; infinite where their shapes differ."""
     return float((output - reference).abs().max()) if output.shape == reference.shape else float("inf")
@@ -231,8 +236,7 @@ def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...
 
 def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[torch.Tensor]) -> None:
     """Raise TraceError unless the graph computes what the model did, and keeps no state."""
-    tensors = dict((*graph_module.named_parameters(), *graph_module.named_buffers()))
-    versions = {name: tensor._version for name, tensor in tensors.items()}
+    before = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
     for batch_size, reference in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
         try:
             output = graph_module(_images(example_bchw, batch_size))
@@ -246,7 +250,7 @@ def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor,
                 f"(tolerance {tolerance:.3g}): {hooks}its forward depends on the batch size, on randomness or on a "
                 "state, or it changes a tensor in place that it reads under another name"
             )
-    changed = [name for name, tensor in tensors.items() if tensor._version != versions[name]]
+    changed = [name for name, buffer in graph_module.named_buffers() if not _is_same(buffer, before[name])]
     if changed:
         raise TraceError(
             f"the forward of the model changes '{changed[0]}', and a quantized model keeps no state: take that out of "

@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 import types
+from abc import ABC
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -121,6 +122,13 @@ class Registry(type):
         Registry.known.append(name)
 
 
+class Abstract(ABC, nn.Module):
+    """ABC first: its instances have another layout."""
+
+    def forward(self, x):
+        return x - 1
+
+
 class Registered(nn.Identity, metaclass=Registry):
     def __init_subclass__(cls, *, option: int) -> None:
         """Subclasses have to give an option."""
@@ -215,6 +223,7 @@ HANDLED: dict[str, Callable[[nn.Module], object]] = {
     "subclass of LayerNorm": replace("norm", lambda old: ShiftedNorm(12)),
     "subclass of Conv2d": replace("patch_embed.proj", lambda old: PaddedConv(3, 12, 4, 4)),
     "subclass of Softmax": replace("head_drop", lambda old: CoolSoftmax(-1)),
+    "class laid out otherwise": replace("head_drop", lambda old: Abstract()),
     "class with a register": replace("head_drop", lambda old: Registered()),
     "pruning": lambda m: prune.l1_unstructured(m.blocks[0].mlp.fc1, "weight", 0.5),
     "pruning twice": lambda m: [prune.random_unstructured(m.head, "weight", 0.3) for _ in range(2)],
@@ -480,5 +489,11 @@ def test_several_arguments_are_refused_before_anything_runs() -> None:
         def forward(self, images, mask):
             raise AssertionError
 
+    class Keyword(nn.Linear):
+        def forward(self, *, images):
+            raise AssertionError
+
     with pytest.raises(TraceError, match=r"Two\.forward needs 2 arguments \(images, mask\): wrap it"):
         trace(Two(2, 2), IMAGES_BCHW)
+    with pytest.raises(TraceError, match=r"Keyword\.forward takes 'images' by keyword only: wrap it"):
+        trace(Keyword(2, 2), IMAGES_BCHW)
