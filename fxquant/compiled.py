@@ -63,6 +63,7 @@ class Compiled(nn.Module):
         self.border = Border.of(graph_module)
         self._is_lowered = Fact.LOWERED in facts_of(graph_module)
         self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
+        self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
         self.eval()
 
     def forward(self, images_bchw: Tensor) -> Tensor:
@@ -245,6 +246,14 @@ class Compiled(nn.Module):
             check_in_onnxruntime(found.content, answers, answers.images_for(self.graph_module))
         write_file(Path(path), found.content)
         return found.layers
+
+
+def _answer_anew(model: Compiled, incompatible_keys: object) -> None:
+    """After another state was loaded: its answers take the place of those known; the float model's are not its own."""
+    if model.answers is not None:
+        with torch.no_grad():
+            images = answer_images_for(model.graph_module).to(model._device() or "cpu")
+            model.answers = KnownAnswers.of(model.graph_module(images))
 
 
 def _from_content(content: bytes) -> Compiled:

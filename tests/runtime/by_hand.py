@@ -35,7 +35,9 @@ def quantize_by_hand(
             replacement = quantized_module(module, bits, low)
             if replacement is not None:
                 graph_module.add_submodule(node.target, replacement)
-                annotate(node, role=Role.QKV, layer=node.target, block=0, weight_bits=bits, activation_bits=low)
+                has_weight = isinstance(replacement, QuantizedLinear | QuantizedConv2d)
+                weight_bits = bits if has_weight else None
+                annotate(node, role=Role.QKV, layer=node.target, block=0, weight_bits=weight_bits, activation_bits=low)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     declare(graph_module, frozenset({Fact.ROLES_ASSIGNED, Fact.QUANTIZED}))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ArtefactError, StateError
+from fxquant.runtime.known_answers import KnownAnswers, answer_images_for
 from fxquant.runtime.native import library
 from passes.contract import Journal
 from tests.runtime.by_hand import SmallNet, quantize_by_hand
@@ -27,7 +28,9 @@ def quantized(bits: int = 5, scale: float = 1.0) -> fxquant.Compiled:
     model = SmallNet()
     for parameter in model.parameters():
         parameter.data.mul_(scale)
-    return fxquant.Compiled(quantize_by_hand(model, (3, 8, 8), bits, 4), None, Journal(), [], {})
+    graph_module = quantize_by_hand(model, (3, 8, 8), bits, 4)
+    answers = KnownAnswers.of(graph_module(answer_images_for(graph_module)))
+    return fxquant.Compiled(graph_module, None, Journal(), [], {}, answers)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ def test_a_loaded_state_is_what_runs_is_saved_and_is_lowered(
     expected = first(x)
     assert not torch.allclose(second(x), expected)
     second.load_state_dict(first.state_dict())
+    assert second.check_answers() == 0, "the answers it is held against are the loaded state's"
     second.save(tmp_path / "second.fxq")
     assert torch.equal(second(x), expected)
     assert torch.equal(fxquant.load(tmp_path / "second.fxq")(x), expected)
