@@ -224,15 +224,12 @@ def _tensor(case: Case) -> None:
 
 def _aliases(case: Case) -> None:
     name = case.dice.choice(sorted(case.modules))
-    spec = case.modules[name]
+    spec, own = case.modules[name], {k: t for k, t in case.tensors.items() if k.startswith(f"{name}.")}
     for index in range(case.dice.choice([10, 200])):
-        case.modules[f"{name}_{index}"] = copy.deepcopy(spec)
-        case.nodes.insert(
-            -1, {"name": f"m{index}", "op": "call_module", "target": f"{name}_{index}", "args": [{"node": 0}]}
-        )
-        case.tensors |= {
-            f"{name}_{index}{k.removeprefix(name)}": t for k, t in case.tensors.items() if k.startswith(name)
-        }
+        alias = f"{name}_{index}"
+        case.modules[alias] = copy.deepcopy(spec)
+        case.nodes.insert(-1, {"name": f"m{index}", "op": "call_module", "target": alias, "args": [{"node": 0}]})
+        case.tensors |= {alias + key.removeprefix(name): tensor for key, tensor in own.items()}
 
 
 def _grow(case: Case) -> None:
