@@ -87,12 +87,22 @@ HOSTILE = {
     "a padded tensor": (before_output(call("n", "functional.pad", IMAGE, {"tuple": [10**8, 0]})), "more than such"),
     "a resized tensor": (before_output(call("n", "functional.interpolate", IMAGE, 10**5)), "more than such"),
     "an index that is not there": (before_output(call("n", "operator.getitem", IMAGE, 7)), "cannot run"),
-    "many constants": (before_output(call("n", "torch.zeros", [1] * 5000)), "more constants"),
+    "many constants": (
+        before_output(*(call(f"n{i}", "torch.zeros", [1] * 50_000) for i in range(3))),
+        "more constants",
+    ),
     "a module nobody calls": (lambda g: g["modules"].update(spare=g["modules"]["act"]), "no node calls"),
     "a setting that is on no list": (
         lambda g: next(iter(g["modules"][k] for k in g["modules"] if k == "act")).update(inplace=True),
         "unknown field 'inplace'",
     ),
+    "deep modules": (
+        lambda g: g["modules"].update({f"m{i}" + ".a" * 200: {"class": "ReLU"} for i in range(100)}),
+        "more than 10000 modules",
+    ),
+    "a decision by an image": (before_output(call("n", "torch._assert", IMAGE, "why")), "makes a number of a tensor"),
+    "a number from an image": (before_output(call("n", "builtins.max", IMAGE, 1)), "makes a number of a tensor"),
+    "classes that an image counts": (before_output(call("n", "functional.one_hot", IMAGE)), "number of classes"),
     "two outputs": (
         lambda g: g["nodes"][-1].update(args=[{"tuple": [g["nodes"][-1]["args"][0], IMAGE]}]),
         "not one tensor",
@@ -112,7 +122,7 @@ HOSTILE = {
         before_output(call("s", "builtins.getattr", IMAGE, "shape") | {"shape": [4]}),
         "gives a Size, and the file says a tensor",
     ),
-    "many nodes": (lambda g: g.update(nodes=g["nodes"][:1] * 30_000), "at most 20000"),
+    "many nodes": (lambda g: g.update(nodes=g["nodes"][:1] * 30_000), "at most 10000"),
     "a deep argument": (lambda g: g["nodes"][1]["args"].append(json.loads("[" * 200 + "]" * 200)), "nests deeper"),
     "a huge number": (lambda g: g["nodes"][1]["args"].append(10**400), "does not fit 64 bits"),
 }
@@ -168,6 +178,7 @@ TEXTS = {
     "a key twice": ('{"a": 1, "a": 2}', "the same key twice"),
     "half a character": ('{"a": "\\ud800"}', "is not JSON"),
     "half a character in a key": ('{"\\ud800": 1}', "is not JSON"),
+    "a terminal's commands": ('{"a": "\\u001b[2J"}', "tell a terminal"),
     "a long number": ('{"a": ' + "9" * 5000 + "}", "is not JSON"),
 }
 
