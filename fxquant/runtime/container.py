@@ -125,11 +125,6 @@ def write_file(path: Path, content: bytes) -> None:
     _clear_partials(target.parent)
 
 
-def check_writable(path: Path) -> None:
-    """Raise ArtefactError where `write_file` could not write: before the work, not after it."""
-    _target(path)
-
-
 def _target(path: Path) -> tuple[Path, int | None]:
     """The file to write, links followed, and the permissions of the one that is there, None where there is none."""
     try:
