@@ -1,6 +1,6 @@
 """Changed artefacts, sealed again, used as a user would: what is not refused with a typed error is a fault.
 
-    python -m benchmarks.fuzz_artefacts --cases 10000      # from the repository's root
+    python -m benchmarks.fuzz_artefacts --cases 10000 --jobs 2      # from the repository's root
 
 Bases are tiny models (a ViT and a Swin) of several recipes. Each case changes one to three things in one of them
 (`tests/runtime/mutations.py`), and is loaded, reported, inspected, run on two images, lowered and run again, in a child
@@ -19,6 +19,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--jobs", type=int, default=1, help="child processes at one time")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -53,7 +56,11 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         make_bases(Path(folder))
-        outcomes = watch(Path(folder), range(options.first, options.first + options.cases))
+        each = -(-options.cases // options.jobs)
+        last = options.first + options.cases
+        shares = [range(first, min(first + each, last)) for first in range(options.first, last, each)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            outcomes = [case for found in pool.map(partial(watch, Path(folder)), shares) for case in found]
     result = summary(outcomes) | {"seconds": round(time.perf_counter() - began)}
     text = json.dumps(result, indent=1)
     print(text)

@@ -76,7 +76,7 @@ def _rich(section: Lines | Table, width: int) -> Iterator[RenderableType]:
 def _rich_table(section: Table) -> RichTable:
     table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for index, column in enumerate(section.columns):
-        table.add_column(column, justify="left" if index in section.left else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if index in section.left else "right", no_wrap=True)
     for row in section.rows:
         table.add_row(*(Text(cell.text, style=_style(cell.bits)) for cell in row))
     return table

@@ -20,7 +20,9 @@ from fxquant.runtime.untrusted import LIST, checked, choice, dtype_named
 _FORMATS = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.memory_format)
 }
-_LONGEST_TEXT, _MOST_VALUES = 4096, 4096  # in the arguments of one node
+_LONGEST_TEXT = 4096
+MOST_VALUES = 100_000
+"""In the arguments of all nodes of a graph; a Swin-L's have 13,000."""
 
 
 def value_to_json(value: Any, index: Mapping[Node, int], where: str) -> Any:
@@ -48,20 +50,24 @@ def value_to_json(value: Any, index: Mapping[Node, int], where: str) -> Any:
     raise ArtefactError(f"{where} has an argument of type {type(value).__name__}, which cannot be kept: {value!r}")
 
 
-def values_from_json(values: list[Any], nodes: list[Node], where: str) -> list[Any]:
-    """The arguments of one node that `value_to_json` wrote. nodes: those before it, which it may refer to.
+def values_from_json(values: list[Any], nodes: list[Node], where: str, budget: list[int]) -> list[Any]:
+    """The arguments of one node that `value_to_json` wrote.
 
-    Raises ArtefactError, naming `where`, for what cannot be read, and for more constants than a node needs.
+    Args:
+        values: as JSON.
+        nodes: those before it, which it may refer to.
+        where: the node, for messages.
+        budget: one number, how many values the arguments of the graph may still have; it is counted down.
+
+    Raises ArtefactError for what cannot be read, and for more values than a graph needs.
     """
-    budget = [_MOST_VALUES]
     return [_value_from_json(value, nodes, where, budget) for value in values]
 
 
 def _value_from_json(value: Any, nodes: list[Node], where: str, budget: list[int]) -> Any:
-    """The value of an argument. budget: how many values this node's arguments may still have, counted down."""
     budget[0] -= 1
     if budget[0] < 0 or (type(value) is str and len(value) > _LONGEST_TEXT):
-        raise ArtefactError(f"{where} has more constants than the arguments of one node need")
+        raise ArtefactError(f"{where} has more constants than the arguments of a graph need")
     if type(value) is list:
         return [_value_from_json(item, nodes, where, budget) for item in value]
     if type(value) is not dict:

@@ -33,6 +33,7 @@ from fxquant.runtime.untrusted import from_json, to_json
 FORMAT, VERSION = "fxquant", "1"
 LONGEST_TEXT = 2**26
 """Characters that a compressed text may have by itself; whoever reads a file from elsewhere asks for fewer."""
+_MOST_TENSORS = 50_000
 _OLD_S = 3600.0  # after this long a temporary file of another machine is taken for a dead process's
 _PARTIAL = re.compile(r"\..+\.(?:(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-)?[0-9a-f]{8}\.partial", re.DOTALL)
 
@@ -124,11 +125,6 @@ def write_file(path: Path, content: bytes) -> None:
     _clear_partials(target.parent)
 
 
-def check_writable(path: Path) -> None:
-    """Raise ArtefactError where `write_file` could not write: before the work, not after it."""
-    _target(path)
-
-
 def _target(path: Path) -> tuple[Path, int | None]:
     """The file to write, links followed, and the permissions of the one that is there, None where there is none."""
     try:
@@ -184,11 +180,16 @@ def read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Texts and tensors, aliases resolved. Raises ArtefactError where the file is not an artefact or is damaged."""
     with _Opened(path) as file:
         texts = file.texts()
+        if len(file.handle.keys()) > _MOST_TENSORS:
+            raise ArtefactError(f"{path} has more than {_MOST_TENSORS} tensors, which no model has")
         stored = {name: file.handle.get_tensor(name).clone() for name in file.handle.keys()}  # noqa: SIM118
     if digest(texts, stored) != texts.get("digest"):
         raise ArtefactError(f"{path} is damaged: its content does not match its digest; copy or save it again")
     tensors = dict(stored)
-    for name, source in from_json(texts.get("aliases", ""), dict, f"'aliases' of {path}").items():
+    aliases = from_json(texts.get("aliases", ""), dict, f"'aliases' of {path}")
+    if len(aliases) > _MOST_TENSORS:
+        raise ArtefactError(f"{path} has more than {_MOST_TENSORS} names of tensors, which no model has")
+    for name, source in aliases.items():
         if type(source) is not str or source not in stored:
             raise ArtefactError(f"{path}: tensor '{name}' is another name for {source!r}, which is missing")
         tensors[name] = stored[source]

@@ -31,7 +31,7 @@ from fxquant.graph.annotation import (
     note_fold,
 )
 from fxquant.runtime.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
-from fxquant.runtime.argument_json import value_to_json, values_from_json
+from fxquant.runtime.argument_json import MOST_VALUES, value_to_json, values_from_json
 from fxquant.runtime.module_json import module_from_json, module_to_json
 from fxquant.runtime.untrusted import (
     FLAG,
@@ -63,12 +63,13 @@ _GRAPH = {
     "coverage": NUMBER,
     "image_shape": SHAPE,
     "modules": OBJECT,
-    "nodes": listed(OBJECT, longest=20_000),
+    "nodes": listed(OBJECT, longest=10_000),
 }
 _GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
 _ANY = Kind("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
+_MOST_MODULES = 10_000  # those that hold others counted in
 _CALLS = ("call_function", "call_method", "call_module")
 
 
@@ -111,13 +112,14 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     graph = Graph()
     nodes: list[Node] = []
     constants: dict[str, Any] = {}
+    budget = [MOST_VALUES]
     for position, values in enumerate(read["nodes"]):
-        nodes.append(_node_from_json(values, position, graph, nodes))
+        nodes.append(_node_from_json(values, position, graph, nodes, budget))
         if nodes[-1].op == "get_attr":
             path = str(nodes[-1].target)
             if path not in constants:
                 constants[path] = _constant(path, tensors, values)
-    _check_structure(nodes, read["modules"])
+    _check_structure(nodes, read["modules"], constants)
     contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
     graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
     declare(graph_module, frozenset(map(Fact, read["facts"])))
@@ -161,7 +163,7 @@ def _constant(path: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any
     return tensor.clone()
 
 
-def _check_structure(nodes: list[Node], modules: Mapping[str, Any]) -> None:
+def _check_structure(nodes: list[Node], modules: Mapping[str, Any], constants: Mapping[str, Tensor]) -> None:
     ops = [node.op for node in nodes]
     inputs = ops.count("placeholder")
     if ops.count("output") != 1 or ops[-1] != "output" or inputs == 0:
@@ -172,8 +174,9 @@ def _check_structure(nodes: list[Node], modules: Mapping[str, Any]) -> None:
         raise ArtefactError("the graph does not begin with its inputs: the image, and others that have a default")
     if len({node.target for node in nodes[:inputs]}) != inputs:
         raise ArtefactError("two inputs of the graph have the same name")
-    for path in modules:
-        check_path(path)
+    paths = [check_path(path).split(".") for path in {*modules, *constants}]
+    if len({tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}) > _MOST_MODULES:
+        raise ArtefactError(f"the graph has more than {_MOST_MODULES} modules, which no model has")
     called = {str(node.target) for node in nodes if node.op == "call_module"}
     for node in nodes:
         if node.op == "call_module" and node.target not in modules:
@@ -204,13 +207,13 @@ def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
     return record | ({"notes": notes} if notes else {})
 
 
-def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node]) -> Node:
+def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node], budget: list[int]) -> Node:
     read = record(values, _NODE, f"node {position}", _NODE_OPTIONS)
     name = check_variable(read["name"], "node name", CODE_NAMES)
     where = f"node {name}"
     op, target = read["op"], read["target"]
     given = read.get("kwargs", {})
-    values = values_from_json([*read.get("args", []), *given.values()], nodes, where)
+    values = values_from_json([*read.get("args", []), *given.values()], nodes, where, budget)
     args = tuple(values[: len(values) - len(given)])
     names = (check_identifier(key, f"{where}: argument") for key in given)
     kwargs = dict(zip(names, values[len(args) :], strict=True))

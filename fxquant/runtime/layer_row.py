@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from fxquant.runtime.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, either, record, whole
+from fxquant.graph.annotation import Role
+from fxquant.runtime.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, choice, either, record, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class LayerRow:
 
 _BITS, _TEXT, _DECIBEL = (either(NOTHING, kind) for kind in (whole(1, 32), TEXT, NUMBER))
 _KINDS: dict[str, Kind] = {
-    "layer": TEXT, "role": TEXT, "block": either(NOTHING, whole(0, 10**6)), "weight_bits": _BITS,
+    "layer": TEXT, "role": choice(*map(str, Role)), "block": either(NOTHING, whole(0, 10**6)), "weight_bits": _BITS,
     "activation_bits": _BITS, "parameters": whole(), "macs": whole(), "activation_elements": whole(),
     "weight_sqnr_db": _DECIBEL, "activation_sqnr_db": _DECIBEL, "predicted_loss": NUMBER, "weight_quantizer": _TEXT,
     "activation_quantizer": _TEXT, "execution": TEXT, "pinned": FLAG, "left_bits": _BITS, "left_elements": whole(),

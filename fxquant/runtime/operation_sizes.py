@@ -21,6 +21,9 @@ from fxquant.errors import ArtefactError
 from fxquant.runtime.allowlist import FUNCTIONS
 
 _PLAIN = {call for name, call in FUNCTIONS.items() if name.partition(".")[0] in ("operator", "math", "builtins")}
+_DECIDING = {call for name, call in FUNCTIONS.items() if name.startswith("math.")} | {
+    builtins.float, builtins.int, builtins.max, builtins.min, operator.not_, operator.contains, torch._assert,
+}  # fmt: skip
 _LARGEST_POWER = 64
 _MOST_PIECES = 2**16
 
@@ -130,9 +133,11 @@ def _einsum(equation: str, left: Tensor, right: Tensor, reserve: Reserve) -> Ten
 
 def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options) -> None:
     """Raise ArtefactError for Python's own operations on texts and sequences, and for powers, that could blow up."""
+    values = [*args, *kwargs.values()]
+    if function in _DECIDING and any(isinstance(value, Tensor) for value in values):
+        raise ArtefactError(f"{function.__name__} makes a number of a tensor: what runs must not depend on the images")
     if function not in _PLAIN or function is builtins.getattr:
         return
-    values = [*args, *kwargs.values()]
     if any(isinstance(value, str | dict) for value in values):
         raise ArtefactError(f"{function.__name__} is given a text or a dict: it computes with numbers and tensors")
     if function in (operator.mul, operator.imul) and any(isinstance(value, tuple | list) for value in values):
@@ -194,10 +199,10 @@ def _repeated(args: Arguments, kwargs: Options) -> int:
 
 
 def _repeat_interleave(args: Arguments, kwargs: Options) -> int:
-    repeats = args[1] if len(args) > 1 else kwargs.get("repeats", 1)
-    if isinstance(repeats, Tensor):
-        return _broadcast(args[:1], {}) * max(1, int(repeats.clamp_min(0).max()) if repeats.numel() else 1)
-    return _broadcast(args[:1], {}) * max(1, int(repeats))
+    repeats = args[1] if len(args) > 1 else kwargs["repeats"]
+    if type(repeats) is not int:
+        raise ArtefactError("repeat_interleave repeats by a tensor: its size must not depend on the images")
+    return _broadcast(args[:1], {}) * max(1, repeats)
 
 
 def _range(args: Arguments, kwargs: Options) -> int:
@@ -263,7 +268,9 @@ def _attended(args: Arguments, kwargs: Options) -> int:
 
 def _classes(args: Arguments, kwargs: Options) -> int:
     count = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
-    return int(args[0].numel() * (count if count > 0 else int(args[0].max()) + 1))
+    if type(count) is not int or count < 1:
+        raise ArtefactError("one_hot is not told the number of classes: its size must not depend on the images")
+    return int(args[0].numel() * count)
 
 
 def _pooled(args: Arguments, kwargs: Options) -> int:

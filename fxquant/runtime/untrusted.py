@@ -11,6 +11,7 @@ import json
 import keyword
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ _RESERVED = frozenset(dir(GraphModule(nn.Module(), Graph()))) | frozenset(dir(Gr
 # In the code that torch.fx writes: the module, and the globals it always has.
 _SPOKEN_FOR = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
 _LONGEST_NAME = 512
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring, _BRIEF.maxlist = 80, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ SHAPE = listed(whole(0, 2**48), longest=16)
 def checked(value: Any, kind: Kind, what: str) -> Any:
     """The value. Raises ArtefactError, naming `what`, where it is not of this kind."""
     if not kind.holds(value):
-        raise ArtefactError(f"{what} is {value!r:.100}, not {kind.says}")
+        raise ArtefactError(f"{what} is {_BRIEF.repr(value)}, not {kind.says}")
     return value
 
 
@@ -178,6 +181,8 @@ def _check_tame(value: Any) -> None:
 def _check_text(text: str) -> None:
     if not text.isascii():
         text.encode()  # half a surrogate pair raises UnicodeEncodeError, a ValueError
+    if "\x1b" in text or "\x9b" in text:
+        raise ValueError("a text has characters that tell a terminal what to do")
 
 
 def field(document: Any, key: str, kind: Any, where: str, default: Any = ...) -> Any:

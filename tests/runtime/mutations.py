@@ -31,7 +31,7 @@ from fxquant.runtime.container import compress, decompress, pack_file, read_file
 from fxquant.runtime.module_settings import CLASSES
 
 Document = dict[str, Any]
-_COMPRESSED = ("graph", "journal", "allocation")
+_COMPRESSED = ("graph", "journal", "allocation", "answers")
 
 NAMES = [
     "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "len", "print", "forward",
@@ -224,15 +224,12 @@ def _tensor(case: Case) -> None:
 
 def _aliases(case: Case) -> None:
     name = case.dice.choice(sorted(case.modules))
-    spec = case.modules[name]
+    spec, own = case.modules[name], {k: t for k, t in case.tensors.items() if k.startswith(f"{name}.")}
     for index in range(case.dice.choice([10, 200])):
-        case.modules[f"{name}_{index}"] = copy.deepcopy(spec)
-        case.nodes.insert(
-            -1, {"name": f"m{index}", "op": "call_module", "target": f"{name}_{index}", "args": [{"node": 0}]}
-        )
-        case.tensors |= {
-            f"{name}_{index}{k.removeprefix(name)}": t for k, t in case.tensors.items() if k.startswith(name)
-        }
+        alias = f"{name}_{index}"
+        case.modules[alias] = copy.deepcopy(spec)
+        case.nodes.insert(-1, {"name": f"m{index}", "op": "call_module", "target": alias, "args": [{"node": 0}]})
+        case.tensors |= {alias + key.removeprefix(name): tensor for key, tensor in own.items()}
 
 
 def _grow(case: Case) -> None:
@@ -273,7 +270,7 @@ def _text(case: Case) -> None:
 
 
 def _anywhere(case: Case) -> None:
-    key = case.dice.choice([*case.documents, "card", "journal", "allocation", "graph", "graph"])
+    key = case.dice.choice([*case.documents, "graph", "graph"])
     action = case.dice.randrange(4)
 
     def change(owner: Any, place: Any) -> None:
