@@ -20,7 +20,6 @@ from tests.passes.models import images, vit
 
 CASES = textwrap.dedent("""
     import json, os, sys, tempfile
-    import fxquant.compiler  # once, not in every child
     from fxquant.cli import main
 
     def run(out, err, *words):
@@ -41,10 +40,8 @@ CASES = textwrap.dedent("""
 
     file = sys.argv[1]
     print(json.dumps({
-        "full": run("full", "", "inspect", file), "json": run("full", "", "inspect", file, "--json"),
-        "help": run("full", "", "--help"), "pipe": run("pipe", "", "inspect", file),
-        "stderr": run("none", "full", "inspect", "missing.fxq"), "usage": run("none", "full", "inspect"),
-        "both": run("full", "full", "inspect", file), "none": run("none", "", "inspect", file),
+        "version": run("full", "", "--version"), "help": run("full", "", "--help"), "pipe": run("pipe", "", "--help"),
+        "usage": run("none", "full", "inspect"), "inspect": run("full", "", "inspect", file),
     }))
 """)
 
@@ -61,13 +58,13 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_streams_that_cannot_be_written(artefact: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CASES, str(artefact)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    for case in ("full", "json", "help"):
+    for case in ("version", "help", "inspect"):
         code, errors = found[case]
         assert code == 2
         assert errors.startswith("error: output cannot be written")
         assert errors.count("\n") == 1
     assert found["pipe"] == [1, ""], "a reader that has gone ends the command quietly"
-    assert [found[case][0] for case in ("stderr", "usage", "both", "none")] == [2, 2, 2, 0]
+    assert found["usage"][0] == 2, "a stderr that is full changes nothing"
     assert "Traceback" not in done.stderr
 
 
