@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tests.bad_calls.entries import all_entries
-from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 
 from passes.calibrate import Calibrate
+from tests.bad_calls.entries import all_entries
+from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 
 
 def main() -> None:
