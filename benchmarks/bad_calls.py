@@ -21,7 +21,8 @@ from typing import NoReturn
 import torch
 
 from passes.calibrate import Calibrate
-from tests.bad_calls import CalibrationHasBegun, Outcome, all_entries, bad_calls
+from tests.bad_calls.entries import all_entries
+from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 
 
 def main() -> None:

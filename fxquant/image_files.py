@@ -10,6 +10,7 @@ from __future__ import annotations
 import lzma
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ _PART_BYTES = 2**24
 _RATIO, _SMALL_BYTES = 64, 2**28  # pictures shrink by less when they are compressed; small files may by more
 _DAMAGE = (
     OSError, ValueError, EOFError, SyntaxError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
-    MemoryError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    MemoryError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
 """What zipfile, numpy and PIL raise for damaged files."""
 

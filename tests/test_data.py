@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,102 @@ def test_bad_model_names_and_options() -> None:
     assert parse_option("act_layer=gelu") == ("act_layer", "gelu")
     with pytest.raises(ModelError, match="name=value"):
         parse_option("img_size")
+
+
+def npz_entry(path: Path, header: bytes, content: bytes, **options: object) -> Path:
+    """An .npz whose `images` has this header."""
+    with zipfile.ZipFile(path, "w", **options) as archive:  # type: ignore[arg-type]
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content)
+    return path
+
+
+def test_an_npz_is_held_against_what_its_header_claims(tmp_path: Path) -> None:
+    def written(shape: str, size: int, **options: object) -> Path:
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n"
+        return npz_entry(tmp_path / "a.npz", header.encode(), bytes(size), **options)
+
+    assert ImageData.open(written("(1, 8, 8)", 64), SMALL).count == 1
+    for shape, text in (
+        ("(2, 8, 8)", "is not what its bytes hold"),
+        ("(2000000, 9999, 9999)", "is not what its bytes hold"),
+        ("(-1, 8, 8)", "is not what its bytes hold"),
+        ("'x'", "cannot be read as an"),
+        ("(1, 8, 8", "cannot be read as an"),
+    ):
+        with pytest.raises(DataError, match=text):
+            ImageData.open(written(shape, 64), SMALL)
+    bomb = written("(1, 20000, 15000)", 300_000_000, compression=zipfile.ZIP_DEFLATED, compresslevel=1)
+    assert bomb.stat().st_size < 2_000_000
+    with pytest.raises(DataError, match="would have 300,000,0"):
+        ImageData.open(bomb, SMALL)
+
+
+def test_a_damaged_npz_of_every_compression_is_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 16, 16), dtype=np.uint8)
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4, 16, 16), }\n"
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        file = npz_entry(tmp_path / "a.npz", header, noise.tobytes(), compression=compression)
+        content = bytearray(file.read_bytes())
+        content[300:310] = b"\xff" * 10
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"cannot be read as an \.npz of plain arrays"):
+            ImageData.open(file, SMALL)
+    file = npz_entry(tmp_path / "locked.npz", header, noise.tobytes())
+    content = bytearray(file.read_bytes())
+    content[6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="encrypted"):
+        ImageData.open(file, SMALL)
+
+
+def test_arrays_in_the_order_of_fortran_and_values_that_are_not_finite(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).normal(size=(3, 3, 16, 16))
+    data = ImageData.open(npz(tmp_path, images=np.asfortranarray(images)), SMALL)
+    assert np.array_equal(next(data.batches())[0].numpy(), images.astype(np.float32))
+    images[1, 0, 0, 0] = 1e300
+    with pytest.raises(DataError, match="image 1 has values that are not finite"):
+        list(ImageData.open(npz(tmp_path, images=images), SMALL).batches())
+    with pytest.raises(DataError, match="has no images"):
+        ImageData.open(npz(tmp_path, images=np.zeros((3, 0, 28), dtype=np.uint8)), SMALL)
+
+
+def test_pictures_without_pixels_or_as_thin_as_a_thread(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "flat.ppm").write_bytes(b"P6 10 0 255\n")
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "b" / "thread.png")
+    wide = Preprocessing((3, 224, 224))
+    for place, message in ((tmp_path / "a", "flat.ppm"), (tmp_path / "b", "too narrow to be resized to 224")):
+        with pytest.raises(DataError, match=message):
+            load_images(place, 1, wide)
+
+
+def test_weights_of_the_wrong_kind_are_named(tmp_path: Path) -> None:
+    state = small_vit().state_dict()
+    changes = {
+        "complex64": {key: value.to(torch.complex64) for key, value in state.items()},
+        "int64": {**state, "head.weight": state["head.weight"].long()},
+        "bool": {**state, "head.weight": state["head.weight"].bool()},
+        "without values": {**state, "head.weight": state["head.weight"].to("meta")},
+    }
+    for text, changed in changes.items():
+        torch.save(changed, tmp_path / "a.pth")
+        with pytest.raises(ModelError, match=text):
+            load_weights(small_vit(), tmp_path / "a.pth")
+    torch.save({**state, "module.head.weight": state["head.weight"]}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="a name twice"):
+        load_weights(small_vit(), tmp_path / "a.pth")
+    torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="hold no state dict"):
+        load_weights(small_vit(), tmp_path / "a.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(DataError, match="EOFError"):
+        load_weights(small_vit(), tmp_path / "empty.pth")
+
+
+def test_options_of_a_model_bring_no_weights() -> None:
+    for option in ("pretrained", "checkpoint_path", "pretrained_cfg"):
+        with pytest.raises(ModelError, match=f"{option} brings other weights"):
+            load_model("vit_tiny_patch16_224", **{option: "x"})
+    assert parse_option("a=" + "[" * 100_000)[0] == "a"

@@ -15,8 +15,10 @@ def benchmark_model(
     backend: Annotated[
         list[str] | None, typer.Option(help="auto, cpu-native, cpu-onednn, cuda, openvino or simulated. Repeatable.")
     ] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; 1 and 32 by default.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that torch and the kernels use.")] = 1,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, max=65_536, help="Repeatable; 1 and 32 by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads that torch and the kernels use.")] = 1,
     seconds: Annotated[float, typer.Option(min=0, help="How long each batch size is measured.")] = 10.0,
     compiled: Annotated[
         bool, typer.Option("--compile", help="With torch.compile, which needs a C++ compiler.")
