@@ -69,7 +69,8 @@ def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[A
     context = PassContext(IMAGES, batch_size=2, cache=cache, journal=Journal())
     prefix, rest = split(pipeline)
     quantized = rest.run(run_prefix(prefix, TRACED, context), context)
-    notes = [(entry.step, entry.nodes_changed, entry.notes | {"recalled": 0}) for entry in context.journal.entries]
+    timed = {"recalled": None, "proof": None}
+    notes = [(entry.step, entry.nodes_changed, entry.notes | timed) for entry in context.journal.entries]
     return quantized.state_dict(), [quantized.code, *notes]
 
 
