@@ -61,7 +61,7 @@ class Proof:
         self._is_float = Fact.LOWERED not in facts_of(graph_module)
         self._expected = context.expected
         self._whose = "the model it was made from"
-        self._images = _images(graph_module, context)
+        self._given_images = context.images_bchw
         self._run: Run | None = None  # the last that was right
         self._is_proven = False  # whether the graph is still the one of that run
         self._restored: Tensors | None = None  # float tensors from before a pass replaced them
@@ -127,7 +127,7 @@ class Proof:
 
     def _prove(self, graph_module: GraphModule, what: str, context: PassContext | None = None) -> None:
         started = time.process_time()
-        run = run_in_float(graph_module, self._images, self._restored or {})
+        run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
         expected = run.output if self._expected is None else self._expected
         if not bool(torch.isfinite(expected).all()):
             raise CalibrationError("the model's output on the first calibration images is not finite")
@@ -145,10 +145,11 @@ class Proof:
             self._cpu_s = 0.0
 
     def _remedy(self) -> str:
-        passes = f"one of these passes did it: {', '.join(self._unproven)}" if self._unproven else "no pass has run yet"
+        first = "tracing missed something of the model, or " if self._run is None and self._expected is not None else ""
+        listed = f"one of these passes did it: {', '.join(self._unproven)}" if self._unproven else "no pass has run yet"
         return (
-            f"{passes}; repair it or leave it out, pipeline.without(...), or let it declare its effect, Effect.WEIGHTS "
-            f"or Effect.FUNCTION, if it is meant to change this (docs/writing_a_pass.md)"
+            f"{first}{listed}; repair it or leave it out, pipeline.without(...), or let it declare its effect, "
+            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/writing_a_pass.md)"
         )
 
 
@@ -234,9 +235,8 @@ def _constant(graph_module: GraphModule, node: Node) -> Tensor:
     return value
 
 
-def _images(graph_module: GraphModule, context: PassContext) -> Tensor:
-    """Two of the context's images, one twice where there is one; without any, images made from a seed."""
-    given = context.images_bchw
+def _images(graph_module: GraphModule, given: Tensor | None) -> Tensor:
+    """Two of the images given, one twice where there is one; without any, images made from a seed."""
     if given is not None and len(given):
         return given[torch.arange(IMAGES) % len(given)]
     return answer_images_for(graph_module)
