@@ -28,7 +28,7 @@ from fxquant.report.tables import Report
 from fxquant.runtime import artefact
 from fxquant.runtime.border import Border
 from fxquant.runtime.container import write_file
-from fxquant.runtime.known_answers import TOLERANCE, KnownAnswers, answer_images_for
+from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares, with_execution
 from fxquant.runtime.state import check_names, check_state, description
@@ -111,14 +111,14 @@ class Compiled(nn.Module):
     def check_answers(self) -> float:
         """Hold this model against its known answers; returns the relative difference, 0 where it has none.
 
-        Raises VerificationError beyond `known_answers.TOLERANCE`.
+        Raises VerificationError beyond the answers' tolerance.
         """
         if self.answers is None:
             return 0.0
         with torch.no_grad():
             output = self.graph_module(self.answers.images_for(self.graph_module))
         found = self.answers.difference(output)
-        if not found <= TOLERANCE:
+        if not found <= self.answers.tolerance:
             what = f"the model, which runs {self.card.get('execution', SIMULATED)},"
             raise VerificationError(
                 self.answers.described(output, found, what) + ": load it with another backend; if it is simulated "
@@ -241,8 +241,7 @@ class Compiled(nn.Module):
             check_onnxruntime()
         found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
         if check:
-            with torch.no_grad():
-                answers = self.answers or KnownAnswers.of(self.graph_module(answer_images_for(self.graph_module)))
+            answers = self.answers or KnownAnswers.measured(self.graph_module)
             check_in_onnxruntime(found.content, answers, answers.images_for(self.graph_module))
         write_file(Path(path), found.content)
         return found.layers

@@ -19,14 +19,16 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import BackendError
 from fxquant.graph.annotation import annotation_of
-from fxquant.runtime.known_answers import TOLERANCE, KnownAnswers, answer_images_for
+from fxquant.runtime.known_answers import KnownAnswers
 from passes.contract import PassContext
 from passes.lower import Lower
 
 
 @torch.no_grad()
-def prove_lowering(simulated: GraphModule, lowered: GraphModule, lower: Lower, answers: KnownAnswers | None) -> float:
-    """How far the lowered graph is from the simulated one, relative; neither is changed.
+def prove_lowering(
+    simulated: GraphModule, lowered: GraphModule, lower: Lower, answers: KnownAnswers | None
+) -> tuple[float, float]:
+    """How far the lowered graph is from the simulated one, relative, and how far it may be; neither is changed.
 
     Args:
         simulated: the graph that was lowered.
@@ -37,17 +39,14 @@ def prove_lowering(simulated: GraphModule, lowered: GraphModule, lower: Lower, a
     Raises BackendError beyond the tolerance, naming the first layer that differs; or saying that the simulated graph
     itself does not give its known answers here.
     """
-    if answers is None:
-        images = answer_images_for(simulated)
-        known = KnownAnswers.of(simulated(images))
-    else:
-        images, known = answers.images_for(simulated), answers
+    known = answers or KnownAnswers.measured(simulated)
+    images = known.images_for(simulated)
     output = lowered(images)
     found = known.difference(output)
-    if found <= TOLERANCE:
-        return found
+    if found <= known.tolerance:
+        return found, known.tolerance
     here = simulated(images)
-    if KnownAnswers.of(here).difference(output) <= TOLERANCE:
+    if KnownAnswers.of(here).difference(output) <= known.tolerance:
         raise BackendError(
             known.described(here, known.difference(here), "the simulated model, run here,")
             + "; its integer kernels agree with it: the model was saved on a machine or with versions of torch that "
@@ -55,18 +54,19 @@ def prove_lowering(simulated: GraphModule, lowered: GraphModule, lower: Lower, a
         )
     raise BackendError(
         known.described(output, found, f"the model lowered by {lower!r}")
-        + f": {first_difference(simulated, lower, images)}; run it simulated, load(path), or with another backend, and "
+        + f": {first_difference(simulated, lower, known)}; run it simulated, load(path), or with another backend, and "
         "report this"
     )
 
 
-def first_difference(simulated: GraphModule, lower: Lower, images_bchw: Tensor) -> str:
-    """The first layer whose output is another one when lowered, in words."""
+def first_difference(simulated: GraphModule, lower: Lower, answers: KnownAnswers) -> str:
+    """The first layer whose output is another one when lowered, beyond the answers' tolerance, in words."""
+    images = answers.images_for(simulated)
     lowered = copy.deepcopy(simulated)
     replace(lower, chains=False).apply(lowered, PassContext())
     wanted, found = _Values(simulated), _Values(lowered)
-    wanted.run(images_bchw.clone())
-    found.run(images_bchw.clone())
+    wanted.run(images.clone())
+    found.run(images.clone())
     names = {node.name: node for node in simulated.graph.nodes}
     hidden: list[str] = []
     for node in lowered.graph.nodes:
@@ -83,7 +83,7 @@ def first_difference(simulated: GraphModule, lower: Lower, images_bchw: Tensor) 
         same = [_relative(value, fit) for expected in likely if (fit := _rows_like(value, expected)) is not None]
         if not same:
             hidden.append(layer)
-        elif min(same) > TOLERANCE:
+        elif min(same) > answers.tolerance:
             between = f" (or one whose bytes it reads: {', '.join(hidden)})" if hidden else ""
             return f"the first layer that differs is '{layer}'{between}, by {min(same):.3g} of its output"
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ExportError, MissingExtraError
-from fxquant.runtime.known_answers import TOLERANCE, KnownAnswers
+from fxquant.runtime.known_answers import KnownAnswers
 
 
 def check_onnxruntime() -> None:
@@ -38,7 +38,7 @@ def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Ten
     except Exception as error:  # ONNX Runtime's errors have no common class
         raise ExportError(f"ONNX Runtime cannot run the exported model: {str(error).splitlines()[0]}") from error
     found = answers.difference(output)
-    if not found <= TOLERANCE:
+    if not found <= answers.tolerance:
         raise ExportError(
             answers.described(output, found, "ONNX Runtime, running the exported model,")
             + ": export again with weight_type='int8', and try another version of onnxruntime"

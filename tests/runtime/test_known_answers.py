@@ -13,7 +13,7 @@ import torch
 import fxquant
 from fxquant.errors import ArtefactError, BackendError, VerificationError
 from fxquant.runtime.container import pack_file, read_file
-from fxquant.runtime.known_answers import LARGEST, TOLERANCE, KnownAnswers, answer_images
+from fxquant.runtime.known_answers import LARGEST, LOOSEST, MARGIN, TOLERANCE, KnownAnswers, answer_images
 from passes.recipes import mptq_vit
 from tests.passes.models import images, vit
 
@@ -88,6 +88,15 @@ def test_a_file_without_them_loads(compiled: fxquant.Compiled, tmp_path: Path) -
     assert loaded.journal.entries[-1].notes["proof"]["difference"] <= TOLERANCE
 
 
+def test_the_tolerance_follows_what_rounding_does_to_the_model(compiled: fxquant.Compiled) -> None:
+    answers = compiled.answers
+    assert answers is not None
+    assert answers.rounding == KnownAnswers.measured(compiled.graph_module).rounding
+    assert replace(answers, rounding=0.0).tolerance == TOLERANCE
+    assert replace(answers, rounding=0.1).tolerance == pytest.approx(MARGIN * 0.1)
+    assert replace(answers, rounding=0.6).tolerance == LOOSEST
+
+
 def test_large_outputs_are_thinned() -> None:
     output = torch.arange(2 * 5000.0).reshape(2, 50, 100)
     answers = KnownAnswers.of(output)
@@ -97,13 +106,14 @@ def test_large_outputs_are_thinned() -> None:
     assert answers.difference(output[:, :5]) == answers.difference(output / 0) == answers.difference(3) == float("inf")
 
 
-GOOD: dict[str, Any] = {"seed": 1, "simulated": [[1.0, 2.0], [0.5, 1.0]], "float": None}
+GOOD: dict[str, Any] = {"seed": 1, "rounding": 0.01, "simulated": [[1.0, 2.0], [0.5, 1.0]], "float": None}
 
 
 @pytest.mark.parametrize("change", [
     {"seed": -1}, {"seed": 2**40}, {"seed": "1"}, {"simulated": []}, {"simulated": [[1.0], [1.0, 2.0]]},
     {"simulated": [[1.0, "2"], [0.5, 1.0]]}, {"simulated": [[], []]}, {"simulated": [[0.0] * 2000] * 2},
-    {"float": [[1.0], [2.0]]}, {"float": 3}, {"simulated": [3, 4]},
+    {"float": [[1.0], [2.0]]}, {"float": 3}, {"rounding": -0.1}, {"rounding": 2.0}, {"rounding": 1},
+    {"simulated": [3, 4]},
 ])  # fmt: skip
 def test_what_is_no_answers(change: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     assert KnownAnswers.from_json(GOOD).to_json() == GOOD
