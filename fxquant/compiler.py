@@ -206,7 +206,7 @@ def compile(
     prefix, rest = split(pipeline)
     check_budget(pipeline, source.with_roles)
     context = source.context
-    quantized = rest.run(run_prefix(prefix, source.traced, context), context)
+    quantized = rest.run(run_prefix(prefix, source.traced, context), context, in_place=True)
     protocol = protocol_card(model, source, pipeline, quantized, backend)
     return Compiled(
         quantized, allocation_of(quantized), context.journal, layer_rows(quantized), {**protocol, **(card or {})}

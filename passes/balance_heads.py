@@ -59,7 +59,7 @@ class BalanceHeads:
         products, refused = query_keys(graph_module, context.images)
         moments = _Moments(graph_module, products.values())
         with torch.no_grad():
-            for batch in context.batches("measuring queries and keys"):
+            for batch in context.each_image("measuring queries and keys"):
                 moments.run(batch)
         layers = {node for product in products.values() for node in (product.query, product.key)}
         for node in layers:

@@ -78,10 +78,15 @@ class SilentProgress:
 class PassContext:
     """What every pass is given.
 
-    images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
-    batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
-    float rounding. seed: of every random draw. cache: where scores are kept, in memory unless it has a folder.
-    progress: where long steps report. journal: where notes go. ahead: the passes that follow, which the pipeline says.
+    Args:
+        images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
+        batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
+            memory, does not change results beyond float rounding. Statistics are gathered image by image.
+        seed: of every random draw.
+        cache: where scores are kept, in memory unless it has a folder.
+        progress: where long steps report.
+        journal: where notes go.
+        ahead: the passes that follow, which the pipeline says.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -108,12 +113,15 @@ class PassContext:
             raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
         return self.images_bchw
 
-    def batches(self, label: str) -> Iterator[torch.Tensor]:
-        """Calibration images in batches of `batch_size`, with progress shown under `label`."""
-        batches = torch.split(self.images, self.batch_size)
-        task = self.progress.track(label, len(batches))
-        for batch in batches:
-            yield batch
+    def each_image(self, label: str) -> Iterator[torch.Tensor]:
+        """Calibration images one by one, (1, C, H, W), with progress shown under `label`.
+
+        Statistics are gathered so: the activations (and gradients) of one image only are alive at a time, and sums are
+        formed in one order, so that no batch size has a say in them.
+        """
+        task = self.progress.track(label, len(self.images))
+        for image in torch.split(self.images, 1):
+            yield image
             task.advance()
         task.close()
 

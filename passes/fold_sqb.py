@@ -76,7 +76,7 @@ class FoldSqb:
         }
         statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
-            for batch in context.batches("measuring LayerNorm outputs"):
+            for batch in context.each_image("measuring LayerNorm outputs"):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]

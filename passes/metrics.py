@@ -56,7 +56,7 @@ class FisherTrace:
         found = fisher_traces(
             graph_module,
             _weighted(nodes),
-            context.batches("Fisher traces"),
+            context.each_image("Fisher traces"),
             draws=self.draws,
             seed=context.seed,
             labels_n=torch.tensor(self.labels) if self.labels else None,
@@ -148,7 +148,7 @@ class NuclearNorm:
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer."""
-        norms = nuclear_norms(graph_module, context.batches("nuclear norms"))
+        norms = nuclear_norms(graph_module, context.each_image("nuclear norms"))
         scores, used = {}, {}
         for node in nodes:
             annotation = annotation_of(node)

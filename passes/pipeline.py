@@ -125,8 +125,10 @@ class Pipeline:
         self.position(kind)
         return Pipeline((step for step in self.passes if not isinstance(step, kind)), self.assumes)
 
-    def run(self, graph_module: GraphModule, context: PassContext) -> GraphModule:
+    def run(self, graph_module: GraphModule, context: PassContext, *, in_place: bool = False) -> GraphModule:
         """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
+
+        in_place: no copy is made, for a graph that nobody else will use; saves a model's memory.
 
         Raises PipelineError when the graph lacks a fact this pipeline assumes, CalibrationError for images that are not
         the graph's or not finite, VerificationError when a pass did not establish what it provides.
@@ -138,7 +140,7 @@ class Pipeline:
                 f"that provide them first"
             )
         _check_images(graph_module, context.images_bchw)
-        graph_module = copy.deepcopy(graph_module)
+        graph_module = graph_module if in_place else copy.deepcopy(graph_module)
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
             changed = step.apply(graph_module, dataclasses.replace(context, ahead=self.passes[index + 1 :]))

@@ -128,7 +128,7 @@ def _importance(graph_module: GraphModule, context: PassContext) -> dict[str, fl
     """I_l by layer, from the cache or the images."""
 
     def measure() -> dict[str, float]:
-        return Relevance(graph_module).importance(context.batches("relevance"))
+        return Relevance(graph_module).importance(context.each_image("relevance"))
 
     found: dict[str, float] = context.cache.recall(context.signature(graph_module, "importance"), measure)
     return found
