@@ -176,9 +176,10 @@ def compile(
     "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
     with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
     budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
-    batch_size: images per calibration step, bounds memory. cache: folder in which what was calibrated, searched and
-    scored is kept, so that the next budget on the same model, images and options only allocates, in any process; None
-    keeps nothing. card: entries to add to the protocol card, for example the data's name.
+    batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
+    calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
+    allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
+    the data.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
