@@ -1,10 +1,14 @@
-"""Seconds and peak memory of one compile, pass by pass; random weights and images, or given ones.
+"""CPU seconds and peak memory of compiling models, and how the seconds grow; random weights or given ones.
 
-    python benchmarks/compile_time.py deit_small_patch16_224 --budget W4A4
+    python benchmarks/compile_time.py vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 \\
+        vit_large_patch16_224 --recipe best --budget W4A8 --images 8
     python benchmarks/compile_time.py vit_tiny_patch16_224 --recipe lampq --weights W.safetensors --calibration C.npz
 
-How long UpdateBits of lampq searches depends on the weights, so that recipe wants real ones. The .npz file is that of
-accuracy.py. Kept in benchmarks/results/compile_time_MODEL_RECIPE.json.
+Every model is compiled in a process of its own, after a process that only runs its forward on the same images, eight
+at a time: `peak_ratio` is the peak of the one over that of the other. With two models or more the exponent is printed
+of seconds ~ parameters^exponent, fitted by least squares to the logarithms. How long UpdateBits of lampq searches
+depends on the weights, so that recipe wants real ones. The .npz file is that of accuracy.py. Kept in
+benchmarks/results/compile_time_MODEL_RECIPE.json.
 """
 
 from __future__ import annotations
@@ -12,22 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-from accuracy import normalized
+from torch import Tensor, nn
 
-import fxquant
-from fxquant.models import load_model
+RESULTS = Path(__file__).parent / "results"
+FORWARD_BATCH = 8
 
 
 def main() -> None:
-    """Compile once, print JSON and keep it in benchmarks/results/."""
+    """Compile each model once, print JSON and keep it in benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--budget", default="W4A4")
     parser.add_argument("--recipe", default="mptq_vit")
     parser.add_argument("--images", type=int, default=32)
@@ -35,21 +42,62 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--step", choices=("forward", "compile"), help="what a process of the benchmark's own does")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    if options.step:
+        torch.set_num_threads(options.threads)
+        torch.manual_seed(0)
+        print(json.dumps(forward_peak(options) if options.step == "forward" else compiled(options)))
+        return
+    found = []
+    for model in options.models:
+        passed_on = [argument for argument in sys.argv[1:] if argument not in options.models]
+        forward, result = (
+            json.loads(subprocess.check_output([sys.executable, __file__, model, *passed_on, "--step", step]))
+            for step in ("forward", "compile")
+        )
+        result |= {**forward, "peak_ratio": round(result["peak_mib"] / forward["forward_peak_mib"], 2)}
+        (RESULTS / f"compile_time_{model}_{options.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1), flush=True)
+        found.append(result)
+    if len(found) > 1:
+        sizes, seconds = (np.log([result[key] for result in found]) for key in ("parameters", "cpu_s"))
+        print(f"CPU seconds grow with parameters to the power of {np.polyfit(sizes, seconds, 1)[0]:.2f}")
+
+
+def given(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The model and its images."""
+    name = options.models[0]
     if options.weights:
-        named = load_model(options.model, options.weights, num_classes=options.num_classes)
+        from accuracy import normalized
+
+        from fxquant.models import load_model
+
+        named = load_model(name, options.weights, num_classes=options.num_classes)
         pixels = np.load(options.calibration)["images"][: options.images]
-        model, images = named.model, normalized(pixels, named.preprocessing.mean, named.preprocessing.std)
-    else:
-        model = timm.create_model(options.model, num_classes=options.num_classes).eval()
-        images = torch.randn(options.images, 3, 224, 224)
-    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return named.model, normalized(pixels, named.preprocessing.mean, named.preprocessing.std)
+    return timm.create_model(name, num_classes=options.num_classes).eval(), torch.randn(options.images, 3, 224, 224)
+
+
+def forward_peak(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a process that builds the model and runs the images through it; fxquant is not imported for it."""
+    model, images = given(options)
+    with torch.inference_mode():
+        for batch in images.split(FORWARD_BATCH):
+            model(batch)
+    return {"forward_peak_mib": peak_mib()}
+
+
+def compiled(options: argparse.Namespace) -> dict[str, Any]:
+    """What one compile takes."""
+    import fxquant
+
+    model, images = given(options)
     start, cpu = time.perf_counter(), time.process_time()
-    compiled = fxquant.compile(model, options.budget, calibration=images, recipe=options.recipe)
-    result = {
-        "model": options.model,
+    quantized = fxquant.compile(model, options.budget, calibration=images, recipe=options.recipe)
+    return {
+        "model": options.models[0],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights": "given" if options.weights else "random",
         "budget": options.budget,
         "recipe": options.recipe,
@@ -57,13 +105,14 @@ def main() -> None:
         "threads": options.threads,
         "wall_s": round(time.perf_counter() - start, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "peak_mib_before": round(before_mib),
-        "passes": {entry.step.split("(")[0]: round(entry.seconds, 2) for entry in compiled.journal.entries},
+        "peak_mib": peak_mib(),
+        "passes": {entry.step.split("(")[0]: round(entry.seconds, 2) for entry in quantized.journal.entries},
     }
-    path = Path(__file__).parent / "results" / f"compile_time_{options.model}_{options.recipe}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+
+
+def peak_mib() -> int:
+    """Of this process so far, resident."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

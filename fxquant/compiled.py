@@ -251,7 +251,7 @@ def _answer_anew(model: Compiled, incompatible_keys: object) -> None:
     """After another state was loaded: its answers take the place of those known; the float model's are not its own."""
     if model.answers is not None:
         with torch.no_grad():
-            images = answer_images_for(model.graph_module).to(model._device() or "cpu")
+            images = model.answers.images_for(model.graph_module).to(model._device() or "cpu")
             model.answers = KnownAnswers.of(model.graph_module(images))
 
 

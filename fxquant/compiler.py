@@ -69,9 +69,10 @@ def compile(
     "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
     with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
     budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
-    batch_size: images per calibration step, bounds memory. cache: folder in which what was calibrated, searched and
-    scored is kept, so that the next budget on the same model, images and options only allocates, in any process; None
-    keeps nothing. card: entries to add to the protocol card, for example the data's name.
+    batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
+    calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
+    allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
+    the data.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
@@ -100,7 +101,7 @@ def compile(
     prefix, rest = split(pipeline)
     check_budget(pipeline, source.with_roles)
     context = source.context
-    quantized = rest.run(run_prefix(prefix, source.traced, context), context)
+    quantized = rest.run(run_prefix(prefix, source.traced, context), context, in_place=True)
     return compiled_from(model, source, pipeline, quantized, context.journal, backend=backend, card=entries)
 
 

@@ -1,7 +1,7 @@
-"""Calibrate: run the calibration images through the graph and let every observer see its edge, batch by batch.
+"""Calibrate: run the calibration images through the graph and let every observer see its edge, image by image.
 
-Under the Hessian-guided metric each batch is also run backward, from logit gradients that need no labels
-(`fxquant.sensitivity.logit_gradients`). Only one batch of activations is alive at a time.
+Under the Hessian-guided metric each image is also run backward, from logit gradients that need no labels
+(`fxquant.sensitivity.logit_gradients`). Only one image's activations are alive at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Calibrate:
     gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
     weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
     gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
-    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per batch,
+    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per image,
     averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
     """
 
@@ -80,7 +80,7 @@ class Calibrate:
                 gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             with torch.no_grad():
                 for node, found in watched.items():
-                    _update(graph_module, node, found, recorder.inputs[node], gradients.get(node))
+                    _update(graph_module, node, found, recorder.inputs.pop(node), gradients.pop(node, None))
             recorder.forget()
         return len(observers)
 

@@ -92,7 +92,7 @@ class SilentProgress:
 
 
 class Gathered(Protocol):
-    """What a pass gathers over the calibration images, batch by batch, in a form that can be kept."""
+    """What a pass gathers over the calibration images, one by one, in a form that can be kept."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that going on from here depends on."""
@@ -105,13 +105,20 @@ class Gathered(Protocol):
 class PassContext:
     """What every pass is given.
 
-    images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
-    batch_size: images per forward (and backward) during calibration; bounds memory, does not change results beyond
-    float rounding. seed: of every random draw. cache: where scores are kept, in memory unless it has a folder.
-    progress: where long steps report. journal: where notes go. ahead: the passes that follow, which the pipeline says.
-    expected: what the model that was traced gives for the first two images (one of them twice where there is one),
-    which the graph is held against (`passes.proof`); None: what the graph itself gives before the first exact pass.
-    answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is lowered.
+    Args:
+        images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
+        batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
+            memory, does not change results beyond float rounding. Statistics are gathered image by image.
+        seed: of every random draw.
+        cache: where scores are kept, in memory unless it has a folder.
+        progress: where long steps report.
+        journal: where notes go.
+        ahead: the passes that follow, which the pipeline says.
+        expected: what the model that was traced gives for the first two images (one of them twice where there is one),
+            which the graph is held against (`passes.proof`); None: what the graph itself gives before the first exact
+            pass.
+        answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
+            lowered.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -140,44 +147,35 @@ class PassContext:
             raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
         return self.images_bchw
 
-    def batches(self, label: str) -> Iterator[torch.Tensor]:
-        """Calibration images in batches of `batch_size`, with progress shown under `label`."""
-        batches = torch.split(self.images, self.batch_size)
-        task = self.progress.track(label, len(batches))
-        for batch in batches:
-            yield batch
-            task.advance()
-        task.close()
-
     def gather(
         self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """`batches`, each with the index of its first image, for a pass that gathers something over all of them.
+        """Calibration images one by one, (1, C, H, W), each with its index, for a pass that gathers over all of them.
+
+        So the activations (and gradients) of one image only are alive at a time, and sums are formed in one order: no
+        batch size has a say in them. Progress is shown under `label`.
 
         Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
-        one that was killed is given that state and the batches that are left.
+        one that was killed is given that state and the images that are left.
 
         Args:
             label: shown with the progress.
-            gathered: what the caller updates with every batch.
+            gathered: what the caller updates with every image.
             graph_module: what the images run through.
             settings: JSON values that what is gathered depends on as well, such as the pass's repr.
         """
-        batches = torch.split(self.images, self.batch_size)
-        task = self.progress.track(label, len(batches))
-        key = "" if self.cache.folder is None else self.signature(graph_module, label, self.batch_size, *settings)
+        task = self.progress.track(label, len(self.images))
+        key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
         checkpoint = Checkpoint(self.cache, key)
         _, state = checkpoint.load() or ({}, {})
         done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
         if done:
             gathered.restore(state)
-        first = 0
-        for batch in batches:
-            if first >= done:
-                yield first, batch
-                seen = torch.tensor(first + len(batch))
+        for index, image in enumerate(torch.split(self.images, 1)):
+            if index >= done:
+                yield index, image
+                seen = torch.tensor(index + 1)
                 checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
-            first += len(batch)
             task.advance()
         task.close()
 

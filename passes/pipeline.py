@@ -134,11 +134,20 @@ class Pipeline:
 
     @checked(PipelineError)
     def run(
-        self, graph_module: GraphModule, context: PassContext, passed: Callable[[GraphModule], None] | None = None
+        self,
+        graph_module: GraphModule,
+        context: PassContext,
+        passed: Callable[[GraphModule], None] | None = None,
+        *,
+        in_place: bool = False,
     ) -> GraphModule:
         """Run all passes on a copy, verify the graph around each, write the journal; returns the copy.
 
-        passed: called after every pass with the graph, which it must not change.
+        Args:
+            graph_module: with the facts that this pipeline assumes.
+            context: images, seed, cache and journal for the passes.
+            passed: called after every pass with the graph, which it must not change.
+            in_place: no copy is made, for a graph that nobody else will use; saves a model's memory.
 
         Raises PipelineError when the graph lacks a fact this pipeline assumes, CalibrationError for images that are not
         the graph's or not finite, VerificationError when a pass did not establish what it provides, or is given a graph
@@ -152,7 +161,8 @@ class Pipeline:
                 f"that provide them first"
             )
         _check_images(graph_module, context.images_bchw)
-        given, graph_module = graph_module, copy.deepcopy(graph_module)
+        given = None if in_place else graph_module
+        graph_module = graph_module if in_place else copy.deepcopy(graph_module)
         proof = Proof(given, graph_module, context)
         del given  # the proof lets go of it, unless it is what will be lowered
         for index, step in enumerate(self.passes):

@@ -54,9 +54,9 @@ class Run:
 class Proof:
     """Watches the passes of one pipeline run."""
 
-    def __init__(self, given: GraphModule, graph_module: GraphModule, context: PassContext) -> None:
-        """given: what the pipeline was given, which no pass changes; graph_module: the copy that passes change."""
-        self._given: GraphModule | None = given
+    def __init__(self, given: GraphModule | None, graph_module: GraphModule, context: PassContext) -> None:
+        """given: what the pipeline was given, if no pass changes it; graph_module: what passes change."""
+        self._given = given
         self._simulated: GraphModule | None = None
         self._is_float = Fact.LOWERED not in facts_of(graph_module)
         self._expected = context.expected

@@ -24,10 +24,14 @@ Array = NDArray[np.float64]
 
 
 class Bfloat16Histogram:
-    """Accumulates values and, optionally, weights; `finish` gives the sorted moments."""
+    """Accumulates values and, optionally, weights; `finish` gives the sorted moments.
+
+    Kept are the buckets that hold values, in general some thousands: a model has a hundred histograms.
+    """
 
     def __init__(self) -> None:
-        self._moments = torch.zeros(6, BUCKETS, dtype=torch.float64)
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self._moments = torch.zeros(6, 0, dtype=torch.float64)
         self.weighted = False
 
     def update(self, x: Tensor, weight: Tensor | None = None, mass: Tensor | None = None) -> None:
@@ -37,17 +41,31 @@ class Bfloat16Histogram:
         """
         flat = x.detach().reshape(-1)
         keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
-        values = flat.double()
-        self._add(0, keys, values, None if mass is None else mass.detach().reshape(-1).double())
+        values, count = flat.double(), torch.bincount(keys, minlength=BUCKETS)
+        self._make_room(count)
+        if mass is None:
+            self._moments[0] += count[self._keys]
+            self._add(1, keys, values, values * values)
+        else:
+            self._add(0, keys, *_times_powers(mass, values))
         if weight is not None:
             self.weighted = True
-            self._add(3, keys, values, weight.detach().reshape(-1).double())
+            self._add(3, keys, *_times_powers(weight, values))
 
-    def _add(self, row: int, keys: Tensor, values: Tensor, weights: Tensor | None) -> None:
-        """Add sum w, sum w x and sum w x^2 to three rows of the moments; None: all weights are one."""
-        first = values if weights is None else weights * values
-        for offset, moment in enumerate((weights, first, first * values)):
-            self._moments[row + offset] += torch.bincount(keys, weights=moment, minlength=BUCKETS)
+    def _make_room(self, count: Tensor) -> None:
+        """Let every bucket that is counted in, int64 (65536,), have a column of the moments."""
+        occupied = count > 0
+        occupied[self._keys] = True
+        keys = occupied.nonzero()[:, 0]
+        if len(keys) > len(self._keys):
+            moments = torch.zeros(6, len(keys), dtype=torch.float64)
+            moments[:, torch.searchsorted(keys, self._keys)] = self._moments
+            self._keys, self._moments = keys, moments
+
+    def _add(self, row: int, keys: Tensor, *summands: Tensor) -> None:
+        """Add sums over the values of each bucket to rows of the moments, from `row` on."""
+        for offset, summand in enumerate(summands):
+            self._moments[row + offset] += torch.bincount(keys, weights=summand, minlength=BUCKETS)[self._keys]
 
     def state(self) -> dict[str, Tensor]:
         """The buckets that hold values, int64 (K,), their moments, float64 (6, K), and whether there are weights."""
@@ -65,6 +83,13 @@ class Bfloat16Histogram:
         used = np.flatnonzero(moments[0])
         used = used[np.argsort(moments[1, used] / moments[0, used])]
         return SortedMoments(np.ascontiguousarray(moments[:, used]), self.weighted)
+
+
+def _times_powers(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w, w x and w x^2, float64."""
+    weights = weight.detach().reshape(-1).double()
+    first = weights * values
+    return weights, first, first * values
 
 
 @dataclass(frozen=True)

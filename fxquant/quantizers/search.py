@@ -116,12 +116,12 @@ def _best_ranges(
         return cost
 
     # Downwards: what is clipped stays clipped, so a row that suffers from it need not go on.
-    rest = torch.arange(len(weight))
+    every = rest = torch.arange(len(weight))
     for ratio in COARSE_RATIOS:
-        cost = attempt(torch.full((len(rest), ends), ratio), rest)
-        rest = rest[cost <= HOPELESS * least[rest]]
         if not len(rest):
             break
+        cost = attempt(torch.full((len(rest), ends), ratio), rest if len(rest) < len(every) else slice(None))
+        rest = rest[cost <= HOPELESS * least[rest]]
     together, each = torch.ones(ends), torch.eye(ends) if has_zero_point else ()
     for moved, steps in ((together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each))):
         centre = best.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,8 +64,9 @@ class CalibrationSource:
 
     @cached_property
     def with_roles(self) -> GraphModule:
-        """A copy of the traced model after AssignRoles."""
-        return Pipeline([AssignRoles()]).run(self.traced, PassContext())
+        """A copy of the traced model after AssignRoles; its tensors are the traced model's own."""
+        tensors = {id(tensor): tensor for tensor in (*self.traced.parameters(), *self.traced.buffers())}
+        return Pipeline([AssignRoles()]).run(copy.deepcopy(self.traced, tensors), PassContext(), in_place=True)
 
     @cached_property
     def images(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions: two-dimensional ones are layers, whatever they pad with; every other kind stays float, and nothing fails."""
+"""Convolutions: two-dimensional ones are layers, whatever they pad with; every other kind stays float."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_other_convolutions_have_no_role(layer: nn.Module, dimensions: int) -> N
     graph_module = trace(Around(layer, dimensions), IMAGES_BCHW)
     AssignRoles().apply(graph_module, PassContext())
     verify(graph_module, Fact.ROLES_ASSIGNED)
-    roles = {str(node.target): annotation_of(node).role for node in graph_module.graph.nodes if node.op == "call_module"}
+    roles = {
+        str(node.target): annotation_of(node).role for node in graph_module.graph.nodes if node.op == "call_module"
+    }
     assert roles["layer"] is None
     assert None not in (roles["embed"], roles["head"])
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import nodes_with_role
 from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.quantizers.histogram import BUCKETS
 from fxquant.quantizers.observers import Observer
 from fxquant.sensitivity.logit_gradients import logit_gradients
 from passes.calibrate import Calibrate, heed_massive, input_weight
@@ -63,11 +64,14 @@ def assert_same_statistics(first: dict[str, Observer], second: dict[str, Observe
 
 
 @pytest.mark.parametrize("fisher", ["signs", "sampled", "arg-max", None])
-def test_streaming_equals_one_batch(observed: GraphModule, fisher: str | None) -> None:
+def test_the_batch_size_has_no_say_in_statistics(observed: GraphModule, fisher: str | None) -> None:
     options = {"fisher": fisher} if fisher else {"gradient": False}
-    results = [calibrated(observed, images(8), batch_size=size, **options) for size in (1, 3, 8)]
-    assert_same_statistics(results[0], results[2], 1e-3)
-    assert_same_statistics(results[1], results[2], 1e-3)
+    first, second = (calibrated(observed, images(8), batch_size=size, **options) for size in (3, 8))
+    assert_same_statistics(first, second, 0)
+    for name, one in first.items():
+        assert (one.coherence_sum, one.coherence_count) == (second[name].coherence_sum, second[name].coherence_count)
+        assert (one.statistics().moments.moments == second[name].statistics().moments.moments).all()
+        assert one.gram is None or torch.equal(one.gram, second[name].gram)
 
 
 def test_only_the_first_images_where_asked(observed: GraphModule) -> None:
@@ -97,7 +101,8 @@ def test_no_activation_is_kept(observed: GraphModule) -> None:
         for name, observer in calibrated(observed, images(count)).items():
             tensors = [value for value in vars(observer).values() if isinstance(value, Tensor)]
             if observer.histogram is not None:
-                tensors += [value for value in vars(observer.histogram).values() if isinstance(value, Tensor)]
+                kept = [value for value in vars(observer.histogram).values() if isinstance(value, Tensor)]
+                assert sum(tensor.numel() for tensor in kept) <= 7 * BUCKETS
             assert all(not tensor.requires_grad and tensor.grad_fn is None for tensor in tensors)
             sizes[name] = sum(tensor.numel() for tensor in tensors)
         return sizes
@@ -105,7 +110,7 @@ def test_no_activation_is_kept(observed: GraphModule) -> None:
     assert held(2) == held(9)
 
 
-def test_only_one_batch_of_activations_is_alive(observed: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_image_of_activations_is_alive(observed: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
@@ -123,9 +128,10 @@ def test_only_one_batch_of_activations_is_alive(observed: GraphModule, monkeypat
 
     monkeypatch.setattr(passes.calibrate, "_update", update)
     gc.collect()
-    calibrated(observed, images(6), batch_size=2)
+    calibrated(observed, images(6), batch_size=6)
     operands = sum(len(observers_of(observed, node)) for node in nodes_with_role(observed))
-    assert worst <= 2 * operands
+    assert worst <= operands
+    assert all(len(value) == 1 for reference in alive if (value := reference()) is not None)
     gc.collect()
     assert not any(reference() is not None for reference in alive)
 

@@ -19,7 +19,7 @@ from fxquant.errors import (
     PatternError,
     PipelineError,
 )
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, facts_of, nodes_with_role
 from fxquant.graph.printer import format_graph
 from fxquant.graph.tracing import trace
 from passes.allocate_bits import AllocateBits
@@ -288,3 +288,13 @@ def test_recipes_by_name() -> None:
 def test_recipes_refuse_unknown_families_when_built() -> None:
     with pytest.raises(PatternError):
         mptq_vit(4).replace(InsertObservers, InsertObservers(other="nope"))
+
+
+def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:
+    graph_module = trace(vit(depth=1), images(2))
+    pipeline = Pipeline([AssignRoles()])
+    copied = pipeline.run(graph_module, PassContext())
+    assert copied is not graph_module
+    assert Fact.ROLES_ASSIGNED not in facts_of(graph_module)
+    assert pipeline.run(graph_module, PassContext(), in_place=True) is graph_module
+    assert Fact.ROLES_ASSIGNED in facts_of(graph_module)

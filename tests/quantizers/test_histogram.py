@@ -83,6 +83,15 @@ def test_streaming_equals_one_update() -> None:
     assert whole.finish().signal == pytest.approx(float(x.double().square().sum()))
 
 
+def test_memory_is_that_of_the_buckets_that_hold_values() -> None:
+    histogram = Bfloat16Histogram()
+    for value in (1.0, 2.0, 1.0):
+        histogram.update(torch.full((5,), value), torch.ones(5))
+    held = [tensor for tensor in vars(histogram).values() if isinstance(tensor, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in held) == 2 * 7
+    assert histogram.finish().moments[[0, 3]].tolist() == [[10, 5], [10, 5]]
+
+
 def test_values_are_ascending_and_signed_zeros_do_not_disturb() -> None:
     histogram = Bfloat16Histogram()
     histogram.update(torch.tensor([0.0, -0.0, 3.0, -5.0, 1e-30, -1e-30]))
