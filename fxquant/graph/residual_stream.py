@@ -105,7 +105,7 @@ class _Search:
                 self.stream.norms.append(user)
         elif (user.op == "call_function" and user.target in _ADDITIONS) or moves_data(user):
             self._add(user)
-        elif user not in self.seen and not reads_shape(user):
+        elif not reads_shape(user):  # also a layer that writes the stream, as x + convolution(x) does
             self.stream.refusals.append(f"{user.name} ({user.op}) reads the residual stream and is no LayerNorm")
 
 

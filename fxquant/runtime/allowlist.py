@@ -31,14 +31,16 @@ _NAMES: dict[str, tuple[Any, str]] = {
         "logical_and logical_not logical_or logsumexp lt masked_fill matmul max maximum mean meshgrid min minimum "
         "mul multiply narrow ne neg norm ones ones_like outer permute pixel_shuffle "
         "pixel_unshuffle pow prod reciprocal relu remainder repeat_interleave reshape roll rot90 round rsqrt rsub "
-        "select selu sigmoid sign sin sinh softmax split sqrt square squeeze stack std sub sum swapaxes swapdims "
+        "select select_scatter selu sigmoid sign sin sinh slice_scatter softmax split sqrt square squeeze stack std "
+        "sub sum swapaxes swapdims "
         "t take tan tanh tensordot tile topk transpose tril triu unbind unflatten unsqueeze var var_mean where "
         "zeros zeros_like",
     ),
     "functional": (
         functional,
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d batch_norm celu conv1d "
-        "conv2d conv3d conv_transpose2d dropout elu fold gelu glu group_norm hardsigmoid hardswish hardtanh "
+        "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d dropout elu fold gelu glu group_norm "
+        "hardsigmoid hardswish hardtanh "
         "instance_norm interpolate layer_norm leaky_relu linear log_softmax logsigmoid max_pool1d max_pool2d mish "
         "normalize one_hot pad pixel_shuffle pixel_unshuffle prelu relu relu6 rms_norm scaled_dot_product_attention "
         "selu sigmoid silu softmax softmin softplus softsign tanh unfold upsample",

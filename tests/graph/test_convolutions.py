@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fxquant.graph.annotation import Fact, annotation_of
+from fxquant.graph.residual_stream import residual_streams
 from fxquant.graph.tracing import trace
 from fxquant.graph.verifier import verify
 from passes.assign_roles import AssignRoles
@@ -47,7 +48,7 @@ def test_other_convolutions_have_no_role(layer: nn.Module, dimensions: int) -> N
     roles = {
         str(node.target): annotation_of(node).role for node in graph_module.graph.nodes if node.op == "call_module"
     }
-    assert roles["layer"] is None
+    assert roles.get("layer") is None
     assert None not in (roles["embed"], roles["head"])
 
 
@@ -58,3 +59,20 @@ def test_other_padding_is_written_out(mode: str) -> None:
     layer = graph_module.get_submodule("layer")
     assert (type(layer), layer.padding, layer.padding_mode) == (nn.Conv2d, (0, 0), "zeros")
     torch.testing.assert_close(graph_module(IMAGES_BCHW), model(IMAGES_BCHW))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_layer_that_reads_and_writes_the_residual_stream_is_seen_to_read_it(mode: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = x + self.mix(x)
+            return self.head(self.norm(x.flatten(2).transpose(1, 2)).mean(1))
+
+    (stream,) = residual_streams(trace(Residual(), IMAGES_BCHW))
+    assert any("mix" in refusal and "reads the residual stream" in refusal for refusal in stream.refusals)

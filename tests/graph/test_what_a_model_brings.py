@@ -465,7 +465,7 @@ def test_names_of_submodules_and_arguments_do_not_matter() -> None:
     graph_module = copy.deepcopy(trace(model, images))
     with torch.no_grad():
         torch.testing.assert_close(graph_module(images), model(images))
-    assert {"self", "graph_", "meta_", "code_", "x"} <= linears_of(graph_module)
+    assert len(linears_of(graph_module)) == 9
 
 
 def test_weights_hidden_in_attention_are_refused_with_a_remedy_that_exists(plain: nn.Module) -> None:
