@@ -54,17 +54,15 @@ def declared_classes(model: nn.Module) -> int | None:
 def why_no_class_scores(graph_module: GraphModule) -> str | None:
     """What the model returns instead of class scores, in words; None where it returns them.
 
-    graph_module: traced, with shapes; observers may be in place.
+    graph_module: traced; observers may be in place. Of a graph without shapes nothing is said, None.
     """
     output: Any = graph_module.graph.output_node().args[0]
     source = output[0] if isinstance(output, tuple | list) and output else output
     shape = shape_of(source)
-    if shape is None or len(shape) != 2:
-        return (
-            "it gives something else"
-            if shape is None
-            else f"its output has shape (B, {', '.join(map(str, shape[1:]))})"
-        )
+    if shape is None:
+        return None  # a graph without shapes; what it gives is seen when it has run
+    if len(shape) != 2:
+        return f"its output has shape (B, {', '.join(map(str, shape[1:]))})"
     if shape[1] == 1:
         return "it gives one number per image, of which no distribution over classes can be made"
     declared = graph_module.meta.get(CLASSES)

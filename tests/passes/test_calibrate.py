@@ -18,7 +18,7 @@ from fxquant.sensitivity.logit_gradients import logit_gradients
 from passes.calibrate import Calibrate, heed_massive, input_weight
 from passes.contract import PassContext
 from passes.insert_observers import InsertObservers, observers_of
-from tests.passes.models import images, timm_model, traced, vit
+from tests.passes.models import VIT, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 
@@ -339,7 +339,7 @@ def test_hessian_metric_predicts_the_kl_divergence_of_a_small_error(observed: Gr
 
 def test_attention_pool_with_a_constant_query() -> None:
     """SigLIP's pool multiplies a query that no image reaches; its edges are calibrated all the same."""
-    model = timm_model("vit_base_patch16_siglip_224", img_size=32, embed_dim=24, depth=1, num_heads=3)
+    model = timm_model("vit_base_patch16_siglip_224", **{**VIT, "depth": 1})
     graph_module = traced(model, images(2))
     InsertObservers().apply(graph_module, PassContext())
     Calibrate().apply(graph_module, PassContext(images()))
