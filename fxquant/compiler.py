@@ -30,7 +30,7 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
-from passes.contract import Journal, ProgressReporter, SilentProgress, check_images
+from passes.contract import Journal, ProgressReporter, check_images, reporter_of
 from passes.lower import SIMULATED
 from passes.measure_latency import MeasureLatency
 from passes.pipeline import Pipeline
@@ -97,7 +97,7 @@ def compile(
         options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}
         options |= {} if latency is None else {"latency": latency}
         pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress())
+    source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
     prefix, rest = split(pipeline)
     check_budget(pipeline, source.with_roles)
     context = source.context

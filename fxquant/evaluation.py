@@ -13,7 +13,7 @@ from fxquant.arguments import whole
 from fxquant.data import ImageData
 from fxquant.errors import DataError, FxQuantError, ModelError, OptionError
 from fxquant.hints import checked
-from passes.contract import ProgressReporter, SilentProgress
+from passes.contract import ProgressReporter, reporter_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def evaluate(
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
     total = data.count if limit is None else min(limit, data.count)
-    task = (progress or SilentProgress()).track(label, -(-total // batch_size))
+    task = reporter_of(progress).track(label, -(-total // batch_size))
     correct = count = 0
     for images, labels in data.batches(batch_size, limit):
         assert labels is not None  # for_outputs has seen to it

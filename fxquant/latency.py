@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from fxquant.errors import DataError, FxQuantError, OptionError
 from fxquant.hints import checked
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
-from passes.contract import ProgressReporter, SilentProgress
+from passes.contract import ProgressReporter, reporter_of
 
 Variant = Callable[[Tensor], Tensor]
 _FEWEST_ROUNDS = 3
@@ -75,7 +75,7 @@ def measure(
     before = torch.get_num_threads()
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
-    task = (progress or SilentProgress()).track(f"batch {len(images_bchw)}", len(variants))
+    task = reporter_of(progress).track(f"batch {len(images_bchw)}", len(variants))
     try:
         torch.set_num_threads(threads)
         for name, run in variants.items():

@@ -34,7 +34,7 @@ from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.sweep import Prepared
 from fxquant.synthesis.synthesize import Synthesis
-from passes.contract import ProgressReporter, SilentProgress, check_images
+from passes.contract import ProgressReporter, check_images, reporter_of
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
@@ -143,7 +143,7 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = progress or SilentProgress()
+    progress = reporter_of(progress)
     prepared = Prepared(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
     )

@@ -36,7 +36,7 @@ from fxquant.runtime.container import write_file
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import AllocateBits
-from passes.contract import Journal, ProgressReporter, SilentProgress, check_images
+from passes.contract import Journal, ProgressReporter, check_images, reporter_of
 from passes.insert_observers import observers_of
 from passes.lower import SIMULATED
 from passes.pipeline import Pipeline
@@ -72,9 +72,7 @@ class Prepared:
         self.model, self.card = model, json_values("card", card or {}, OptionError)
         self._recipe, self._options = recipe_named(recipe), options
         self.pipeline("W8A8")  # refuses options that the recipe does not take
-        self._source = CalibrationSource(
-            model, calibration, seed, batch_size, Cache(cache), progress or SilentProgress()
-        )
+        self._source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
 
     @property
     def calibration(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.fx import GraphModule
 
-from fxquant.arguments import whole
+from fxquant.arguments import methods, whole
 from fxquant.cache import Cache, code_signature, signature
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.annotation import Fact
@@ -99,6 +99,27 @@ class Gathered(Protocol):
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go back to a state."""
+
+
+@dataclass(frozen=True)
+class CheckedProgress:
+    """A reporter of the caller's whose steps are checked, so that a wrong one is named at once.
+
+    reporter: the caller's. Raises OptionError where a step has no `advance` or no `close`.
+    """
+
+    reporter: ProgressReporter
+
+    def track(self, label: str, total: int) -> ProgressTask:
+        """Begin a step of `total` units."""
+        task = self.reporter.track(label, total)
+        methods("what the `track` of progress returns", task, ProgressTask, OptionError)
+        return task
+
+
+def reporter_of(progress: ProgressReporter | None) -> ProgressReporter:
+    """Where steps are reported: to nobody for None."""
+    return SilentProgress() if progress is None else CheckedProgress(progress)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fxquant import errors
 from fxquant.arguments import json_values, path, whole
 from fxquant.errors import CalibrationError, FxQuantError, OptionError
 from fxquant.hints import check_fields
+from passes.contract import SilentProgress, reporter_of
 
 
 class Named(Protocol):
@@ -82,3 +83,13 @@ def test_limits_paths_and_json_values() -> None:
         with pytest.raises(OptionError, match="card"):
             json_values("card", value, OptionError)
     assert json_values("card", {"a": (np.int64(1), None)}, OptionError) == {"a": [1, None]}
+
+
+def test_a_reporter_whose_steps_lack_a_method_is_named() -> None:
+    class Mute:
+        def track(self, label: str, total: int) -> None:
+            """Nothing to report with."""
+
+    with pytest.raises(OptionError, match="`track` of progress returns must be a ProgressTask, found None"):
+        reporter_of(Mute()).track("x", 1)  # type: ignore[arg-type]
+    assert isinstance(reporter_of(None), SilentProgress)

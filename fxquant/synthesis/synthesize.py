@@ -35,12 +35,13 @@ from fxquant.graph.tracing import known_image_shape, trace
 from fxquant.hints import check_fields, checked
 from fxquant.synthesis.priors import similarity_entropy, variation
 from passes.assign_roles import AssignRoles
-from passes.contract import PassContext, ProgressReporter, SilentProgress, check_draws
+from passes.contract import PassContext, ProgressReporter, check_draws, reporter_of
 from passes.pipeline import Pipeline
 
 _PAPER_NORMS = 4 * math.sqrt(32 * 3 * 224 * 224)  # sum of four norms for a root mean square difference of 1
 _PAPER_STD = 0.226  # of the normalisation its pixels are in (ImageNet's, mean over channels)
 _LEAST_PATCHES = 3
+_LARGEST_SIDE = 16_384
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Synthesis:
         least, most = self.variation
         for name in ("count", "steps", "checkpoint_steps"):
             whole(name, getattr(self, name), CalibrationError, least=1, most=1_000_000)
+        if self.image_shape is not None and not 1 <= min(self.image_shape) <= max(self.image_shape) <= _LARGEST_SIDE:
+            raise CalibrationError(f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}: {self}")
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
             raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
 
@@ -145,7 +148,7 @@ def synthesize(
     seed, batch_size = check_draws(seed, batch_size)
     pictures = Pictures.of(model, options)
     traced = Pipeline([AssignRoles()]).run(trace_without_images(model, pictures), PassContext())
-    return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), progress or SilentProgress())
+    return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), reporter_of(progress))
 
 
 def trace_without_images(model: nn.Module, pictures: Pictures) -> GraphModule:

@@ -68,6 +68,7 @@ def assemble(
     cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
+    search = SearchScales(bits, metric, weights=weights)
     insert = restrict_families(insert, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(
@@ -80,7 +81,7 @@ def assemble(
     )
     passes: list[Pass] = [AssignRoles(), CheckBudget()]
     passes += [] if chosen_fold is None else [chosen_fold]
-    passes += [insert, calibrate, SearchScales(bits, metric, weights=weights)]
+    passes += [insert, calibrate, search]
     passes += [] if score is None else [score]
     passes += [] if parsed.latency_ms is None else [timed(options)]
     return Pipeline([*passes, allocate, SubstituteQuantizers()])
