@@ -92,6 +92,17 @@ def test_memory_is_that_of_the_buckets_that_hold_values() -> None:
     assert histogram.finish().moments[[0, 3]].tolist() == [[10, 5], [10, 5]]
 
 
+def test_a_state_goes_on_where_it_was_kept() -> None:
+    whole, kept, resumed = Bfloat16Histogram(), Bfloat16Histogram(), Bfloat16Histogram()
+    x, weight = torch.randn(2, 50, generator=torch.Generator().manual_seed(3)), torch.ones(50)
+    whole.update(x[0], weight)
+    kept.update(x[0], weight)
+    resumed.restore(kept.state())
+    for histogram in (whole, resumed):
+        histogram.update(x[1], weight)
+    assert np.array_equal(whole.finish().moments, resumed.finish().moments)
+
+
 def test_values_are_ascending_and_signed_zeros_do_not_disturb() -> None:
     histogram = Bfloat16Histogram()
     histogram.update(torch.tensor([0.0, -0.0, 3.0, -5.0, 1e-30, -1e-30]))
