@@ -83,8 +83,9 @@ class CompensateWeights:
     def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
         """The weight (out, in), and the costs of rounding to nearest and of this."""
         rounded = compensate(rows, gram, quantizer, self.dampening, self.block)
-        seen = LowRank.of(gram)
-        costs = [seen.cost(error).sum(dtype=torch.float64) for error in (quantizer(rows) - rows, rounded - rows)]
+        seen = LowRank.of(gram.float())
+        errors = ((after - rows).float() for after in (quantizer(rows), rounded))
+        costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
         return {"weight": rounded, "costs": torch.stack(costs)}
 
 
