@@ -193,7 +193,12 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
     expected = fxquant.compile(model, "W4A4", calibration=images, allocator=Greedy())
     calls = []
     apply = fxquant.Pipeline.run
-    monkeypatch.setattr(fxquant.Pipeline, "run", lambda *given: (calls.append(len(given[0])), apply(*given))[1])
+
+    def run(pipeline: fxquant.Pipeline, *given: Any, **options: Any) -> Any:
+        calls.append(len(pipeline))
+        return apply(pipeline, *given, **options)
+
+    monkeypatch.setattr(fxquant.Pipeline, "run", run)
     prepared = Prepared(model, images)
 
     def measure(runs: torch.nn.Module, label: str) -> Accuracy:

@@ -220,11 +220,11 @@ def _widths(annotation: Annotation) -> list[tuple[str, int | None, list[int]]]:
 
 def _check_quantized(graph_module: fx.GraphModule) -> None:
     """Every node with bits calls a module that computes in them, unless an integer kernel has taken its place."""
+    if Fact.LOWERED in facts_of(graph_module):
+        return  # `lowered` says of each of these nodes what runs it; another runtime has taken them all
     nodes = [node for node in nodes_with_role(graph_module) if annotation_of(node).has_bits]
     if not nodes:
         raise _absent(Fact.QUANTIZED, "no node has bits", "AllocateBits and SubstituteQuantizers")
-    if Fact.LOWERED in facts_of(graph_module):
-        return  # `lowered` says of each of these nodes what runs it
     for node in nodes:
         annotation = annotation_of(node)
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -16,7 +16,7 @@ import fxquant
 from allocators.uniform import Uniform
 from fxquant import embedded
 from fxquant.errors import ArtefactError, BackendError
-from fxquant.graph.annotation import Fact, annotation_of, facts_of
+from fxquant.graph.annotation import Fact, annotate, annotation_of, facts_of, nodes_with_role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -247,6 +247,15 @@ def test_lowering_twice_changes_nothing() -> None:
     assert execution_of(twice) == execution_of(once)
 
 
+def note_bits(graph_module: GraphModule) -> None:
+    """Let linear layers' annotations say what was put into their modules by hand."""
+    for node in nodes_with_role(graph_module):
+        module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, simulated.QuantizedLinear):
+            weight_bits, (bits,) = module.operand_bits()
+            annotate(node, weight_bits=weight_bits, activation_bits=bits)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("change", "expected"),
@@ -273,6 +282,7 @@ def test_what_is_not_exact_stays_simulated(change: str, expected: str) -> None:
     name, quantizer = changes[change]
     setattr(fc1, name, quantizer)
     fc1.refresh()
+    note_bits(graph_module)
     low = lower(graph_module)
     assert execution_of(low)["blocks.0.mlp.fc1"].split()[0] == expected
     assert execution_of(low)["blocks.0.mlp.fc2"].split()[0] == "linear"
@@ -460,6 +470,7 @@ def test_cuda_leaves_models_alone_that_have_nothing_for_it(monkeypatch: pytest.M
     for module in graph_module.modules():
         if isinstance(module, simulated.QuantizedLinear):
             module.input_quantizer = None
+    note_bits(graph_module)
     low = lower(graph_module, "cuda")
     assert {str(parameter.device) for parameter in low.state_dict().values()} == {"cpu"}
 
