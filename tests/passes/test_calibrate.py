@@ -145,7 +145,7 @@ def test_statistics_are_those_of_the_edge(observed: GraphModule) -> None:
     )
     Calibrate(gradient=False).apply(graph_module, PassContext(x, batch_size=5))
     statistics = observers(graph_module)["observer_blocks_0_mlp_fc2_0"].statistics()
-    values = torch.cat(seen)  # of images one by one
+    values = torch.cat(seen[-5:])  # images come one by one; before, outlier channels are found
     assert statistics.minimum == float(values.min())
     assert statistics.maximum == float(values.max())
     assert statistics.mean_image_minimum == pytest.approx(float(values.flatten(1).amin(1).mean()))
