@@ -497,3 +497,29 @@ def test_several_arguments_are_refused_before_anything_runs() -> None:
         trace(Two(2, 2), IMAGES_BCHW)
     with pytest.raises(TraceError, match=r"Keyword\.forward takes 'images' by keyword only: wrap it"):
         trace(Keyword(2, 2), IMAGES_BCHW)
+
+
+class After(nn.Module):
+    """A function around a model's input or output."""
+
+    def __init__(self, body: nn.Module, after: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.body, self.after = body, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.body(x))
+
+
+def test_a_model_that_takes_no_negative_pixels_is_traced(plain: nn.Module) -> None:
+    model = nn.Sequential(After(nn.Identity(), torch.sqrt), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(trace(model, IMAGES_BCHW)(IMAGES_BCHW), model(IMAGES_BCHW), rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_that_are_no_numbers_or_not_of_each_image_are_refused(plain: nn.Module) -> None:
+    with pytest.raises(CalibrationError, match="NaN or infinite numbers for the example"):
+        trace(After(plain, lambda scores: scores / 0), IMAGES_BCHW)
+    with pytest.raises(TraceError, match="gives 1 numbers for one image and 1 for 3"):
+        trace(After(plain, lambda scores: scores.sum()), IMAGES_BCHW)
+    with pytest.raises(TraceError, match="gives 5 numbers for one image and 5 for 3"):
+        trace(After(plain, lambda scores: scores.mean(0)), IMAGES_BCHW)
