@@ -18,6 +18,7 @@ from torch.nn.modules import module as module_file
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
+from fxquant.graph.plain_model import copy_of
 from fxquant.graph.tracing import trace
 
 IMAGES_BCHW = torch.rand(3, 3, 8, 8)
@@ -523,3 +524,30 @@ def test_outputs_that_are_no_numbers_or_not_of_each_image_are_refused(plain: nn.
         trace(After(plain, lambda scores: scores.sum()), IMAGES_BCHW)
     with pytest.raises(TraceError, match="gives 5 numbers for one image and 5 for 3"):
         trace(After(plain, lambda scores: scores.mean(0)), IMAGES_BCHW)
+
+
+def test_methods_of_a_copy_are_bound_to_it(plain: nn.Module) -> None:
+    model = copy.deepcopy(plain)
+    model.head.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) * 2, model.head)
+    copied = copy_of(model)
+    assert copied.head.forward.__self__ is copied.head
+    check_traced(model)
+
+
+def test_modules_that_hooks_hold_in_any_way_are_not_touched(plain: nn.Module) -> None:
+    norm = nn.BatchNorm1d(5)
+
+    def keyword(module: nn.Module, args: object, scores: torch.Tensor, *, norm: nn.Module = norm) -> torch.Tensor:
+        return norm(scores)
+
+    hooks = (
+        keyword,
+        functools.partial(lambda first, module, args, scores: norm(scores), 1),
+        functools.partial(keyword, norm=norm),
+    )
+    for hook in hooks:
+        model = copy.deepcopy(plain)
+        model.head.register_forward_hook(hook)
+        before = state_of(norm)
+        copy_of(model)(IMAGES_BCHW)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
