@@ -26,6 +26,7 @@ from fxquant.errors import ModelError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COMPILED_FROM = "_torchdynamo_orig_callable"
+_DEEPEST = 4  # lists of lists in which functions are looked for
 
 
 def has_own_code(module: nn.Module) -> bool:
@@ -134,12 +135,18 @@ def _own_functions(module: nn.Module, memo: dict[int, Any]) -> None:
         module.forward = MethodType(forward, module)
 
 
-def _own_copied(value: Any, memo: dict[int, Any]) -> Any:
+def _own_copied(value: Any, memo: dict[int, Any], depth: int = 0) -> Any:
     """What deepcopy has copied, with the functions in it, which it takes as they are, copied too."""
     if isinstance(value, MethodType):
         return MethodType(_own_function(value.__func__, memo), memo.get(id(value.__self__), value.__self__))
     if isinstance(value, functools.partial):
         return functools.partial(_own_copied(value.func, memo), *value.args, **value.keywords)
+    if type(value) in (list, tuple, dict) and depth < _DEEPEST:
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        own = [_own_copied(item, memo, depth + 1) for item in items]
+        if all(new is old for new, old in zip(own, items, strict=True)):
+            return value
+        return dict(zip(value, own, strict=True)) if isinstance(value, dict) else type(value)(own)
     return _own_function(value, memo) if isinstance(value, FunctionType) else value
 
 
@@ -156,7 +163,7 @@ def _own_function(function: Any, memo: dict[int, Any]) -> Any:
     if id(function) not in memo:
         cells = tuple(CellType() for _ in function.__closure__ or ())
         own = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-        memo[id(function)] = own
+        memo[id(function)] = memo[id(own)] = own
         own.__defaults__ = tuple(_own_value(value, memo) for value in function.__defaults__ or ()) or None
         keywords = function.__kwdefaults__ or {}
         own.__kwdefaults__ = {name: _own_value(value, memo) for name, value in keywords.items()} or None

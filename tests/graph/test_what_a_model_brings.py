@@ -551,3 +551,30 @@ def test_modules_that_hooks_hold_in_any_way_are_not_touched(plain: nn.Module) ->
         before = state_of(norm)
         copy_of(model)(IMAGES_BCHW)
         assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+
+
+class Functions(nn.Module):
+    """Calls its layers through functions that it keeps in a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+        self.listed = [lambda scores: self.layer(scores), lambda scores: self.norm(scores)]
+        self.named = {"again": (self.again,)}
+
+    def again(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.layer(scores) + 1
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        for function in (*self.listed, *self.named["again"]):
+            scores = function(scores)
+        return scores
+
+
+def test_functions_in_lists_call_the_layers_of_the_copy(plain: nn.Module) -> None:
+    model = nn.Sequential(plain, Functions())
+    before = state_of(model.train())
+    graph_module = trace(model, IMAGES_BCHW)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {"1.layer", "1.norm"} <= {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
+    check_traced(model.eval())
