@@ -116,7 +116,7 @@ class Compiled(nn.Module):
         if self.answers is None:
             return 0.0
         with torch.no_grad():
-            output = self.graph_module(self.answers.images_for(self.graph_module))
+            output = self.graph_module(self.answers.images_for(self.graph_module).to(self._device()))
         found = self.answers.difference(output)
         if not found <= self.answers.tolerance:
             what = f"the model, which runs {self.card.get('execution', SIMULATED)},"
@@ -250,9 +250,7 @@ class Compiled(nn.Module):
 def _answer_anew(model: Compiled, incompatible_keys: object) -> None:
     """After another state was loaded: its answers take the place of those known; the float model's are not its own."""
     if model.answers is not None:
-        with torch.no_grad():
-            images = model.answers.images_for(model.graph_module).to(model._device() or "cpu")
-            model.answers = KnownAnswers.of(model.graph_module(images))
+        model.answers = KnownAnswers.measured(model.graph_module, pixels=model.answers.pixels)
 
 
 def _from_content(content: bytes) -> Compiled:

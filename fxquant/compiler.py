@@ -26,7 +26,7 @@ from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
 from fxquant.graph.annotation import Fact
 from fxquant.hints import checked
 from fxquant.protocol_card import layer_rows, protocol_card
-from fxquant.runtime.known_answers import KnownAnswers
+from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.synthesis.source import CalibrationSource
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate_bits import allocation_of
@@ -127,6 +127,6 @@ def compiled_from(
         card: entries that are added to the protocol card, or replace its own.
     """
     protocol = protocol_card(model, source, pipeline, quantized, backend)
-    answers = KnownAnswers.measured(quantized, source.model_outputs.answers)
+    answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
     layers = layer_rows(quantized)
     return Compiled(quantized, allocation_of(quantized), journal, layers, {**protocol, **(card or {})}, answers)

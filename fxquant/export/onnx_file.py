@@ -19,6 +19,7 @@ from fxquant.errors import ExportError, MissingExtraError
 from fxquant.export.qdq import with_qdq
 from fxquant.export.qdq_values import OPSET, Weight
 from fxquant.graph.annotation import Fact, annotation_of, facts_of
+from fxquant.graph.normalization import image_of
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")
@@ -42,12 +43,14 @@ def to_onnx(
     weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half the
     size, for runtimes that have it. card: JSON values for the metadata. The graph is not changed.
 
-    Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, an unknown weight_type, an
-    operation that torch cannot export, naming it, and more than 2 GiB.
+    Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, one that is not float32, an
+    unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.
     """
     check_export(weight_type)
     if Fact.LOWERED in facts_of(graph_module):
         raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
+    if (dtype := image_of(graph_module).meta["tensor_meta"].dtype) != torch.float32:
+        raise ExportError(f"the model computes in {dtype}, and ONNX files have float32: compile model.float()")
     layers_by_target = {
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
     }

@@ -12,6 +12,7 @@ normalization, pruning) the value they have: in inference it is always the same.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -25,6 +26,7 @@ from fxquant.errors import ModelError
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _COMPILED_FROM = "_torchdynamo_orig_callable"
+_DEEPEST = 4  # lists of lists in which functions are looked for
 
 
 def has_own_code(module: nn.Module) -> bool:
@@ -127,11 +129,25 @@ def _own_functions(module: nn.Module, memo: dict[int, Any]) -> None:
     """Let functions kept on the module, and its hooks, refer to the copy where they referred to the model."""
     for group in (vars(module), *(getattr(module, name) for name in _HOOKS)):
         for name, value in list(group.items()):
-            if isinstance(value, FunctionType | MethodType):
-                group[name] = _own_function(value, memo)
+            group[name] = _own_copied(value, memo)
     forward = getattr(type(module).forward, _COMPILED_FROM, None)
     if forward is not None:  # a class whose forward is decorated with torch.compile
         module.forward = MethodType(forward, module)
+
+
+def _own_copied(value: Any, memo: dict[int, Any], depth: int = 0) -> Any:
+    """What deepcopy has copied, with the functions in it, which it takes as they are, copied too."""
+    if isinstance(value, MethodType):
+        return MethodType(_own_function(value.__func__, memo), memo.get(id(value.__self__), value.__self__))
+    if isinstance(value, functools.partial):
+        return functools.partial(_own_copied(value.func, memo), *value.args, **value.keywords)
+    if type(value) in (list, tuple, dict) and depth < _DEEPEST:
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        own = [_own_copied(item, memo, depth + 1) for item in items]
+        if all(new is old for new, old in zip(own, items, strict=True)):
+            return value
+        return dict(zip(value, own, strict=True)) if isinstance(value, dict) else type(value)(own)
+    return _own_function(value, memo) if isinstance(value, FunctionType) else value
 
 
 def _own_function(function: Any, memo: dict[int, Any]) -> Any:
@@ -139,14 +155,18 @@ def _own_function(function: Any, memo: dict[int, Any]) -> Any:
     function = getattr(function, _COMPILED_FROM, function)
     if isinstance(function, MethodType):
         return MethodType(_own_function(function.__func__, memo), _own_value(function.__self__, memo))
-    if not isinstance(function, FunctionType) or not (function.__closure__ or function.__defaults__):
+    holds = isinstance(function, FunctionType) and (
+        function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    )
+    if not holds:
         return function
     if id(function) not in memo:
         cells = tuple(CellType() for _ in function.__closure__ or ())
         own = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-        memo[id(function)] = own
+        memo[id(function)] = memo[id(own)] = own
         own.__defaults__ = tuple(_own_value(value, memo) for value in function.__defaults__ or ()) or None
-        own.__kwdefaults__ = function.__kwdefaults__
+        keywords = function.__kwdefaults__ or {}
+        own.__kwdefaults__ = {name: _own_value(value, memo) for name, value in keywords.items()} or None
         for cell, given in zip(cells, function.__closure__ or (), strict=True):
             try:
                 cell.cell_contents = _own_value(given.cell_contents, memo)
@@ -159,7 +179,7 @@ def _own_value(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, FunctionType | MethodType):
         return _own_function(value, memo)
     try:
-        return copy.deepcopy(value, memo)
+        return _own_copied(copy.deepcopy(value, memo), memo)
     except Exception:  # as an attribute that cannot be copied: shared
         return value
 

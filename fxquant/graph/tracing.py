@@ -86,8 +86,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
 
 
 def _images(example_bchw: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """A batch of different images made from the first one."""
-    factors = torch.linspace(1, -1, batch_size + 1, device=example_bchw.device, dtype=example_bchw.dtype)[:-1]
+    """A batch of different images made from the first one: it, and darker ones, which every model takes."""
+    factors = torch.linspace(1, 0, batch_size + 1, device=example_bchw.device, dtype=example_bchw.dtype)[:-1]
     return example_bchw[:1] * factors.view(-1, 1, 1, 1)
 
 
@@ -109,6 +109,17 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tens
                 f"{type(root).__name__} returns a {type(output).__name__}, not one tensor: wrap it in a module whose "
                 "forward returns the tensor to quantize for"
             )
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(
+                f"{type(root).__name__} gives NaN or infinite numbers for the example, or for the same image darker: "
+                "preprocess images as the model wants them, and check its weights"
+            )
+    one, several = (output.numel() for output in outputs)
+    if several != one * _CHECKED_BATCH_SIZES[1]:
+        raise TraceError(
+            f"{type(root).__name__} gives {one} numbers for one image and {several} for {_CHECKED_BATCH_SIZES[1]}: "
+            "wrap it in a module whose forward returns as much for every image of the batch"
+        )
     difference = _difference(again, outputs[0])
     if not difference <= _tolerance(outputs[0]):
         raise TraceError(

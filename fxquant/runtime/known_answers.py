@@ -2,11 +2,14 @@
 
 The images are smooth noise from a seed, by numpy's legacy generator, whose numbers are frozen, and additions and
 multiplications alone: no version of any library and no machine changes them. They are coarse random grids of two sizes,
-interpolated, so that they have shapes of several sizes and scores differ between them.
+interpolated, so that they have shapes of several sizes and scores differ between them. Where the model was calibrated
+on images, they are clamped to the range of those, since a model that begins with a logarithm takes no others.
 
 Whatever else runs the model (integer kernels, another runtime, another machine) is held against the simulated answers:
 
     sqrt(mean (found - expected)^2)  <=  tolerance (root mean square of expected, less its mean over classes)
+
+(of one number per image, less nothing: there is no other to compare it with).
 
 Codes at the edge between two levels fall either way with the rounding of float32, and what comes after them moves with
 them. How far depends on the model: one of 12 untrained blocks at 4 bits gives scores that differ by 10 % where images
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.errors import ArtefactError
+from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.normalization import image_of
 from fxquant.runtime.untrusted import field
 
@@ -35,6 +38,10 @@ TOLERANCE, MARGIN, LOOSEST = 0.05, 3.0, 0.7
 JITTER = 1e-6  # relative, of images: about what the rounding of a layer's sums comes to
 LARGEST = 1024  # numbers that are kept of one image's output
 _GRIDS = ((3, 1.2), (8, 0.8))  # points along a side, and the height of the noise
+
+
+Range = tuple[float, float]
+"""The least and the largest value that pixels of an image may have."""
 
 
 def answer_images(image_shape: tuple[int, ...], seed: int = SEED) -> Tensor:
@@ -62,20 +69,39 @@ class KnownAnswers:
     """Outputs for `answer_images`, float32 (2, n), n at most LARGEST: of larger outputs evenly spaced numbers.
 
     simulated: of the quantized model. float_model: of the model that was compiled; None where it is not known.
-    rounding: how far the quantized model's outputs move, relative, where the images move by JITTER.
+    rounding: how far the quantized model's outputs move, relative, where the images move by JITTER. pixels: what the
+    images are clamped to, None where they are not.
     """
 
     simulated: Tensor
     float_model: Tensor | None = None
     seed: int = SEED
     rounding: float = 0.0
+    pixels: Range | None = None
 
     @classmethod
     @torch.no_grad()
-    def measured(cls, simulated: GraphModule, float_output: Tensor | None = None) -> KnownAnswers:
-        """Run a simulated graph on the images, and on images that differ by JITTER."""
-        images = answer_images_for(simulated)
-        found = cls.of(simulated(images), float_output)
+    def measured(
+        cls, simulated: GraphModule, float_output: Tensor | None = None, pixels: Range | None = None
+    ) -> KnownAnswers:
+        """Run a simulated graph on the images, where it is, and on images that differ by JITTER.
+
+        Args:
+            simulated: the graph; it is not changed.
+            float_output: of the model that was compiled, for `answer_images_for(simulated, pixels=pixels)`.
+            pixels: what the images are clamped to.
+
+        Raises CalibrationError where the output is not finite: nothing could be held against it.
+        """
+        device = next((tensor.device for tensor in (*simulated.parameters(), *simulated.buffers())), None)
+        images = answer_images_for(simulated, pixels=pixels).to(device)
+        found = replace(cls.of(simulated(images), float_output), pixels=pixels)
+        if not bool(found.simulated.isfinite().all()):
+            raise CalibrationError(
+                "the quantized model gives NaN or infinite numbers for smooth noise in the range of the calibration "
+                "images, so nothing could prove that it is lowered, saved and exported right: let its forward take "
+                "every image (clamp before a logarithm or a root)"
+            )
         rounding = found.difference(simulated(images * (1 + JITTER)))
         return replace(found, rounding=min(rounding, LOOSEST))
 
@@ -91,18 +117,19 @@ class KnownAnswers:
 
     def images_for(self, graph_module: GraphModule) -> Tensor:
         """The images (2, C, H, W) in the shape and dtype that a graph takes."""
-        return answer_images_for(graph_module, self.seed)
+        return answer_images_for(graph_module, self.seed, self.pixels)
 
     def difference(self, output: Any) -> float:
         """How far an output for the images is from the simulated answer, relative; infinite where nothing fits."""
-        if not isinstance(output, Tensor) or len(output) != COUNT:
+        if not isinstance(output, Tensor) or output.numel() % COUNT:
             return math.inf
         found = _kept(output)
         if found.shape != self.simulated.shape:
             return math.inf
         expected = self.simulated.double()
-        spread = float((expected - expected.mean(1, keepdim=True)).square().mean().sqrt())
-        spread = max(spread, 1e-4 * float(expected.abs().max()), 1e-12)  # of outputs of one number
+        middle = expected.mean(1, keepdim=True) if expected.shape[1] > 1 else 0
+        spread = float((expected - middle).square().mean().sqrt())
+        spread = max(spread, 1e-4 * float(expected.abs().max()), 1e-12)  # of outputs that are all equal
         relative = float((found.double() - expected).square().mean().sqrt()) / spread
         return relative if math.isfinite(relative) else math.inf
 
@@ -120,6 +147,7 @@ class KnownAnswers:
         return {
             "seed": self.seed,
             "rounding": self.rounding,
+            "pixels": None if self.pixels is None else list(self.pixels),
             "simulated": self.simulated.tolist(),
             "float": known,
         }
@@ -134,22 +162,33 @@ class KnownAnswers:
         rounding = field(document, "rounding", float, where)
         if not 0 <= rounding <= LOOSEST:
             raise ArtefactError(f"{where} move by {rounding} with rounding, which is not from 0 to {LOOSEST}")
+        pixels = document.get("pixels")
+        is_range = type(pixels) is list and len(pixels) == 2 and all(type(end) is float for end in pixels)
+        if pixels is not None and not (is_range and -math.inf < pixels[0] <= pixels[1] < math.inf):
+            raise ArtefactError(f"{where} have pixels from {pixels!s:.80}, which is no range of two numbers")
         simulated = _rows(field(document, "simulated", list, where), where)
         given = document.get("float")
         known = None if given is None else _rows(given, where)
         if known is not None and known.shape != simulated.shape:
             raise ArtefactError(f"{where} of the float model have another shape than those of the simulated one")
-        return cls(simulated, known, seed, rounding)
+        return cls(simulated, known, seed, rounding, None if pixels is None else (pixels[0], pixels[1]))
 
 
-def answer_images_for(graph_module: GraphModule, seed: int = SEED) -> Tensor:
-    """`answer_images` in the shape and dtype that a graph takes."""
+def answer_images_for(graph_module: GraphModule, seed: int = SEED, pixels: Range | None = None) -> Tensor:
+    """`answer_images` in the shape and dtype that a graph takes, clamped to a range of pixels if there is one."""
     image = image_of(graph_module).meta["tensor_meta"]
-    return answer_images(tuple(image.shape[1:]), seed).to(image.dtype)
+    images = answer_images(tuple(image.shape[1:]), seed).to(image.dtype)
+    return images if pixels is None else images.clamp(*pixels)
+
+
+def range_of(images_bchw: Tensor) -> Range | None:
+    """The least and the largest pixel of some images; None where all are equal, since answers need two images."""
+    least, largest = float(images_bchw.min()), float(images_bchw.max())
+    return (least, largest) if least < largest else None
 
 
 def _kept(output: Tensor) -> Tensor:
-    rows = output.detach().cpu().float().reshape(len(output), -1)
+    rows = output.detach().cpu().float().reshape(COUNT, -1)
     return rows[:, :: -(-rows.shape[1] // LARGEST)].contiguous() if rows.shape[1] else rows
 
 

@@ -37,11 +37,13 @@ _SAME_SIZE = (
     "contiguous cos deg2rad detach div div_ double dropout elu eq erf exp exp2 expm1 float floor floor_divide "
     "floordiv fmod ge gelu glu gt half hardsigmoid hardswish hardtanh iadd imul int invert isfinite isub itruediv "
     "le leaky_relu log log10 log1p log2 log_softmax logical_and logical_not logical_or logsigmoid long lt "
-    "masked_fill maximum minimum mish mod mul mul_ multiply ne neg normalize not_ or_ pos pow prelu reciprocal relu "
-    "relu6 relu_ remainder round rsqrt rsub selu sigmoid sign silu sin sinh softmax softmin softplus softsign sqrt "
-    "square sub sub_ tan tanh to truediv type_as where xor layer_norm rms_norm batch_norm group_norm instance_norm "
-    "bucketize empty_like full_like ones_like zeros_like flip roll rot90 tril triu cumsum argsort gather scatter "
-    "pixel_shuffle pixel_unshuffle"
+    "masked_fill maximum minimum mish mod mul mul_ multiply ne neg normalize not_ or_ pos pow prelu reciprocal "
+    "relu relu6 relu_ remainder round rsqrt rsub selu sigmoid sign silu sin sinh softmax softmin softplus "
+    "softsign sqrt square sub sub_ tan tanh to truediv type_as where xor layer_norm rms_norm batch_norm "
+    "group_norm instance_norm bucketize empty_like full_like ones_like zeros_like flip roll rot90 tril triu "
+    "cumsum argsort gather scatter pixel_shuffle pixel_unshuffle acos asin atan cosh cumprod divide erfc fmax "
+    "fmin frac hypot isinf isnan logaddexp nan_to_num negative rad2deg sgn subtract true_divide trunc hardshrink "
+    "softshrink tanhshrink"
 )
 _REDUCTIONS = (
     "all amax amin any argmax argmin logsumexp max mean min norm prod std sum var var_mean topk avg_pool1d "
@@ -63,7 +65,7 @@ def predicted_elements(name: str, args: Arguments, kwargs: Options) -> int:
         return _broadcast(args, kwargs)
     if name in _RULES:
         return _RULES[name](args, kwargs)
-    if not any(True for _ in _tensors((args, kwargs))):
+    if not any(True for _ in tensors_in((args, kwargs))):
         return 0  # of numbers come numbers
     return _meta_elements(name, args, kwargs)
 
@@ -147,18 +149,21 @@ def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options
         raise ArtefactError(f"a power of more than {_LARGEST_POWER}")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a value: in tuples, lists, dicts and the ends of slices."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, slice):
+        yield from tensors_in((value.start, value.stop, value.step))
 
 
 def _broadcast(args: Arguments, kwargs: Options) -> int:
-    shapes = [tensor.shape for tensor in _tensors((args, kwargs))]
+    shapes = [tensor.shape for tensor in tensors_in((args, kwargs))]
     try:
         return math.prod(np.broadcast_shapes(*shapes)) if shapes else 0  # torch's own loads its compiler
     except ValueError:  # what does not broadcast gives no more than the largest
@@ -220,7 +225,7 @@ def _padded(args: Arguments, kwargs: Options) -> int:
 
 
 def _joined(args: Arguments, kwargs: Options) -> int:
-    return sum(tensor.numel() for tensor in _tensors((args, kwargs)))
+    return sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
 
 
 def _indexed(args: Arguments, kwargs: Options) -> int:
@@ -254,7 +259,7 @@ def _width(item: Any) -> int:
 
 def _selected(args: Arguments, kwargs: Options) -> int:
     """Of `index_select` and `take`: elements of the index, each of a row."""
-    tensors = list(_tensors((args, kwargs)))
+    tensors = list(tensors_in((args, kwargs)))
     axis = args[1] if len(args) > 1 and type(args[1]) is int else kwargs.get("dim", 0)
     rows = tensors[0].shape[axis] if type(axis) is int and tensors[0].ndim else 1
     return tensors[0].numel() // max(rows, 1) * tensors[-1].numel()
@@ -284,7 +289,7 @@ def _product_elements(added: Tensor, left: Tensor, right: Tensor) -> int:
 
 
 def _outer(args: Arguments, kwargs: Options) -> int:
-    return math.prod(tensor.numel() for tensor in _tensors((args, kwargs)))
+    return math.prod(tensor.numel() for tensor in tensors_in((args, kwargs)))
 
 
 _RULES: dict[str, Callable[[Arguments, Options], int]] = {

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.errors import ArtefactError
 from fxquant.runtime.module_shapes import module_result
-from fxquant.runtime.operation_sizes import check_numbers, predicted_elements, stand_in
+from fxquant.runtime.operation_sizes import check_numbers, predicted_elements, stand_in, tensors_in
 from fxquant.runtime.untrusted import FLOATS
 
 _IMAGES = 2
@@ -99,7 +98,7 @@ class _Run:
         for node in nodes:
             where = f"node {node.name}"
             sources = [self.values[source] for source in node.all_input_nodes]
-            versions = [(tensor, tensor._version) for tensor in _tensors(sources)]
+            versions = [(tensor, tensor._version) for tensor in tensors_in(sources)]
             try:
                 value = image if node is nodes[0] else self.value(node, where)
             except ArtefactError as error:
@@ -110,7 +109,7 @@ class _Run:
             self.keep(node, value, where)
             self.check_stated(node, value, where)
             if node.op in ("placeholder", "get_attr"):
-                self.caller_owned.update((tensor.untyped_storage()._cdata, tensor) for tensor in _tensors(value))
+                self.caller_owned.update((tensor.untyped_storage()._cdata, tensor) for tensor in tensors_in(value))
             written = [tensor for tensor, version in versions if tensor._version != version]
             if any(tensor.untyped_storage()._cdata in self.caller_owned for tensor in written):
                 raise ArtefactError(f"{where} ({_name(node)}) writes to the image or to a constant, which must stay")
@@ -129,7 +128,7 @@ class _Run:
             owner, _, name = str(node.target).rpartition(".")
             constant: Tensor = getattr(self.graph_module.get_submodule(owner), name)
             return constant.detach().clone()
-        tensors = list(_tensors(arguments))
+        tensors = list(tensors_in(arguments))
         self.touch(sum(_bytes(tensor) for tensor in tensors), where)
         if node.op == "call_module":
             return module_result(self.graph_module.get_submodule(str(node.target)), args, self.reserve)
@@ -172,7 +171,7 @@ class _Run:
         """Hold a value, once it is one that may flow."""
         _check_value(value, where)
         self.values[node] = value
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             self.touch(_bytes(tensor), where)
             storage = tensor.untyped_storage()
             self.alive_bytes += 0 if self.alive[storage._cdata] else storage.nbytes()
@@ -185,7 +184,7 @@ class _Run:
 
     def drop(self, node: Node) -> None:
         """Let a value go."""
-        for tensor in _tensors(self.values.pop(node)):
+        for tensor in tensors_in(self.values.pop(node)):
             storage = tensor.untyped_storage()
             self.alive[storage._cdata] -= 1
             if not self.alive[storage._cdata]:
@@ -221,18 +220,6 @@ def _checked_output(value: Any) -> Any:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, slice):
-        yield from _tensors((value.start, value.stop, value.step))
 
 
 def _check_value(value: Any, where: str, depth: int = 0) -> None:

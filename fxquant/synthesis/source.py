@@ -14,7 +14,7 @@ from fxquant.cache import Cache
 from fxquant.graph.model_checks import check_model
 from fxquant.graph.plain_model import copy_of
 from fxquant.graph.tracing import trace
-from fxquant.runtime.known_answers import answer_images_for
+from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.assign_roles import AssignRoles
 from passes.contract import PassContext, ProgressReporter, check_draws
@@ -91,7 +91,8 @@ class CalibrationSource:
     @cached_property
     def model_outputs(self) -> ModelOutputs:
         """Outputs of a copy of the caller's model, with all that hangs on it, in inference mode."""
-        first, more = self.images[torch.arange(IMAGES) % len(self.images)], answer_images_for(self.traced)
+        first = self.images[torch.arange(IMAGES) % len(self.images)]
+        more = answer_images_for(self.traced, pixels=range_of(self.images))
         model = copy_of(self._model)
         with torch.no_grad():
             return ModelOutputs(model(first.clone()), model(more))

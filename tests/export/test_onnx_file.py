@@ -16,10 +16,12 @@ from fxquant import embedded
 from fxquant.errors import ArtefactError, ExportError, MissingExtraError
 from fxquant.export.onnx_check import check_in_onnxruntime
 from fxquant.export.onnx_file import OnnxModel, to_onnx
+from fxquant.graph.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from tests.export.models import compiled, exact, run_in_onnxruntime
 from tests.passes.models import ARCHITECTURES, images
+from tests.runtime.by_hand import SmallNet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -163,3 +165,9 @@ def test_operations_that_torch_cannot_export_are_named(small: fxquant.Compiled) 
     model.graph_module.recompile()
     with pytest.raises(ExportError, match="airy_ai"):
         to_onnx(model.graph_module)
+
+
+def test_a_model_in_float64_is_refused() -> None:
+    graph_module = trace(SmallNet().double(), torch.rand(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(ExportError, match=r"float64.*compile model\.float"):
+        to_onnx(graph_module)

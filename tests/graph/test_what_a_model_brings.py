@@ -18,6 +18,7 @@ from torch.nn.modules import module as module_file
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
+from fxquant.graph.plain_model import copy_of
 from fxquant.graph.tracing import trace
 
 IMAGES_BCHW = torch.rand(3, 3, 8, 8)
@@ -497,3 +498,83 @@ def test_several_arguments_are_refused_before_anything_runs() -> None:
         trace(Two(2, 2), IMAGES_BCHW)
     with pytest.raises(TraceError, match=r"Keyword\.forward takes 'images' by keyword only: wrap it"):
         trace(Keyword(2, 2), IMAGES_BCHW)
+
+
+class After(nn.Module):
+    """A function around a model's input or output."""
+
+    def __init__(self, body: nn.Module, after: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.body, self.after = body, after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.body(x))
+
+
+def test_a_model_that_takes_no_negative_pixels_is_traced(plain: nn.Module) -> None:
+    model = nn.Sequential(After(nn.Identity(), torch.sqrt), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(trace(model, IMAGES_BCHW)(IMAGES_BCHW), model(IMAGES_BCHW), rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_that_are_no_numbers_or_not_of_each_image_are_refused(plain: nn.Module) -> None:
+    with pytest.raises(CalibrationError, match="NaN or infinite numbers for the example"):
+        trace(After(plain, lambda scores: scores / 0), IMAGES_BCHW)
+    with pytest.raises(TraceError, match="gives 1 numbers for one image and 1 for 3"):
+        trace(After(plain, lambda scores: scores.sum()), IMAGES_BCHW)
+    with pytest.raises(TraceError, match="gives 5 numbers for one image and 5 for 3"):
+        trace(After(plain, lambda scores: scores.mean(0)), IMAGES_BCHW)
+
+
+def test_methods_of_a_copy_are_bound_to_it(plain: nn.Module) -> None:
+    model = copy.deepcopy(plain)
+    model.head.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) * 2, model.head)
+    copied = copy_of(model)
+    assert copied.head.forward.__self__ is copied.head
+    check_traced(model)
+
+
+def test_modules_that_hooks_hold_in_any_way_are_not_touched(plain: nn.Module) -> None:
+    norm = nn.BatchNorm1d(5)
+
+    def keyword(module: nn.Module, args: object, scores: torch.Tensor, *, norm: nn.Module = norm) -> torch.Tensor:
+        return norm(scores)
+
+    hooks = (
+        keyword,
+        functools.partial(lambda first, module, args, scores: norm(scores), 1),
+        functools.partial(keyword, norm=norm),
+    )
+    for hook in hooks:
+        model = copy.deepcopy(plain)
+        model.head.register_forward_hook(hook)
+        before = state_of(norm)
+        copy_of(model)(IMAGES_BCHW)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+
+
+class Functions(nn.Module):
+    """Calls its layers through functions that it keeps in a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+        self.listed = [lambda scores: self.layer(scores), lambda scores: self.norm(scores)]
+        self.named = {"again": (self.again,)}
+
+    def again(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.layer(scores) + 1
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        for function in (*self.listed, *self.named["again"]):
+            scores = function(scores)
+        return scores
+
+
+def test_functions_in_lists_call_the_layers_of_the_copy(plain: nn.Module) -> None:
+    model = nn.Sequential(plain, Functions())
+    before = state_of(model.train())
+    graph_module = trace(model, IMAGES_BCHW)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {"1.layer", "1.norm"} <= {str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"}
+    check_traced(model.eval())

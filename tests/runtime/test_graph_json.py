@@ -20,6 +20,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
 from fxquant.runtime.module_settings import CLASSES
+from fxquant.runtime.operation_sizes import predicted_elements
 from fxquant.runtime.simulated import QuantizedLinear
 
 
@@ -264,3 +265,59 @@ def test_the_allowlist_is_closed_and_harmless():
     assert not any(name.startswith("__") for name in METHODS | ATTRIBUTES)
     assert not {"apply_", "map_", "map2_", "register_hook", "numpy", "untyped_storage"} & METHODS
     assert all(hasattr(torch.Tensor, name) for name in METHODS | ATTRIBUTES)
+
+
+def test_what_torch_spells_as_function_and_method_is_allowed_as_both():
+    elementwise = [
+        "abs",
+        "absolute",
+        "acos",
+        "asin",
+        "atan",
+        "ceil",
+        "cos",
+        "cosh",
+        "deg2rad",
+        "erf",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "frac",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "log",
+        "log10",
+        "log1p",
+        "log2",
+        "nan_to_num",
+        "neg",
+        "negative",
+        "rad2deg",
+        "reciprocal",
+        "relu",
+        "round",
+        "rsqrt",
+        "sgn",
+        "sigmoid",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+        "trunc",
+    ]
+    over_an_axis = ["cumprod", "cumsum", "log_softmax", "logsumexp", "softmax"]
+    for name in elementwise + over_an_axis:
+        axis = (-1,) if name in over_an_axis else ()
+        for graph_module in (
+            one_call("call_method", name, *axis),
+            one_call("call_function", getattr(torch, name), *axis),
+        ):
+            x = torch.rand(2, 3)
+            assert torch.equal(round_trip(graph_module)(x), graph_module(x)), name
+            assert predicted_elements(name, (x, *axis), {}) >= graph_module(x).numel()

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxquant
-from fxquant.errors import ArtefactError, BackendError, VerificationError
+from fxquant.errors import ArtefactError, BackendError, CalibrationError, VerificationError
 from fxquant.runtime.container import pack_file, read_file
 from fxquant.runtime.known_answers import LARGEST, LOOSEST, MARGIN, TOLERANCE, KnownAnswers, answer_images
 from passes.recipes import mptq_vit
@@ -106,14 +107,59 @@ def test_large_outputs_are_thinned() -> None:
     assert answers.difference(output[:, :5]) == answers.difference(output / 0) == answers.difference(3) == float("inf")
 
 
-GOOD: dict[str, Any] = {"seed": 1, "rounding": 0.01, "simulated": [[1.0, 2.0], [0.5, 1.0]], "float": None}
+def test_outputs_may_have_the_batch_anywhere() -> None:
+    output = torch.rand(2, 5)
+    answers = KnownAnswers.of(output.t())
+    assert KnownAnswers.from_json(answers.to_json()) is not None
+    assert answers.difference(output.t()) == 0
+    assert answers.difference(output.t() + output.std()) > TOLERANCE
+
+
+def test_outputs_of_one_number_are_held_against_its_size() -> None:
+    answers = KnownAnswers.of(torch.tensor([4.0, 5.0]))
+    assert answers.difference(torch.tensor([4.0, 5.1])) < TOLERANCE, "a code that falls to the other side"
+    assert answers.difference(torch.tensor([4.0, 6.0])) > TOLERANCE
+
+
+class Logarithm(nn.Module):
+    """A model of images without pixels below zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = vit(depth=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.log())
+
+
+def test_the_images_are_ones_that_the_model_takes(tmp_path: Path) -> None:
+    calibration = images(4).sigmoid()
+    recipe = mptq_vit("W6A6", bits=(4, 6))
+    compiled = fxquant.compile(Logarithm(), None, calibration=calibration, recipe=recipe)
+    assert compiled.answers is not None
+    assert compiled.answers.simulated.isfinite().all()
+    given = compiled.answers.images_for(compiled.graph_module)
+    assert calibration.min() <= given.min() < given.max() <= calibration.max()
+    compiled.save(tmp_path / "logarithm.fxq")
+    loaded = fxquant.load(tmp_path / "logarithm.fxq", backend="auto")
+    assert loaded.check_answers() <= TOLERANCE
+    compiled.load_state_dict(compiled.state_dict())
+    assert compiled.answers.pixels == loaded.answers.pixels  # type: ignore[union-attr]
+    with pytest.raises(CalibrationError, match=r"NaN or infinite.*clamp"):
+        KnownAnswers.measured(compiled.graph_module)
+
+
+GOOD: dict[str, Any] = {
+    "seed": 1, "rounding": 0.01, "pixels": [0.0, 1.0], "simulated": [[1.0, 2.0], [0.5, 1.0]], "float": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [
     {"seed": -1}, {"seed": 2**40}, {"seed": "1"}, {"simulated": []}, {"simulated": [[1.0], [1.0, 2.0]]},
     {"simulated": [[1.0, "2"], [0.5, 1.0]]}, {"simulated": [[], []]}, {"simulated": [[0.0] * 2000] * 2},
     {"float": [[1.0], [2.0]]}, {"float": 3}, {"rounding": -0.1}, {"rounding": 2.0}, {"rounding": 1},
-    {"simulated": [3, 4]},
+    {"simulated": [3, 4]}, {"pixels": [1.0]}, {"pixels": [1, 2]}, {"pixels": [1.0, 0.0]}, {"pixels": "01"},
+    {"pixels": [float("nan"), 1.0]}, {"pixels": [0.0, float("inf")]},
 ])  # fmt: skip
 def test_what_is_no_answers(change: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     assert KnownAnswers.from_json(GOOD).to_json() == GOOD
