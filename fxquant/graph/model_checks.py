@@ -83,7 +83,7 @@ def _check_values(what: str, tensor: Tensor) -> None:
             f"{what} is {tensor.dtype}, not float: pass the model before it is quantized, and register what is no "
             f"weight with register_buffer"
         )
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.detach()).all():
         raise ModelError(f"{what} has NaN or infinite values: load or train the weights again")
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ModelError(
