@@ -166,8 +166,11 @@ def _is_left_behind(partial: Path, host: str | None, process: str | None) -> boo
 
 @functools.cache
 def _host() -> str:
-    """A short name of this machine: numbers of processes mean something on one machine only."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    """A short name of where numbers of processes mean something: a machine, or a container on it, which has its own."""
+    name = socket.gethostname()
+    with suppress(OSError):  # Linux has it; containers that share the network share the machine's name
+        name += f" {os.stat('/proc/self/ns/pid').st_ino}"
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def read_texts(path: Path) -> dict[str, str]:

@@ -222,7 +222,8 @@ def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node],
         raise ArtefactError(f"{where} is an output of not exactly one value")
     if op in ("placeholder", "get_attr") and (kwargs or len(args) > (op == "placeholder")):
         raise ArtefactError(f"{where} is a {op} with arguments")
-    if "out" in kwargs or (op == "call_module" and kwargs):
+    # Functions of torch.nn that were recorded as they are give out=None, as normalize does.
+    if kwargs.get("out") is not None or (op == "call_module" and kwargs):
         raise ArtefactError(f"{where} has arguments that graphs in files may not give: {sorted(kwargs)}")
     node = graph.create_node(op, FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name=name)
     if node.name != name:

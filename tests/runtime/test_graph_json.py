@@ -321,3 +321,13 @@ def test_what_torch_spells_as_function_and_method_is_allowed_as_both():
             x = torch.rand(2, 3)
             assert torch.equal(round_trip(graph_module)(x), graph_module(x)), name
             assert predicted_elements(name, (x, *axis), {}) >= graph_module(x).numel()
+
+
+def test_what_functions_write_to_may_be_named_where_it_is_nothing():
+    graph_module = one_call("call_function", torch.nn.functional.normalize, p=2.0, dim=1, eps=1e-12, out=None)
+    assert torch.equal(round_trip(graph_module)(torch.ones(2, 4)), torch.full((2, 4), 0.5))
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (x, 1), {"out": x}))
+    with pytest.raises(ArtefactError, match="may not give"):
+        round_trip(GraphModule(nn.Module(), graph))

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -102,3 +103,14 @@ def test_names_the_system_refuses_are_refused(tmp_path):
         with pytest.raises(ArtefactError, match="cannot be written"):
             write_file(tmp_path / name, b"")
     assert os.listdir(tmp_path) == []
+
+
+def test_containers_with_one_name_do_not_know_each_others_processes(monkeypatch):
+    container._host.cache_clear()
+    here = container._host()
+    monkeypatch.setattr(container.os, "stat", lambda path: types.SimpleNamespace(st_ino=1))
+    container._host.cache_clear()
+    there = container._host()
+    monkeypatch.undo()
+    container._host.cache_clear()
+    assert there != here == container._host()
