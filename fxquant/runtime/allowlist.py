@@ -25,16 +25,17 @@ _NAMES: dict[str, tuple[Any, str]] = {
     "torch": (
         torch,
         "_assert abs absolute acos add addcdiv addcmul addmm all amax amin any arange argmax argmin argsort asin "
-        "atan atan2 avg_pool1d baddbmm bmm broadcast_to bucketize cat ceil chunk clamp clip clone concat cos cosh "
-        "cumprod cumsum deg2rad diag diagonal div divide einsum empty_like eq erf erfc exp exp2 expm1 eye flatten "
-        "flip floor floor_divide fmax fmin fmod frac full full_like gather ge gt hypot index_select inner "
-        "isfinite isinf isnan layer_norm le linspace log log10 log1p log2 log_softmax logaddexp logical_and "
-        "logical_not logical_or logsumexp lt masked_fill matmul max maximum mean meshgrid min minimum movedim mul "
-        "multiply nan_to_num narrow ne neg negative norm ones ones_like outer permute pixel_shuffle "
-        "pixel_unshuffle pow prod rad2deg reciprocal relu remainder repeat_interleave reshape roll rot90 round "
-        "rsqrt rsub select select_scatter selu sgn sigmoid sign sin sinh slice_scatter softmax split sqrt square "
-        "squeeze stack std sub subtract sum swapaxes swapdims t take tan tanh tensordot tile topk transpose tril "
-        "triu true_divide trunc unbind unflatten unsqueeze var var_mean where zeros zeros_like",
+        "atan atan2 avg_pool1d baddbmm bmm broadcast_to bucketize cat ceil channel_shuffle chunk clamp clip clone "
+        "concat cos cosh cosine_similarity cumprod cumsum deg2rad diag diagonal div divide einsum empty_like eq "
+        "erf erfc exp exp2 expm1 eye flatten flip floor floor_divide fmax fmin fmod frac full full_like gather ge "
+        "gt hstack hypot index_select inner isfinite isinf isnan layer_norm le lerp linspace log log10 log1p log2 "
+        "log_softmax logaddexp logical_and logical_not logical_or logsumexp lt masked_fill matmul max maximum "
+        "mean meshgrid min minimum movedim mul multiply nan_to_num narrow ne neg negative norm ones ones_like "
+        "outer permute pixel_shuffle pixel_unshuffle pow prod rad2deg reciprocal relu remainder repeat_interleave "
+        "reshape roll rot90 round rsqrt rsub select select_scatter selu sgn sigmoid sign sin sinh slice_scatter "
+        "softmax split sqrt square squeeze stack std std_mean sub subtract sum swapaxes swapdims t take tan tanh "
+        "tensordot tile topk transpose tril triu true_divide trunc unbind unflatten unsqueeze var var_mean where "
+        "zeros zeros_like",
     ),
     "functional": (
         functional,
@@ -68,7 +69,7 @@ _METHOD_NAMES = (
     "abs absolute acos add add_ addcmul all amax amin any argmax argmin argsort asin atan bmm bool broadcast_to "
     "ceil chunk clamp clamp_max clamp_min clip clone contiguous cos cosh cumprod cumsum deg2rad detach diagonal "
     "dim div div_ divide double eq erf erfc exp exp2 expand expand_as expm1 flatten flip float floor floor_divide "
-    "fmax fmin frac gather ge gt half hypot index_select int isfinite isinf isnan le log log10 log1p log2 "
+    "fmax fmin frac gather ge gt half hypot index_select int isfinite isinf isnan le lerp log log10 log1p log2 "
     "log_softmax logaddexp logical_and logical_not logical_or logsumexp long lt masked_fill matmul max maximum "
     "mean min minimum movedim mul mul_ multiply nan_to_num narrow ne neg negative new_full new_ones new_zeros "
     "norm numel permute pow prod rad2deg reciprocal relu relu_ remainder repeat repeat_interleave reshape "

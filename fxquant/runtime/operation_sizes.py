@@ -43,11 +43,11 @@ _SAME_SIZE = (
     "group_norm instance_norm bucketize empty_like full_like ones_like zeros_like flip roll rot90 tril triu "
     "cumsum argsort gather scatter pixel_shuffle pixel_unshuffle acos asin atan cosh cumprod divide erfc fmax "
     "fmin frac hypot isinf isnan logaddexp nan_to_num negative rad2deg sgn subtract true_divide trunc hardshrink "
-    "softshrink tanhshrink"
+    "softshrink tanhshrink log_sigmoid channel_shuffle lerp"
 )
 _REDUCTIONS = (
     "all amax amin any argmax argmin logsumexp max mean min norm prod std sum var var_mean topk avg_pool1d "
-    "avg_pool2d max_pool1d max_pool2d contains _assert dim size numel len getattr"
+    "avg_pool2d max_pool1d max_pool2d cosine_similarity std_mean contains _assert dim size numel len getattr"
 )
 _VIEWS = (
     "t T diagonal transpose swapaxes swapdims permute movedim narrow select squeeze unsqueeze view view_as reshape "
@@ -301,7 +301,7 @@ _RULES: dict[str, Callable[[Arguments, Options], int]] = {
     "arange": _range,
     "pad": _padded,
     "_pad": _padded,
-    **dict.fromkeys(("cat", "concat", "stack"), _joined),
+    **dict.fromkeys(("cat", "concat", "hstack", "stack"), _joined),
     "getitem": _indexed,
     **dict.fromkeys(("index_select", "take"), _selected),
     "scaled_dot_product_attention": _attended,

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, facts_of
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime import operation_sizes
 from fxquant.runtime.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.runtime.graph_json import graph_from_json, graph_to_json
 from fxquant.runtime.module_settings import CLASSES
@@ -331,3 +332,9 @@ def test_what_functions_write_to_may_be_named_where_it_is_nothing():
     graph.output(graph.call_function(torch.add, (x, 1), {"out": x}))
     with pytest.raises(ArtefactError, match="may not give"):
         round_trip(GraphModule(nn.Module(), graph))
+
+
+def test_every_listed_function_is_sized_by_a_name_that_it_has():
+    named = {name.rpartition(".")[2] for name in FUNCTIONS}
+    unknown = {call.__name__ for call in FUNCTIONS.values()} - named - operation_sizes._BROADCAST
+    assert not unknown - operation_sizes._RULES.keys(), "what is in no table is looked up by its name"
