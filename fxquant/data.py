@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from fxquant import embedded
 from fxquant.arguments import whole
-from fxquant.class_names import as_numbers, check_classes, indices_of, matched, read_classes, read_labels
+from fxquant.class_names import as_numbers, check_classes, indices_of, matched, read_classes
 from fxquant.errors import DataError
 from fxquant.hints import check_fields, checked
 from fxquant.image_files import image_reader, labels_of, read_arrays, read_picture
+from fxquant.image_folders import images_by_folder, listed_images
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 LISTED = "by the names of classes given"
 Batch = tuple[Tensor, Tensor | None]
 _LARGEST_SIDE = 16_384
@@ -164,7 +164,7 @@ class ImageData:
             if not place.exists():
                 raise DataError(f"{place} does not exist: give a folder of images or an .npz file")
             if place.is_dir():
-                found = _open_folder(place) if labels is None else _open_listed(place, labels)
+                found = images_by_folder(place) if labels is None else listed_images(place, labels)
                 return _labelled(place, *found, preprocessing, known, listed=labels is not None)
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
@@ -253,34 +253,6 @@ def _names(classes: str | PathLike[str] | Sequence[str] | None) -> list[str] | N
     return read_classes(classes) if is_file else check_classes(classes, "the list of classes")  # type: ignore[arg-type]
 
 
-def _open_folder(place: Path) -> tuple[list[Path], list[str] | None]:
-    """The images of a folder, and the name of each one's class folder; None without class folders."""
-    folders = sorted(folder for folder in place.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    by_class = [_images_in(folder, deep=True) for folder in folders]
-    flat = _images_in(place, deep=False)
-    if any(by_class) and flat:
-        raise DataError(
-            f"{place} has images beside class folders: move them into folders, the folders away, or say which image is "
-            f"of which class in a file of labels"
-        )
-    files = flat or [file for found in by_class for file in found]
-    if not files:
-        raise DataError(f"{place} has no images (looked for {', '.join(sorted(SUFFIXES))})")
-    if empty := [folder.name for folder, found in zip(folders, by_class, strict=True) if not found and not flat]:
-        raise DataError(f"{place}: no images in class folder {empty[0]!r}, which would still take a label; remove it")
-    named = [folder.name for folder, found in zip(folders, by_class, strict=True) for _ in found]
-    return files, None if flat else named
-
-
-def _open_listed(place: Path, labels: str | PathLike[str]) -> tuple[list[Path], list[str]]:
-    """The images that a file of labels names, below a folder, and the label of each as text."""
-    rows = read_labels(labels)
-    files = [place / name for name, _ in rows]
-    if missing := [file for file in files if not file.is_file()]:
-        raise DataError(f"{labels}: {len(missing)} of {len(files)} images are not there, such as {missing[0]}")
-    return files, [label for _, label in rows]
-
-
 def _labelled(
     place: Path,
     files: list[Path],
@@ -314,11 +286,6 @@ def _labelled(
         return data
     data.check_labels(len(classes))
     return replace(data, classes=len(classes), matched_by=LISTED)
-
-
-def _images_in(folder: Path, deep: bool) -> list[Path]:
-    found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _open_npz(place: Path, preprocessing: Preprocessing) -> ImageData:
