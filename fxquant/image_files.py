@@ -114,7 +114,15 @@ def image_reader(
 
 
 def labels_of(place: Path, labels: np.ndarray, count: int) -> Tensor:
-    """Labels, int64 (count,). Raises DataError for others than integers from 0, one an image."""
+    """Labels, int64 (count,).
+
+    Args:
+        place: the file, for the message.
+        labels: of the file.
+        count: how many images it has.
+
+    Raises DataError for others than integers from 0, one an image.
+    """
     is_fitting = labels.dtype.kind in "iu" and labels.shape == (count,)
     if not is_fitting or not 0 <= int(labels.min()) <= int(labels.max()) < 2**31:
         raise DataError(

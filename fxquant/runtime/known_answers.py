@@ -175,7 +175,13 @@ class KnownAnswers:
 
 
 def answer_images_for(graph_module: GraphModule, seed: int = SEED, pixels: Range | None = None) -> Tensor:
-    """`answer_images` in the shape and dtype that a graph takes, clamped to a range of pixels if there is one."""
+    """`answer_images` in the shape and dtype that a graph takes, (2, C, H, W).
+
+    Args:
+        graph_module: the graph.
+        seed: of the noise.
+        pixels: what the images are clamped to; None: they are not.
+    """
     image = image_of(graph_module).meta["tensor_meta"]
     images = answer_images(tuple(image.shape[1:]), seed).to(image.dtype)
     return images if pixels is None else images.clamp(*pixels)

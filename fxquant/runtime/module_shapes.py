@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fxquant.errors import ArtefactError
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
-from fxquant.runtime.operation_sizes import Reserve, linear, predicted_elements, product
+from fxquant.runtime.matrix_products import Reserve, linear, product
+from fxquant.runtime.operation_sizes import predicted_elements
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 
 _SAME = (

@@ -1,8 +1,8 @@
 """How large the result of a listed operation can be, from its arguments alone, before anything is computed.
 
 Most operations give no more elements than their tensors, broadcast, have. Those that can blow up have a rule here;
-products of matrices, which cost time too, are not computed but given as zeros of the right shape (`stand_in`). What is
-in no table is run on torch's meta device first.
+products of matrices, which cost time too, are not computed at all (`matrix_products`). What is in no table is run on
+torch's meta device first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ _MOST_PIECES = 2**16
 
 Arguments = tuple[Any, ...]
 Options = dict[str, Any]
-Reserve = Callable[[int], None]
-"""Is told how many elements a tensor has before it is made, and raises where they are too many."""
 
 _SAME_SIZE = (
     "abs absolute add add_ addcdiv addcmul and_ atan2 bool ceil celu clamp clamp_max clamp_min clip clone "
@@ -68,69 +66,6 @@ def predicted_elements(name: str, args: Arguments, kwargs: Options) -> int:
     if not any(True for _ in tensors_in((args, kwargs))):
         return 0  # of numbers come numbers
     return _meta_elements(name, args, kwargs)
-
-
-def stand_in(name: str, args: Arguments, kwargs: Options, reserve: Reserve) -> Tensor | None:
-    """Zeros in the place of a product of matrices, after `reserve` of their number; None for what has to be run."""
-    if name == "einsum" and not kwargs and len(args) == 3 and type(args[0]) is str and "." not in args[0]:
-        return _einsum(args[0], args[1], args[2], reserve)
-    if kwargs or not all(isinstance(arg, Tensor) for arg in args if arg is not None):
-        return None
-    if name in ("matmul", "bmm") and len(args) == 2:
-        return product(args[0], args[1], reserve)
-    if name == "linear" and len(args) in (2, 3):
-        return linear(args[0], args[1], args[2] if len(args) == 3 else None, reserve)
-    return None
-
-
-def product(left: Tensor, right: Tensor, reserve: Reserve) -> Tensor:
-    """Zeros of the shape of left @ right. Raises ArtefactError where they cannot be multiplied."""
-    if min(left.ndim, right.ndim) < 2:
-        if left.ndim == right.ndim == 1 and len(left) == len(right) and left.dtype == right.dtype:
-            return left.new_zeros(())
-        raise ArtefactError(f"a product of shapes {tuple(left.shape)} and {tuple(right.shape)}")
-    if left.shape[-1] != right.shape[-2] or left.dtype != right.dtype:
-        raise ArtefactError(f"{left.dtype} {tuple(left.shape)} times {right.dtype} {tuple(right.shape)} has no value")
-    try:
-        batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    except ValueError as error:
-        raise ArtefactError(f"{tuple(left.shape)} times {tuple(right.shape)} has no value: {error}") from error
-    reserve(math.prod(batch) * max(left.shape[-2] * left.shape[-1], right.shape[-2] * right.shape[-1]))
-    shape = (*batch, left.shape[-2], right.shape[-1])
-    reserve(math.prod(shape))
-    return left.new_zeros(shape)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, reserve: Reserve) -> Tensor:
-    """Zeros of the shape of x W^T + b. Raises ArtefactError where they do not fit."""
-    dtypes = {x.dtype, weight.dtype, *([] if bias is None else [bias.dtype])}
-    fits = weight.ndim == 2 and x.ndim > 0 and x.shape[-1] == weight.shape[1] and x.is_floating_point()
-    if not fits or len(dtypes) > 1 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
-        raise ArtefactError(
-            f"a linear layer of {weight.dtype} {tuple(weight.shape)} does not take {x.dtype} {tuple(x.shape)}"
-        )
-    shape = (*x.shape[:-1], weight.shape[0])
-    reserve(math.prod(shape))
-    return x.new_zeros(shape)
-
-
-def _einsum(equation: str, left: Tensor, right: Tensor, reserve: Reserve) -> Tensor:
-    """Zeros of the shape of a product over named axes. Raises ArtefactError where sizes do not fit."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    known: dict[str, int] = {}
-    pairs = [
-        pair
-        for axes, tensor in zip(names, (left, right), strict=False)
-        for pair in zip(axes, tensor.shape, strict=False)
-    ]
-    fits = len(names) == 2 and all(len(axes) == t.ndim for axes, t in zip(names, (left, right), strict=True))
-    fits = fits and all(known.setdefault(axis, size) == size for axis, size in pairs) and left.dtype == right.dtype
-    if not fits or not arrow or not set(output) <= known.keys() or len(set(output)) != len(output):
-        raise ArtefactError(f"einsum {equation!r} does not take {tuple(left.shape)} and {tuple(right.shape)}")
-    shape = [known[axis] for axis in output]
-    reserve(math.prod(shape))
-    return left.new_zeros(shape)
 
 
 def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options) -> None:

@@ -26,8 +26,9 @@ from torch.fx.node import map_arg
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.errors import ArtefactError
+from fxquant.runtime.matrix_products import stand_in
 from fxquant.runtime.module_shapes import module_result
-from fxquant.runtime.operation_sizes import check_numbers, predicted_elements, stand_in, tensors_in
+from fxquant.runtime.operation_sizes import check_numbers, predicted_elements, tensors_in
 from fxquant.runtime.untrusted import FLOATS
 
 _IMAGES = 2
