@@ -37,7 +37,7 @@ def prove_lowering(
         answers: known answers of the simulated graph; None: it is run.
 
     Raises BackendError beyond the tolerance, naming the first layer that differs; or saying that the simulated graph
-    itself does not give its known answers here.
+    itself does not give its known answers here. CalibrationError where it has none and gives NaN for their images.
     """
     known = answers or KnownAnswers.measured(simulated)
     images = known.images_for(simulated)
