@@ -45,7 +45,7 @@ class CompensateWeights:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.GRAMS_KNOWN})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class CompensateWeights:
             raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Rewrite weights in place; returns how many layers.
+        """Rewrite weights in place and let go of Gram matrices; returns how many layers.
 
         Notes the summed cost d G d^T before and after, to some per cent: of G the low rank that SearchScales sees.
         """
@@ -65,14 +65,16 @@ class CompensateWeights:
             annotation = annotation_of(node)
             candidate = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
             if candidate is not None and found and found[0][1].gram is not None:
-                work.append((node, found[0][1].gram, candidate.quantizer))
+                work.append((node, found[0][1], candidate.quantizer))
         task = context.progress.track("compensating weights", len(work))
         before = after = 0.0
-        for node, gram, quantizer in work:
+        for node, observer, quantizer in work:
             module = graph_module.get_submodule(str(node.target))
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
                 raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
-            rows = module.weight.detach().flatten(1)
+            rows, gram = module.weight.detach().flatten(1), observer.gram
+            assert gram is not None
+            observer.release()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
             kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
             before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])
@@ -108,18 +110,16 @@ def compensate(
     """
     feedback = _feedback(gram_ii, dampening).to(weight_oi.dtype)
     weight = weight_oi.T.contiguous()  # a column's weights stand side by side
-    error = torch.empty_like(weight)
+    result, error = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, len(weight), block):
         inside = slice(start, start + block)
         target = torch.addmm(weight[inside], feedback[:start, inside].T, error[:start])
         for j, wanted in enumerate(target):
             column = start + j
             wanted.addmv_(error[start:column].T, feedback[start:column, column])
-            rounded = quantizer(wanted[:, None])[:, 0]
-            torch.sub(weight[column], rounded, out=error[column])
-            target[j] = rounded
-        weight[inside] = target
-    return weight.T.contiguous()
+            result[column] = quantizer(wanted[:, None])[:, 0]
+            torch.sub(weight[column], result[column], out=error[column])
+    return result.T.contiguous()
 
 
 def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:

@@ -27,7 +27,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 COARSE_RATIOS = (1.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
 END_STEPS = (-0.3, -0.2, -0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
-HOPELESS = 4.0  # times the least cost of a row: it is not clipped further
+HOPELESS = 64.0  # times the least cost of a row: it is not clipped further
 CHUNK = 1 << 17  # weights that are searched together, so that all their candidates stay in the processor's cache
 WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
@@ -120,7 +120,8 @@ def _best_ranges(
     for ratio in COARSE_RATIOS:
         if not len(rest):
             break
-        cost = attempt(torch.full((len(rest), ends), ratio), rest if len(rest) < len(every) else slice(None))
+        tried = rest if len(rest) < len(every) else slice(None)
+        cost = attempt(torch.full((len(rest), ends), ratio), tried)
         rest = rest[cost <= HOPELESS * least[rest]]
     together, each = torch.ones(ends), torch.eye(ends) if has_zero_point else ()
     for moved, steps in ((together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each))):
