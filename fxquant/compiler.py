@@ -101,7 +101,9 @@ def compile(
     prefix, rest = split(pipeline)
     check_budget(pipeline, source.with_roles)
     context = source.context
-    quantized = rest.run(run_prefix(prefix, source.traced, context), context, in_place=True)
+    is_kept = context.cache.folder is not None  # as what differs from the traced model
+    traced = source.traced if is_kept else source.given_up()
+    quantized = rest.run(run_prefix(prefix, traced, context, in_place=not is_kept), context, in_place=True)
     return compiled_from(model, source, pipeline, quantized, context.journal, backend=backend, card=entries)
 
 

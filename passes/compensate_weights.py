@@ -28,6 +28,8 @@ from passes.contract import Effect, PassContext
 from passes.insert_observers import observers_of
 from passes.substitute_quantizers import chosen
 
+WELL_DAMPED = 0.1
+
 
 @dataclass(frozen=True)
 class CompensateWeights:
@@ -43,7 +45,7 @@ class CompensateWeights:
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.GRAMS_KNOWN})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class CompensateWeights:
             raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Rewrite weights in place; returns how many layers.
+        """Rewrite weights in place and let go of Gram matrices; returns how many layers.
 
         Notes the summed cost d G d^T before and after, to some per cent: of G the low rank that SearchScales sees.
         """
@@ -63,14 +65,16 @@ class CompensateWeights:
             annotation = annotation_of(node)
             candidate = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
             if candidate is not None and found and found[0][1].gram is not None:
-                work.append((node, found[0][1].gram, candidate.quantizer))
+                work.append((node, found[0][1], candidate.quantizer))
         task = context.progress.track("compensating weights", len(work))
         before = after = 0.0
-        for node, gram, quantizer in work:
+        for node, observer, quantizer in work:
             module = graph_module.get_submodule(str(node.target))
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
                 raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
-            rows = module.weight.detach().flatten(1)
+            rows, gram = module.weight.detach().flatten(1), observer.gram
+            assert gram is not None
+            observer.release()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
             kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
             before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])
@@ -105,25 +109,27 @@ def compensate(
         float (out, in).
     """
     feedback = _feedback(gram_ii, dampening).to(weight_oi.dtype)
-    result, error = torch.empty_like(weight_oi), torch.empty_like(weight_oi)
-    for start in range(0, weight_oi.shape[1], block):
+    weight = weight_oi.T.contiguous()  # a column's weights stand side by side
+    result, error = torch.empty_like(weight), torch.empty_like(weight)
+    for start in range(0, len(weight), block):
         inside = slice(start, start + block)
-        target = weight_oi[:, inside] + error[:, :start] @ feedback[:start, inside]
-        for j in range(target.shape[1]):
+        target = torch.addmm(weight[inside], feedback[:start, inside].T, error[:start])
+        for j, wanted in enumerate(target):
             column = start + j
-            target[:, j] += error[:, start:column] @ feedback[start:column, column]
-            rounded = quantizer(target[:, j : j + 1])[:, 0]
-            result[:, column] = rounded
-            error[:, column] = weight_oi[:, column] - rounded
-    return result
+            wanted.addmv_(error[start:column].T, feedback[start:column, column])
+            result[column] = quantizer(wanted[:, None])[:, 0]
+            torch.sub(weight[column], result[column], out=error[column])
+    return result.T.contiguous()
 
 
 def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
-    """R_kj / R_jj of the damped G = R R^T, float64 (in, in), upper triangular."""
-    gram = gram_ii.double()
+    """R_kj / R_jj of the damped G = R R^T, float32 or float64 (in, in), upper triangular."""
+    # Eigenvalues lie between the dampening and the number of columns, in means of the diagonal: well damped, float32
+    # does, at half the time.
+    gram = gram_ii.to(torch.float32 if dampening >= WELL_DAMPED else torch.float64, copy=True)
     diagonal = gram.diagonal()
-    gram = gram + torch.diag((diagonal.mean().clamp_min(1e-30) * dampening).expand_as(diagonal))
+    diagonal += diagonal.mean().clamp_min(1e-30) * dampening
     # Turned round by both axes, G's lower Cholesky factor is the upper triangular one that stands on the left.
     upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    feedback: Tensor = upper / upper.diagonal()
+    feedback: Tensor = upper.div_(upper.diagonal().clone())
     return feedback

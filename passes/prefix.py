@@ -40,14 +40,20 @@ def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
     return pipeline[:position], pipeline[position:]
 
 
-def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext) -> GraphModule:
+def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext, *, in_place: bool = False) -> GraphModule:
     """The graph after these passes, recalled or made. Recalled passes enter the journal with 0 s and `recalled`.
+
+    Args:
+        prefix: see the module.
+        traced: the model.
+        context: with the cache.
+        in_place: change `traced` itself where nothing is kept, for which nobody else may need it.
 
     Says nothing about budgets: `check_budget` comes first. Raises what the passes raise.
     """
     cache, journal = context.cache, context.journal
     if cache.folder is None or not _can_be_kept(prefix):
-        return prefix.run(traced, context)
+        return prefix.run(traced, context, in_place=in_place)
     key = context.signature(traced, "searched graph", context.batch_size, [repr(step) for step in prefix])
     known = _read(cache.read(key), prefix, traced)
     if known is not None and len(known.entries) == len(prefix):

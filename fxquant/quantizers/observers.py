@@ -129,8 +129,9 @@ class Observer(nn.Module):
             total = squared.sum(0).double()
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())
-        product = (rows * token_weight[:, None]).T @ rows
-        self.gram = product if self.gram is None else self.gram + product
+        if self.gram is None:
+            self.gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
+        self.gram.addmm_((rows * token_weight[:, None]).T, rows)  # in place: the largest of all that is gathered
 
     def state(self) -> dict[str, Tensor]:
         """All statistics gathered so far, by name."""

@@ -97,6 +97,14 @@ class CalibrationSource:
         with torch.no_grad():
             return ModelOutputs(model(first.clone()), model(more))
 
+    def given_up(self) -> GraphModule:
+        """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""
+        self.context  # noqa: B018 - which is made from the traced model
+        traced = self.traced
+        for name in ("traced", "with_roles"):
+            self.__dict__.pop(name, None)
+        return traced
+
     @property
     def described(self) -> str:
         """For the protocol card."""

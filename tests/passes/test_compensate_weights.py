@@ -86,3 +86,11 @@ def test_needs_gram_matrices_that_are_kept() -> None:
     with pytest.raises(PipelineError, match=r"CompensateWeights.*requires 'Gram matrices known'"):
         pipeline.after(AllocateBits, CompensateWeights())
     pipeline.replace(SearchScales, SearchScales(keep_grams=True)).after(AllocateBits, CompensateWeights())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_weight_given_is_not_written_into(outputs: int) -> None:
+    weight, rows = (torch.randn(count, 6, generator=torch.Generator().manual_seed(2)) for count in (outputs, 50))
+    before = weight.clone()
+    compensate(weight, rows.T @ rows, UniformQuantizer(3, 0.5))
+    assert torch.equal(weight, before)
