@@ -245,6 +245,17 @@ def test_same_seed_same_result_in_every_grad_mode() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_no_batch_size_has_a_say_in_best() -> None:
+    model, x = vit(depth=1), images(5)
+    one, other = (fxquant.compile(model, "W4A4", calibration=x, batch_size=size) for size in (2, 5))
+    assert one.allocation == other.allocation
+    assert torch.equal(one(x), other(x))
+    of_other = other.state_dict()
+    assert all(
+        torch.equal(value, of_other[name]) for name, value in one.state_dict().items() if isinstance(value, Tensor)
+    )
+
+
 def test_global_random_state_is_left_alone() -> None:
     model = vit(depth=1)
     torch.manual_seed(5)
