@@ -17,6 +17,7 @@ from fxquant.runtime.container import pack_file, read_file
 from fxquant.runtime.known_answers import LARGEST, LOOSEST, MARGIN, TOLERANCE, KnownAnswers, answer_images
 from passes.recipes import mptq_vit
 from tests.passes.models import images, vit
+from tests.runtime.by_hand import quantize_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,14 @@ def test_a_file_without_them_loads(compiled: fxquant.Compiled, tmp_path: Path) -
     assert loaded.answers is None
     assert loaded.check_answers() == 0.0
     assert loaded.journal.entries[-1].notes["proof"]["difference"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_rounding_inside_the_model_counts_where_codes_of_the_image_stay(bits: int) -> None:
+    graph_module = quantize_by_hand(vit(depth=2), (3, 32, 32), bits, bits)
+    answers = KnownAnswers.measured(graph_module)
+    moved = graph_module(answers.images_for(graph_module) * (1 + 1e-7))
+    assert answers.difference(moved) < answers.rounding < LOOSEST
 
 
 def test_the_tolerance_follows_what_rounding_does_to_the_model(compiled: fxquant.Compiled) -> None:
