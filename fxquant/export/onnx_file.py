@@ -49,7 +49,8 @@ def to_onnx(
     check_export(weight_type)
     if Fact.LOWERED in facts_of(graph_module):
         raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
-    if (dtype := image_of(graph_module).meta["tensor_meta"].dtype) != torch.float32:
+    shape = image_of(graph_module).meta.get("tensor_meta")  # a graph made by hand may have none
+    if (dtype := shape.dtype if shape else torch.float32) != torch.float32:
         raise ExportError(f"the model computes in {dtype}, and ONNX files have float32: compile model.float()")
     layers_by_target = {
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
