@@ -18,7 +18,7 @@ from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.byte_table import BITS as TABLE_BITS
-from fxquant.runtime.module_settings import BITS, BY_NAME, CLASSES, QUANTIZERS, SETTINGS
+from fxquant.runtime.module_settings import BITS, BY_NAME, CLASSES, QUANTIZERS, SETTINGS, settings_of
 from fxquant.runtime.observer_json import observer_from_json, observer_to_json
 from fxquant.runtime.packing import WIDTHS, pack, unpack
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
@@ -126,7 +126,7 @@ def _build(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> n
     if name not in BY_NAME:
         raise ArtefactError(f"{where} has the unknown class {name!r:.100}")
     kind = BY_NAME[name]
-    settings = record(spec, {**_CLASS, **{key: SETTINGS[key] for key in CLASSES[kind].split()}}, where)
+    settings = record(spec, {**_CLASS, **settings_of(kind)}, where)
     with torch.device("meta"):
         module = kind(**{key: _from_list(value) for key, value in settings.items() if key != "class"})
     _assign(module, path, tensors)

@@ -87,7 +87,7 @@ SETTINGS: dict[str, Kind] = {
     "padding": either(_each(_PAD), choice("same", "valid")),
     "padding_mode": choice("zeros", "reflect", "replicate", "circular"),
     "normalized_shape": listed(_SIZE, 8),
-    "eps": either(NOTHING, POSITIVE),
+    "eps": POSITIVE,
     "momentum": either(NOTHING, POSITIVE),
     "approximate": choice("none", "tanh"),
     "p": Kind("a number from 0 to 1", lambda value: NUMBER.holds(value) and 0 <= value <= 1),
@@ -101,6 +101,15 @@ SETTINGS: dict[str, Kind] = {
     "mode": choice("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear"),
     "align_corners": either(NOTHING, FLAG),
 }
+# Where a class takes what others of this setting's name do not.
+_OWN: dict[type[nn.Module], dict[str, Kind]] = {nn.RMSNorm: {"eps": either(NOTHING, POSITIVE)}}
+
+
+def settings_of(kind: type[nn.Module]) -> dict[str, Kind]:
+    """What the settings of a class may be, by name."""
+    return {name: SETTINGS[name] for name in CLASSES[kind].split()} | _OWN.get(kind, {})
+
+
 # What the settings of every kind of quantizer may be; "bits" and "kind" besides.
 QUANTIZERS: dict[str, dict[str, Kind]] = {
     "uniform": {"symmetric": FLAG, "shape": listed(_SIZE, 4)},

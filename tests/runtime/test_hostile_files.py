@@ -14,6 +14,7 @@ import fxquant
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.errors import ArtefactError
 from fxquant.runtime import artefact
+from fxquant.runtime.module_json import module_from_json
 from fxquant.runtime.untrusted import check_path, from_json, to_json
 from tests.runtime.mutations import Base, mutated, seal, use
 
@@ -188,6 +189,13 @@ def test_json_that_later_code_stumbles_over_is_refused(name):
     text, message = TEXTS[name]
     with pytest.raises(ArtefactError, match=message):
         from_json(text, dict, "the text")
+
+
+def test_only_rms_norms_do_without_an_epsilon():
+    norm = {"normalized_shape": [4], "eps": None, "elementwise_affine": False}
+    assert module_from_json({"class": "RMSNorm", **norm}, "norm", {}).eps is None
+    with pytest.raises(ArtefactError, match=r"'norm'.*'eps' is None"):
+        module_from_json({"class": "LayerNorm", **norm, "bias": False}, "norm", {})
 
 
 def test_what_could_not_be_read_again_is_not_written():
