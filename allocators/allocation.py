@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-from allocators.budget import QUANTITIES, Budget
-from allocators.cost_table import Assignment, CostTable
+from allocators.problem.budget import QUANTITIES, Budget
+from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.errors import ArtefactError, BudgetError
 
 Status = Literal["optimal", "feasible", "heuristic"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from allocators.allocation import Allocation
-from allocators.budget import Budget
-from allocators.cost_table import CostTable
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
 
 
 class Allocator(Protocol):

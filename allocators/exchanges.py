@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from allocators.arrays import FloatArray, IntArray
-from allocators.budget import QUANTITIES, TOLERANCE, Budget
-from allocators.cost_table import Assignment, CostTable
+from allocators.problem.arrays import FloatArray, IntArray
+from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.problem.cost_table import Assignment, CostTable
 
 
 class Step(NamedTuple):

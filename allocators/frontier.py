@@ -20,9 +20,9 @@ import numpy as np
 
 from allocators.allocation import Allocation
 from allocators.allocator import Allocator
-from allocators.arrays import FloatArray
-from allocators.budget import QUANTITIES, TOLERANCE, Budget
-from allocators.cost_table import Assignment, CostTable
+from allocators.problem.arrays import FloatArray
+from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.errors import BudgetError
 
 MEAN_BITS: Final = "mean_bits"

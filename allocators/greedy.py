@@ -21,11 +21,11 @@ from typing import Final, Literal
 import numpy as np
 
 from allocators.allocation import Allocation
-from allocators.arrays import FloatArray
-from allocators.budget import QUANTITIES, TOLERANCE, Budget
-from allocators.cost_table import Assignment, CostTable
+from allocators.problem.arrays import FloatArray
+from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.problem.cost_table import Assignment, CostTable
+from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
-from fxquant.hints import check_fields
 
 _LARGEST_SQNR_DB: Final = 1e3
 """Stands for an infinite SQNR (an exact representation), so that infinity times log(1) stays a number."""

@@ -22,15 +22,15 @@ import mip
 import numpy as np
 
 from allocators.allocation import Allocation
-from allocators.arrays import BoolArray, FloatArray, IntArray
-from allocators.budget import QUANTITIES, TOLERANCE, Budget
-from allocators.cost_table import Assignment, CostTable
 from allocators.greedy import Greedy
-from allocators.operands import Choices
+from allocators.problem.arrays import BoolArray, FloatArray, IntArray
+from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
+from allocators.problem.cost_table import Assignment, CostTable
+from allocators.problem.operands import Choices
 from allocators.swaps import Swaps
-from fxquant.arguments import whole
+from fxquant.checks.arguments import whole
+from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
-from fxquant.hints import check_fields
 
 _NEGLIGIBLE: Final = 1e-12
 """A scaled coefficient below this is written as zero."""

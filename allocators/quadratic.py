@@ -19,13 +19,13 @@ import mip
 import numpy as np
 
 from allocators.allocation import Allocation
-from allocators.arrays import FloatArray
-from allocators.budget import QUANTITIES, Budget
-from allocators.cost_table import Assignment, CostTable
 from allocators.milp import Milp
-from allocators.operands import Choices
+from allocators.problem.arrays import FloatArray
+from allocators.problem.budget import QUANTITIES, Budget
+from allocators.problem.cost_table import Assignment, CostTable
+from allocators.problem.operands import Choices
+from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError, SensitivityError
-from fxquant.hints import check_fields
 
 OperandName = tuple[str, Literal["weight", "activation"]]
 """A layer and which of its operands."""

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from allocators.allocation import Allocation
-from allocators.arrays import FloatArray, IntArray
-from allocators.budget import QUANTITIES, Budget
-from allocators.cost_table import Assignment, CostTable
-from allocators.meter import Meter
+from allocators.problem.arrays import FloatArray, IntArray
+from allocators.problem.budget import QUANTITIES, Budget
+from allocators.problem.cost_table import Assignment, CostTable
+from allocators.problem.usage import Meter
+from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
-from fxquant.hints import check_fields
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 
 from allocators.allocation import Allocation
-from allocators.budget import Budget
-from allocators.cost_table import CostTable
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
 from fxquant.errors import BudgetError
 
 

@@ -22,22 +22,22 @@ import fxquant
 from allocators.greedy import Greedy
 from allocators.milp import Milp
 from allocators.uniform import Uniform
-from fxquant.cache import signature
-from fxquant.sweep import Results
-from passes.allocate_bits import AllocateBits
-from passes.balance_heads import BalanceHeads
-from passes.compensate_weights import CompensateWeights
-from passes.correct_weights import CorrectWeights
-from passes.insert_observers import InsertObservers
-from passes.pipeline import Pipeline
+from fxquant.artefact.cache import signature
+from fxquant.session.sweep import Results
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.relevance_sensitivity import RelevanceSensitivity
+from passes.allocate.score_layers import ScoreLayers
+from passes.correct.compensate_weights import CompensateWeights
+from passes.correct.correct_weights import CorrectWeights
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.balance_heads import BalanceHeads
+from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes.best import best
 from passes.recipes.lampq import lampq
 from passes.recipes.mix_qvit import CLIPPED, mix_qvit
 from passes.recipes.mptq_vit import mptq_vit
-from passes.relevance_sensitivity import RelevanceSensitivity
-from passes.rotate_residual import RotateResidual
-from passes.score_layers import ScoreLayers
-from passes.tabulate_gelu import TabulateGelu
+from passes.search.insert_observers import InsertObservers
+from passes.substitute.tabulate_gelu import TabulateGelu
 
 RELEVANCE = ScoreLayers(RelevanceSensitivity(sensitivity="none"), roles=None)
 

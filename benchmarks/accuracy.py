@@ -21,25 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from allocators.budget import Budget
 from allocators.greedy import Greedy
 from allocators.milp import Milp
+from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
-from fxquant import embedded
-from fxquant.cache import signature
+from fxquant.artefact.cache import signature
+from fxquant.data import embedded
+from fxquant.data.models import load_model
 from fxquant.graph.annotation import Role
-from fxquant.graph.tracing import trace
-from fxquant.models import load_model
-from fxquant.sweep import Prepared, Results
-from passes.allocate_bits import AllocateBits
-from passes.assign_roles import AssignRoles
-from passes.calibrate import Calibrate
-from passes.contract import PassContext
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.pipeline import Pipeline
-from passes.search_scales import SearchScales
-from passes.substitute_quantizers import SubstituteQuantizers
+from fxquant.graph.capture.tracing import trace
+from fxquant.session.sweep import Prepared, Results
+from passes.allocate.allocate_bits import AllocateBits
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
+from passes.prepare.fold_sqb import FoldSqb
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 RESULTS = Path(__file__).parent / "results"
 OS_PLUS = FoldSqb(eps="outlier-suppression+", mu="midrange")

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from passes.calibrate import Calibrate
+from passes.search.calibrate import Calibrate
 from tests.bad_calls.entries import all_entries
 from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 

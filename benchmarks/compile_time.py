@@ -71,7 +71,7 @@ def given(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     if options.weights:
         from accuracy import normalized
 
-        from fxquant.models import load_model
+        from fxquant.data.models import load_model
 
         named = load_model(name, options.weights, num_classes=options.num_classes)
         pixels = np.load(options.calibration)["images"][: options.images]

@@ -24,7 +24,7 @@ from peers import installed, onnxruntime_session, openvino_runner
 from torch import Tensor
 
 import fxquant
-from fxquant.data import ImageData, Preprocessing, embedded_test
+from fxquant.data.images import ImageData, Preprocessing, embedded_test
 
 
 def scores(run: Callable[[Tensor], Any], data: ImageData, limit: int | None) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
     python -m benchmarks.fuzz_artefacts --cases 10000 --jobs 2      # from the repository's root
 
 Bases are tiny models (a ViT and a Swin) of several recipes. Each case changes one to three things in one of them
-(`tests/runtime/mutations.py`), and is loaded, reported, inspected, run on two images, lowered and run again, in a child
-process, so that a crash is seen. Counted: untyped errors, crashes, uses of over 5 CPU s, and uses whose peak memory
-grows by more than 4 times the file and 200 MB. Prints JSON and keeps it in benchmarks/results/fuzz_artefacts.json.
+(`tests/artefact/mutations.py`), and is loaded, reported, inspected, run on two images, lowered and run again, in a
+child process, so that a crash is seen. Counted: untyped errors, crashes, uses of over 5 CPU s, and uses whose peak
+memory grows by more than 4 times the file and 200 MB. Prints JSON and keeps it in
+benchmarks/results/fuzz_artefacts.json.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from torch import nn
 
 import fxquant
-from tests.runtime.mutations import Base, mutated, use
+from tests.artefact.mutations import Base, mutated, use
 
 SLOW_CPU_S, STUCK_S = 5.0, 120.0
 MEMORY_FACTOR, MEMORY_FLOOR = 4, 200_000_000

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.byte_codes import byte_code
-from fxquant.runtime.lowered import IntegerLinear
+from fxquant.runtime.integer.byte_codes import byte_code
+from fxquant.runtime.integer.lowered import IntegerLinear
 from fxquant.runtime.simulated import QuantizedLinear
 
 SHAPES = ((197, 192, 768), (197, 768, 192), (197, 384, 1536), (197, 1536, 384), (6304, 384, 1536), (6304, 1536, 384))

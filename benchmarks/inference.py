@@ -17,7 +17,7 @@ import timm
 import torch
 
 import fxquant
-from fxquant.latency import bfloat16_variant, measure
+from fxquant.measure.timing import bfloat16_variant, measure
 
 
 def processor() -> str:

@@ -33,8 +33,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fxquant.runtime.artefact import load
-from fxquant.runtime.container import digest, read_file
+from fxquant.artefact.artefact import load
+from fxquant.artefact.container import digest, read_file
 
 RESULTS = Path(__file__).parent / "results"
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -24,13 +24,13 @@ import torch
 from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
 
-from allocators.budget import Budget
+from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
-from fxquant.cache import signature
-from fxquant.sweep import Prepared, Results
-from passes.metrics import NuclearNorm, PredictedLoss
+from fxquant.artefact.cache import signature
+from fxquant.session.sweep import Prepared, Results
+from passes.allocate.metrics import NuclearNorm, PredictedLoss
+from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES
-from passes.update_bits import UpdateBits
 
 MEANS = ("mean_weight_bits", "mean_activation_bits")
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from fxquant import embedded
-from fxquant.data import load_images
-from fxquant.models import load_model
-from fxquant.runtime.kernel_times import least_ms, machine
-from fxquant.sweep import Prepared
-from passes.measure_latency import MeasureLatency
+from fxquant.data import embedded
+from fxquant.data.images import load_images
+from fxquant.data.models import load_model
+from fxquant.runtime.integer.kernel_times import least_ms, machine
+from fxquant.session.sweep import Prepared
+from passes.allocate.measure_latency import MeasureLatency
 
 ANY_MS = 1e9
 

@@ -23,17 +23,17 @@ from torch.fx import GraphModule
 from allocators.milp import Milp
 from allocators.quadratic import Interaction, Quadratic
 from allocators.uniform import Uniform
-from fxquant.cache import Cache, signature
+from fxquant.artefact.cache import Cache, signature
 from fxquant.graph.annotation import annotation_of, nodes_with_role
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.report.progress import RichProgress
 from fxquant.sensitivity.interactions import Operand, correlations
 from fxquant.sensitivity.measured import Divergence
-from fxquant.sweep import Results
-from passes.allocate_bits import AllocateBits, allocation_of, image_readers
-from passes.contract import PassContext
+from fxquant.session.sweep import Results
+from passes.allocate.allocate_bits import AllocateBits, allocation_of, image_readers
+from passes.allocate.score_layers import ScoreLayers
+from passes.pipeline.contract import PassContext
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
-from passes.score_layers import ScoreLayers
 
 TIED: dict[str, Any] = {"allocator": Milp(tie_weights_and_activations=True)}
 

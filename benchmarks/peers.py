@@ -27,7 +27,7 @@ from inference import processor
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.latency import bfloat16_variant, measure
+from fxquant.measure.timing import bfloat16_variant, measure
 
 PACKAGES = ("torch", "torchao", "onnxruntime", "openvino", "nncf")
 Runner = Callable[[Tensor], Any]

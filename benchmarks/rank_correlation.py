@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxquant import embedded
+from fxquant.artefact.container import write_file
+from fxquant.data import embedded
+from fxquant.data.models import load_model
 from fxquant.graph.annotation import Annotation, annotation_of, nodes_with_role
-from fxquant.graph.tracing import trace
-from fxquant.models import load_model
+from fxquant.graph.capture.tracing import trace
 from fxquant.report.plots import plot_sensitivity
-from fxquant.runtime.container import write_file
 from fxquant.sensitivity.measured import Divergence
-from passes.allocate_bits import AllocateBits
-from passes.contract import PassContext
-from passes.metrics import FisherTrace, NoiseRatio, NuclearNorm, PredictedLoss, TypeAwareFisher
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, PredictedLoss, TypeAwareFisher
+from passes.allocate.score_layers import LAMPQ_ROLES, Metric
+from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES
-from passes.score_layers import LAMPQ_ROLES, Metric
 
 RESULTS = Path(__file__).parent / "results"
 METRICS: dict[str, Metric] = {

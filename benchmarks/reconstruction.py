@@ -20,21 +20,21 @@ from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.cache import signature
+from fxquant.artefact.cache import signature
 from fxquant.graph.annotation import facts_of
-from fxquant.graph.tracing import trace
-from fxquant.sweep import Results
-from passes.allocate_bits import AllocateBits
-from passes.augment import Augment
-from passes.compensate_weights import CompensateWeights
-from passes.contract import Pass, PassContext
-from passes.correct_weights import CorrectWeights
-from passes.distil import Distil
-from passes.pipeline import Pipeline
+from fxquant.graph.capture.tracing import trace
+from fxquant.session.sweep import Results
+from passes.allocate.allocate_bits import AllocateBits
+from passes.correct.augment import Augment
+from passes.correct.compensate_weights import CompensateWeights
+from passes.correct.correct_weights import CorrectWeights
+from passes.correct.distil import Distil
+from passes.correct.reconstruct import Reconstruct
+from passes.pipeline.contract import Pass, PassContext
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe
-from passes.reconstruct import Reconstruct
-from passes.search_scales import SearchScales
-from passes.substitute_quantizers import SubstituteQuantizers
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 SEARCH_IMAGES = 32
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from fxquant.quantizers.families import Statistics, adalog_gelu
-from fxquant.quantizers.histogram import Bfloat16Histogram
+from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 
 
 def main() -> None:

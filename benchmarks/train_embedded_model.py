@@ -1,7 +1,7 @@
 """Train the embedded model and write the embedded data (run once by a maintainer; half an hour on one core).
 
 Data: Fashion-MNIST (MIT), from Debian's package `dataset-fashion-mnist`.
-Result: `fxquant/embedded/` gets the weights, 512 calibration images, 2,000 test images and the card's numbers.
+Result: `fxquant/data/embedded/` gets the weights, 512 calibration images, 2,000 test images and the card's numbers.
 
     apt-get install dataset-fashion-mnist
     python benchmarks/train_embedded_model.py
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
-import fxquant.embedded as embedded
+import fxquant.data.embedded as embedded
 
 CALIBRATION_COUNT = 512
 TEST_COUNT = 2000

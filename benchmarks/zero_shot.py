@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import fxquant
 from allocators.swaps import Swaps
-from fxquant import embedded
-from fxquant.cache import signature
-from fxquant.sweep import Prepared, Results
+from fxquant.artefact.cache import signature
+from fxquant.data import embedded
+from fxquant.session.sweep import Prepared, Results
 from fxquant.synthesis.synthesize import Pictures, Synthesis
 
 COUNT = 32

@@ -3,11 +3,11 @@
 python examples/budgets_and_overrides.py
 """
 
-from allocators.budget import Budget
 from allocators.greedy import Greedy
-from fxquant import embedded
+from allocators.problem.budget import Budget
+from fxquant.data import embedded
 from fxquant.errors import InfeasibleBudgetError, OverrideError
-from fxquant.sweep import Prepared
+from fxquant.session.sweep import Prepared
 
 model, images = embedded.load_model(), embedded.calibration_images(32)
 

@@ -8,13 +8,13 @@ Writes graph.dot into the current folder, for Graphviz.
 from collections import Counter
 
 import fxquant
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
 from fxquant.graph.printer import describe, format_graph
 from fxquant.graph.verifier import verify
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
-from passes.pipeline import Pipeline
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 
 model, images = embedded.load_model(), embedded.calibration_images(32)
 

@@ -8,9 +8,9 @@ Writes model.fxq and bits.svg into the current folder.
 import torch
 
 import fxquant
-from fxquant import embedded
-from fxquant.data import embedded_test
-from fxquant.evaluation import evaluate
+from fxquant.data import embedded
+from fxquant.data.images import embedded_test
+from fxquant.measure.accuracy import evaluate
 
 model = embedded.load_model()  # any timm Vision Transformer
 images = embedded.calibration_images(32)  # preprocessed as the model wants them; no labels

@@ -12,14 +12,14 @@ from torch.fx import GraphModule
 
 import fxquant
 from allocators.greedy import Greedy
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import PipelineError
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
-from passes.allocate_bits import AllocateBits
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
-from passes.fold_sqb import FoldSqb
-from passes.pipeline import Pipeline
+from passes.allocate.allocate_bits import AllocateBits
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
+from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import mptq_vit
 
 

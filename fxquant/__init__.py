@@ -11,14 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from allocators.budget import Budget
-    from fxquant.compiled import Compiled, load
-    from fxquant.compiler import compile
-    from fxquant.graph.tracing import trace
-    from fxquant.pareto import frontier
+    from allocators.problem.budget import Budget
+    from fxquant.graph.capture.tracing import trace
+    from fxquant.session.compiled import Compiled, load
+    from fxquant.session.model_frontier import frontier
+    from fxquant.session.session import compile
     from fxquant.synthesis.synthesize import Synthesis, synthesize
-    from passes.contract import PassContext
-    from passes.pipeline import Pipeline
+    from passes.pipeline.contract import PassContext
+    from passes.pipeline.pipeline import Pipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,16 +35,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Budget": "allocators.budget",
-    "Compiled": "fxquant.compiled",
-    "PassContext": "passes.contract",
-    "Pipeline": "passes.pipeline",
+    "Budget": "allocators.problem.budget",
+    "Compiled": "fxquant.session.compiled",
+    "PassContext": "passes.pipeline.contract",
+    "Pipeline": "passes.pipeline.pipeline",
     "Synthesis": "fxquant.synthesis.synthesize",
-    "compile": "fxquant.compiler",
-    "frontier": "fxquant.pareto",
-    "load": "fxquant.compiled",
+    "compile": "fxquant.session.session",
+    "frontier": "fxquant.session.model_frontier",
+    "load": "fxquant.session.compiled",
     "synthesize": "fxquant.synthesis.synthesize",
-    "trace": "fxquant.graph.tracing",
+    "trace": "fxquant.graph.capture.tracing",
 }
 
 

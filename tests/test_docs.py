@@ -17,8 +17,8 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from fxquant import embedded
 from fxquant.cli import app
+from fxquant.data import embedded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]

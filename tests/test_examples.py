@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant import embedded
+from fxquant.data import embedded
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))

@@ -30,10 +30,10 @@ def benchmark_model(
     import torch
 
     from fxquant.commands.console import emit, show
-    from fxquant.compiled import load
-    from fxquant.latency import Timing, Variant, bfloat16_variant, float_graph, measure
+    from fxquant.measure.timing import Timing, Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress
+    from fxquant.session.compiled import load
 
     o.check_output(plot)
     if plot is not None:

@@ -44,13 +44,13 @@ def compile_model(
     """Quantize a Vision Transformer within a budget."""
     from torch import Tensor
 
-    from allocators.budget import Budget
+    from allocators.problem.budget import Budget
+    from fxquant.artefact.container import write_file
     from fxquant.commands.console import emit, say, show, to_json
-    from fxquant.compiler import compile
     from fxquant.report.picture import check_picture
     from fxquant.report.progress import RichProgress
-    from fxquant.runtime.container import write_file
-    from passes.measure_latency import MeasureLatency
+    from fxquant.session.session import compile
+    from passes.allocate.measure_latency import MeasureLatency
 
     wanted, chosen, overrides = Budget.parse(budget), o.allocator_named(allocator), o.parse_overrides(override)
     o.check_output(out, report, picture)

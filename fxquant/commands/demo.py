@@ -22,17 +22,17 @@ def demo(
     """Quantize the embedded Vision Transformer: accuracy before and after, bits of every layer, an artefact on disk."""
     import torch
 
-    from allocators.budget import Budget
-    from fxquant import embedded
+    from allocators.problem.budget import Budget
     from fxquant.commands.console import emit, say, show
-    from fxquant.compiled import load
-    from fxquant.compiler import compile
-    from fxquant.data import embedded_test
+    from fxquant.data import embedded
+    from fxquant.data.images import embedded_test
+    from fxquant.data.models import load_model
     from fxquant.errors import ArtefactError
-    from fxquant.evaluation import evaluate
-    from fxquant.latency import measure
-    from fxquant.models import load_model
+    from fxquant.measure.accuracy import evaluate
+    from fxquant.measure.timing import measure
     from fxquant.report.progress import RichProgress
+    from fxquant.session.compiled import load
+    from fxquant.session.session import compile
 
     started_s = time.perf_counter()
     wanted, chosen = Budget.parse(budget), allocator_named(allocator)

@@ -35,11 +35,11 @@ def evaluate_model(
     An artefact is first held against the answers that it holds.
     """
     from fxquant.commands.console import emit, show
-    from fxquant.compiled import load
-    from fxquant.data import Preprocessing
+    from fxquant.data.images import Preprocessing
     from fxquant.errors import DataError
-    from fxquant.evaluation import evaluate
+    from fxquant.measure.accuracy import evaluate
     from fxquant.report.progress import RichProgress
+    from fxquant.session.compiled import load
 
     runs: Any
     if model.endswith(".fxq") or Path(model).is_file():

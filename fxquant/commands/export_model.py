@@ -23,9 +23,9 @@ def export_model(
 ) -> None:
     """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes."""
     from fxquant.commands.console import emit, show
-    from fxquant.compiled import load
     from fxquant.export.onnx_check import check_onnxruntime
     from fxquant.export.onnx_file import check_export
+    from fxquant.session.compiled import load
 
     o.check_output(out)
     check_export(weight_type)

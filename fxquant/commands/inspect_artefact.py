@@ -21,11 +21,11 @@ def inspect_artefact(
     json: Json = False,
 ) -> None:
     """Show how an artefact came about, its bits and where its bytes go."""
+    from fxquant.artefact.artefact import size_breakdown
     from fxquant.commands.console import emit, show
-    from fxquant.compiled import load
     from fxquant.graph.printer import format_graph
     from fxquant.report.picture import check_picture, write_picture
-    from fxquant.runtime.artefact import size_breakdown
+    from fxquant.session.compiled import load
 
     check_output(picture)
     if picture is not None:
@@ -50,7 +50,7 @@ def inspect_artefact(
 
 def report_of(path: Path) -> Report:
     """The report of an artefact, from its texts. Raises ArtefactError, also where the file is damaged."""
+    from fxquant.artefact.artefact import load_texts
     from fxquant.report.tables import Report
-    from fxquant.runtime.artefact import load_texts
 
     return Report.of_texts(load_texts(path), str(path))

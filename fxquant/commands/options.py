@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from allocators.allocator import Allocator
-    from allocators.overrides import Bits
-    from fxquant.data import ImageData, Preprocessing
-    from fxquant.models import NamedModel
+    from allocators.problem.overrides import Bits
+    from fxquant.data.images import ImageData, Preprocessing
+    from fxquant.data.models import NamedModel
     from fxquant.synthesis.synthesize import Synthesis
 
 Json = Annotated[bool, typer.Option("--json", help="Pure JSON on stdout; everything else goes to stderr.")]
@@ -87,7 +87,7 @@ def cache_folder(folder: Path | None, no_cache: bool) -> Path | None:
 
     Raises DataError for a folder together with no_cache, ArtefactError for a folder given that cannot be made.
     """
-    from fxquant.cache import Cache, user_folder
+    from fxquant.artefact.cache import Cache, user_folder
     from fxquant.commands.console import warn
 
     if no_cache:
@@ -145,7 +145,7 @@ def with_options(
 def named_model(name: str, weights: Path | None, num_classes: int | None, options: list[str] | None) -> NamedModel:
     """The model, with a loud word where nobody trained it."""
     from fxquant.commands.console import warn
-    from fxquant.models import load_model, parse_option
+    from fxquant.data.models import load_model, parse_option
 
     given: dict[str, Any] = dict(parse_option(text) for text in options or [])
     if "num_classes" in given and num_classes is not None:
@@ -175,7 +175,7 @@ def labelled_images(
 
     Raises DataError.
     """
-    from fxquant.data import ImageData, embedded_test
+    from fxquant.data.images import ImageData, embedded_test
 
     if path is None and not is_embedded:
         raise DataError("give labelled images: --data FOLDER or --data FILE.npz")
@@ -214,9 +214,9 @@ def calibration_images(
 
     steps: of the synthesis; who gives them asks for one. Raises DataError.
     """
-    from fxquant import embedded
     from fxquant.commands.console import say
-    from fxquant.data import EMBEDDED, load_images
+    from fxquant.data import embedded
+    from fxquant.data.images import EMBEDDED, load_images
 
     if path is not None and steps is not None:
         raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")

@@ -49,9 +49,9 @@ def show_frontier(
 ) -> None:
     """Show what budgets are worth: the Pareto set of budget and predicted loss."""
     from fxquant.commands.console import emit, show
-    from fxquant.pareto import frontier
     from fxquant.report.plots import check_plot
     from fxquant.report.progress import RichProgress
+    from fxquant.session.model_frontier import frontier
 
     o.check_output(plot)
     if plot is not None:

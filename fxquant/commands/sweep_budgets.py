@@ -12,9 +12,9 @@ from fxquant.commands import options as o
 if TYPE_CHECKING:
     from torch import nn
 
-    from fxquant.evaluation import Accuracy
+    from fxquant.measure.accuracy import Accuracy
     from fxquant.report.render import Page
-    from fxquant.sweep import Sweep
+    from fxquant.session.sweep import Sweep
 
 
 def sweep_budgets(
@@ -51,13 +51,13 @@ def sweep_budgets(
     """Measure accuracy over budgets, recipes and allocators."""
     from torch import Tensor
 
-    from allocators.budget import Budget
-    from fxquant.cache import signature
+    from allocators.problem.budget import Budget
+    from fxquant.artefact.cache import signature
     from fxquant.commands.console import emit, show
-    from fxquant.evaluation import evaluate
+    from fxquant.measure.accuracy import evaluate
     from fxquant.report.plots import check_plot
     from fxquant.report.progress import RichProgress
-    from fxquant.sweep import Prepared, Results, sweep
+    from fxquant.session.sweep import Prepared, Results, sweep
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
     allocators = [o.allocator_named(name.strip()) for name in allocator.split(",")] if allocator else [None]

@@ -35,10 +35,10 @@ def synthesize_images(
 
     import numpy as np
 
+    from fxquant.artefact.container import write_file
     from fxquant.commands.console import emit, say
     from fxquant.errors import DataError
     from fxquant.report.progress import RichProgress
-    from fxquant.runtime.container import write_file
     from fxquant.synthesis.sheet import write_sheet
     from fxquant.synthesis.synthesize import synthesize
 

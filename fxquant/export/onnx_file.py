@@ -19,7 +19,7 @@ from fxquant.errors import ExportError, MissingExtraError
 from fxquant.export.qdq import with_qdq
 from fxquant.export.qdq_values import OPSET, Weight
 from fxquant.graph.annotation import Fact, annotation_of, facts_of
-from fxquant.graph.normalization import image_of
+from fxquant.graph.nodes import image_of
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")

@@ -13,7 +13,7 @@ from fxquant.quantizers.level_table import LevelTableQuantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.byte_codes import byte_code
+from fxquant.runtime.integer.byte_codes import byte_code
 from fxquant.runtime.simulated import QuantizedWeightModule
 
 OPSET = 21

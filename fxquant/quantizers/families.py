@@ -21,13 +21,13 @@ import torch
 
 from fxquant.errors import PatternError
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
-from fxquant.quantizers.histogram import Array, SortedMoments
 from fxquant.quantizers.lloyd_max import book
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer, magnitudes
+from fxquant.quantizers.statistics.histogram import Array, SortedMoments
 from fxquant.quantizers.uniform import UniformQuantizer
 
 STEPS = 100
@@ -41,8 +41,8 @@ class Statistics:
     moments: of its values (for O-2SF: divided by `channel_factor`; those of rows where no family asks for others).
     minimum, maximum: over all values. mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
     channel_factor: float32 (channels,), powers of two, or None. coherence: see `SortedMoments.errors` and
-    `passes.calibrate.coherence`. row_moments: of the values relative to the largest of their row, each counted with its
-    square; None where no family asks for them. row_length: values in a row.
+    `passes.search.calibrate.coherence`. row_moments: of the values relative to the largest of their row, each counted
+    with its square; None where no family asks for them. row_length: values in a row.
     """
 
     moments: SortedMoments

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
-from fxquant.quantizers.histogram import Array, SortedMoments
+from fxquant.quantizers.statistics.histogram import Array, SortedMoments
 
 ROUNDS = 40
 

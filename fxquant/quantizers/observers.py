@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
 from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
-from fxquant.quantizers.histogram import Bfloat16Histogram
-from fxquant.quantizers.outlier_channels import outlier_factors
+from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
+from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
 # What an observer gathers: all that `release` forgets.
 _COUNTS = ("images", "row_length", "coherence_count")

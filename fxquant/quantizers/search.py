@@ -8,8 +8,8 @@ model's own output, so g g^T is the Fisher matrix and half the metric predicts t
   sum h e^2 with h = g^2 W^2 (elementwise squares): a weighted squared error, which the histogram evaluates exactly.
 - A weight error d_o of output channel o costs b_o d_o^T G d_o with G = sum over tokens a_t x_t x_t^T, where
   g_to^2 is approximated by a_t b_o (token times channel). All candidates of a layer share G, of
-  which they see the directions that count (`fxquant.quantizers.low_rank`): a candidate costs as much as the weight is
-  large, not as much as G is.
+  which they see the directions that count (`fxquant.quantizers.statistics.low_rank`): a candidate costs as much as the
+  weight is large, not as much as G is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
 from fxquant.quantizers.families import Family, Statistics
-from fxquant.quantizers.low_rank import LowRank
+from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 
 COARSE_RATIOS = (1.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -14,13 +14,13 @@ from xml.sax.saxutils import escape
 import networkx
 from torch.fx import GraphModule
 
+from fxquant.artefact.container import write_file
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Annotation, annotation_of
-from fxquant.graph.kind import Kind
-from fxquant.graph.pattern import to_networkx
+from fxquant.graph.structure.kind import Kind
+from fxquant.graph.structure.pattern import to_networkx
 from fxquant.report.grid import Tile, grid_of, mean_activation_bits, mean_weight_bits, tiles_of
 from fxquant.report.palette import FLOAT, colour, legend, text_colour
-from fxquant.runtime.container import write_file
 from fxquant.runtime.layer_row import LayerRow
 
 _LEFT, _TOP, _HEADER, _WIDTH, _HEIGHT, _GAP, _LEGEND = 130, 64, 24, 84, 30, 4, 44

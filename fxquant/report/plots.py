@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from fxquant.artefact.container import write_file
 from fxquant.errors import ArtefactError, MissingExtraError
-from fxquant.runtime.container import write_file
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 

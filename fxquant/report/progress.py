@@ -3,7 +3,7 @@
     with RichProgress() as progress:
         fxquant.compile(model, "W4A4", calibration=images, progress=progress)
 
-Passes see only the protocol, `passes.contract.ProgressReporter`.
+Passes see only the protocol, `passes.pipeline.contract.ProgressReporter`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from fxquant.report.grid import Tile, grid_of, tiles_of
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares
-from passes.contract import Journal
+from passes.pipeline.contract import Journal
 
 EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
 

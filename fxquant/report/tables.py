@@ -14,16 +14,16 @@ from dataclasses import asdict
 from typing import Any
 
 from allocators.allocation import Allocation
+from fxquant.artefact.artefact import LoadedTexts
+from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Kind, checked, listed, mapped, whole
 from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for
 from fxquant.report.render import Document
 from fxquant.report.sections import Lines, Table
 from fxquant.report.totals import Totals
-from fxquant.runtime.artefact import LoadedTexts
 from fxquant.runtime.layer_row import LayerRow
-from fxquant.runtime.untrusted import LIST, OBJECT, TEXT, Kind, checked, listed, mapped, whole
-from passes.contract import Journal, JournalEntry
+from passes.pipeline.contract import Journal, JournalEntry
 
 # What the report reads from a card; whoever compiles may add entries of any kind.
 _CARD: dict[str, Kind] = {

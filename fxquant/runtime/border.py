@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from fxquant.errors import InputError
-from fxquant.graph.normalization import image_of
+from fxquant.graph.nodes import image_of
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.checks.untrusted import field
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.normalization import image_of
-from fxquant.runtime.untrusted import field
+from fxquant.graph.nodes import image_of
 
 SEED = 15
 COUNT = 2

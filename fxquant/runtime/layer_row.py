@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, choice, either, record, whole
 from fxquant.graph.annotation import Role
-from fxquant.runtime.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, choice, either, record, whole
 
 
 @dataclass(frozen=True, slots=True)

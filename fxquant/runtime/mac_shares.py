@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import annotation_of
-from fxquant.graph.normalization import argument, image_of, scope_of, shape_of
+from fxquant.graph.nodes import argument, image_of, scope_of, shape_of
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.simulated import QuantizedMatmul, QuantizedWeightModule
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.checks.untrusted import check_positive
 from fxquant.errors import ArtefactError, StateError
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
-from fxquant.runtime.untrusted import check_positive
 
 EXTRA = "_extra_state"
 

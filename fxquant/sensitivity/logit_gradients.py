@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.class_scores import why_no_class_scores
+from fxquant.graph.structure.class_scores import why_no_class_scores
 
 Fisher = Literal["signs", "sampled", "arg-max"]
 """Which v; "arg-max" takes the prediction for the label: biased, vanishes for confident models."""
@@ -33,7 +33,7 @@ NEEDS_NO_SCORES = (
 def check_class_scores(graph_module: GraphModule, needed_by: str, remedy: str) -> None:
     """Raise CalibrationError, saying what is there instead, unless a graph's output are class scores.
 
-    What counts as such: `fxquant.graph.class_scores`.
+    What counts as such: `fxquant.graph.structure.class_scores`.
     """
     reason = why_no_class_scores(graph_module)
     if reason is not None:

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
-from fxquant.graph.kind import Kind, is_quick_gelu, kind_of, tensor_inputs
+from fxquant.graph.structure.kind import Kind, is_quick_gelu, kind_of, tensor_inputs
 from fxquant.sensitivity.sums import Sums
 
 _PRODUCTS: dict[Any, Callable[[Tensor, Any], Tensor]] = {

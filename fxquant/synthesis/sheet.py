@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fxquant.runtime.container import write_file
+from fxquant.artefact.container import write_file
 
 _GAP = 2
 

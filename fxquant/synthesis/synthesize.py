@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from fxquant.arguments import whole
-from fxquant.cache import Cache, code_signature, signature
+from fxquant.artefact.cache import Cache, code_signature, signature
+from fxquant.checks.arguments import whole
+from fxquant.checks.hints import check_fields, checked
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.annotation import Role, nodes_with_role
-from fxquant.graph.tracing import known_image_shape, trace
-from fxquant.hints import check_fields, checked
+from fxquant.graph.capture.tracing import known_image_shape, trace
 from fxquant.synthesis.priors import similarity_entropy, variation
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext, ProgressReporter, check_draws, reporter_of
-from passes.pipeline import Pipeline
+from passes.pipeline.contract import PassContext, ProgressReporter, check_draws, reporter_of
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 
 _PAPER_NORMS = 4 * math.sqrt(32 * 3 * 224 * 224)  # sum of four norms for a root mean square difference of 1
 _PAPER_STD = 0.226  # of the normalisation its pixels are in (ImageNet's, mean over channels)

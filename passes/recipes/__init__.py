@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fxquant.arguments import text
+from fxquant.checks.arguments import text
 from fxquant.errors import PipelineError
-from passes.pipeline import Pipeline
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
 from passes.recipes.best import best, best_thorough
 from passes.recipes.lampq import lampq, vt_ptq

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from allocators.uniform import Uniform
-from passes.calibrate import Calibrate
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.pipeline import Pipeline
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, assemble, checked_recipe
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
 
 REPARAMETERISE = FoldSqb(strength=1.0, mu="midrange")
 """RepQ-ViT's scale reparameterisation: every channel after LayerNorm gets the same range."""

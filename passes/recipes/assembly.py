@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from allocators.allocator import Allocator
-from allocators.budget import Budget
-from allocators.overrides import Bits
+from allocators.problem.budget import Budget
+from allocators.problem.overrides import Bits
+from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
-from fxquant.hints import checked
-from passes.allocate_bits import AllocateBits, normalized_overrides
-from passes.assign_roles import AssignRoles
-from passes.calibrate import Calibrate
-from passes.check_budget import CheckBudget
-from passes.contract import Pass
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.lower import SIMULATED, resolved
-from passes.measure_latency import MeasureLatency
-from passes.pipeline import Pipeline
-from passes.restrict_families import restrict_families
-from passes.search_scales import SearchScales, Weights
-from passes.substitute_quantizers import SubstituteQuantizers
+from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
+from passes.allocate.check_budget import CheckBudget
+from passes.allocate.measure_latency import MeasureLatency
+from passes.lower.lower import SIMULATED, resolved
+from passes.pipeline.contract import Pass
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
+from passes.prepare.fold_sqb import FoldSqb
+from passes.recipes.restrict_families import restrict_families
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
+from passes.search.search_scales import SearchScales, Weights
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
     allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
     fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
     bits: candidate widths. backend: only quantizers and widths that this backend runs as integers, see
-    `passes.restrict_families`. latency: for which batch size and threads a budget's latency holds.
+    `passes.recipes.restrict_families`. latency: for which batch size and threads a budget's latency holds.
     """
 
     allocator: Allocator | None

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from allocators.budget import Budget
 from allocators.milp import Milp
-from passes.allocate_bits import AllocateBits
-from passes.balance_heads import BalanceHeads
-from passes.calibrate import Calibrate
-from passes.check_budget import CheckBudget
-from passes.compensate_weights import CompensateWeights
-from passes.distil import Distil
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.pipeline import Pipeline
+from allocators.problem.budget import Budget
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.check_budget import CheckBudget
+from passes.correct.compensate_weights import CompensateWeights
+from passes.correct.distil import Distil
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.balance_heads import BalanceHeads
+from passes.prepare.fold_sqb import FoldSqb
+from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble, checked_recipe
-from passes.rotate_residual import RotateResidual
-from passes.search_scales import SearchScales
-from passes.tabulate_gelu import TabulateGelu
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
+from passes.search.search_scales import SearchScales
+from passes.substitute.tabulate_gelu import TabulateGelu
 
 NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product, or a lookup
 NARROWEST = 3  # below, tensors cost more than any prediction says

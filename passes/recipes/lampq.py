@@ -17,19 +17,19 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from allocators.allocator import Allocator
-from allocators.budget import Budget
 from allocators.milp import Milp
-from allocators.overrides import Bits
-from allocators.pareto import Pareto
+from allocators.module_frontier import Pareto
+from allocators.problem.budget import Budget
+from allocators.problem.overrides import Bits
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import WEIGHT_ROLES, Role
-from passes.allocate_bits import AllocateBits
-from passes.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
-from passes.pipeline import Pipeline
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
+from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
+from passes.allocate.update_bits import UpdateBits
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes.adalog import adalog
 from passes.recipes.assembly import Options, checked_recipe
-from passes.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
-from passes.update_bits import UpdateBits
 
 Base = Callable[..., Pipeline]
 """A recipe: a budget and `Options` to a pipeline with AllocateBits."""

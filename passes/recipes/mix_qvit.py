@@ -14,16 +14,16 @@ from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
 from allocators.milp import Milp
-from passes.allocate_bits import AllocateBits
-from passes.contract import Pass
-from passes.correct_weights import CorrectWeights
-from passes.fold_sqb import FoldSqb
-from passes.pipeline import Pipeline
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.relevance_sensitivity import RelevanceSensitivity
+from passes.allocate.score_layers import ScoreLayers
+from passes.correct.correct_weights import CorrectWeights
+from passes.correct.reconstruct import Reconstruct
+from passes.pipeline.contract import Pass
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, checked_recipe
 from passes.recipes.mptq_vit import mptq_vit
-from passes.reconstruct import Reconstruct
-from passes.relevance_sensitivity import RelevanceSensitivity
-from passes.score_layers import ScoreLayers
 
 Optimise = Literal["none", "closed-form", "reconstruct"]
 CLIPPED = FoldSqb(strength=1.0, mu="midrange", percentile=99.9)

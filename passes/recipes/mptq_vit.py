@@ -6,11 +6,11 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.uniform import Uniform
-from passes.calibrate import Calibrate
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.pipeline import Pipeline
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, assemble, checked_recipe
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
 
 
 @checked_recipe

@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 
-from allocators.budget import Budget
-from allocators.cost_table import CostTable
-from allocators.latency import rising
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
+from allocators.problem.latency_table import rising
 
 ROLES = ("qkv", "qk", "softmax", "av", "proj", "fc1", "fc2")
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 
 from allocators.allocation import Allocation
-from allocators.budget import Budget
 from allocators.greedy import Greedy
 from allocators.milp import Milp
+from allocators.problem.budget import Budget
 from fxquant.errors import ArtefactError
 from tests.allocators.tables import plain_table, random_table
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocators.budget import Budget
-from allocators.cost_table import Assignment, CostTable
 from allocators.exchanges import Step, exchanges, steps
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import Assignment, CostTable
 from tests.allocators.tables import plain_table, random_table
 
 

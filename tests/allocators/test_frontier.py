@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocators.budget import QUANTITIES, Budget
-from allocators.cost_table import CostTable
 from allocators.frontier import AXES, budget_at, default_limits, frontier, hull, step_of
 from allocators.milp import Milp
+from allocators.problem.budget import QUANTITIES, Budget
+from allocators.problem.cost_table import CostTable
 from fxquant.errors import BudgetError, InfeasibleBudgetError
 from tests.allocators.tables import brute_force, plain_table, random_table
 

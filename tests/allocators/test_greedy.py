@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from allocators.budget import Budget
 from allocators.greedy import Greedy
+from allocators.problem.budget import Budget
 from fxquant.errors import InfeasibleBudgetError
 from tests.allocators.tables import budget_between, plain_table, random_table
 

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.allocator import Allocator
-from allocators.budget import QUANTITIES, Budget
 from allocators.greedy import Greedy
 from allocators.milp import Milp
+from allocators.problem.budget import QUANTITIES, Budget
 from fxquant.errors import BudgetError, InfeasibleBudgetError, OverrideError
 from tests.allocators.tables import brute_force, budget_between, plain_table, random_table
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocators.budget import Budget
 from allocators.milp import Milp
+from allocators.problem.budget import Budget
 from allocators.quadratic import Interaction, Quadratic
 from fxquant.errors import BudgetError, SensitivityError
 from tests.allocators.tables import random_table

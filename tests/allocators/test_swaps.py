@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import random_table
 
-from allocators.budget import Budget
 from allocators.milp import Milp
+from allocators.problem.budget import Budget
 from allocators.swaps import Swaps
 from fxquant.errors import InfeasibleBudgetError
 

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 import fxquant
-from allocators.budget import Budget
 from allocators.greedy import Greedy
+from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
-from fxquant.sweep import Prepared
+from fxquant.session.sweep import Prepared
 from fxquant.synthesis.synthesize import Synthesis, synthesize
-from passes.calibrate import Calibrate
-from passes.contract import SilentProgress
-from passes.fold_sqb import FoldSqb
-from passes.measure_latency import MeasureLatency
-from passes.pipeline import Pipeline
+from passes.allocate.measure_latency import MeasureLatency
+from passes.pipeline.contract import SilentProgress
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES
+from passes.search.calibrate import Calibrate
 from tests.bad_calls.generator import ANYTHING, WRONG_SIZE, Endless, Entry, Good, Make, is_budget, unfit
 
 

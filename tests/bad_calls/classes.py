@@ -5,32 +5,32 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from allocators.budget import Budget
 from allocators.greedy import Greedy
 from allocators.milp import Milp
-from allocators.pareto import Pareto
+from allocators.module_frontier import Pareto
+from allocators.problem.budget import Budget
 from allocators.quadratic import Interaction, Quadratic
 from allocators.swaps import Swaps
-from fxquant.data import Preprocessing
+from fxquant.data.images import Preprocessing
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate_bits import AllocateBits
-from passes.augment import Augment
-from passes.balance_heads import BalanceHeads
-from passes.calibrate import Calibrate
-from passes.compensate_weights import CompensateWeights
-from passes.contract import PassContext
-from passes.correct_weights import CorrectWeights
-from passes.distil import Distil
-from passes.fold_sqb import FoldSqb
-from passes.insert_observers import InsertObservers
-from passes.lower import Lower
-from passes.measure_latency import MeasureLatency
-from passes.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
-from passes.reconstruct import Reconstruct
-from passes.relevance_sensitivity import RelevanceSensitivity
-from passes.score_layers import ScoreLayers
-from passes.search_scales import SearchScales
-from passes.update_bits import UpdateBits
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.measure_latency import MeasureLatency
+from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
+from passes.allocate.relevance_sensitivity import RelevanceSensitivity
+from passes.allocate.score_layers import ScoreLayers
+from passes.allocate.update_bits import UpdateBits
+from passes.correct.augment import Augment
+from passes.correct.compensate_weights import CompensateWeights
+from passes.correct.correct_weights import CorrectWeights
+from passes.correct.distil import Distil
+from passes.correct.reconstruct import Reconstruct
+from passes.lower.lower import Lower
+from passes.pipeline.contract import PassContext
+from passes.prepare.balance_heads import BalanceHeads
+from passes.prepare.fold_sqb import FoldSqb
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers
+from passes.search.search_scales import SearchScales
 from tests.bad_calls.generator import Entry, Make, is_budget, unfit
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.data import ImageData, Preprocessing, load_images
-from fxquant.evaluation import evaluate
-from fxquant.latency import measure
-from fxquant.models import load_model, load_weights
-from fxquant.sweep import Results
-from passes.contract import SilentProgress
+from fxquant.data.images import ImageData, Preprocessing, load_images
+from fxquant.data.models import load_model, load_weights
+from fxquant.measure.accuracy import evaluate
+from fxquant.measure.timing import measure
+from fxquant.session.sweep import Results
+from passes.pipeline.contract import SilentProgress
 from tests.bad_calls.generator import ANYTHING, Endless, Entry, Good, unfit
 
 

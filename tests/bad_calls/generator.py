@@ -26,12 +26,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fxquant
-from allocators.budget import Budget
-from fxquant.arguments import shown
-from fxquant.data import ImageData, Preprocessing
+from allocators.problem.budget import Budget
+from fxquant.checks.arguments import shown
+from fxquant.checks.hints import fitted
+from fxquant.data.images import ImageData, Preprocessing
 from fxquant.errors import FxQuantError
-from fxquant.hints import fitted
-from fxquant.sweep import Prepared
+from fxquant.session.sweep import Prepared
 from tests.passes.models import images, vit
 
 WRONG_SIZE = torch.zeros(2, 3, 4, 4)

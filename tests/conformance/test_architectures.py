@@ -11,10 +11,10 @@ from torch import nn
 
 from fxquant.errors import TraceError
 from fxquant.graph.annotation import Fact, annotation_of
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.graph.verifier import verify
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
+from passes.pipeline.contract import PassContext
+from passes.prepare.assign_roles import AssignRoles
 from tests.conformance.architectures import BLOCK_ROLES, KNOWN_UNTRACEABLE, OTHERS, TRANSFORMERS, Architecture
 
 

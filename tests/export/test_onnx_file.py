@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import fxquant
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import ArtefactError, ExportError, MissingExtraError
 from fxquant.export.onnx_check import check_in_onnxruntime
 from fxquant.export.onnx_file import OnnxModel, to_onnx
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from tests.export.models import compiled, exact, run_in_onnxruntime

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
+from fxquant.checks.untrusted import check_path
+from fxquant.graph.capture.tracing import trace
 from fxquant.graph.names import add_module, exchange_module, free_name, free_path, separate_calls
-from fxquant.graph.tracing import trace
-from fxquant.runtime.untrusted import check_path
 
 
 class Anything(nn.Module):

@@ -12,13 +12,13 @@ from torch.fx import GraphModule
 from fxquant.errors import VerificationError
 from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare, facts_of, nodes_with_role
 from fxquant.graph.verifier import verify
-from passes.allocate_bits import AllocateBits
-from passes.contract import PassContext
-from passes.lower import Lower
-from passes.measure_latency import MeasureLatency
-from passes.pipeline import Pipeline
+from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.measure_latency import MeasureLatency
+from passes.lower.lower import Lower
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best, mptq_vit
-from passes.substitute_quantizers import SubstituteQuantizers
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from tests.passes.models import images, traced, vit
 
 BEYOND_ROLES = [fact for fact in Fact if fact not in (Fact.TRACED, Fact.ROLES_ASSIGNED)]

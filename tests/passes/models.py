@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.graph.tracing import trace
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
+from fxquant.graph.capture.tracing import trace
+from passes.pipeline.contract import PassContext
+from passes.prepare.assign_roles import AssignRoles
 
 VIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
 SWIN = {"img_size": 56, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 7}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxquant.quantizers.families import Statistics
-from fxquant.quantizers.histogram import Array, Bfloat16Histogram
+from fxquant.quantizers.statistics.histogram import Array, Bfloat16Histogram
 
 
 def to_bf16(x: Tensor) -> Tensor:

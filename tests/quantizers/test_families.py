@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxquant.quantizers.families import FAMILIES, OF_ROWS, Proposals, Statistics
-from fxquant.quantizers.outlier_channels import outlier_factors
 from fxquant.quantizers.search import search_activation
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 from tests.quantizers.by_hand import squared_error, statistics_of, to_bf16
 
 WIDTHS = range(2, 9)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.allocation import Allocation
-from allocators.budget import Budget
+from allocators.problem.budget import Budget
 from fxquant.report.tables import Report
 from fxquant.runtime.layer_row import LayerRow
-from passes.contract import Journal, JournalEntry
+from passes.pipeline.contract import Journal, JournalEntry
 
 
 def row(

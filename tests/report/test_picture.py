@@ -13,11 +13,11 @@ import torch
 
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import annotate, nodes_with_role
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.report.palette import colour
 from fxquant.report.picture import to_dot, to_svg, write_picture
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
+from passes.pipeline.contract import PassContext
+from passes.prepare.assign_roles import AssignRoles
 from tests.report.by_hand import ROWS
 
 SVG = "{http://www.w3.org/2000/svg}"

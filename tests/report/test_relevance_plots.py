@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import ArtefactError
 from fxquant.report import relevance_plots
 from fxquant.report.relevance_plots import plot_importance, plot_relevance

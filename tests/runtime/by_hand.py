@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Fact, Role, annotate, declare
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer

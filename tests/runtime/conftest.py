@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from fxquant.runtime import artefact, container
+from fxquant.artefact import artefact, container
 from tests.runtime.by_hand import SmallNet, quantize_by_hand
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import fxquant
 from fxquant.errors import FxQuantError, InputError
 from fxquant.runtime.native import library
-from passes.contract import Journal
+from passes.pipeline.contract import Journal
 from tests.runtime.by_hand import SmallNet, quantize_by_hand
 
 BACKENDS = [

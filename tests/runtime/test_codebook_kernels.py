@@ -13,9 +13,9 @@ from fxquant.errors import BackendError
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.byte_codes import ByteCode, byte_code
-from fxquant.runtime.byte_table import BITS, byte_table
-from fxquant.runtime.lowered import (
+from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
+from fxquant.runtime.integer.byte_table import BITS, byte_table
+from fxquant.runtime.integer.lowered import (
     AttentionCodes,
     Epilogue,
     IntegerAttention,

@@ -20,8 +20,15 @@ from torch import Tensor
 
 from fxquant.errors import BackendError
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.byte_codes import byte_code
-from fxquant.runtime.lowered import AttentionCodes, Epilogue, IntegerAttention, IntegerLinear, IntegerMatmul, ToCodes
+from fxquant.runtime.integer.byte_codes import byte_code
+from fxquant.runtime.integer.lowered import (
+    AttentionCodes,
+    Epilogue,
+    IntegerAttention,
+    IntegerLinear,
+    IntegerMatmul,
+    ToCodes,
+)
 from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedLinear
 

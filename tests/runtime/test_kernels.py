@@ -18,9 +18,9 @@ from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.byte_codes import ByteCode, byte_code
-from fxquant.runtime.byte_table import BITS, byte_table
-from fxquant.runtime.lowered import (
+from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
+from fxquant.runtime.integer.byte_table import BITS, byte_table
+from fxquant.runtime.integer.lowered import (
     AttentionCodes,
     Epilogue,
     IntegerAttention,

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.artefact.container import pack_file, read_file
 from fxquant.errors import ArtefactError, BackendError, CalibrationError, VerificationError
-from fxquant.runtime.container import pack_file, read_file
 from fxquant.runtime.known_answers import LARGEST, LOOSEST, MARGIN, TOLERANCE, KnownAnswers, answer_images
 from passes.recipes import mptq_vit
 from tests.passes.models import images, vit

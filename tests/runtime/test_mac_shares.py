@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import fxquant
 from fxquant.errors import ArtefactError
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.mac_shares import checked_shares, mac_shares, node_macs
 from passes.recipes import naive_min_max
 from tests.passes.models import images

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.graph.annotation import annotation_of
 from fxquant.sensitivity.interactions import Operand, correlations, nearest_correlation
 from fxquant.sensitivity.measured import Divergence

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
-from fxquant.graph.tracing import trace
+from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Assignment, Divergence
-from passes.assign_roles import AssignRoles
-from passes.calibrate import Calibrate
-from passes.contract import PassContext
-from passes.insert_observers import InsertObservers, observers_of
-from passes.pipeline import Pipeline
-from passes.search_scales import SearchScales
-from passes.substitute_quantizers import SubstituteQuantizers
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
+from passes.search.calibrate import Calibrate
+from passes.search.insert_observers import InsertObservers, observers_of
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from tests.passes.models import ARCHITECTURES, images
 
 BITS = (3, 6)

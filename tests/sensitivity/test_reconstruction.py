@@ -10,7 +10,7 @@ from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.sensitivity.nuclear_norm import Module, nuclear_norm, nuclear_norms
 from fxquant.sensitivity.reconstruction import expected_ratio, normal_moments, reconstruction_errors
-from passes.contract import PassContext
+from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
 from tests.passes.models import images, traced, vit
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.sensitivity import relevance as module

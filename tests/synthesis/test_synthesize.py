@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import embedded
+from fxquant.data import embedded
 from fxquant.errors import CalibrationError, InfeasibleBudgetError
 from fxquant.synthesis import synthesize as module
 from fxquant.synthesis.priors import variation
 from fxquant.synthesis.synthesize import Pictures, Synthesis, _Watched, synthesize, trace_without_images
-from passes.assign_roles import AssignRoles
-from passes.contract import PassContext
+from passes.pipeline.contract import PassContext
+from passes.prepare.assign_roles import AssignRoles
 from tests.passes.models import SWIN, VIT, timm_model, vit
 
 QUICK = Synthesis(count=3, steps=2)

@@ -1,0 +1,1 @@
+"""Files: the artefact and the cache, written whole, read without running anything in them."""

@@ -1,0 +1,126 @@
+"""A searched graph as texts and tensors, and back: what is known of a model before any budget is.
+
+The graph is written as in an artefact (`graph_json`); besides, every field of every annotation, with the candidates'
+quantizers as settings and tensors. Tensors that the traced model has under the same name are left out: whoever reads
+has that model. Nothing is pickled. Of what observers have gathered only Gram matrices are kept; a graph that still has
+more is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.artefact.container import compress, decompress
+from fxquant.artefact.graph_json import graph_from_json, graph_to_json
+from fxquant.artefact.module_json import quantizer_from_json, quantizer_to_json
+from fxquant.checks.untrusted import field, from_json, to_json
+from fxquant.errors import ArtefactError
+from fxquant.graph.annotation import Annotation, Candidate, annotate, annotation_of
+
+_WRITTEN_WITH_THE_GRAPH = ("coverage", "image_shape", "fxquant_facts", "fxquant_folds")
+
+
+def searched_to_file(graph_module: GraphModule, traced: GraphModule) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Texts and tensors from which `searched_from_file` makes the same graph, given the same traced model.
+
+    Raises ArtefactError, naming it, for what a file cannot hold.
+    """
+    document, tensors = graph_to_json(graph_module)
+    writer = _Writer()
+    annotations = {
+        node.name: {
+            item.name: writer.value(getattr(annotation, item.name), node.name)
+            for item in fields(Annotation)
+            if getattr(annotation, item.name) != item.default
+        }
+        for node in graph_module.graph.nodes
+        if (annotation := annotation_of(node)) != Annotation()
+    }
+    meta = {key: value for key, value in graph_module.meta.items() if key not in _WRITTEN_WITH_THE_GRAPH}
+    if json.loads(to_json(meta, "the graph's meta")) != meta:
+        raise ArtefactError(f"the graph's meta {sorted(meta)} are not JSON values, and cannot be kept")
+    known = traced.state_dict()
+    new = {n: t for n, t in tensors.items() if n not in known or not _is_equal(t, known[n])}
+    content = {"graph": document, "annotations": annotations, "meta": meta}
+    return {"searched": compress(to_json(content, "the searched graph"))}, new | writer.tensors
+
+
+def searched_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor], traced: GraphModule) -> GraphModule:
+    """The graph that was written. Raises ArtefactError for anything that does not fit together."""
+    what = "the searched graph"
+    content = from_json(decompress(texts.get("searched", ""), what), dict, what)
+    graph_module = graph_from_json(field(content, "graph", dict, what), {**traced.state_dict(), **tensors})
+    annotations = field(content, "annotations", dict, what)
+    names = {item.name for item in fields(Annotation)}
+    shapes = {node.name: node.meta["tensor_meta"] for node in traced.graph.nodes if "tensor_meta" in node.meta}
+    for node in graph_module.graph.nodes:
+        # Shapes are the traced model's; a node it does not have is an observer, which passes its input on.
+        source = next(iter(node.all_input_nodes), node)
+        shape = shapes.get(node.name, source.meta.get("tensor_meta") if node.op == "call_module" else None)
+        if shape is not None:
+            node.meta["tensor_meta"] = shape
+        found = annotations.get(node.name, {})
+        if not names >= set(found):
+            raise ArtefactError(f"node {node.name} has unknown fields {sorted(set(found) - names)}")
+        # The role and its kind come with the graph itself.
+        annotate(node, **{key: _read(value, tensors) for key, value in found.items() if key != "role"})
+    graph_module.meta.update(field(content, "meta", dict, what))
+    return graph_module
+
+
+def candidates_to_file(groups: Iterable[tuple[Candidate, ...]]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Texts and tensors of one layer's candidates, operand by operand. Raises ArtefactError as `searched_to_file`."""
+    writer = _Writer()
+    found = [writer.value(group, "candidates") for group in groups]
+    return {"candidates": to_json(found, "the candidates")}, writer.tensors
+
+
+def candidates_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[tuple[Candidate, ...], ...]:
+    """The candidates that were written. Raises ArtefactError for anything that does not fit together."""
+    what = "the candidates"
+    return tuple(_read(group, tensors) for group in from_json(texts.get("candidates", ""), list, what))
+
+
+class _Writer:
+    """Values of annotations as JSON; the candidates' tensors are gathered."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._count = 0
+
+    def value(self, value: Any, where: str) -> Any:
+        """JSON of a field's value: None, a number, a text, a candidate, or a tuple of such."""
+        if isinstance(value, tuple):
+            return [self.value(item, where) for item in value]
+        if not isinstance(value, Candidate):
+            return value
+        path = f"candidates.{self._count}"
+        self._count += 1
+        settings, state = quantizer_to_json(value.quantizer, path)
+        self.tensors |= state
+        numbers = {"bits": value.bits, "loss": value.loss, "noise": value.noise, "signal": value.signal}
+        return {**numbers, "path": path, "quantizer": settings}
+
+
+def _read(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_read(item, tensors) for item in value)
+    if not isinstance(value, dict):
+        return value
+    given = dict(value)
+    path = field(given, "path", str, "a candidate")
+    quantizer = quantizer_from_json(given.pop("quantizer", None), given.pop("path"), tensors)
+    if quantizer is None or set(given) != {"bits", "loss", "noise", "signal"}:
+        raise ArtefactError(f"{path} is no candidate: {sorted(given)}")
+    return Candidate(quantizer=quantizer.eval(), **given)
+
+
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)

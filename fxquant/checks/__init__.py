@@ -1,0 +1,1 @@
+"""What comes from outside is checked here: arguments against type hints, values of files against schemas."""

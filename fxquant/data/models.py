@@ -1,0 +1,183 @@
+"""Models by name with weights from a local file: timm's architectures and the embedded model; nothing is downloaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fxquant.checks.hints import checked
+from fxquant.data import embedded
+from fxquant.data.images import EMBEDDED, Preprocessing
+from fxquant.errors import DataError, ModelError
+
+EMBEDDED_NAME = "embedded"
+RANDOM = "random"
+_MOST_CLASSES = 10_000_000
+_OF_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model in eval mode, where its weights come from (a file's name, "embedded" or "random") and what it eats."""
+
+    model: nn.Module
+    name: str
+    weights: str
+    preprocessing: Preprocessing
+
+    @property
+    def is_random(self) -> bool:
+        """Whether nobody trained these weights, so that accuracy means nothing."""
+        return self.weights == RANDOM
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Entries for the protocol card."""
+        return {"model": self.name, "weights": self.weights, "preprocessing": self.preprocessing.to_dict()}
+
+
+@checked(ModelError, weights=DataError)
+def load_model(
+    name: str, weights: str | PathLike[str] | None = None, num_classes: int | None = None, **options: Any
+) -> NamedModel:
+    """A timm architecture, or "embedded".
+
+    weights: .safetensors, or a state dict saved by torch.save (read without running code); None leaves them random.
+    num_classes, options: for `timm.create_model` (img_size, in_chans, ...). Weights must fit exactly.
+
+    Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file.
+    """
+    if name == EMBEDDED_NAME:
+        if num_classes is not None or options:
+            raise ModelError("the embedded model is what it is: it takes no num_classes and no other options")
+        if weights is None:
+            return NamedModel(embedded.load_model(), name, EMBEDDED_NAME, EMBEDDED)
+        model: nn.Module = embedded.build()
+        preprocessing = EMBEDDED
+    else:
+        model = _create(name, num_classes, options)
+        preprocessing = Preprocessing.of(model)
+    if weights is None:
+        return NamedModel(model.eval(), name, RANDOM, preprocessing)
+    load_weights(model, weights)
+    return NamedModel(model.eval(), name, Path(weights).name, preprocessing)
+
+
+def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*timm.list_models(), EMBEDDED_NAME], n=4)
+        raise ModelError(f"no timm model is called {name!r}; close names: {', '.join(close) or 'none'}")
+    if others := [option for option in options if option in _OF_WEIGHTS]:
+        raise ModelError(f"{others[0]} brings other weights, from the network or unpickled: give a file as weights")
+    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
+        raise ModelError(f"num_classes is from 1 to {_MOST_CLASSES:,}, not {num_classes}")
+    given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
+    torch.manual_seed(0)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **given)
+    except Exception as error:  # whatever a constructor raises for an option it does not take
+        raise ModelError(f"{name} cannot be built with {given}: {error}") from error
+    return model
+
+
+@checked(ModelError, file=DataError)
+def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
+    """Put a file's tensors into the model, strictly. Raises DataError or ModelError naming the first five misfits."""
+    state = read_state(file)
+    found = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    if len(found) < len(state):
+        raise DataError(f"weights {file} have a name twice, with 'module.' before it and without")
+    expected = model.state_dict()
+    misfits = [f"{key} is missing" for key in expected if key not in found]
+    misfits += [f"{key} is not in the model" for key in found if key not in expected]
+    misfits += [
+        f"{key} is {tuple(found[key].shape)} in the file and {tuple(tensor.shape)} in the model"
+        for key, tensor in expected.items()
+        if key in found and found[key].shape != tensor.shape
+    ]
+    misfits += [
+        f"{key} is {_described(found[key])} in the file and {_described(tensor)} in the model"
+        for key, tensor in expected.items()
+        if key in found and _kind(found[key]) != _kind(tensor)
+    ]
+    if misfits:
+        more = f", and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise ModelError(
+            f"{file} does not fit the model: {'; '.join(misfits[:5])}{more}. Check the model's name and num_classes"
+        )
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:  # modules may take states in ways of their own
+        raise ModelError(f"{file} does not fit the model: {error}") from error
+
+
+def _kind(tensor: Tensor) -> str:
+    """What cannot be turned into something else without loss: "float", "complex", "bool", "int", or no plain tensor."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        return "no plain tensor"
+    if tensor.is_floating_point() or tensor.is_complex():
+        return "complex" if tensor.is_complex() else "float"
+    return "bool" if tensor.dtype is torch.bool else "int"
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype}".removeprefix("torch.") + (" without values" if tensor.is_meta else "")
+
+
+@checked(DataError)
+def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Tensors by name from .safetensors or a torch state dict, also one under "state_dict" or "model".
+
+    Raises DataError.
+    """
+    file = Path(path)
+    if not os.path.isfile(file):  # False, not an OSError, for names the system refuses
+        raise DataError(f"weights {file} are not there, or not a file")
+    try:
+        if file.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise DataError(f"weights {file} are not a whole safetensors file: {error}") from error
+    except Exception as error:  # torch.load raises whatever the bytes provoke
+        raise DataError(
+            f"weights {file} cannot be read as a state dict of plain tensors: {_first_line(error)}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
+        raise DataError(f"weights {file} hold no state dict: save one with torch.save(model.state_dict(), path)")
+    return dict(content)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`img_size=96` as ("img_size", 96); values are JSON where they can be, else text. Raises ModelError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise ModelError(f"a model option reads name=value, such as img_size=96; found {text!r}")
+    try:
+        return key, json.loads(value)
+    except (ValueError, RecursionError):
+        return key, value

@@ -1,0 +1,1 @@
+"""From a caller's model to a graph in one form: tracing, and the rewrites that normalize it."""

@@ -1,0 +1,268 @@
+"""From a Vision Transformer to one flat graph that computes the same: what every pass works on.
+
+`trace` records a copy of the model at the size of an example image with the batch left free (`shape_tracer`), brings
+the graph to one form (`normalization`), writes every node's shape into `meta["tensor_meta"]`, and accepts the result
+only if it equals the model as it was given, with its hooks and replaced forwards, at two batch sizes. It never touches
+the caller's model, its state or the example. Not done: several inputs, several outputs, dynamic image sizes.
+"""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
+
+from fxquant.checks.arguments import number
+from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
+from fxquant.graph.annotation import Fact, declare
+from fxquant.graph.capture.leaves import has_global_hooks
+from fxquant.graph.capture.model_checks import check_example, check_model
+from fxquant.graph.capture.normalization import normalize
+from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weights
+from fxquant.graph.capture.shape_tracer import ShapeTracer
+from fxquant.graph.names import with_valid_names
+from fxquant.graph.structure.class_scores import CLASSES, declared_classes
+
+_RELATIVE_TOLERANCE = 1e-4
+_CHECKED_BATCH_SIZES = (1, 3)
+_LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: float = 0.98) -> fx.GraphModule:
+    """Trace a vision model in inference mode into a graph every pass understands.
+
+    Args:
+        model: takes one image tensor, returns one tensor; it is copied, never changed. What `torch.compile` and
+            `nn.DataParallel` wrap is traced itself. Hooks and replaced forwards are part of the graph; parametrized,
+            normalized and pruned weights are plain weights of the value they have.
+        example_bchw: finite float (B, C, H, W) on the CPU, as is the model; the graph takes any B and this (C, H, W).
+        minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
+            graph.
+
+    The result declares `Fact.TRACED`, has `meta["coverage"]` (share of weight elements seen) and
+    `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
+    gradients; its state is independent of the model's.
+
+    Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not
+    on the CPU, not float32 or float64, or not finite; CalibrationError for an example of the wrong kind or a size the
+    model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model that
+    stands in the way.
+    """
+    check_model(model)
+    check_example(example_bchw)
+    if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
+        raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
+    expected = _run_eagerly(copy_of(model), example_bchw)  # a copy of its own, since running it may change its state
+    root = copy_of(model)
+    settle_weights(root)
+    for module in root.modules():
+        if getattr(module, "fused_attn", None) is True:
+            setattr(module, "fused_attn", False)  # noqa: B010
+    graph_module, tracer = _record(root, example_bchw)
+    coverage = _coverage(root, graph_module, tracer, minimum_coverage)
+    graph_module = normalize(graph_module)
+    _guard_image_shape(graph_module, tuple(example_bchw.shape[1:]))
+    for node in graph_module.graph.nodes:
+        node.type = None  # a graph read from a file has no annotations, and the same code is to look the same
+    _propagate_shapes(graph_module, example_bchw)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    _check_equivalence(graph_module, example_bchw, expected)
+    graph_module.meta["coverage"] = coverage
+    if (classes := declared_classes(root)) is not None:
+        graph_module.meta[CLASSES] = classes
+    graph_module.meta["image_shape"] = tuple(example_bchw.shape[1:])
+    declare(graph_module, frozenset({Fact.TRACED}))
+    return graph_module
+
+
+def _images(example_bchw: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """A batch of different images made from the first one: it, and darker ones, which every model takes."""
+    factors = torch.linspace(1, 0, batch_size + 1, device=example_bchw.device, dtype=example_bchw.dtype)[:-1]
+    return example_bchw[:1] * factors.view(-1, 1, 1, 1)
+
+
+def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tensor]:
+    """The model's own outputs for every checked batch size."""
+    try:
+        sizes = (*_CHECKED_BATCH_SIZES, _CHECKED_BATCH_SIZES[0])
+        *outputs, again = (root(_images(example_bchw, batch_size)) for batch_size in sizes)
+    except Exception as error:
+        size = known_image_shape(root)
+        known = f"; the model takes (B, {', '.join(map(str, size))})" if size else ""
+        raise CalibrationError(
+            f"{type(root).__name__} refuses an example of shape {tuple(example_bchw.shape)} and dtype "
+            f"{example_bchw.dtype}{known}: {error}"
+        ) from error
+    for output in outputs:
+        if not isinstance(output, torch.Tensor):
+            raise TraceError(
+                f"{type(root).__name__} returns a {type(output).__name__}, not one tensor: wrap it in a module whose "
+                "forward returns the tensor to quantize for"
+            )
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(
+                f"{type(root).__name__} gives NaN or infinite numbers for the example, or for the same image darker: "
+                "preprocess images as the model wants them, and check its weights"
+            )
+    one, several = (output.numel() for output in outputs)
+    if several != one * _CHECKED_BATCH_SIZES[1]:
+        raise TraceError(
+            f"{type(root).__name__} gives {one} numbers for one image and {several} for {_CHECKED_BATCH_SIZES[1]}: "
+            "wrap it in a module whose forward returns as much for every image of the batch"
+        )
+    difference = _difference(again, outputs[0])
+    if not difference <= _tolerance(outputs[0]):
+        raise TraceError(
+            f"{type(root).__name__} differs from the model it was two calls before: the same image has outputs "
+            f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference"
+        )
+    return outputs
+
+
+def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same elements, where NaN is the same as NaN."""
+    return torch.equal(tensor, other) or bool(((tensor == other) | (tensor.isnan() & other.isnan())).all())
+
+
+def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference of two outputs; infinite where their shapes differ."""
+    return float((output - reference).abs().max()) if output.shape == reference.shape else float("inf")
+
+
+def _tolerance(reference: torch.Tensor) -> float:
+    return _RELATIVE_TOLERANCE * max(float(reference.abs().max()), 1e-6)
+
+
+def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """(C, H, W) from the usual places: a patch embedding's image size, timm's default configuration."""
+    for module in model.modules():
+        size, projection = getattr(module, "img_size", None), getattr(module, "proj", None)
+        if isinstance(size, tuple) and len(size) == 2 and isinstance(projection, nn.Conv2d):
+            return (projection.in_channels, *size)
+    configuration = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    return tuple(configuration["input_size"]) if configuration and "input_size" in configuration else None
+
+
+def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule, ShapeTracer]:
+    tracer = ShapeTracer(example_bchw)
+    try:
+        graph = tracer.record(root)
+    except Exception as error:
+        raise TraceError(
+            f"{type(root).__name__} cannot be traced: {_place(root, tracer)}{_where(error)}: {error}. Tensor "
+            "operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
+            "of forward"
+        ) from error
+    return fx.GraphModule(root, with_valid_names(root, graph), class_name=type(root).__name__), tracer
+
+
+def _place(root: nn.Module, tracer: ShapeTracer) -> str:
+    """The module in which it failed, and whether hooks or a replaced forward of its own may be the reason."""
+    path = tracer.failed_in
+    if path is None:
+        return ""
+    module = root.get_submodule(path)
+    own = ", which has hooks or a forward of its own that can be removed" if has_own_code(module) else ""
+    return f"in '{path}' ({type(module).__name__}{own}): "
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the deepest frame that is the model's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in _LIBRARY_FOLDERS)]
+    frame = (own or list(frames))[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: `{frame.line}`"
+
+
+def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float) -> float:
+    """Share of weight elements that are visible; weights inside composite leaves are hidden."""
+    hidden = _hidden_in_functions(graph_module)
+    seen = sum(p.numel() for p in root.parameters() if p.ndim >= 2 and id(p) in tracer.read_tensors)
+    seen -= sum(hidden.values())
+    for path in {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}:
+        module = graph_module.get_submodule(path)
+        elements = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+        if list(module.children()) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            hidden[path] = elements
+        else:
+            seen += elements
+    total = seen + sum(hidden.values())
+    if total == 0:
+        raise ModelError(f"{type(root).__name__} has no linear or convolution weights on the path of the image")
+    if seen / total < minimum_coverage:
+        biggest = sorted(hidden, key=lambda path: -hidden[path])[:5]
+        kinds = {path: type(graph_module.get_submodule(path)).__name__ for path in biggest}
+        listed = ", ".join(f"'{path}' ({kinds[path]}, {hidden[path]} elements)" for path in biggest)
+        raise CoverageError(
+            f"the graph shows {seen / total:.1%} of {total} weight elements, {minimum_coverage:.1%} are required; "
+            f"hidden inside {listed}. Write them out with nn.Linear and torch.matmul; or leave them in float: run a "
+            f"pipeline on fxquant.trace(model, images, minimum_coverage={int(seen / total * 100) / 100})"
+        )
+    return seen / total
+
+
+def _hidden_in_functions(graph_module: fx.GraphModule) -> dict[str, int]:
+    """Weight elements that go into a function which is a layer and more, by the module that holds them."""
+    hidden: dict[str, int] = {}
+    for node in graph_module.graph.find_nodes(op="call_function", target=functional.multi_head_attention_forward):
+        for source in node.all_input_nodes:
+            owner, _, name = str(source.target).rpartition(".")
+            tensor = getattr(graph_module.get_submodule(owner), name) if source.op == "get_attr" else None
+            if tensor is not None and tensor.ndim >= 2:
+                hidden[owner] = hidden.get(owner, 0) + tensor.numel()
+    return hidden
+
+
+def _propagate_shapes(graph_module: fx.GraphModule, example_bchw: torch.Tensor) -> None:
+    """Write `tensor_meta` at the example's batch size, without computing."""
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ShapeProp(graph_module, fake_mode=fake_mode).propagate(example_bchw)
+
+
+def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
+    """Refuse images of another size at run time, which reshapes could otherwise mix up silently."""
+    graph = graph_module.graph
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    message = f"this graph takes images of shape (B, {', '.join(map(str, image_shape))}): resize them or trace again"
+    with graph.inserting_after(image):
+        shape: Any = graph.call_function(getattr, (image, "shape"))
+    with graph.inserting_after(shape):
+        image_dimensions = graph.call_function(operator.getitem, (shape, slice(1, None)))
+    with graph.inserting_after(image_dimensions):
+        is_expected = graph.call_function(operator.eq, (image_dimensions, image_shape))
+    with graph.inserting_after(is_expected):
+        graph.call_function(torch._assert, (is_expected, message))
+
+
+def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    """Raise TraceError unless the graph computes what the model did, and keeps no state."""
+    before = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
+    for batch_size, reference in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
+        try:
+            output = graph_module(_images(example_bchw, batch_size))
+        except Exception as error:
+            raise TraceError(f"the traced graph fails at batch size {batch_size}: {error}") from error
+        difference, tolerance = _difference(output, reference), _tolerance(reference)
+        if not difference <= tolerance:
+            hooks = "hooks are registered for all modules of the process, remove them; else " * has_global_hooks()
+            raise TraceError(
+                f"the traced graph differs from the model by {difference:.3g} at batch size {batch_size} "
+                f"(tolerance {tolerance:.3g}): {hooks}its forward depends on the batch size, on randomness or on a "
+                "state, or it changes a tensor in place that it reads under another name"
+            )
+    changed = [name for name, buffer in graph_module.named_buffers() if not _is_same(buffer, before[name])]
+    if changed:
+        raise TraceError(
+            f"the forward of the model changes '{changed[0]}', and a quantized model keeps no state: take that out of "
+            f"inference"
+        )

@@ -1,0 +1,78 @@
+"""What a node of a graph is: its arguments, its shape, where it came from, whether it moves data."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn import functional
+
+_METHODS = frozenset(
+    {
+        "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unflatten", "roll", "mean", "unsqueeze",
+        "squeeze", "clone", "select", "narrow", "expand", "swapaxes", "movedim",
+    }
+)  # fmt: skip
+_FUNCTIONS = frozenset(
+    {
+        operator.getitem, functional.pad, torch.roll, torch.flatten, torch.reshape,
+        torch.permute, torch.transpose, torch.mean, torch.unsqueeze, torch.squeeze, torch.movedim, torch.select,
+        torch.narrow, torch.clone,
+    }
+)  # fmt: skip
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def image_of(graph_module: GraphModule) -> Node:
+    """The node that stands for the images."""
+    return next(node for node in graph_module.graph.nodes if node.op == "placeholder")  # type: ignore[no-any-return]
+
+
+def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
+    """The tensor behind a `get_attr` node, None for anything else."""
+    if not isinstance(value, Node) or value.op != "get_attr":
+        return None
+    owner, _, name = str(value.target).rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)  # type: ignore[no-any-return]
+
+
+def scope_of(node: Node) -> str:
+    """Path of the module whose code made the node, "" for the model itself."""
+    scope = str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
+    return re.sub(r"@\d+$", "", scope)  # torch.fx counts the calls of a module so
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Shape of the tensor a node holds, None where it holds something else."""
+    found = value.meta.get("tensor_meta") if isinstance(value, Node) else None
+    return tuple(found.shape) if isinstance(found, TensorMetadata) else None
+
+
+def moves_data(node: Node) -> bool:
+    """Whether a node only moves, drops, repeats or averages values."""
+    if node.op == "call_method":
+        return node.target in _METHODS
+    return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def reads_shape(node: Node) -> bool:
+    """Whether a node reads a tensor's shape and not its values."""
+    return node.target in ("size", "dim") or (node.target is getattr and node.args[1:2] in (("shape",), ("ndim",)))
+
+
+def module_uses(graph_module: GraphModule) -> dict[str, int]:
+    """How often each module is called, or a tensor of it read, by target."""
+    counts: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
+            counts[target] = counts.get(target, 0) + 1
+    return counts

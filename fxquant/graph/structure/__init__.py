@@ -1,0 +1,1 @@
+"""What a graph is made of: roles, blocks, paths of channels, heads."""

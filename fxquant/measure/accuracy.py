@@ -1,0 +1,99 @@
+"""Top-1 accuracy over batches of labelled images, with its standard error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.checks.arguments import whole
+from fxquant.checks.hints import checked
+from fxquant.data.images import ImageData
+from fxquant.errors import DataError, FxQuantError, ModelError, OptionError
+from passes.pipeline.contract import ProgressReporter, reporter_of
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of `count` images were classified correctly. labels: how they were matched to the model's classes."""
+
+    correct: int
+    count: int
+    labels: str = "as given"
+
+    @property
+    def top1(self) -> float:
+        """Percent correct."""
+        return 100 * self.correct / self.count
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `top1` over the choice of images, in points: 100 sqrt(p (1 - p) / n)."""
+        share = self.correct / self.count
+        return 100 * math.sqrt(share * (1 - share) / self.count)
+
+    def __str__(self) -> str:
+        """`91.55 % +/- 0.62 (1,831 of 2,000)`."""
+        return f"{self.top1:.2f} % +/- {self.standard_error:.2f} ({self.correct:,} of {self.count:,})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "top1": self.top1,
+            "standard_error": self.standard_error,
+            "correct": self.correct,
+            "count": self.count,
+            "labels": self.labels,
+        }
+
+
+@checked(DataError, model=ModelError, progress=OptionError)
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: ProgressReporter | None = None,
+    label: str = "evaluating",
+) -> Accuracy:
+    """Top-1 of a model in eval mode; memory holds one batch.
+
+    Class folders are matched to the model's classes by `ImageData.for_outputs`. Raises DataError without labels, for
+    labels beyond the model's classes and class names that say nothing of them, ModelError for a model that cannot run
+    on these images and outputs that are not class scores (B, classes).
+    """
+    whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
+    data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
+    total = data.count if limit is None else min(limit, data.count)
+    task = reporter_of(progress).track(label, -(-total // batch_size))
+    correct = count = 0
+    for images, labels in data.batches(batch_size, limit):
+        assert labels is not None  # for_outputs has seen to it
+        scores = _scores(model(images))
+        correct += int(torch.eq(scores.argmax(1), labels).sum())
+        count += len(images)
+        task.advance()
+    task.close()
+    return Accuracy(correct, count, data.matched_by)
+
+
+def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:
+    """What the model returns for one image. Raises ModelError where it cannot run."""
+    try:
+        return model(image_chw[None])
+    except FxQuantError:
+        raise
+    except Exception as error:  # whatever a model of the caller's raises
+        raise ModelError(f"the model cannot run on an image of shape {tuple(image_chw.shape)}: {error}") from error
+
+
+def _scores(output: Any) -> torch.Tensor:
+    scores = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
+        raise ModelError("accuracy needs class scores (B, classes), and the model's output is something else")
+    return scores

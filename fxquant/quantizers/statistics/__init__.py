@@ -1,0 +1,1 @@
+"""What observers gather of a tensor: histograms, Gram matrices in low rank, outlier channels."""

@@ -1,0 +1,1 @@
+"""Modules that compute on integers, and the codes that they take."""

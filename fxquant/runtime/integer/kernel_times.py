@@ -1,0 +1,80 @@
+"""How long single kernels take on this machine: the least time of repeated runs, which other programs disturb least.
+
+On one thread it is that thread's processor time, so waiting for a core that others use does not count; else wall time.
+Deliberately not done: fused forms (attention, epilogues); they add the same to every width, and so cancel out where
+widths are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.integer.byte_codes import ByteCode
+from fxquant.runtime.integer.lowered import IntegerLinear, IntegerMatmul
+from fxquant.runtime.native import library
+from fxquant.runtime.simulated import QuantizedLinear
+
+_FEWEST_RUNS = 7
+
+
+def least_ms(run: Callable[[], object], threads: int, seconds: float = 0.05) -> float:
+    """Least time of a run, in ms, over about `seconds` of runs and seven at least; torch's threads are restored."""
+    before, clock = torch.get_num_threads(), time.thread_time if threads == 1 else time.perf_counter
+    times: list[float] = []
+    try:
+        torch.set_num_threads(threads)
+        run()
+        end = clock() + seconds
+        while len(times) < _FEWEST_RUNS or clock() < end:
+            start = clock()
+            run()
+            times.append(clock() - start)
+    finally:
+        torch.set_num_threads(before)
+    return 1000 * min(times)
+
+
+def linear_ms(rows: int, inner: int, out: int, weight_bits: int, code: ByteCode, threads: int) -> float:
+    """A linear layer of `rows` inputs, weights of this width, inputs of this code."""
+    weight = UniformQuantizer(weight_bits, 1.0)
+    layer = IntegerLinear(QuantizedLinear(torch.zeros(out, inner), torch.zeros(out), weight, None), code)
+    codes = torch.zeros(rows, inner, dtype=torch.uint8)
+    return least_ms(lambda: layer(codes), threads)
+
+
+def matmul_ms(groups: int, rows: int, inner: int, columns: int, left: ByteCode, right: ByteCode, threads: int) -> float:
+    """`groups` products of (rows, inner) and (inner, columns) activations of these codes."""
+    product = IntegerMatmul(left, right)
+    operands = [torch.zeros(groups, *shape, dtype=torch.uint8) for shape in ((rows, inner), (inner, columns))]
+    return least_ms(lambda: product(*operands), threads)
+
+
+@cache
+def machine() -> dict[str, str]:
+    """What times depend on besides shapes: processor, instruction set, the kernels' build, torch.
+
+    Raises BackendError where there are no kernels.
+    """
+    instruction_set = library.instruction_set()
+    files = sorted(Path(library.__file__).parent.glob("_kernels*"))
+    build = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return {
+        "processor": _processor(), "instruction_set": instruction_set, "kernels": build, "torch": torch.__version__
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,278 @@
+"""What `compile` and `load` return: a model that is called like the original, with its report and its file."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from allocators.allocation import Allocation
+from fxquant.artefact import artefact
+from fxquant.artefact.container import write_file
+from fxquant.checks.hints import checked
+from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
+from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
+from fxquant.export.onnx_file import to_onnx
+from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.structure import pattern
+from fxquant.report.picture import write_picture
+from fxquant.report.tables import Report
+from fxquant.runtime.border import Border
+from fxquant.runtime.known_answers import KnownAnswers
+from fxquant.runtime.layer_row import LayerRow
+from fxquant.runtime.mac_shares import checked_shares, with_execution
+from fxquant.runtime.state import check_names, check_state, description
+from passes.lower.lower import SIMULATED, Lower, execution_of, execution_summary
+from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.pipeline import Pipeline
+
+
+class Compiled(nn.Module):
+    """A quantized model: call it like the original.
+
+    graph_module: the annotated graph that runs. allocation: bits by layer and how they were found. journal: one entry
+    per pass. layers: one row per quantized layer. card: the protocol (data, policies, what stays float, versions).
+    answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
+
+    It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
+    compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
+    """
+
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        allocation: Allocation | None,
+        journal: Journal,
+        layers: list[LayerRow],
+        card: dict[str, Any],
+        answers: KnownAnswers | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph_module, self.answers = graph_module, answers
+        self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
+        self.border = Border.of(graph_module)
+        self._is_lowered = Fact.LOWERED in facts_of(graph_module)
+        self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
+        self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
+        self.eval()
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """Float (B, C, H, W) images to what the original model returns for them.
+
+        An image with a NaN or infinite pixel gives NaN, and leaves the others as they are; no images give (0, ...).
+        Raises InputError for images of another shape, dtype, layout or device, a TypeError too for what is no tensor.
+        """
+        return self.border.run(self.graph_module, images_bchw, self._device())
+
+    def report(self) -> Report:
+        """Tables per layer and in total; print it, or take `.to_dict()`."""
+        return Report(self.layers, self.allocation, self.journal, self.card)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The annotated graph, one networkx node per graph node."""
+        return pattern.to_networkx(self.graph_module)
+
+    @checked(ArtefactError)
+    def draw(self, path: str | PathLike[str]) -> None:
+        """Draw the bits: blocks by roles as `.svg`, the graph as Graphviz `.dot`. Raises ArtefactError."""
+        write_picture(path, self.graph_module, title=str(self.card.get("model", "")))
+
+    @checked(BackendError)
+    def lowered(self, backend: str = "auto") -> Compiled:
+        """This model with integer kernels, weights packed in memory; this one stays as it is.
+
+        backend: see `passes.lower.lower.Lower`. Outputs equal this model's but for the rounding of float32, which is
+        proven on two images (`passes.lower.prove_lowering`); `.report()` lists the kernel of each layer. Raises
+        BackendError where the backend cannot run here, or computes something else, naming the first layer that differs;
+        MissingExtraError without its extra.
+        """
+        pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
+        journal = Journal(list(self.journal.entries))
+        graph_module = pipeline.run(self.graph_module, PassContext(journal=journal, answers=self.answers))
+        kernels = execution_of(graph_module)
+        layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
+        shares = with_execution(checked_shares(self.card.get("multiply_accumulates")), layers)
+        summary = execution_summary(kernels)
+        if (in_float := shares.get("float_share", 0.0)) > 0:
+            summary += f"; {in_float:.1%} of all multiply-accumulates stay in float"
+        card = {**self.card, "execution": summary, "multiply_accumulates": shares}
+        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers)
+
+    def check_answers(self) -> float:
+        """Hold this model against its known answers; returns the relative difference, 0 where it has none.
+
+        Raises VerificationError beyond the answers' tolerance.
+        """
+        if self.answers is None:
+            return 0.0
+        with torch.no_grad():
+            output = self.graph_module(self.answers.images_for(self.graph_module).to(self._device()))
+        found = self.answers.difference(output)
+        if not found <= self.answers.tolerance:
+            what = f"the model, which runs {self.card.get('execution', SIMULATED)},"
+            raise VerificationError(
+                self.answers.described(output, found, what) + ": load it with another backend; if it is simulated "
+                "already, compile it again with the versions that are installed here, or install those of its card"
+            )
+        return found
+
+    def train(self, mode: bool = True) -> Compiled:
+        """Nothing: a quantized model stays in inference mode, as it was compiled."""
+        return super().train(False)
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """Codes, scales and what else the model consists of, by name. Raises StateError for a lowered model."""
+        self._refuse_lowered("has no state dict")
+        return super().state_dict(*arguments, **keywords)
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors of the state belong to, see `fxquant.runtime.state`."""
+        return description(self.graph_module)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: it has been compared with this model's."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take the numbers of a model compiled alike, with the same quantizers; report and card stay as they are.
+
+        strict: whether all of them have to be there. Raises StateError, and changes nothing, for every other state.
+        """
+        self._refuse_lowered("takes no state dict")
+        if strict or not isinstance(state_dict, Mapping):
+            check_names(self.state_dict(), state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        self._refuse_lowered("takes no state dict")
+        check_state(self.graph_module, f"{prefix}graph_module.", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
+        """Move to another device, of which a lowered model has one; refuse another dtype."""
+        device = self._device()
+        before = torch.empty(0, dtype=self.border.dtype, device=device)
+        after = fn(before)
+        if after.dtype != before.dtype:
+            raise ModelError(
+                f"a quantized model computes in {before.dtype}, as it was compiled, not in {after.dtype}: for a "
+                "smaller or faster one take fewer bits or a backend"
+            )
+        if after.is_meta or (device is not None and after.device != device and self._is_lowered):
+            raise BackendError(
+                f"a {'lowered' if self._is_lowered else 'quantized'} model cannot be moved to {after.device}: move "
+                "the model it was lowered from, or lower that with backend='cuda'"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _refuse_lowered(self, what: str) -> None:
+        if self._is_lowered:
+            raise StateError(f"a lowered model {what}, it belongs to this machine: take the model it was lowered from")
+
+    def _device(self) -> torch.device | None:
+        """Where images have to be; None where the graph fetches them itself."""
+        if self._fetches_images:
+            return None
+        tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
+        return next((tensor.device for tensor in tensors), None)
+
+    def __copy__(self) -> Compiled:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As its artefact; raises ArtefactError where that cannot be written, before anything is."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.fxq"
+            self.save(path)
+            return _from_content, (path.read_bytes(),)
+
+    @checked(ArtefactError)
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the artefact: one file, packed weights, no code. Raises ArtefactError, also for a lowered model."""
+        if execution_of(self.graph_module):
+            raise ArtefactError(
+                "a lowered model belongs to the machine it was lowered on: save the model it was lowered from, and "
+                "lower again where it is loaded, fxquant.load(path, backend='auto')"
+            )
+        card = {**self.card, "layers": [row.to_dict() for row in self.layers]}
+        journal = [asdict(entry) for entry in self.journal.entries]
+        allocation = None if self.allocation is None else self.allocation.to_json()
+        artefact.save(
+            path,
+            self.graph_module,
+            card=card,
+            allocation_json=allocation,
+            journal=journal,
+            answers=self.answers,
+        )
+
+    @checked(ExportError, path=ArtefactError)
+    def export_onnx(
+        self, path: str | PathLike[str], *, weight_type: str = "int8", check: bool = False
+    ) -> dict[str, str]:
+        """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
+
+        Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata. weight_type:
+        "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or "simulated" (float
+        operators); what runs as int8 is up to the runtime. check: before the file is written, ONNX Runtime runs it and
+        is held against the model's known answers.
+
+        Raises MissingExtraError without onnx and onnxscript, or, where a check is asked for, without onnxruntime;
+        ExportError for a lowered model, an unknown weight_type, operations that torch cannot export, and a file that
+        does not give the model's answers; ArtefactError where the file cannot be written.
+        """
+        if check:
+            check_onnxruntime()
+        found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
+        if check:
+            answers = self.answers or KnownAnswers.measured(self.graph_module)
+            check_in_onnxruntime(found.content, answers, answers.images_for(self.graph_module))
+        write_file(Path(path), found.content)
+        return found.layers
+
+
+def _answer_anew(model: Compiled, incompatible_keys: object) -> None:
+    """After another state was loaded: its answers take the place of those known; the float model's are not its own."""
+    if model.answers is not None:
+        model.answers = KnownAnswers.measured(model.graph_module, pixels=model.answers.pixels)
+
+
+def _from_content(content: bytes) -> Compiled:
+    """The model of an artefact's bytes: what pickles hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.fxq"
+        path.write_bytes(content)
+        return load(path)
+
+
+@checked(ArtefactError, backend=BackendError)
+def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
+    """Read an artefact written by `Compiled.save`; outputs equal the saved model's bit for bit.
+
+    backend: "simulated", or how to run it as integers, see `Compiled.lowered`: "auto", "cpu-native", "cpu-onednn",
+    "cuda", "openvino"; a backend is held against the answers that the file holds. Runs nothing the file says. Raises
+    ArtefactError for a file that is damaged, foreign or of another version, BackendError where the backend cannot run
+    here or gives other answers, MissingExtraError without its extra.
+    """
+    found = artefact.load(path)
+    report = Report.of_texts(found, str(path))
+    compiled = Compiled(
+        found.graph_module, report.allocation, report.journal, report.layers, dict(report.card), found.answers
+    )
+    return compiled if backend == SIMULATED else compiled.lowered(backend)

@@ -1,0 +1,214 @@
+"""The frontier of a model: least predicted loss over budgets, what a further 0.1 bit is worth, and what really happens.
+
+    found = fxquant.frontier(model, images, limits=[3, 4, 5, 6], realised="kl")
+    print(found)                                   # a table; found.plot("frontier.png"), found.to_dict()
+
+Calibrates and searches once. `exact` solves the integer program at every budget; without it, points are vertices of
+the convex hull, at once and optimal at their own usage (`allocators.frontier`). Predicted losses are estimates that
+add up over tensors; the realised loss of a point is measured on the model compiled so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from allocators.allocation import Allocation
+from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_limits
+from allocators.frontier import frontier as frontier_of
+from allocators.milp import Milp
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
+from fxquant.checks.arguments import number
+from fxquant.checks.hints import checked
+from fxquant.errors import BY_ARGUMENT, BudgetError, ModelError, OptionError
+from fxquant.report.plots import plot_frontier
+from fxquant.report.render import Document
+from fxquant.report.sections import Cell, Lines, Table
+from fxquant.session.compiled import Compiled
+from fxquant.session.sweep import Prepared
+from fxquant.synthesis.synthesize import Synthesis
+from passes.pipeline.contract import ProgressReporter, check_images, reporter_of
+
+_UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
+
+
+@dataclass(frozen=True)
+class Frontier(Document):
+    """Points by ascending budget. axis: what is limited. realised: measured losses, one a point; empty if not asked.
+
+    realised_name: what was measured.
+    """
+
+    axis: str
+    points: tuple[FrontierPoint, ...]
+    realised: tuple[float, ...] = ()
+    realised_name: str = ""
+
+    def sections(self) -> list[Lines | Table]:
+        """A table, and how to read it."""
+        scale, unit = _UNITS.get(self.axis, (1.0, "bits"))
+        measured = [self.realised_name] if self.realised else []
+        step = f"{self.points[0].step / scale:.3g} {unit}"
+        columns = (f"limit, {unit}", "W bits", "A bits", "MB", "GBOPs", "predicted loss", *measured,
+                   f"+{step} saves", f"-{step} costs", "found by")  # fmt: skip
+        rows = []
+        for index, point in enumerate(self.points):
+            usage = point.allocation.usage
+            rows.append(
+                (
+                    f"{point.limit / scale:.3f}",
+                    f"{usage['mean_weight_bits']:.3f}",
+                    f"{usage['mean_activation_bits']:.3f}",
+                    f"{usage['weight_bytes'] / 1e6:.3f}",
+                    f"{usage['bit_operations'] / 1e9:.3f}",
+                    f"{point.loss:.4g}",
+                    *([f"{self.realised[index]:.4g}"] if self.realised else []),
+                    "-" if point.gain is None else f"{point.gain:.3g}",
+                    "-" if point.price is None else f"{point.price:.3g}",
+                    f"{point.allocation.solver}, {point.allocation.status}",
+                )
+            )
+        cells = tuple(tuple(map(Cell, row)) for row in rows)
+        last = frozenset({len(columns) - 1})
+        return [Table(f"Frontier over {self.axis.replace('_', ' ')}", columns, cells, last)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values with full precision."""
+        points = [
+            {
+                "limit": point.limit,
+                "budget": str(point.allocation.budget),
+                "predicted_loss": point.loss,
+                "gain": point.gain,
+                "price": point.price,
+                "usage": point.allocation.usage,
+                "status": point.allocation.status,
+                "solver": point.allocation.solver,
+                "weight_bits": point.allocation.weight_bits,
+                "activation_bits": point.allocation.activation_bits,
+                **({"realised": self.realised[index]} if self.realised else {}),
+            }
+            for index, point in enumerate(self.points)
+        ]
+        step = self.points[0].step
+        return {"axis": self.axis, "step": step, "realised": self.realised_name or None, "points": points}
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Loss over the budget as .png, .svg or .pdf. Raises MissingExtraError without matplotlib, ArtefactError."""
+        scale, unit = _UNITS.get(self.axis, (1.0, "bits"))
+        limits = [point.limit / scale for point in self.points]
+        lines = {"predicted loss": [point.loss for point in self.points]}
+        if self.realised:
+            lines[self.realised_name] = list(self.realised)
+        plot_frontier(path, f"{self.axis.replace('_', ' ')}, {unit}", limits, lines)
+
+
+@checked(OptionError, **BY_ARGUMENT, axis=BudgetError, limits=BudgetError, realised=BudgetError)
+def frontier(
+    model: nn.Module,
+    calibration: Tensor | Synthesis | None = None,
+    *,
+    axis: str = MEAN_BITS,
+    limits: Sequence[float] | None = None,
+    recipe: str = "best",
+    exact: bool = True,
+    realised: Literal["kl"] | Callable[[nn.Module], float] | None = None,
+    images: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    cache: str | PathLike[str] | None = None,
+    progress: ProgressReporter | None = None,
+    **options: Any,
+) -> Frontier:
+    """The Pareto set of budget and predicted loss.
+
+    calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`. axis: "mean_bits" (weights and
+    activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations",
+    "latency_ms" (with backend="cpu-native"). limits:
+    budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids (`best`: 2
+    bits) are used at all limits if the lowest needs them. exact: solve the integer program at every
+    budget, else take the convex hull. realised: measure every point: "kl", mean KL divergence in nats from the float
+    model on `images` (float (N, C, H, W); the calibration images if not given), or a function of the compiled model.
+
+    Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
+    """
+    if limits is not None and len(limits) == 0:
+        raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
+    if images is not None:
+        check_images(images)
+    progress = reporter_of(progress)
+    prepared = Prepared(
+        model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
+    )
+    lowest = budget_at(axis, min(limits)) if limits else None
+    if lowest is not None:
+        prepared.check(lowest)
+    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
+    wanted = default_limits(table, axis) if limits is None else limits
+    task = progress.track("solving budgets", len(wanted))
+    points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
+    task.close()
+    if realised is None:
+        return Frontier(axis, tuple(points))
+    kl = _Divergence(model, prepared.calibration if images is None else images, batch_size)
+    measure = kl if realised == "kl" else realised
+    task = progress.track("measuring", len(points))
+    losses = []
+    for point in points:
+        losses.append(number("what `realised` returns", measure(_compiled(prepared, point)), BudgetError))
+        task.advance()
+    task.close()
+    name = "realised KL" if realised == "kl" else getattr(realised, "__name__", "realised")
+    return Frontier(axis, tuple(points), tuple(losses), name)
+
+
+def _compiled(prepared: Prepared, point: FrontierPoint) -> Compiled:
+    return prepared.compile(point.allocation.budget, _Known(point.allocation))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An allocator whose answer is known."""
+
+    allocation: Allocation
+
+    def allocate(self, table: CostTable, budget: Budget) -> Allocation:
+        """The allocation."""
+        return self.allocation
+
+
+class _Divergence:
+    """Mean KL divergence of a model's class scores from the float model's, nats per image."""
+
+    def __init__(self, model: nn.Module, images_bchw: Tensor, batch_size: int) -> None:
+        self._batches = torch.split(images_bchw, batch_size)
+        is_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                self._expected = [_log_probabilities(model(batch)) for batch in self._batches]
+        finally:
+            model.train(is_training)
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module) -> float:
+        pairs = zip(self._batches, self._expected, strict=True)
+        total = sum(
+            float(functional.kl_div(_log_probabilities(model(x)), known, reduction="sum", log_target=True))
+            for x, known in pairs
+        )
+        return total / sum(map(len, self._batches))
+
+
+def _log_probabilities(output: Any) -> Tensor:
+    scores = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise ModelError("the realised KL needs class scores (B, classes): give a function as `realised` instead")
+    return scores.double().log_softmax(1)

@@ -1,0 +1,112 @@
+"""Where calibration images come from: the caller, or the model itself."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.artefact.cache import Cache
+from fxquant.graph.capture.model_checks import check_model
+from fxquant.graph.capture.plain_model import copy_of
+from fxquant.graph.capture.tracing import trace
+from fxquant.runtime.known_answers import answer_images_for, range_of
+from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
+from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
+from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.proof import IMAGES
+from passes.prepare.assign_roles import AssignRoles
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What the caller's own model gives: for the first two calibration images, and for those of known answers."""
+
+    first: Tensor
+    answers: Tensor
+
+
+class CalibrationSource:
+    """The traced model and its calibration images; synthesised ones are made when they are first asked for.
+
+    calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Tensor | Synthesis | None,
+        seed: int,
+        batch_size: int,
+        cache: Cache,
+        progress: ProgressReporter,
+    ) -> None:
+        check_model(model)
+        seed, batch_size = check_draws(seed, batch_size)
+        self._model, self._given = model, Synthesis() if calibration is None else calibration
+        self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
+
+    @cached_property
+    def _pictures(self) -> Pictures:
+        assert isinstance(self._given, Synthesis)
+        return Pictures.of(self._model, self._given)
+
+    @cached_property
+    def traced(self) -> GraphModule:
+        """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
+        if isinstance(self._given, Synthesis):
+            return trace_without_images(self._model, self._pictures)
+        return trace(self._model, self._given[:2])
+
+    @cached_property
+    def with_roles(self) -> GraphModule:
+        """A copy of the traced model after AssignRoles; its tensors are the traced model's own."""
+        tensors = {id(tensor): tensor for tensor in (*self.traced.parameters(), *self.traced.buffers())}
+        return Pipeline([AssignRoles()]).run(copy.deepcopy(self.traced, tensors), PassContext(), in_place=True)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The images, float (N, C, H, W). Raises CalibrationError where they cannot be made."""
+        if isinstance(self._given, Synthesis):
+            settings = self._seed, self._batch_size, self._cache, self._progress
+            return synthesize_for(self.with_roles, self._pictures, self._given, *settings)
+        return self._given
+
+    @cached_property
+    def context(self) -> PassContext:
+        """What passes are given; makes the images, and runs the model on two of them."""
+        return PassContext(
+            self.images,
+            self._batch_size,
+            self._seed,
+            cache=self._cache,
+            progress=self._progress,
+            expected=self.model_outputs.first,
+        )
+
+    @cached_property
+    def model_outputs(self) -> ModelOutputs:
+        """Outputs of a copy of the caller's model, with all that hangs on it, in inference mode."""
+        first = self.images[torch.arange(IMAGES) % len(self.images)]
+        more = answer_images_for(self.traced, pixels=range_of(self.images))
+        model = copy_of(self._model)
+        with torch.no_grad():
+            return ModelOutputs(model(first.clone()), model(more))
+
+    def given_up(self) -> GraphModule:
+        """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""
+        self.context  # noqa: B018 - which is made from the traced model
+        traced = self.traced
+        for name in ("traced", "with_roles"):
+            self.__dict__.pop(name, None)
+        return traced
+
+    @property
+    def described(self) -> str:
+        """For the protocol card."""
+        given = self._given
+        return given.described(self._seed) if isinstance(given, Synthesis) else f"{len(given)} images given"

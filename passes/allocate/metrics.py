@@ -1,0 +1,220 @@
+"""Metrics for ScoreLayers: LampQ's Fisher traces, VT-PTQ's nuclear norms, and what the scale search knows already.
+
+    Fisher             gamma^-b tr(F_l)                                  LampQ without its second idea
+    type-aware Fisher  gamma^(beta-b) alpha_t tr(F_l)                    LampQ; alpha_t tr(F_l) is the drop at beta bits
+    nuclear norm       ||Y_m||_* ||Q_b(W_l) - W_l||_F^2                  VT-PTQ; m is the module of layer l
+    noise ratio        10^(-SQNR_b / 10), weights and inputs             what MPTQ-ViT's greedy rule looks at
+    predicted loss     the candidates' losses                            the Hessian-guided metric
+
+LampQ writes gamma^-b alpha_t tr(F): the same but for a constant, which brings the score to the unit of the drop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.artefact.cache import signature
+from fxquant.checks.hints import check_fields
+from fxquant.errors import SensitivityError
+from fxquant.graph.annotation import annotation_of
+from fxquant.sensitivity.fisher import fisher_traces, type_factors
+from fxquant.sensitivity.measured import Bits, Divergence
+from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
+from fxquant.sensitivity.sums import Sums
+from passes.allocate.score_layers import Scores, described_candidates
+from passes.pipeline.contract import PassContext
+
+
+@dataclass(frozen=True)
+class FisherTrace:
+    """gamma^-b tr(F).
+
+    gamma: what one bit divides the score by; 4 is that of uniform quantization noise. draws: logit gradients per image.
+    labels: class of every calibration image, for the empirical Fisher matrix; none needed.
+    """
+
+    gamma: float = 4.0
+    draws: int = 4
+    labels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise SensitivityError for options out of range."""
+        check_fields(self, SensitivityError)
+        if not self.gamma > 1 or self.draws < 1:
+            raise SensitivityError(f"gamma > 1 and draws >= 1 are needed, found {self}")
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of the nodes that have a weight. Notes `fisher_trace` by layer."""
+        traces = self.traces(graph_module, nodes, context)
+        scores = {layer: [trace * self.gamma**-b for b in _widths(nodes)] for layer, trace in traces.items()}
+        return Scores.shared(scores, {"fisher_trace": traces})
+
+    def traces(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
+        """tr(F) by layer."""
+        sums, weighted = Sums(), _weighted(nodes)
+        settings = [self.draws, self.labels, [node.name for node in weighted]]
+        found = fisher_traces(
+            graph_module,
+            weighted,
+            (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
+            draws=self.draws,
+            seed=context.seed,
+            labels_n=torch.tensor(self.labels) if self.labels else None,
+            sums=sums,
+        )
+        return {annotation_of(node).layer: trace for node, trace in found.items()}
+
+
+@dataclass(frozen=True)
+class TypeAwareFisher(FisherTrace):
+    """gamma^(beta-b) alpha_t tr(F), with alpha_t = mean drop / mean tr(F) over sampled layers of each type.
+
+    mu: layers sampled of each type; the same blocks for all types that every block has. beta: width of a sampled layer,
+    weights and inputs, while the others stay float; the nearest candidate where it is none, the narrower of two. drop:
+    "kl", nats per image from the float model's output; "disagreement", the share of images whose prediction changes;
+    "accuracy", the share of correct predictions lost, which needs labels.
+    """
+
+    mu: int = 4
+    beta: int = 3
+    drop: Literal["kl", "disagreement", "accuracy"] = "kl"
+
+    def __post_init__(self) -> None:
+        """Raise SensitivityError for options out of range."""
+        super().__post_init__()
+        if self.mu < 1 or (self.drop == "accuracy" and not self.labels):
+            raise SensitivityError(f'mu >= 1 is needed, and labels for drop="accuracy"; found {self}')
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`."""
+        widths, beta = _widths(nodes), self._width(nodes)
+        traces = self.traces(graph_module, nodes, context)
+        drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
+        types = {annotation_of(node).layer: str(annotation_of(node).role) for node in nodes}
+        alpha = type_factors(traces, drops, types)
+        scores = {
+            layer: [self.gamma ** (beta - b) * alpha[types[layer]] * trace for b in widths]
+            for layer, trace in traces.items()
+        }
+        return Scores.shared(scores, {"fisher_trace": traces, "beta": beta, "drop": drops, "alpha": alpha})
+
+    def _width(self, nodes: Sequence[Node]) -> int:
+        """The candidate width nearest to beta."""
+        return min(_widths(nodes), key=lambda bits: (abs(bits - self.beta), bits))
+
+    def drops(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
+        """The drop of each sampled layer at beta bits, in graph order."""
+        beta = self._width(nodes)
+        sampled = self._sampled(_weighted(nodes), context.seed)
+        divergence = Divergence(graph_module, context.images, context.batch_size)
+        exact: Tensor | None = None
+        common = context.signature(graph_module, "layer types", self.drop, self.labels, context.batch_size)
+
+        def measure(bits: dict[Node, Bits]) -> float:
+            nonlocal exact
+            exact = divergence.log_probabilities({}) if exact is None else exact
+            return self._drop(exact, divergence.log_probabilities(bits))
+
+        task = context.progress.track("measuring layer types", len(sampled))
+        found = {}
+        for node in sampled:
+            annotation = annotation_of(node)
+            bits: dict[Node, Bits] = {node: (beta, beta if annotation.activation_candidates else None)}
+            key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
+            found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
+            task.advance()
+        task.close()
+        return found
+
+    def _sampled(self, nodes: Sequence[Node], seed: int) -> list[Node]:
+        chosen: list[Node] = []
+        for role in dict.fromkeys(annotation_of(node).role for node in nodes):
+            of_type = [node for node in nodes if annotation_of(node).role is role]
+            order = torch.randperm(len(of_type), generator=torch.Generator().manual_seed(seed))
+            chosen += [of_type[index] for index in order[: self.mu].tolist()]
+        return [node for node in nodes if node in chosen]
+
+    def _drop(self, exact_nc: Tensor, quantized_nc: Tensor) -> float:
+        """The drop between two log-probabilities (N, classes)."""
+        if self.drop == "kl":
+            return max(float((exact_nc.exp() * (exact_nc - quantized_nc)).sum(1).mean()), 0.0)
+        before, after = exact_nc.argmax(1), quantized_nc.argmax(1)
+        if self.drop == "disagreement":
+            return float((before != after).double().mean())
+        if len(self.labels) != len(before):
+            raise SensitivityError(f"{len(self.labels)} labels for {len(before)} images")
+        labels = torch.tensor(self.labels)
+        return max(float(((before == labels).double() - (after == labels).double()).mean()), 0.0)
+
+
+@dataclass(frozen=True)
+class NuclearNorm:
+    """VT-PTQ: nuclear norm of the module's feature times the squared error of the layer's quantized weight.
+
+    The attention map stands for MSA (qkv, proj), the output of fc2 for MLP (fc1, fc2); other layers are not scored. The
+    paper counts weights only, so the score is one of the whole layer.
+    """
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer."""
+        sums = Sums()
+        batches = (batch for _, batch in context.gather("nuclear norms", sums, graph_module))
+        norms = nuclear_norms(graph_module, batches, sums)
+        scores, used = {}, {}
+        for node in nodes:
+            annotation = annotation_of(node)
+            module = MODULE_OF.get(annotation.role) if annotation.role else None
+            if module is None or annotation.block is None:
+                continue
+            if (annotation.block, module) not in norms:
+                raise SensitivityError(f"{annotation.layer}: no {module} feature was found in block {annotation.block}")
+            used[annotation.layer] = norms[annotation.block, module]
+            scores[annotation.layer] = [used[annotation.layer] * c.noise for c in annotation.weight_candidates]
+        return Scores.shared(scores, {"nuclear_norm": used})
+
+
+@dataclass(frozen=True)
+class NoiseRatio:
+    """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over the operands of a matmul."""
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of all nodes."""
+        weight, activation = {}, {}
+        for node in nodes:
+            annotation = annotation_of(node)
+            groups = annotation.activation_candidates
+            weight[annotation.layer] = [c.noise / max(c.signal, 1e-30) for c in annotation.weight_candidates]
+            ratios = [[c.noise / max(c.signal, 1e-30) for c in group] for group in groups]
+            activation[annotation.layer] = [sum(column) / len(groups) for column in zip(*ratios, strict=True)]
+        return Scores(weight, activation)
+
+
+@dataclass(frozen=True)
+class PredictedLoss:
+    """The losses that the scale search predicted: what AllocateBits takes without ScoreLayers."""
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of all nodes."""
+        weight, activation = {}, {}
+        for node in nodes:
+            annotation = annotation_of(node)
+            losses = [[c.loss for c in group] for group in annotation.activation_candidates]
+            weight[annotation.layer] = [c.loss for c in annotation.weight_candidates]
+            activation[annotation.layer] = [sum(column) for column in zip(*losses, strict=True)]
+        return Scores(weight, activation)
+
+
+def _weighted(nodes: Sequence[Node]) -> list[Node]:
+    return [node for node in nodes if annotation_of(node).weight_candidates]
+
+
+def _widths(nodes: Sequence[Node]) -> list[int]:
+    """The candidate widths; SearchScales gives all nodes the same."""
+    return [candidate.bits for node in _weighted(nodes)[:1] for candidate in annotation_of(node).weight_candidates]

@@ -1,0 +1,145 @@
+"""RelevanceSensitivity: Mix-QViT's metric for ScoreLayers, importance times sensitivity.
+
+    score_l(b) = I_l S_l(b)
+
+I_l: layer-wise relevance of the predicted class (`fxquant.sensitivity.relevance`), over all scored layers summing to
+their number, so that leaving it out is I = 1. S_l(b): divergence when this layer alone runs at b bits
+(`fxquant.sensitivity.measured`), nats per image; leaving it out is S = 4^-b, the noise of uniform quantization, as in
+LRP-QViT, which has relevance only. Either is measured on the calibration images and kept in the cache: importance
+under one key, sensitivity under one a layer, so that a run that stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch.fx import GraphModule, Node
+
+from fxquant.artefact.cache import signature
+from fxquant.checks.hints import check_fields
+from fxquant.errors import SensitivityError
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.sensitivity.measured import Bits, Divergence
+from fxquant.sensitivity.relevance import Relevance
+from fxquant.sensitivity.sums import Sums
+from passes.allocate.allocate_bits import image_readers
+from passes.allocate.score_layers import Scores, described_candidates
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import observers_of
+
+
+@dataclass(frozen=True)
+class RelevanceSensitivity:
+    """Importance times sensitivity, or one of them.
+
+    importance, sensitivity: "none" leaves it out. operands: "separate" measures weights and inputs of a layer each for
+    itself; "together" measures both at one width and gives either half, for allocators that tie them. baseline_bits:
+    width of all other layers while one is measured; None leaves them float. Scores of layers without relevance (softmax
+    and LayerNorm inputs under the fully quantized protocol) count as the mean layer.
+    """
+
+    importance: Literal["relevance", "none"] = "relevance"
+    sensitivity: Literal["measured", "none"] = "measured"
+    operands: Literal["separate", "together"] = "separate"
+    baseline_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise SensitivityError where nothing is left to score by."""
+        check_fields(self, SensitivityError)
+        if self.baseline_bits is not None and not 2 <= self.baseline_bits <= 8:
+            raise SensitivityError(f"baseline_bits is a width from 2 to 8, or None, not {self.baseline_bits}")
+        if self.importance == self.sensitivity == "none":
+            raise SensitivityError("importance and sensitivity are both left out: keep one, or leave out ScoreLayers")
+
+    def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        """Scores of these nodes. Notes `importance` (sums to 1) and `sensitivity` by layer."""
+        layers = [annotation_of(node).layer for node in nodes]
+        notes: dict[str, Any] = {}
+        factor = dict.fromkeys(layers, 1.0)
+        if self.importance == "relevance":
+            found = _importance(graph_module, context)
+            notes["importance"] = {layer: found[layer] for layer in layers if layer in found}
+            mean = sum(notes["importance"].values()) / len(notes["importance"])
+            factor |= {layer: value / mean for layer, value in notes["importance"].items()}
+        if self.sensitivity == "none":
+            scores = self._by_width(nodes)
+        else:
+            scores = self._measured(graph_module, nodes, context)
+            notes["sensitivity"] = {"weight": scores.weight, "activation": scores.activation}
+        return Scores(_scaled(scores.weight, factor), _scaled(scores.activation, factor), notes)
+
+    def _by_width(self, nodes: Sequence[Node]) -> Scores:
+        annotations = {annotation_of(node).layer: annotation_of(node) for node in nodes}
+        groups = {layer: next(iter(a.activation_candidates), ()) for layer, a in annotations.items()}
+        return Scores(
+            {layer: [4.0**-c.bits for c in a.weight_candidates] for layer, a in annotations.items()},
+            {layer: [4.0**-c.bits for c in group] for layer, group in groups.items()},
+        )
+
+    def _measured(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+        baseline = self._baseline(graph_module)
+        described = [described_candidates(annotation_of(node)) for node in baseline]
+        common = context.signature(graph_module, "sensitivity", self.operands, self.baseline_bits, described)
+        divergence: Divergence | None = None
+
+        def measure(node: Node) -> dict[str, list[float]]:
+            nonlocal divergence
+            if divergence is None:  # the first layer that is not in the cache
+                divergence = Divergence(graph_module, context.images, context.batch_size, baseline)
+            return self._layer(divergence, node, fixed_input=node in images)
+
+        images = image_readers(graph_module, nodes)
+        task = context.progress.track("measuring sensitivity", len(nodes))
+        found = {}
+        for node in nodes:
+            annotation = annotation_of(node)
+            key = signature(common, annotation.layer, described_candidates(annotation))
+            found[annotation.layer] = context.cache.recall(key, partial(measure, node))
+            task.advance()
+        task.close()
+        return Scores(
+            {layer: row["weight"] for layer, row in found.items()},
+            {layer: row["activation"] for layer, row in found.items()},
+        )
+
+    def _layer(self, divergence: Divergence, node: Node, *, fixed_input: bool) -> dict[str, list[float]]:
+        """Sensitivities of one layer by operand; the width of a fixed input is no choice, so it is not tied."""
+        both = bool(annotation_of(node).weight_candidates and annotation_of(node).activation_candidates)
+        if self.operands == "together" and both and not fixed_input:
+            halves = [value / 2 for value in divergence.sensitivity(node, separate=False).together]
+            return {"weight": halves, "activation": halves}
+        found = divergence.sensitivity(node, together=False)
+        return {"weight": list(found.weight), "activation": list(found.activation)}
+
+    def _baseline(self, graph_module: GraphModule) -> dict[Node, Bits]:
+        """Bits of all observed nodes at the baseline; images at the widest candidate."""
+        if self.baseline_bits is None:
+            return {}
+        observed = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        images = image_readers(graph_module, observed)
+        found: dict[Node, Bits] = {}
+        for node in observed:
+            annotation = annotation_of(node)
+            group = next(iter(annotation.activation_candidates), ())
+            activation_bits = (group[-1].bits if node in images else self.baseline_bits) if group else None
+            found[node] = (self.baseline_bits if annotation.weight_candidates else None, activation_bits)
+        return found
+
+
+def _importance(graph_module: GraphModule, context: PassContext) -> dict[str, float]:
+    """I_l by layer, from the cache or the images."""
+
+    def measure() -> dict[str, float]:
+        sums = Sums()
+        batches = (batch for _, batch in context.gather("relevance", sums, graph_module))
+        return Relevance(graph_module).importance(batches, sums)
+
+    found: dict[str, float] = context.cache.recall(context.signature(graph_module, "importance"), measure)
+    return found
+
+
+def _scaled(scores: dict[str, list[float]], factor: dict[str, float]) -> dict[str, list[float]]:
+    return {layer: [factor[layer] * value for value in values] for layer, values in scores.items()}

@@ -1,0 +1,293 @@
+"""UpdateBits: LampQ's iterative update of an allocation, by measured reconstruction errors and a score on the images.
+
+    gain(+1) = E(b) - E(b + 1),    loss(-1) = E(b - 1) - E(b)    (LampQ prints the two the wrong way round)
+
+Each round takes the exchange of bits (`allocators.exchanges`) that lowers the summed error most within the budget, and
+keeps it if the model's output comes closer to the float model's. It ends when no exchange promises anything, or when
+`patience` exchanges in a row have not kept their promise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch.fx import GraphModule, Node
+
+from allocators.allocation import Allocation
+from allocators.exchanges import Step, exchanges, steps
+from allocators.problem.cost_table import Assignment, CostTable
+from fxquant.artefact.cache import signature
+from fxquant.checks.hints import check_fields
+from fxquant.errors import PipelineError
+from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.sensitivity.measured import Divergence
+from fxquant.sensitivity.reconstruction import expected_ratio, reconstruction_errors
+from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE, allocation_of
+from passes.allocate.score_layers import LAMPQ_ROLES, described_candidates
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import observers_of
+
+
+@dataclass(frozen=True)
+class UpdateBits:
+    """Exchange bits between layers while that helps. Deterministic; not idempotent, since it goes on where it stopped.
+
+    estimate: errors at neighbouring widths "measured", or "expected" from the current one by Lemma 3's ratios for
+    normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
+    the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
+    score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
+    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
+    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
+    weights and inputs step together. roles: of the layers that exchange bits.
+    """
+
+    estimate: Literal["measured", "expected"] = "measured"
+    held_out: float = 0.0
+    patience: int | None = 3
+    size: int = 3
+    weighted: bool = False
+    rounds: int = 30
+    tied: bool = True
+    roles: tuple[Role, ...] = LAMPQ_ROLES
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Raise PipelineError for options out of range."""
+        check_fields(self, PipelineError)
+        in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
+        if not in_range or (self.patience is not None and self.patience < 1):
+            raise PipelineError(f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed: {self}")
+        if self.estimate == "expected" and not self.tied:
+            raise PipelineError('estimate="expected" is derived for equal widths of weights and inputs: use tied=True')
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Annotate the new bits; returns the number of nodes changed.
+
+        Notes `trajectory`: [{"raised": {layer: [W, A] afterwards}, "lowered", "predicted": summed change of the errors,
+        "realised": change of the score, "kept"}], `score_before` and `score_after` in nats per image, `stopped`, and
+        the new `usage` and `predicted_loss`. Raises PipelineError without the cost table of AllocateBits.
+        """
+        started_s = time.perf_counter()
+        allocation, table = allocation_of(graph_module), graph_module.meta.get(COST_TABLE)
+        if allocation is None or not isinstance(table, CostTable):
+            raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
+        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
+        described = [described_candidates(annotation_of(node)) for node in nodes]
+        key = context.signature(graph_module, "update", repr(self), described, start)
+        found = context.cache.recall(
+            key, lambda: _Search(self, graph_module, nodes, table, allocation, context, key).run()
+        )
+        columns = np.array(found["columns"])
+        changed = 0
+        weight_bits, activation_bits = table.bits(columns)
+        for row, node in enumerate(nodes):
+            annotation = annotation_of(node)
+            bits: dict[str, int] = {}
+            if columns[0, row] >= 0 and annotation.weight_bits != weight_bits[row]:
+                bits["weight_bits"] = int(weight_bits[row])
+            if columns[1, row] >= 0 and annotation.activation_bits != activation_bits[row]:
+                bits["activation_bits"] = int(activation_bits[row])
+            if bits:
+                annotate(node, **bits)
+                changed += 1
+        updated = (
+            allocation
+            if not changed
+            else Allocation.of(
+                table,
+                columns,
+                allocation.budget,
+                status="heuristic",
+                gap=None,
+                solver=f"{allocation.solver}, updated",
+                seconds=allocation.seconds + time.perf_counter() - started_s,
+            )
+        )
+        graph_module.meta[ALLOCATION] = updated
+        context.note(**found["notes"], usage=updated.usage, predicted_loss=updated.objective)
+        return changed
+
+
+Taken = frozenset[tuple[int, tuple[int, int]]]
+"""An exchange: (row, columns afterwards) of each layer that takes part."""
+
+
+class _Search:
+    """One run: the assignment so far, the errors measured so far, and the score.
+
+    key: signature of all that the run depends on. Errors and scores are kept under it one by one, so that a process
+    that takes the place of a killed one has them all at once.
+    """
+
+    def __init__(
+        self,
+        options: UpdateBits,
+        graph_module: GraphModule,
+        nodes: list[Node],
+        table: CostTable,
+        allocation: Allocation,
+        context: PassContext,
+        key: str,
+    ) -> None:
+        self.key = key
+        self.options, self.graph_module, self.nodes, self.table = options, graph_module, nodes, table
+        self.budget, self.context = allocation.budget, context
+        self.assignment = _columns(table, allocation)
+        self.movable = [row for row, node in enumerate(nodes) if annotation_of(node).role in options.roles]
+        count = len(context.images)
+        kept = min(round(options.held_out * count), count - 1)
+        self.error_images = context.images[: count - kept]
+        scored = context.images[-kept:] if kept else context.images
+        self.divergence = Divergence(graph_module, scored, context.batch_size)
+        self.errors: dict[tuple[int, int, int], float] = {}
+        self.weights: dict[int, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """The columns found, [2, L], and the notes."""
+        options, patience = self.options, self.options.patience
+        before = score = self._score(self.assignment)
+        trajectory: list[dict[str, Any]] = []
+        refused: set[Taken] = set()
+        failures, stopped = 0, "rounds are used up"
+        task = self.context.progress.track("updating bits", options.rounds)
+        for _ in range(options.rounds):
+            found = self._best(refused)
+            if found is None:
+                stopped = "no exchange promises anything"
+                break
+            predicted, taken = found
+            changed = _after(self.assignment, taken)
+            realised = self._score(changed) - score
+            kept = patience is None or realised < 0
+            trajectory.append(self._told(taken, predicted, realised, kept))
+            if kept:
+                # A refusal holds only where it was tried.
+                self.assignment, score, failures, refused = changed, score + realised, 0, set()
+            else:
+                refused.add(_identity(taken))
+                failures += 1
+            task.advance()
+            if patience is not None and failures >= patience:
+                stopped = f"{failures} exchanges in a row did not lower the score"
+                break
+        task.close()
+        notes = {"trajectory": trajectory, "score_before": before, "score_after": score, "stopped": stopped}
+        return {"columns": self.assignment.tolist(), "notes": notes}
+
+    def _best(self, refused: set[Taken]) -> tuple[float, list[Step]] | None:
+        """The most promising exchange that has not been refused."""
+        options = self.options
+        offered = steps(self.table, self.assignment, self.movable, self.budget, tied=options.tied)
+        self._measure(offered)
+        if not self.weights:
+            self.weights = {row: self._weight(row) for row in self.movable}
+        change = np.array(
+            [
+                self.weights[step.layer] * (self._error(step.layer, step.columns) - self._error(step.layer))
+                for step in offered
+            ]
+        )
+        ranked: Iterable[tuple[float, list[Step]]] = exchanges(
+            self.table, self.assignment, self.budget, offered, change, options.size
+        )
+        return next(((net, taken) for net, taken in ranked if _identity(taken) not in refused), None)
+
+    def _measure(self, offered: list[Step]) -> None:
+        """Measure what is missing of the errors at current and, unless they are only expected, offered widths."""
+        wanted = {(row, *self._columns_of(row)) for row in self.movable}
+        if self.options.estimate == "measured":
+            wanted |= {(step.layer, *step.columns) for step in offered}
+        missing = sorted(wanted - self.errors.keys())
+        pairs: dict[Node, list[tuple[int, int]]] = {}
+        for row, *columns in missing:
+            pairs.setdefault(self.nodes[row], []).append(self._bits(columns[0], columns[1]))
+        if not pairs:
+            return
+
+        def measured() -> list[float]:
+            batches = torch.split(self.error_images, self.context.batch_size)
+            found = reconstruction_errors(self.graph_module, pairs, batches)
+            return [found[self.nodes[row]][self._bits(columns[0], columns[1])] for row, *columns in missing]
+
+        errors = self.context.cache.recall(signature(self.key, "errors", missing), measured)
+        self.errors |= {(row, first, second): e for (row, first, second), e in zip(missing, errors, strict=True)}
+
+    def _weight(self, row: int) -> float:
+        """What one unit of a layer's relative error counts."""
+        if not self.options.weighted:
+            return 1.0
+        pairs = zip(self.table.operands, self._columns_of(row), strict=True)
+        cost = sum(float(side.cost[row, column]) for side, column in pairs if column >= 0)
+        return cost / max(self._error(row), 1e-30)
+
+    def _error(self, row: int, columns: tuple[int, int] | None = None) -> float:
+        """E of a layer at its current or other columns."""
+        current = self._columns_of(row)
+        known = self.errors.get((row, *(columns or current)))
+        if columns is None or columns == current or self.options.estimate == "measured":
+            assert known is not None
+            return known
+        now, then = (max(self._bits(*pair)) for pair in (current, columns))
+        ratio = np.prod([expected_ratio(bits) for bits in range(min(now, then) + 1, max(now, then) + 1)])
+        here = self.errors[row, current[0], current[1]]
+        return float(here * ratio if then < now else here / ratio)
+
+    def _columns_of(self, row: int) -> tuple[int, int]:
+        return int(self.assignment[0, row]), int(self.assignment[1, row])
+
+    def _bits(self, weight_column: int, activation_column: int) -> tuple[int, int]:
+        columns = (weight_column, activation_column)
+        pair = [int(side.bits_at(np.array(column))) for side, column in zip(self.table.operands, columns, strict=True)]
+        return pair[0], pair[1]
+
+    def _score(self, assignment: Assignment) -> float:
+        """KL divergence from the float model of the whole assignment, nats per image."""
+        weight_bits, activation_bits = self.table.bits(assignment)
+        bits = {}
+        for row, node in enumerate(self.nodes):
+            annotation = annotation_of(node)
+            # What is not in the table, as the image's width, stays as it is.
+            weight = int(weight_bits[row]) if assignment[0, row] >= 0 else annotation.weight_bits
+            activation = int(activation_bits[row]) if assignment[1, row] >= 0 else annotation.activation_bits
+            bits[node] = (weight, activation)
+        key = signature(self.key, "score", assignment.tolist())
+        found: float = self.context.cache.recall(key, lambda: self.divergence.of(bits))
+        return found
+
+    def _told(self, taken: list[Step], predicted: float, realised: float, kept: bool) -> dict[str, Any]:
+        sides = {
+            name: {self.table.layers[s.layer]: list(self._bits(*s.columns)) for s in taken if s.direction == direction}
+            for name, direction in (("raised", 1), ("lowered", -1))
+        }
+        return {**sides, "predicted": predicted, "realised": realised, "kept": kept}
+
+
+def _columns(table: CostTable, allocation: Allocation) -> Assignment:
+    """The columns of an allocation's bits, int64 [2, L]; -1 where a layer has none."""
+    chosen = (allocation.weight_bits, allocation.activation_bits)
+    return np.array(
+        [
+            [side.bits.tolist().index(bits[layer]) if layer in bits else -1 for layer in table.layers]
+            for side, bits in zip(table.operands, chosen, strict=True)
+        ]
+    )
+
+
+def _after(assignment: Assignment, taken: list[Step]) -> Assignment:
+    changed = assignment.copy()
+    for step in taken:
+        changed[:, step.layer] = step.columns
+    return changed
+
+
+def _identity(taken: list[Step]) -> Taken:
+    return frozenset((step.layer, step.columns) for step in taken)

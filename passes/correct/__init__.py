@@ -1,0 +1,1 @@
+"""Weights and scales that make up for quantization: rounding, closed forms, reconstruction, training."""

@@ -1,0 +1,123 @@
+"""Distil: train the quantized network, as a whole, to give the float network's outputs on unlabelled images.
+
+The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
+al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of
+blocks. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
+scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
+RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
+
+Few images would soon be learned by heart. So every step sees other crops and mixtures of them
+(`passes/correct/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
+more about an image than its class probabilities, weigh most. One image in eight is held out, whole, and the state of
+least divergence there is kept, the start included; at every check the running mean of what learns is tried too, in
+which codes that flip to and fro have settled.
+
+Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
+quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.artefact.cache import Kept
+from fxquant.checks.hints import check_fields
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import Fact
+from fxquant.sensitivity.logit_gradients import check_class_scores
+from passes.correct.augment import Augment
+from passes.correct.block_pairs import BlockPairs, adopt
+from passes.correct.correct_weights import CorrectWeights
+from passes.correct.training import MEMORY, Training, held_out
+from passes.pipeline.checkpoint import Checkpoint
+from passes.pipeline.contract import Effect, PassContext
+
+EVERY_S = 30.0  # of training, between two states kept
+CLOSED_FORM = 128  # images at most; more hardly help it
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Train the quantized network.
+
+    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
+    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
+    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
+    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
+    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
+    example "cuda"; None: a GPU where there is one, else where the model is.
+
+    Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
+    run before it.
+    """
+
+    steps: int = 2000
+    images: int = 8
+    weight_rate: float = 3.5e-3
+    scale_rate: float = 1.5e-3
+    rest_rate: float = 7.5e-4
+    features: float = 40.0
+    augment: Augment = Augment()
+    closed_form: CorrectWeights | None = CorrectWeights()
+    checks: int = 5
+    device: str | None = None
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    effect: ClassVar[Effect] = Effect.WEIGHTS
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
+        if min(self.steps, self.images, self.checks) < 1:
+            raise CalibrationError(f"steps, images and checks are at least 1: {self}")
+        if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
+            raise CalibrationError(f"rates and the weight of features are not negative: {self}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
+
+        Notes the held-out divergence (nats per image; None where it is not finite) at the start and at every check, and
+        the check that was kept.
+        """
+        check_class_scores(graph_module, "Distil", "use CorrectWeights or Reconstruct")
+        pairs = BlockPairs(graph_module, context, self._device(graph_module))
+        key = pairs.signature(repr(self), MEMORY)
+        checkpoint = Checkpoint(context.cache, key, EVERY_S)
+        task = context.progress.track("distilling", self.checks)
+        kept = checkpoint.load()
+        train, held = held_out(len(context.images))
+        wanted: dict[str, Tensor] = {}
+        if kept is None and self.closed_form is not None:
+            for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
+                wanted |= {found.layer: found.weight for found in self.closed_form.recalled(pair, pairs, key)}
+        training = Training(self, pairs, wanted, train, held)
+        if kept is not None:
+            training.restore(kept[1])
+            task.advance(training.check)
+
+        def state() -> Kept:
+            return {}, training.state()
+
+        while training.check < self.checks:
+            training.advance(lambda: checkpoint.save(state))
+            checkpoint.save(state, last=True)
+            task.advance()
+        task.close()
+        divergences = training.divergences
+        numbers = [found if math.isfinite(found) else None for found in divergences]
+        context.note(divergences=numbers, kept_check=divergences.index(min(divergences)))
+        training.finish()
+        return adopt(graph_module, pairs.quantized)
+
+    def _device(self, graph_module: GraphModule) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device

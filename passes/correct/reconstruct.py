@@ -1,0 +1,284 @@
+"""Reconstruct: block by block, learn which way weights are rounded and how wide activation quantizers reach.
+
+Each block of the quantized network is trained to give the float block's output: AdaRound's soft rounding (logits a),
+one factor on every activation quantizer's scale (straight-through), and biases; QDrop leaves elements of the block's
+input and of every quantizer's output in float with probability `drop`. A block's input comes from the blocks already
+reconstructed. Sources: BRECQ (Li et al., eq. 10), AdaRound (Nagel et al., eq. 22-25), QDrop (Wei et al., eq. 9),
+FIMA-Q (Wu et al.) for the Fisher-weighted loss (`passes.correct.block_error`). How this differs from their 20,000 GPU
+steps:
+
+- Few steps: weights start from the closed form (`CorrectWeights`: ridge, then GPTQ), each logit at the grid point the
+  closed form chose, and logits learn twenty times as fast as the papers'. `closed_form=None` starts at the float
+  weight, as AdaRound does; `rounding_rate=0` keeps the closed form's codes.
+- The error is relative to what it is at the start, and the rounding penalty is a mean, so `penalty` has no unit.
+- One image in eight is held out. The state of least error there, hard rounded, is kept, the start included: on these
+  images no block gets worse. Learning stops when two checks in a row bring nothing.
+
+Learned weights lie on their grid; bits and weight scales stay. Not idempotent: its float targets are those of the
+weights it finds, so run it once, and not after CompensateWeights or CorrectWeights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import GraphModule
+
+from fxquant.artefact.cache import signature
+from fxquant.checks.hints import check_fields
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import quantize_rows
+from passes.correct.block_error import BlockError, block_error
+from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
+from passes.correct.correct_weights import CorrectWeights
+from passes.pipeline.contract import Effect, PassContext, ProgressTask
+
+HELD_OUT = 8  # one image in so many
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Reconstruct every block.
+
+    steps: gradient steps per block. images: per step. rounding_rate, scale_rate, bias_rate: Adam's, of logits, of the
+    logarithm of activation scales and of biases; the latter two fall by a cosine; 0 leaves them as they are. drop: 0 to
+    1, QDrop's. penalty: of soft weights between grid points, relative to the error; from `warm_up` (a share of the
+    steps) on. loss: "mse", or "fisher" of rank `rank`. closed_form: where weights start. checks: how many of the
+    held-out error. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+    """
+
+    steps: int = 100
+    images: int = 8
+    rounding_rate: float = 0.02
+    scale_rate: float = 5e-3
+    bias_rate: float = 5e-4
+    drop: float = 0.5
+    penalty: float = 1.0
+    warm_up: float = 0.2
+    loss: Literal["mse", "fisher"] = "mse"
+    rank: int = 5
+    closed_form: CorrectWeights | None = CorrectWeights()
+    checks: int = 5
+    device: str | None = None
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS
+    effect: ClassVar[Effect] = Effect.WEIGHTS
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
+        if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
+            raise CalibrationError(f"steps, images, rank and checks are at least 1, drop is between 0 and 1: {self}")
+        rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
+        if min(rates) < 0 or not 0 <= self.warm_up <= 1:
+            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1: {self}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Rewrite weights, biases and activation candidates in place; returns how many layers.
+
+        Notes, per block, the held-out error before and after (`before`, `after`; squared, or Fisher-weighted, relative
+        to the float network's), and steps taken. Every block is kept in the context's cache as soon as it is learned.
+        """
+        pairs = BlockPairs(graph_module, context, self._device(graph_module))
+        key = pairs.signature(repr(self))
+        task = context.progress.track("reconstructing blocks", self.steps * len(pairs.blocks))
+        notes = []
+        for pair in pairs:
+            learning = _Learning(self, pair, pairs, task)
+            values = context.cache.recall_tensors(signature(key, pair.index), learning.run)
+            learning.take(values)
+            before, after, steps = values["errors"].tolist()
+            notes.append({"block": pair.block.name, "before": before, "after": after, "steps": int(steps)})
+            task.advance(self.steps - learning.taken)
+        task.close()
+        context.note(blocks=notes)
+        return adopt(graph_module, pairs.quantized)
+
+    def _device(self, graph_module: GraphModule) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device
+
+
+class _Learning:
+    """The reconstruction of one block."""
+
+    def __init__(self, options: Reconstruct, pair: BlockPair, pairs: BlockPairs, task: ProgressTask) -> None:
+        self.options, self.pair, self.pairs, self.task = options, pair, pairs, task
+        self.generator = torch.Generator(pairs.device).manual_seed(pairs.context.seed * 1_000_003 + pair.index)
+        held = torch.arange(len(pair.target)) % HELD_OUT == HELD_OUT - 1
+        self.train, self.held = torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0]
+        if not len(self.held):
+            self.held = self.train
+        self.taken = 0
+        self.error_of: BlockError
+        self.roundings: dict[str, SoftRounding] = {}
+        self.biases: dict[str, nn.Parameter] = {}
+        self.scales: list[LearnedScale] = []
+
+    def run(self) -> dict[str, Tensor]:
+        """Learn; returns the tensors that `take` wants and `errors`: before, after, steps taken."""
+        options = self.options
+        self.error_of = block_error(self.pair, self.pairs, options.loss, options.rank)
+        layers = self.pair.layers()
+        starts = {str(node.target): layer.weight.detach() for node, _, layer in layers}
+        modules = {str(node.target): module for node, module, _ in layers}
+        before = self._held_error({})
+        codes: dict[str, Tensor] = {}
+        if options.closed_form is not None:
+            untouched = {path: _tensors(module) for path, module in modules.items()}
+            corrections = options.closed_form.correct(self.pair, self.pairs, self.train)
+            if self._held_error({}) <= before:
+                starts |= {correction.layer: correction.weight for correction in corrections}
+            else:
+                for path, (weight, bias) in untouched.items():
+                    _set(modules[path], weight, bias)
+            codes = {
+                path: quantize_rows(module.weight, module.weight_quantizer)
+                for path, module in modules.items()
+                if module.weight_quantizer is not None
+            }
+        for path, module in modules.items():
+            quantizer = module.weight_quantizer
+            if isinstance(quantizer, UniformQuantizer) and options.rounding_rate:
+                self.roundings[path] = SoftRounding(starts[path], quantizer, codes.get(path))
+            if module.bias is not None and options.bias_rate:
+                self.biases[f"{path}.bias"] = nn.Parameter(module.bias.clone())
+        places = self.pair.quantizers()
+        self.scales = [LearnedScale(getattr(m, name), options.drop, self.generator) for _, m, name in places]
+        for (_, owner, name), scale in zip(places, self.scales, strict=True):
+            setattr(owner, name, scale)
+        try:
+            after = self._descend()
+        finally:
+            for (_, owner, name), scale in zip(places, self.scales, strict=True):
+                setattr(owner, name, scale.start)
+        found = {
+            f"{path}.{name}": tensor
+            for path, module in modules.items()
+            for name, tensor in zip(("weight", "bias"), _tensors(module), strict=True)
+            if tensor is not None
+        }
+        found |= {name: tensor.detach() for name, tensor in self._parameters(hard=True).items()}
+        for (path, _, name), scale in zip(places, self.scales, strict=True):
+            learned = scale_of(scale.finish())
+            if learned is not None:
+                found[f"{path}.{name}.scale"] = learned
+        return {**found, "errors": torch.tensor([before, after, self.taken], dtype=torch.float64)}
+
+    def take(self, values: dict[str, Tensor]) -> None:
+        """Put learned weights, biases and scales into the quantized block."""
+        for name, value in values.items():
+            path, _, attribute = name.rpartition(".")
+            module: Any = self.pair.quantized.get_submodule(path)
+            if attribute == "scale":
+                module.scale.copy_(value)
+            elif attribute == "weight":
+                module.requantize(value.to(self.pairs.device))
+            elif attribute == "bias":
+                module.bias = value.to(self.pairs.device)
+
+    def _parameters(self, hard: bool) -> dict[str, Tensor]:
+        """Weights and biases by name, as `functional_call` takes them."""
+        weights = {
+            f"{path}.weight": rounding.hard() if hard else rounding() for path, rounding in self.roundings.items()
+        }
+        return {**weights, **self.biases}
+
+    def _descend(self) -> float:
+        """Take the steps, leave the best state behind; returns its held-out error."""
+        options, pair = self.options, self.pair
+        optimizer, rates = self._optimizer()
+        best, best_state, idle = self._checked(), self._state(), 0
+        interval = max(1, options.steps // options.checks)
+        for step in range(options.steps):
+            for group, (rate, falls) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / options.steps) if falls else 1.0)
+            order = torch.randperm(len(self.train), generator=self.generator, device=self.pairs.device).cpu()
+            images = self.train[order[: options.images]]
+            kept = torch.rand(pair.float_input[images].shape, generator=self.generator, device=self.pairs.device)
+            x = torch.where(kept < options.drop, pair.float_input[images], pair.quantized_input[images])
+            output = functional_call(pair.quantized, self._parameters(hard=False), (x,))
+            loss = self.error_of(output, images) + self._penalty(step / options.steps)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            self.taken += 1
+            self.task.advance()
+            if self.taken % interval == 0 or self.taken == options.steps:
+                error = self._checked()
+                if error < best:
+                    best, best_state, idle = error, self._state(), 0
+                elif step > options.warm_up * options.steps:
+                    idle += 1
+                if idle >= 2:
+                    break
+        for parameter, value in zip(self._learned(), best_state, strict=True):
+            parameter.data.copy_(value)
+        return best
+
+    def _optimizer(self) -> tuple[torch.optim.Adam, list[tuple[float, bool]]]:
+        """Adam, and for each group its rate and whether it falls."""
+        options = self.options
+        factors = [scale.log_factor for scale in self.scales if scale.learns and options.scale_rate]
+        groups = [
+            (self._logits(), options.rounding_rate, False),
+            (factors, options.scale_rate, True),
+            (list(self.biases.values()), options.bias_rate, True),
+        ]
+        used = [group for group in groups if group[0]]
+        return torch.optim.Adam([{"params": p, "lr": r} for p, r, _ in used]), [(r, falls) for _, r, falls in used]
+
+    def _logits(self) -> list[Tensor]:
+        return [rounding.logits for rounding in self.roundings.values()]
+
+    def _learned(self) -> list[Tensor]:
+        return [*self._logits(), *self.biases.values(), *(scale.log_factor for scale in self.scales)]
+
+    def _state(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._learned()]
+
+    def _penalty(self, progress: float) -> Tensor | float:
+        """AdaRound's penalty as a mean over all weights of the block; beta falls from 20 to 2 after the warm-up."""
+        roundings = list(self.roundings.values())
+        if progress < self.options.warm_up or not roundings:
+            return 0.0
+        beta = 20 - 18 * (progress - self.options.warm_up) / (1 - self.options.warm_up)
+        count = sum(rounding.logits.numel() for rounding in roundings)
+        return self.options.penalty * torch.stack([rounding.penalty(beta) for rounding in roundings]).sum() / count
+
+    def _checked(self) -> float:
+        """The held-out error with hard rounding and nothing dropped."""
+        for scale in self.scales:
+            scale.eval()
+        error = self._held_error(self._parameters(hard=True))
+        for scale in self.scales:
+            scale.train()
+        return error
+
+    def _held_error(self, tensors: dict[str, Tensor]) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for images in torch.split(self.held, self.pairs.context.batch_size):
+                output = functional_call(self.pair.quantized, tensors, (self.pair.quantized_input[images],))
+                total += float(self.error_of(output, images)) * len(images)
+        return total / len(self.held)
+
+
+def _tensors(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module.weight.clone(), None if module.bias is None else module.bias.clone()
+
+
+def _set(module: Any, weight: Tensor, bias: Tensor | None) -> None:
+    module.requantize(weight)
+    module.bias = bias

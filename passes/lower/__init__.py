@@ -1,0 +1,1 @@
+"""From a simulated graph to one that computes on integers."""

@@ -1,0 +1,1 @@
+"""Rewrites of a lowered graph: what is computed stays the same, in fewer calls."""

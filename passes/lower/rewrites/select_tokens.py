@@ -1,0 +1,96 @@
+"""Take the token that a head reads before the layers that treat every token alike, instead of after them.
+
+A Vision Transformer that classifies by one token computes the last block's projection, MLP and norm for all of them and
+throws the others away. `x[:, i]` moves up through such layers, to the last attention and the residual stream beside it;
+each layer then runs on one token, with the same result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
+from passes.lower.integer_plan import only_reader, shape_of
+
+
+def select_tokens(graph_module: GraphModule) -> int:
+    """Move selections of one token up, in place; returns past how many layers."""
+    moved = 0
+    for node in list(graph_module.graph.nodes):
+        token = _selected(node)
+        if token is None or not _moves_up(graph_module, node.args[0], node):
+            continue
+        one = _selection(node.args[0], token)
+        node.args = (one, (slice(None), 0))
+        waiting = [one]
+        while waiting:
+            found = waiting.pop()
+            if found.users and _moves_up(graph_module, found.args[0], found):
+                waiting += _move_up(graph_module, found, token)
+                moved += 1
+    return moved
+
+
+def _selected(node: Node) -> int | None:
+    """i of x[:, i], x (B, N, C) with N over one; None for all else."""
+    shape = shape_of(node.args[0]) if node.target is operator.getitem else None
+    if shape is None or len(shape) != 3 or shape[1] == 1:
+        return None
+    index = node.args[1]
+    if not isinstance(index, tuple) or len(index) != 2 or index[0] != slice(None) or type(index[1]) is not int:
+        return None
+    return index[1] if index[1] >= 0 else None
+
+
+def _moves_up(graph_module: GraphModule, layer: Any, selection: Node) -> bool:
+    """Whether only the selection reads the layer's result (B, N, C), and tokens of it depend on that token only."""
+    if only_reader(layer) is not selection or len(layer.users) != 1:
+        return False
+    shapes = [shape_of(source) for source in layer.all_input_nodes]
+    if any(shape is None or len(shape) != 3 or shape[:2] != (shape_of(layer) or ())[:2] for shape in shapes):
+        return False
+    if layer.op == "call_module":
+        module = graph_module.get_submodule(str(layer.target))
+        if isinstance(module, nn.LayerNorm):
+            return len(module.normalized_shape) == 1
+        is_known = isinstance(module, IntegerLinear | LayerNormToCodes | ToCodes)
+        return is_known and not isinstance(module, IntegerConv2d)
+    return layer.target is operator.add and len(shapes) == len(layer.args)
+
+
+def _move_up(graph_module: GraphModule, selection: Node, token: int) -> list[Node]:
+    """Put selections on the layer's inputs instead of its result; returns them."""
+    layer = selection.args[0]
+    assert isinstance(layer, Node)
+    selection.replace_all_uses_with(layer)
+    graph_module.graph.erase_node(selection)
+    made = []
+    for source in layer.all_input_nodes:
+        one = _selection(source, token)
+        layer.replace_input_with(source, one)
+        for other in [user for user in source.users if user is not one and user.args == one.args]:
+            other.replace_all_uses_with(one)
+            graph_module.graph.erase_node(other)
+        made.append(one)
+    _set_tokens(layer, layer)
+    return made
+
+
+def _selection(source: Any, token: int) -> Node:
+    """A node x[:, i : i + 1] right after x."""
+    with source.graph.inserting_after(source):
+        one: Node = source.graph.call_function(operator.getitem, (source, (slice(None), slice(token, token + 1))))
+    _set_tokens(one, source)
+    return one
+
+
+def _set_tokens(node: Node, like: Any) -> None:
+    """Note that a node holds one token of what another holds."""
+    metadata: TensorMetadata = like.meta["tensor_meta"]
+    batch, _, channels = metadata.shape
+    node.meta["tensor_meta"] = metadata._replace(shape=type(metadata.shape)((batch, 1, channels)))

@@ -1,0 +1,288 @@
+"""What a pass is, what it is given and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.fx import GraphModule
+
+from fxquant.artefact.cache import Cache, code_signature, signature
+from fxquant.checks import untrusted
+from fxquant.checks.arguments import methods, whole
+from fxquant.checks.hints import check_fields
+from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
+from fxquant.errors import CalibrationError, OptionError, PipelineError
+from fxquant.graph.annotation import Fact
+from fxquant.runtime.known_answers import KnownAnswers
+from passes.pipeline.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes."""
+
+    step: str
+    nodes_changed: int
+    seconds: float
+    peak_mib: float
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> JournalEntry:
+        """From the fields by name, as a file has them. Raises ArtefactError for anything else."""
+        return cls(**record(values, _ENTRY, "a journal entry", {"notes": OBJECT}))
+
+
+_ENTRY = {"step": TEXT, "nodes_changed": untrusted.whole(), "seconds": POSITIVE, "peak_mib": POSITIVE}
+
+
+_IMAGES_SEEN = "images seen"  # among the tensors of a state
+
+
+@dataclass
+class Journal:
+    """What happened: one entry per pass, in order. Passes add notes through `PassContext.note`."""
+
+    entries: list[JournalEntry] = field(default_factory=list)
+    pending: dict[str, Any] = field(default_factory=dict)
+
+    def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
+        """Append the entry of a pass that has ended, with the notes it left."""
+        self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
+        self.pending = {}
+
+
+class ProgressReporter(Protocol):
+    """How long steps show that they advance; `fxquant.report.progress` has the rich one."""
+
+    def track(self, label: str, total: int) -> ProgressTask:
+        """Begin a step of `total` units."""
+
+
+class ProgressTask(Protocol):
+    """One running step."""
+
+    def advance(self, units: int = 1) -> None:
+        """Say that `units` more are done."""
+
+    def close(self) -> None:
+        """End the step."""
+
+
+class SilentTask:
+    """A step nobody watches."""
+
+    def advance(self, units: int = 1) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class SilentProgress:
+    """Shows nothing; the default."""
+
+    def track(self, label: str, total: int) -> SilentTask:
+        """Begin a step nobody watches."""
+        return SilentTask()
+
+
+class Gathered(Protocol):
+    """What a pass gathers over the calibration images, one by one, in a form that can be kept."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that going on from here depends on."""
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to a state."""
+
+
+@dataclass(frozen=True)
+class CheckedProgress:
+    """A reporter of the caller's whose steps are checked, so that a wrong one is named at once.
+
+    reporter: the caller's. Raises OptionError where a step has no `advance` or no `close`.
+    """
+
+    reporter: ProgressReporter
+
+    def track(self, label: str, total: int) -> ProgressTask:
+        """Begin a step of `total` units."""
+        task = self.reporter.track(label, total)
+        methods("what the `track` of progress returns", task, ProgressTask, OptionError)
+        return task
+
+
+def reporter_of(progress: ProgressReporter | None) -> ProgressReporter:
+    """Where steps are reported: to nobody for None."""
+    return SilentProgress() if progress is None else CheckedProgress(progress)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What every pass is given.
+
+    Args:
+        images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
+        batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
+            memory, does not change results beyond float rounding. Statistics are gathered image by image.
+        seed: of every random draw.
+        cache: where scores are kept, in memory unless it has a folder.
+        progress: where long steps report.
+        journal: where notes go.
+        ahead: the passes that follow, which the pipeline says.
+        expected: what the model that was traced gives for the first two images (one of them twice where there is one),
+            which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
+            first exact pass.
+        answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
+            lowered.
+    """
+
+    images_bchw: torch.Tensor | None = None
+    batch_size: int = 8
+    seed: int = 0
+    cache: Cache = field(default_factory=Cache, compare=False, repr=False)
+    progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
+    journal: Journal = field(default_factory=Journal, compare=False, repr=False)
+    ahead: tuple[Pass, ...] = ()
+    expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
+        check_fields(self, OptionError, images_bchw=CalibrationError, batch_size=CalibrationError)
+        check_draws(self.seed, self.batch_size)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The calibration images; raises CalibrationError when the context has none."""
+        if self.images_bchw is None:
+            raise CalibrationError(
+                "this pass needs calibration images and the context has none: PassContext(images_bchw=...)"
+            )
+        if len(self.images_bchw) == 0:
+            raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
+        return self.images_bchw
+
+    def gather(
+        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Calibration images one by one, (1, C, H, W), each with its index, for a pass that gathers over all of them.
+
+        So the activations (and gradients) of one image only are alive at a time, and sums are formed in one order: no
+        batch size has a say in them. Progress is shown under `label`.
+
+        Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
+        one that was killed is given that state and the images that are left.
+
+        Args:
+            label: shown with the progress.
+            gathered: what the caller updates with every image.
+            graph_module: what the images run through.
+            settings: JSON values that what is gathered depends on as well, such as the pass's repr.
+        """
+        task = self.progress.track(label, len(self.images))
+        key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
+        checkpoint = Checkpoint(self.cache, key)
+        _, state = checkpoint.load() or ({}, {})
+        done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
+        if done:
+            gathered.restore(state)
+        for index, image in enumerate(torch.split(self.images, 1)):
+            if index >= done:
+                yield index, image
+                seen = torch.tensor(index + 1)
+                checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
+            task.advance()
+        task.close()
+
+    def signature(self, graph_module: GraphModule, *settings: Any) -> str:
+        """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
+        return signature(graph_module, graph_module.code, self.images, self.seed, code_signature(), *settings)
+
+    def note(self, **notes: Any) -> None:
+        """Leave notes (JSON values) in the journal entry of the running pass."""
+        self.journal.pending.update(notes)
+
+
+class Effect(StrEnum):
+    """What a pass does to what the graph computes; a pass says so by a ClassVar `effect`.
+
+    EXACT: nothing, which is proven on two images right after it has run (folds, rewrites). WEIGHTS: it gives tensors
+    other values and changes nothing else; the last proof puts the float ones back. FUNCTION: it is meant to compute
+    something else; from then on the graph is held against what it computes after the pass. A pass that says nothing
+    (one that writes annotations) is held to the last proof, with all others. See `passes.pipeline.proof`.
+    """
+
+    EXACT = "exact"
+    WEIGHTS = "weights"
+    FUNCTION = "function"
+
+
+def effect_of(step: Pass) -> Effect | None:
+    """What the pass declares; None where it says nothing. Raises PipelineError for what is no Effect."""
+    found = getattr(step, "effect", None)
+    if found is not None and not isinstance(found, Effect):
+        raise PipelineError(f"{step!r} has the effect {found!r}: write Effect.EXACT, Effect.WEIGHTS or Effect.FUNCTION")
+    return found
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options.
+
+    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after. A
+    pass may also have an `effect: ClassVar[Effect]`.
+    """
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """Facts that must hold before the pass runs."""
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Facts that hold after the pass has run."""
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """Facts that no longer hold after the pass has run."""
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Change the graph module in place and return the number of nodes changed."""
+
+
+def check_draws(seed: Any, batch_size: Any) -> tuple[int, int]:
+    """Both as int. Raises OptionError unless 0 <= seed < 2**32, CalibrationError unless 1 <= batch_size < 2**31."""
+    return (
+        whole("seed", seed, OptionError, least=0, most=2**32 - 1),
+        whole("batch_size", batch_size, CalibrationError, least=1, most=2**31 - 1),
+    )
+
+
+def check_images(images: torch.Tensor, minimum: int = 1) -> None:
+    """Raise CalibrationError unless images are a finite float (N, C, H, W) tensor with N >= minimum."""
+    if not isinstance(images, torch.Tensor):
+        raise CalibrationError.for_type(
+            f"calibration images must be a tensor (N, C, H, W), found {type(images).__name__}: torch.from_numpy, or "
+            f"torch.stack"
+        )
+    if images.ndim != 4:
+        raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found shape {tuple(images.shape)}")
+    if images.device.type != "cpu" or images.layout is not torch.strided or images.is_quantized:
+        found = f"on {images.device}" if images.device.type != "cpu" else str(images.layout)
+        raise CalibrationError(f"calibration images must be a plain tensor on the CPU, found {found}: images.cpu()")
+    if not images.is_floating_point():
+        raise CalibrationError(
+            f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
+        )
+    if len(images) and not images.numel():
+        raise CalibrationError(f"calibration images have no pixels: their shape is {tuple(images.shape)}")
+    if len(images) < minimum:
+        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bool(bad.any()):
+        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")

@@ -1,0 +1,276 @@
+"""Proof that passes keep what the model computes: two images go through the graph, and its output may not move.
+
+The graph is run with every quantizer bypassed. After each pass that declares `Effect.EXACT` its output must be what it
+was before; at the end of a pipeline, with the float tensors restored that passes of `Effect.WEIGHTS` have replaced, it
+must be what the caller's own model gives (`PassContext.expected`), hooks, buffers and patched forwards included. So
+whatever any pass drops on the way is found, also by one that declares nothing.
+
+    |found - expected|  <=  RELATIVE (max expected - min expected) + ABSOLUTE max |expected|
+
+A run leaves behind some values of every node, so that an error can name the first node that moved, and no
+activations are kept. Folds do move nodes, and a later node moves back: the last that agrees is named too.
+
+A pass that lowers proves itself, by a method `prove` that compares with the simulated graph (`Proving`).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxquant.errors import CalibrationError, VerificationError
+from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.printer import describe
+from fxquant.runtime.known_answers import answer_images_for
+from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
+from passes.pipeline.contract import Effect, Pass, PassContext, effect_of
+
+IMAGES = 2
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+_SAMPLES = 256  # values of a node that are kept, evenly spaced
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Float tensors by node and, of a module, by their names in it; a constant's is called ""."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the graph on the images. output: what the graph returns. samples: by node, some of its values."""
+
+    output: Tensor
+    samples: dict[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Proving(Protocol):
+    """A pass that lowers and can say whether it did so rightly."""
+
+    def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
+        """How far the lowered graph is from the simulated one, and how far it may be; None: they are the same.
+
+        Raises BackendError where it is further.
+        """
+
+
+class Proof:
+    """Watches the passes of one pipeline run."""
+
+    def __init__(self, given: GraphModule | None, graph_module: GraphModule, context: PassContext) -> None:
+        """given: what the pipeline was given, if no pass changes it; graph_module: what passes change."""
+        self._given = given
+        self._simulated: GraphModule | None = None
+        self._is_float = Fact.LOWERED not in facts_of(graph_module)
+        self._expected = context.expected
+        self._whose = "the model it was made from"
+        self._given_images = context.images_bchw
+        self._run: Run | None = None  # the last that was right
+        self._is_proven = False  # whether the graph is still the one of that run
+        self._restored: Tensors | None = None  # float tensors from before a pass replaced them
+        self._unproven: list[str] = []
+        self._cpu_s = 0.0
+
+    def before(self, graph_module: GraphModule, step: Pass) -> None:
+        """Prove that the graph is still right where the step is about to be judged by it. Raises VerificationError."""
+        effect = effect_of(step)
+        given, self._given = self._given, None
+        if Fact.LOWERED in step.provides:
+            self.finish(graph_module)
+            self._simulated = given or copy.deepcopy(graph_module)
+            self._is_float = False
+        if not self._is_float:
+            return
+        if effect in (Effect.EXACT, Effect.FUNCTION) and self._restored is not None:
+            # Tensors from before a pass replaced them do not fit what this step makes of the graph.
+            self.finish(graph_module)
+            self._anchor(f"what it computed before {step!r}")
+        if effect is Effect.EXACT and not self._is_proven:
+            self._prove(graph_module, f"before {step!r} the graph")
+        if effect is Effect.FUNCTION:
+            self.finish(graph_module)
+        if self._restored is None and (effect is Effect.WEIGHTS or Fact.QUANTIZED in step.provides):
+            self.finish(graph_module)
+            self._restored = float_tensors(graph_module, copied=effect is Effect.WEIGHTS)
+
+    def after(self, graph_module: GraphModule, step: Pass, context: PassContext) -> None:
+        """Prove an exact step; of another, remember that it has run. Raises VerificationError, naming the step."""
+        effect = effect_of(step)
+        self._unproven.append(repr(step))
+        if self._simulated is not None and isinstance(step, Proving):
+            self._prove_lowering(self._simulated, graph_module, step, context)
+        elif effect is Effect.EXACT and self._is_float:
+            what = f"{step!r} declares Effect.EXACT, and changed what the graph computes: it"
+            self._prove(graph_module, what, context)
+        elif effect is Effect.FUNCTION:
+            self._anchor(f"what it computed after {step!r}")
+        else:
+            self._is_proven = False
+
+    def _prove_lowering(
+        self, simulated: GraphModule, graph_module: GraphModule, step: Proving, context: PassContext
+    ) -> None:
+        self._simulated = None
+        started = time.process_time()
+        proven = step.prove(simulated, graph_module, context)
+        if proven is None:
+            return
+        found, allowed = proven
+        cpu_ms = round(1e3 * (time.process_time() - started), 1)
+        context.note(proof={"difference": found, "tolerance": allowed, "cpu_ms": cpu_ms})
+
+    def _anchor(self, whose: str) -> None:
+        """From here on the graph is held against itself as it is now."""
+        self._expected = self._run = self._restored = None
+        self._is_proven, self._whose, self._unproven = False, whose, []
+
+    def finish(self, graph_module: GraphModule, context: PassContext | None = None) -> None:
+        """Prove the whole, where there is something to hold it against and it has changed. Raises VerificationError."""
+        if self._is_float and self._expected is not None and not self._is_proven:
+            self._prove(graph_module, "the graph, its quantizers bypassed and its float weights restored,", context)
+
+    def _prove(self, graph_module: GraphModule, what: str, context: PassContext | None = None) -> None:
+        started = time.process_time()
+        run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
+        expected = run.output if self._expected is None else self._expected
+        if not bool(torch.isfinite(expected).all()):
+            raise CalibrationError("the model's output on the first calibration images is not finite")
+        found, allowed = difference(run.output, expected), tolerance(expected)
+        self._cpu_s += time.process_time() - started
+        if not found <= allowed:
+            raise VerificationError(
+                f"{what} does not compute {self._whose}: outputs on two images differ by {found:.3g}, and "
+                f"{allowed:.3g} is allowed ({RELATIVE:g} of their range and {ABSOLUTE:g} of the largest); "
+                f"{_where(graph_module, self._run, run)}; {self._remedy()}"
+            )
+        self._expected, self._run, self._is_proven, self._unproven = expected, run, True, []
+        if context is not None:
+            context.note(proof={"difference": found, "tolerance": allowed, "cpu_ms": round(1e3 * self._cpu_s, 1)})
+            self._cpu_s = 0.0
+
+    def _remedy(self) -> str:
+        first = "tracing missed something of the model, or " if self._run is None and self._expected is not None else ""
+        listed = f"one of these passes did it: {', '.join(self._unproven)}" if self._unproven else "no pass has run yet"
+        return (
+            f"{first}{listed}; repair it or leave it out, pipeline.without(...), or let it declare its effect, "
+            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/writing_a_pass.md)"
+        )
+
+
+def float_tensors(graph_module: GraphModule, copied: bool) -> Tensors:
+    """All tensors that the nodes of a float graph compute with. copied: so that nobody changes them in place."""
+    found: dict[str, dict[str, Tensor]] = {}
+    taken: dict[int, Tensor] = {}
+    for node in graph_module.graph.nodes:
+        own: dict[str, Tensor] = {}
+        if node.op == "call_module":
+            own = _state(graph_module.get_submodule(str(node.target)))
+        elif node.op == "get_attr":
+            own = {"": _constant(graph_module, node)}
+        for name, tensor in own.items():
+            kept = taken.setdefault(id(tensor), tensor.detach().clone() if copied else tensor.detach())
+            found.setdefault(node.name, {})[name] = kept
+    return found
+
+
+@torch.no_grad()
+def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensors) -> Run:
+    """The graph on images, float (B, C, H, W), with every quantizer bypassed. tensors: used where a node has some."""
+    interpreter = _Bypass(graph_module, tensors)
+    output: Any = interpreter.run(images_bchw.clone())
+    return Run(output, interpreter.samples)
+
+
+def difference(found: Any, expected: Tensor) -> float:
+    """Largest difference; infinite between tensors of different shapes, and where one is not a number."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return float("inf")
+    largest = float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
+    return float("inf") if largest != largest else largest
+
+
+def tolerance(expected: Tensor) -> float:
+    """What outputs may differ by through the rounding of float32, see the module."""
+    return RELATIVE * float(expected.max() - expected.min()) + ABSOLUTE * max(float(expected.abs().max()), 1e-6)
+
+
+class _Bypass(Interpreter):
+    """Runs a graph, quantized or not, without its quantizers."""
+
+    def __init__(self, graph_module: GraphModule, tensors: Tensors) -> None:
+        super().__init__(graph_module)
+        self.tensors = tensors
+        self.samples: dict[str, Tensor] = {}
+
+    def run_node(self, node: Node) -> Any:
+        restored = self.tensors.get(node.name, {})
+        if node.op == "get_attr" and restored:
+            result: Any = restored[""]
+        elif node.op == "call_module":
+            arguments, keywords = self.fetch_args_kwargs_from_env(node)
+            result = _in_float(self.module.get_submodule(str(node.target)), restored, arguments, keywords)
+        else:
+            result = super().run_node(node)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.numel():
+            self.samples[node.name] = _samples(result.detach())
+        return result
+
+
+def _in_float(module: nn.Module, tensors: Mapping[str, Tensor], arguments: Any, keywords: Any) -> Any:
+    """What a module computes without its quantizers, with these tensors in the place of its own."""
+    if isinstance(module, QuantizedWeightModule):
+        bias = None if module.bias is None else tensors.get("bias", module.bias)
+        return module.in_float(arguments[0], tensors.get("weight", module.weight), bias)
+    if isinstance(module, QuantizedMatmul):
+        return module.in_float(*arguments)
+    if isinstance(module, QuantizedInput):
+        return _in_float(module.inner, tensors, arguments, keywords)
+    own = _state(module)
+    return functional_call(module, {k: t for k, t in tensors.items() if k in own}, arguments, keywords)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _constant(graph_module: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    value: Tensor = getattr(graph_module.get_submodule(owner), name)
+    return value
+
+
+def _images(graph_module: GraphModule, given: Tensor | None) -> Tensor:
+    """Two of the images given, one twice where there is one; without any, images made from a seed."""
+    if given is not None and len(given):
+        return given[torch.arange(IMAGES) % len(given)]
+    return answer_images_for(graph_module)
+
+
+def _samples(value: Tensor) -> Tensor:
+    """Values of a tensor, evenly spaced; an odd step goes through all channels."""
+    step = max(1, value.numel() // _SAMPLES) | 1
+    places = torch.arange(0, value.numel(), step)
+    return value[torch.unravel_index(places, value.shape)] if value.ndim else value.reshape(1)
+
+
+def _agrees(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and difference(found, expected) <= tolerance(expected)
+
+
+def _where(graph_module: GraphModule, before: Run | None, after: Run) -> str:
+    """The first node that moved, and the last that agrees, among those that were there before."""
+    if before is None:
+        return "there is no earlier run to compare node by node"
+    names = [node for node in graph_module.graph.nodes if node.name in before.samples and node.name in after.samples]
+    agree = [_agrees(after.samples[node.name], before.samples[node.name]) for node in names]
+    if all(agree):
+        return "every node that was there before still has its value"
+    first, last = names[agree.index(False)], [node for node, same in zip(names, agree, strict=True) if same][-1:]
+    found = f"the first node whose value moved is `{describe(first)}`"
+    return found + "".join(f", the last that has kept its value is `{describe(node)}`" for node in last)

@@ -1,0 +1,1 @@
+"""Roles, and folds that leave what the model computes as it is."""

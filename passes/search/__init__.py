@@ -1,0 +1,1 @@
+"""What is quantized, what is seen there, and the quantizers that lose least."""

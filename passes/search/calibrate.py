@@ -1,0 +1,212 @@
+"""Calibrate: run the calibration images through the graph and let every observer see its edge, image by image.
+
+Under the Hessian-guided metric each image is also run backward, from logit gradients that need no labels
+(`fxquant.sensitivity.logit_gradients`). Only one image's activations are alive at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional
+
+from fxquant.checks.hints import check_fields
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, nodes_with_role
+from fxquant.graph.recorder import Recorder
+from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.quantizers.observers import Observer
+from fxquant.sensitivity.logit_gradients import (
+    NEEDS_NO_SCORES,
+    Fisher,
+    check_class_scores,
+    class_scores,
+    logit_gradients,
+)
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import observers_of
+
+MASSIVE_RMS = 100.0
+_NEEDED_BY = "the Hessian-guided metric"
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Gather statistics in every observer.
+
+    gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
+    weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
+    gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
+    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per image,
+    averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
+    """
+
+    gradient: bool = True
+    fisher: Fisher = "signs"
+    draws: int = 4
+    output_error: bool = False
+    images: int | None = None
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    provides: ClassVar[frozenset[Fact]] = STATISTICS
+    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Fill the observers; returns how many.
+
+        Raises CalibrationError for activations that are not finite; where gradients are asked for, also for a model
+        whose output are no class scores.
+        """
+        if self.gradient:
+            check_class_scores(graph_module, _NEEDED_BY, NEEDS_NO_SCORES)
+        context = replace(context, images_bchw=context.images[: self.images])
+        watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
+        observers = [observer for found in watched.values() for _, observer in found]
+        for observer in observers:
+            observer.release()
+        grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
+        if grouped:
+            self._measure_channels(graph_module, context, grouped)
+        recorder = Recorder(graph_module, set(watched))
+        for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
+            with torch.set_grad_enabled(self.gradient):
+                output = recorder.run(batch.clone().requires_grad_(self.gradient))
+                gradients = self._gradients(output, recorder, context.seed, seen) if self.gradient else {}
+            if self.output_error and not self.gradient:
+                gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
+            with torch.no_grad():
+                for node, found in watched.items():
+                    _update(graph_module, node, found, recorder.inputs.pop(node), gradients.pop(node, None))
+            recorder.forget()
+        return len(observers)
+
+    def _measure_channels(
+        self, graph_module: GraphModule, context: PassContext, grouped: dict[Node, list[tuple[int, Observer]]]
+    ) -> None:
+        recorder = Recorder(graph_module, set(grouped))
+        gathered = _Statistics([observer for found in grouped.values() for _, observer in found])
+        with torch.no_grad():
+            for _, batch in context.gather("finding outlier channels", gathered, graph_module, repr(self)):
+                recorder.run(batch)
+                for node, found in grouped.items():
+                    for index, observer in found:
+                        observer.measure_channels(recorder.inputs[node][index])
+                recorder.forget()
+        for found in grouped.values():
+            for _, observer in found:
+                observer.settle_channels()
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
+        if self.draws < 1 or (self.images is not None and self.images < 1):
+            raise CalibrationError(f"at least one draw and one image are needed: {self}")
+
+    def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
+        """Root mean square, over draws, of the gradient that each watched node's metric needs."""
+        logits = class_scores(output, _NEEDED_BY, NEEDS_NO_SCORES)
+        nodes = list(recorder.differentiated)
+        tensors = [recorder.differentiated[node] for node in nodes]
+        probabilities = logits.detach().float().softmax(1)
+        cotangents = logit_gradients(probabilities, self.fisher, self.draws, seed, first).to(logits.dtype)
+        squares = [torch.zeros_like(tensor) for tensor in tensors]
+        for draw, cotangent in enumerate(cotangents):
+            more = draw + 1 < self.draws
+            found = torch.autograd.grad(logits, tensors, cotangent, retain_graph=more, allow_unused=True)
+            for square, gradient in zip(squares, found, strict=True):
+                if gradient is not None:
+                    square.addcmul_(gradient, gradient)
+        return {node: square.div_(self.draws).sqrt_() for node, square in zip(nodes, squares, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What observers have gathered, for `PassContext.gather`."""
+
+    observers: list[Observer]
+
+    def state(self) -> dict[str, Tensor]:
+        """All observers', by their place in the list."""
+        return {f"{i}.{name}": t for i, o in enumerate(self.observers) for name, t in o.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a state."""
+        found: list[dict[str, Tensor]] = [{} for _ in self.observers]
+        for name, tensor in state.items():
+            place, _, rest = name.partition(".")
+            found[int(place)][rest] = tensor
+        for observer, own in zip(self.observers, found, strict=True):
+            observer.restore(own)
+
+
+def _update(
+    graph_module: GraphModule,
+    node: Node,
+    found: list[tuple[int, Observer]],
+    inputs: tuple[Tensor, ...],
+    gradient: Tensor | None,
+) -> None:
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    for index, observer in found:
+        if not bool(torch.isfinite(inputs[index]).all()):
+            layer = annotation_of(node).layer
+            raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
+        weight = None if gradient is None else input_weight(module, inputs, index, gradient)
+        observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
+        if module is None and index == 0 and observer.asks_for_coherence:
+            observer.update_coherence(coherence(inputs[1]))
+        if observer.keeps_gram and module is not None:
+            rows = weight_rows(module, inputs[index])
+            if rows is not None:
+                observer.update_gram(rows, None if gradient is None else gradient_rows(module, gradient))
+
+
+def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, gradient: Tensor) -> Tensor:
+    """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
+
+    gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm. Returns the input's shape.
+    """
+    squared = gradient.square()
+    if isinstance(module, nn.Linear):
+        return squared @ module.weight.square()
+    if isinstance(module, nn.Conv2d):
+        # The transpose of a convolution with W^2 is that convolution's derivative, whatever its geometry.
+        with torch.enable_grad():
+            x = torch.zeros_like(inputs[0], requires_grad=True)
+            product = functional.conv2d(
+                x, module.weight.square(), None, module.stride, module.padding, module.dilation, module.groups
+            )
+            return torch.autograd.grad(product, x, squared)[0]
+    if module is None:
+        left, right = inputs[0], inputs[1]
+        if index == 0:
+            return squared @ right.square().transpose(-1, -2)
+        return left.square().transpose(-1, -2) @ squared
+    return squared
+
+
+def coherence(values: Tensor) -> float:
+    """What a mean error of attention probabilities costs, relative to independent errors of the same size.
+
+    values: V, float (..., keys, channels). Errors e of the K probabilities of a row meet V_k: independent ones add up
+    to sum e_k^2 |V_k|^2, a mean error to |sum_k e V_k|^2, which is K |mean V|^2 / mean |V|^2 times as much. A table
+    without a zero raises all small probabilities a little and so shifts the output by a whole mean V.
+    """
+    values = values.detach()
+    ratio = values.mean(-2).square().mean() / values.square().mean().clamp_min(1e-30)
+    return float(values.shape[-2] * ratio)
+
+
+def heed_massive(x: Tensor, weight: Tensor) -> Tensor:
+    """Weights h (shape of x) in which massive activations count at least the mean.
+
+    A few activations hundreds of times larger than the rest steer later attention; the loss is flat around them, so
+    the gradient calls them harmless, yet clipping one moves it by a hundred times the others' size. Massive: more than
+    MASSIVE_RMS times the root mean square of x.
+    """
+    massive = x.abs() > MASSIVE_RMS * x.square().mean().sqrt()
+    return torch.where(massive, weight.clamp_min(float(weight.mean())), weight)

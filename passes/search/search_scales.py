@@ -1,0 +1,145 @@
+"""SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
+
+Metrics: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate gathered
+that instead), "mse" (squared error of the tensor itself), "min-max"
+(no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
+the noise power that sensitivities and allocators read; then the observers' statistics are released.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.artefact.cache import Cache
+from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
+from fxquant.checks.hints import check_fields
+from fxquant.errors import ArtefactError, CalibrationError
+from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
+from fxquant.quantizers.families import FAMILIES, families_named
+from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.search import search_activation, search_weight
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import observers_of
+
+Metric = Literal["hessian", "mse", "min-max"]
+Weights = Literal["symmetric", "asymmetric"]
+
+
+@dataclass(frozen=True)
+class SearchScales:
+    """Search scales at all candidate widths.
+
+    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
+    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
+    edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
+    weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    metric: Metric = "hessian"
+    keep_grams: bool = False
+    negligible: float = 0.0
+    weights: Weights = "symmetric"
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
+        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
+        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
+
+    def __post_init__(self) -> None:
+        """Raise CalibrationError for options that do not fit."""
+        check_fields(self, CalibrationError)
+        if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 2 <= self.bits[0] <= self.bits[-1] <= 8:
+            raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
+        if self.negligible < 0:
+            raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Search every observed node; returns how many nodes were given candidates."""
+        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        task = context.progress.track("searching scales", len(nodes))
+        for node in nodes:
+            found = observers_of(graph_module, node)
+            weight, *activation = self._recalled(graph_module, node, [observer for _, observer in found], context.cache)
+            annotate(
+                node,
+                weight_candidates=weight,
+                activation_candidates=tuple(activation),
+                weight_sensitivity=(),
+                activation_sensitivity=(),
+            )
+            for _, observer in found:
+                observer.release(keep_gram=self.keep_grams)
+            task.advance()
+        task.close()
+        return len(nodes)
+
+    def _recalled(
+        self, graph_module: GraphModule, node: Node, observers: list[Observer], cache: Cache
+    ) -> tuple[tuple[Candidate, ...], ...]:
+        """Candidates of a node's weight, then of each quantized input; a killed process has left those it had."""
+
+        def searched() -> tuple[tuple[Candidate, ...], ...]:
+            inputs = (self._activation(observer) for observer in observers if observer.family is not None)
+            return (self._weight(graph_module, node, observers[0]), *inputs)
+
+        if cache.folder is None:
+            return searched()
+        statistics = [[str(o.family), o.keeps_gram, o.images, o.state()] for o in observers]
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        key = cache.key_of(repr(self), statistics, module)
+        kept = cache.read(key, part=True)
+        if kept is not None:
+            return candidates_from_file(*kept)
+        found = searched()
+        with suppress(ArtefactError):  # a quantizer that no file can hold
+            cache.write(key, *candidates_to_file(found), part=True)
+        return found
+
+    def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
+        statistics = observer.statistics()
+        weighted = self.metric == "hessian"
+        if weighted and not statistics.moments.weighted:
+            raise CalibrationError(
+                'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
+            )
+        named = families_named(str(observer.family))
+        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+            named = families_named("symmetric-min-max")
+        best = []
+        for bits in self.bits:
+            # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
+            reaching = [family for family in named if bits <= family.widest_bits] or named
+            usable = [
+                search_activation(statistics, FAMILIES[family.name], (bits,), observer.images, weighted)[0]
+                for family in reaching
+            ]
+            enough = min(candidate.loss for candidate in usable) + self.negligible
+            best.append(next((candidate for candidate in usable if candidate.loss <= enough), usable[0]))
+        return tuple(best)
+
+    def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
+        if node.op != "call_module" or not observer.keeps_gram:
+            return ()
+        module = graph_module.get_submodule(str(node.target))
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            return ()
+        hessian = self.metric == "hessian"
+        return search_weight(
+            module.weight.flatten(1),
+            self.bits,
+            max(observer.images, 1),
+            observer.gram if hessian else None,
+            observer.channel_weight() if hessian else None,
+            search=self.metric != "min-max",
+            asymmetric=self.weights == "asymmetric",
+        )

@@ -1,0 +1,1 @@
+"""Quantized modules in the place of float ones."""

@@ -1,0 +1,98 @@
+"""SubstituteQuantizers: replace every node that has bits by one that computes with them (simulated execution).
+
+Reads the annotations only; takes the observers out. A node keeps its name, place and annotation, so the printed graph
+shows where the bits went. Not done here: integer execution (Lower).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxquant.errors import PatternError, VerificationError
+from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.names import add_module, exchange_module
+from fxquant.quantizers.quantizer import Quantizer
+from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import observers_of, remove_observers
+
+
+@dataclass(frozen=True)
+class SubstituteQuantizers:
+    """Put the chosen quantizers into the graph."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED}
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Substitute in place; returns the number of nodes that now compute in low bits."""
+        changed = 0
+        for node in nodes_with_role(graph_module):
+            annotation = annotation_of(node)
+            if not annotation.has_bits:
+                continue
+            places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
+            replacement = _quantized(graph_module, node, annotation, places)
+            _replace(graph_module, node, replacement)
+            changed += 1
+        remove_observers(graph_module)
+        graph_module.delete_all_unused_submodules()
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return changed
+
+
+def chosen(candidates: tuple[Candidate, ...], bits: int | None, layer: str) -> Candidate | None:
+    """The candidate of this width, None without bits.
+
+    Raises VerificationError, naming the layer, where it has bits and no candidate of that width.
+    """
+    if bits is None:
+        return None
+    found = next((candidate for candidate in candidates if candidate.bits == bits), None)
+    if found is None:
+        widths = [candidate.bits for candidate in candidates]
+        listed = f"its candidates have {widths}" if widths else "this operand has no candidates"
+        raise VerificationError(
+            f"layer '{layer}' has {bits} bits, and {listed}: allocate among the candidates, or search that width, "
+            f"SearchScales(bits=...)"
+        )
+    return found
+
+
+def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
+    weight = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
+    groups = annotation.activation_candidates
+    if not groups:
+        chosen((), annotation.activation_bits, annotation.layer)
+    inputs: dict[int, Quantizer] = {}
+    for place, candidates, bits in zip(places, groups, annotation.input_bits, strict=True):
+        candidate = chosen(candidates, bits, annotation.layer)
+        if candidate is not None:
+            inputs[place] = candidate.quantizer
+    weight_quantizer = None if weight is None else weight.quantizer
+    if node.op != "call_module":
+        return QuantizedMatmul(inputs.get(0), inputs.get(1))
+    module = graph_module.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear(module.weight, module.bias, weight_quantizer, inputs.get(0))
+    if isinstance(module, nn.Conv2d):
+        geometry: dict[str, Any] = {
+            "stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups
+        }  # fmt: skip
+        return QuantizedConv2d(module.weight, module.bias, weight_quantizer, inputs.get(0), geometry)
+    if 0 in inputs:
+        return QuantizedInput(module, inputs[0])
+    raise PatternError(f"node {node.name} has bits but no quantizer fits a {type(module).__name__}")
+
+
+def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:
+    if node.op == "call_module":
+        exchange_module(graph_module, node, replacement)
+    else:
+        node.op, node.target = "call_module", add_module(graph_module, annotation_of(node).layer, replacement)

@@ -1,0 +1,340 @@
+"""Graphs survive JSON exactly; what a file may not name is refused at both ends."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import math
+import operator
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxquant.artefact import operation_sizes
+from fxquant.artefact.allowlist import ATTRIBUTES, FUNCTION_NAMES, FUNCTIONS, METHODS
+from fxquant.artefact.graph_json import graph_from_json, graph_to_json
+from fxquant.artefact.module_settings import CLASSES
+from fxquant.artefact.operation_sizes import predicted_elements
+from fxquant.errors import ArtefactError
+from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, facts_of
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import QuantizedLinear
+
+
+def round_trip(graph_module: GraphModule) -> GraphModule:
+    document, tensors = graph_to_json(graph_module)
+    return graph_from_json(json.loads(json.dumps(document, allow_nan=False)), tensors)
+
+
+def one_call(op: str, target: object, *args: object, **kwargs: object) -> GraphModule:
+    """forward(x): return target(x, *args, **kwargs)."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.create_node(op, target, (x, *args), kwargs))
+    return GraphModule(nn.Module(), graph)
+
+
+def one_module(module: nn.Module, path: str = "body.layer") -> GraphModule:
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module(path, (x,)))
+    return GraphModule({path: module.eval()}, graph)
+
+
+def test_names_arguments_and_outputs_survive(small):
+    loaded = round_trip(small)
+    image = torch.rand(2, 3, 8, 8)
+    assert torch.equal(loaded(image), small(image))
+    assert loaded.code == small.code
+    assert [node.name for node in loaded.graph.nodes] == [node.name for node in small.graph.nodes]
+    assert not loaded.training
+
+
+def test_annotations_facts_and_shapes_survive(small):
+    loaded = round_trip(small)
+    assert facts_of(loaded) == {Fact.TRACED, Fact.ROLES_ASSIGNED, Fact.QUANTIZED}
+    assert loaded.meta["image_shape"] == (3, 8, 8)
+    assert loaded.meta["coverage"] == small.meta["coverage"]
+    for ours, theirs in zip(loaded.graph.nodes, small.graph.nodes, strict=True):
+        assert annotation_of(ours) == annotation_of(theirs)
+        if "tensor_meta" in theirs.meta:
+            assert ours.meta["tensor_meta"].shape == theirs.meta["tensor_meta"].shape
+            assert ours.meta["tensor_meta"].dtype == theirs.meta["tensor_meta"].dtype
+
+
+def test_every_annotation_but_candidates_survives():
+    graph_module = one_call("call_method", "contiguous")
+    node = list(graph_module.graph.nodes)[1]
+    values = {"role": Role.FC1, "layer": "a.b", "block": 0, "parameters": 1, "macs": 2, "activation_elements": 3}
+    values |= {"weight_bits": 4, "activation_bits": 5, "pinned": True}
+    annotate(node, **values)
+    loaded = list(round_trip(graph_module).graph.nodes)[1]
+    assert annotation_of(loaded) == Annotation(**values)
+
+
+ARGUMENTS = [
+    None, True, 3, -2.5, 1e-30, math.inf, -math.inf, "text", "a'\"\\\n", [1, [2, None]], (1, (2.0, True)), (), [],
+    {"a": (1,), "b": [None]}, slice(None, 3, None), (slice(None), ..., 0), torch.float16, torch.bool,
+    torch.device("cpu"), torch.channels_last, ...,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ARGUMENTS, ids=repr)
+def test_every_kind_of_argument_survives(value):
+    node = list(round_trip(one_call("call_method", "to", value, key=value)).graph.nodes)[1]
+    assert node.args[1] == value
+    assert node.kwargs["key"] == value
+    assert type(node.kwargs["key"]) is type(value) or isinstance(value, list | dict)
+
+
+def test_nodes_inside_nested_arguments_survive():
+    graph = Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(getattr, (x, "shape"))
+    batch = graph.call_function(operator.getitem, (size, 0))
+    graph.output(graph.call_method("reshape", (x, (batch, -1))))
+    graph_module = GraphModule(nn.Module(), graph)
+    image = torch.rand(3, 2, 2)
+    assert torch.equal(round_trip(graph_module)(image), image.reshape(3, 4))
+
+
+MODULES = [
+    (nn.Linear(4, 3, bias=False), (2, 4)),
+    (nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2), (1, 4, 8, 8)),
+    (nn.Conv2d(2, 2, 3, padding="same", padding_mode="reflect"), (1, 2, 8, 8)),
+    (nn.Conv1d(4, 2, 1), (1, 4, 5)),
+    (nn.LayerNorm((3, 4), eps=1e-3), (2, 3, 4)),
+    (nn.LayerNorm(4, elementwise_affine=False), (2, 4)),
+    (nn.LayerNorm(4, bias=False), (2, 4)),
+    (nn.RMSNorm(4), (2, 4)),
+    (nn.GroupNorm(2, 4), (1, 4, 3)),
+    (nn.BatchNorm1d(4), (5, 4)),
+    (nn.BatchNorm2d(4, affine=False), (1, 4, 3, 3)),
+    (nn.GELU("tanh"), (2, 4)),
+    (nn.LeakyReLU(0.3), (2, 4)),
+    (nn.PReLU(4), (2, 4)),
+    (nn.AvgPool1d(2), (1, 2, 4)),
+    (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (1, 2, 8, 8)),
+    (nn.AdaptiveAvgPool2d((2, None)), (1, 2, 8, 8)),
+    (nn.MaxPool2d(3, 2, 1), (1, 2, 8, 8)),
+    (nn.Unfold((2, 2), stride=2), (1, 2, 4, 4)),
+    (nn.Flatten(), (2, 3, 4)),
+    (nn.Upsample(scale_factor=2.0, mode="bilinear"), (1, 2, 4, 4)),
+    (nn.PixelShuffle(2), (1, 4, 2, 2)),
+    (nn.Linear(4, 3).double(), (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), MODULES, ids=lambda value: str(value)[:40])
+def test_modules_survive(module, shape):
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    graph_module = one_module(module)
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    x = torch.rand(*shape, dtype=dtype)
+    loaded = round_trip(graph_module)
+    assert torch.equal(loaded(x), graph_module(x))
+    assert repr(loaded.get_submodule("body.layer")) == repr(module)
+    assert loaded.state_dict().keys() == graph_module.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, arguments in CLASSES.items() if not arguments], ids=lambda k: k.__name__
+)
+def test_modules_without_settings_survive(kind):
+    assert type(round_trip(one_module(kind())).get_submodule("body.layer")) is kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("zero_point", [None, 3])
+@pytest.mark.parametrize("bias", [None, torch.rand(3)])
+def test_quantized_linear_survives(dtype, zero_point, bias):
+    weight = torch.randn(3, 7).to(dtype)
+    quantizer = UniformQuantizer(3, torch.full((3, 1), 0.3), zero_point and torch.full((3, 1), zero_point))
+    module = QuantizedLinear(weight, None if bias is None else bias.to(dtype), quantizer, None)
+    loaded = round_trip(one_module(module)).get_submodule("body.layer")
+    assert torch.equal(loaded.weight, module.weight)
+    assert loaded.weight.dtype == dtype
+    assert torch.equal(loaded.weight_codes, module.weight_codes)
+
+
+def test_float_weights_of_quantized_layers_survive():
+    module = QuantizedLinear(torch.randn(3, 7), None, None, UniformQuantizer(4, 0.1))
+    graph_module = one_module(module)
+    x = torch.randn(2, 7)
+    assert torch.equal(round_trip(graph_module)(x), graph_module(x))
+
+
+def test_a_module_called_inside_another_keeps_its_path():
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("body.act", (graph.call_module("body", (x,)),)))
+    root = nn.Module()
+    root.body = nn.Linear(3, 3)
+    root.body.act = nn.GELU()
+    graph_module = GraphModule(root, graph)
+    x = torch.rand(2, 3)
+    assert torch.equal(round_trip(graph_module)(x), graph_module(x))
+
+
+def test_unused_modules_and_unused_tensors_are_not_kept():
+    graph_module = one_module(nn.Linear(2, 2))
+    graph_module.add_module("spare", nn.Linear(100, 100))
+    graph_module.register_buffer("more", torch.rand(3))
+    document, tensors = graph_to_json(graph_module)
+    assert tensors.keys() == {"body.layer.weight", "body.layer.bias"}
+    assert document["modules"].keys() == {"body.layer"}
+
+
+def test_a_tensor_read_from_inside_a_module_is_the_modules():
+    graph = Graph()
+    x = graph.placeholder("x")
+    weight = graph.get_attr("layer.weight")
+    graph.output(graph.call_function(torch.matmul, (graph.call_module("layer", (x,)), weight)))
+    root = nn.Module()
+    root.layer = nn.Linear(3, 3).requires_grad_(False)
+    graph_module = GraphModule(root, graph)
+    x = torch.rand(2, 3)
+    assert torch.equal(round_trip(graph_module)(x), graph_module(x))
+
+
+def test_the_saved_module_is_left_alone_and_shares_nothing(small):
+    before = copy.deepcopy(small.state_dict())
+    loaded = round_trip(small)
+    for tensor in loaded.state_dict().values():
+        tensor.zero_()
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
+
+
+def evil(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "args", "named"),
+    [
+        ("call_function", os.system, (), "system"),
+        ("call_function", eval, (), "eval"),
+        ("call_function", torch.load, (), "load"),
+        ("call_function", evil, (), "evil"),
+        ("call_function", getattr, ("__class__",), "__class__"),
+        ("call_function", getattr, ("grad_fn",), "grad_fn"),
+        ("call_method", "apply_", (), "apply_"),
+        ("call_method", "__reduce__", (), "__reduce__"),
+        ("call_method", "to", (object(),), "object"),
+    ],
+)
+def test_saving_refuses_what_is_not_allowed(op, target, args, named):
+    graph_module = one_call("call_function", torch.relu)
+    node = list(graph_module.graph.nodes)[1]
+    node.op, node.target, node.args = op, target, (node.args[0], *args)
+    with pytest.raises(ArtefactError, match=named):
+        graph_to_json(graph_module)
+
+
+class Scaled(nn.Linear):
+    """A linear layer that is not exactly nn.Linear."""
+
+
+@pytest.mark.parametrize("module", [Scaled(2, 2), nn.MultiheadAttention(4, 2), nn.Sequential()])
+def test_saving_refuses_unknown_classes_and_says_what_to_do(module):
+    with pytest.raises(ArtefactError, match=rf"'body.layer' is a .*{type(module).__name__}.*write it out in forward"):
+        graph_to_json(one_module(module))
+
+
+def test_saving_refuses_quantizers_that_cannot_be_loaded():
+    with pytest.raises(ArtefactError, match="12 bits"):
+        graph_to_json(one_module(QuantizedLinear(torch.rand(2, 2), None, None, UniformQuantizer(12, 0.1))))
+    with pytest.raises(ArtefactError, match="NaN"):
+        graph_to_json(one_module(QuantizedLinear(torch.rand(2, 2), None, None, UniformQuantizer(4, math.nan))))
+    quantizer = UniformQuantizer(8, torch.full((2, 1), 0.005), torch.zeros((2, 1)))
+    too_large_for_int8 = QuantizedLinear(torch.ones(2, 2), None, quantizer, None)
+    with pytest.raises(ArtefactError, match=r"body.layer.*do not fit 8 bits"):
+        graph_to_json(one_module(too_large_for_int8))
+
+
+def test_the_allowlist_is_closed_and_harmless():
+    assert all(callable(call) and FUNCTIONS[FUNCTION_NAMES[call]] is call for call in FUNCTIONS.values())
+    forbidden = {eval, exec, compile, open, __import__, builtins.setattr, builtins.delattr, operator.methodcaller}
+    assert not forbidden & set(FUNCTIONS.values())
+    assert not any(name.rpartition(".")[2] in ("load", "save", "compile", "from_file") for name in FUNCTIONS)
+    assert not any(name.startswith("__") for name in METHODS | ATTRIBUTES)
+    assert not {"apply_", "map_", "map2_", "register_hook", "numpy", "untyped_storage"} & METHODS
+    assert all(hasattr(torch.Tensor, name) for name in METHODS | ATTRIBUTES)
+
+
+def test_what_torch_spells_as_function_and_method_is_allowed_as_both():
+    elementwise = [
+        "abs",
+        "absolute",
+        "acos",
+        "asin",
+        "atan",
+        "ceil",
+        "cos",
+        "cosh",
+        "deg2rad",
+        "erf",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "frac",
+        "isfinite",
+        "isinf",
+        "isnan",
+        "log",
+        "log10",
+        "log1p",
+        "log2",
+        "nan_to_num",
+        "neg",
+        "negative",
+        "rad2deg",
+        "reciprocal",
+        "relu",
+        "round",
+        "rsqrt",
+        "sgn",
+        "sigmoid",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "tan",
+        "tanh",
+        "trunc",
+    ]
+    over_an_axis = ["cumprod", "cumsum", "log_softmax", "logsumexp", "softmax"]
+    for name in elementwise + over_an_axis:
+        axis = (-1,) if name in over_an_axis else ()
+        for graph_module in (
+            one_call("call_method", name, *axis),
+            one_call("call_function", getattr(torch, name), *axis),
+        ):
+            x = torch.rand(2, 3)
+            assert torch.equal(round_trip(graph_module)(x), graph_module(x)), name
+            assert predicted_elements(name, (x, *axis), {}) >= graph_module(x).numel()
+
+
+def test_what_functions_write_to_may_be_named_where_it_is_nothing():
+    graph_module = one_call("call_function", torch.nn.functional.normalize, p=2.0, dim=1, eps=1e-12, out=None)
+    assert torch.equal(round_trip(graph_module)(torch.ones(2, 4)), torch.full((2, 4), 0.5))
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (x, 1), {"out": x}))
+    with pytest.raises(ArtefactError, match="may not give"):
+        round_trip(GraphModule(nn.Module(), graph))
+
+
+def test_every_listed_function_is_sized_by_a_name_that_it_has():
+    named = {name.rpartition(".")[2] for name in FUNCTIONS}
+    unknown = {call.__name__ for call in FUNCTIONS.values()} - named - operation_sizes._BROADCAST
+    assert not unknown - operation_sizes._RULES.keys(), "what is in no table is looked up by its name"

@@ -1,0 +1,96 @@
+"""CompensateWeights: on the grid, never worse than rounding where it counts, and found again by substitution."""
+
+import itertools
+
+import pytest
+import torch
+
+from allocators.problem.budget import Budget
+from allocators.uniform import Uniform
+from fxquant.data import embedded
+from fxquant.errors import PipelineError
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.capture.tracing import trace
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import QuantizedLinear
+from passes.allocate.allocate_bits import AllocateBits
+from passes.correct.compensate_weights import CompensateWeights, compensate
+from passes.pipeline.contract import PassContext
+from passes.recipes import best, mptq_vit
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers, chosen
+
+
+def cost(error: torch.Tensor, gram: torch.Tensor) -> float:
+    return float(((error @ gram) * error).sum())
+
+
+@pytest.fixture
+def layer() -> tuple[torch.Tensor, torch.Tensor, UniformQuantizer]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 40, generator=generator)
+    rows = torch.randn(300, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
+    return weight, rows.T @ rows, UniformQuantizer(3, weight.abs().amax(1, keepdim=True) / 3)
+
+
+def test_result_lies_on_the_grid_and_costs_less(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, quantizer = layer
+    compensated = compensate(weight, gram, quantizer, dampening=0.01, block=16)
+    assert torch.equal(quantizer(compensated), compensated)
+    assert cost(compensated - weight, gram) < 0.6 * cost(quantizer(weight) - weight, gram)
+
+
+def test_block_size_does_not_matter(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, quantizer = layer
+    one, many = (compensate(weight.double(), gram, quantizer, block=block) for block in (1, 64))
+    assert torch.equal(one, many)
+
+
+def test_uncorrelated_inputs_leave_plain_rounding(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, _, quantizer = layer
+    assert torch.equal(compensate(weight, torch.eye(40), quantizer), quantizer(weight))
+
+
+def test_near_the_best_of_all_roundings() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(50, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    gram, weight = rows.T @ rows, torch.randn(1, 6, generator=generator)
+    quantizer = UniformQuantizer(3, 0.5)
+    grids = itertools.product(*[{torch.floor(w / 0.5) * 0.5, torch.ceil(w / 0.5) * 0.5} for w in weight[0]])
+    best = min(cost(quantizer(torch.stack(grid)[None]) - weight, gram) for grid in grids)
+    found = cost(compensate(weight, gram, quantizer, dampening=1e-6) - weight, gram)
+    assert best <= found * (1 + 1e-5)
+    assert found <= cost(quantizer(weight) - weight, gram)
+
+
+def test_substitution_finds_the_compensated_codes() -> None:
+    images = embedded.calibration_images(8)
+    pipeline = best("W3A8", allocator=Uniform())
+    before = pipeline[: pipeline.position(SubstituteQuantizers)].run(
+        trace(embedded.load_model(), images[:2]), PassContext(images)
+    )
+    after = pipeline[pipeline.position(SubstituteQuantizers) :].run(before, PassContext(images))
+    checked = 0
+    for node in nodes_with_role(before):
+        candidate = chosen(annotation_of(node).weight_candidates, annotation_of(node).weight_bits, "")
+        if candidate is not None and annotation_of(node).role != "patch_embed":
+            substituted = after.get_submodule(str(node.target))
+            assert isinstance(substituted, QuantizedLinear)
+            torch.testing.assert_close(substituted.weight, before.get_submodule(str(node.target)).weight)
+            checked += 1
+    assert checked == 25
+
+
+def test_needs_gram_matrices_that_are_kept() -> None:
+    pipeline = mptq_vit(Budget.parse("W4A4"))
+    with pytest.raises(PipelineError, match=r"CompensateWeights.*requires 'Gram matrices known'"):
+        pipeline.after(AllocateBits, CompensateWeights())
+    pipeline.replace(SearchScales, SearchScales(keep_grams=True)).after(AllocateBits, CompensateWeights())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_weight_given_is_not_written_into(outputs: int) -> None:
+    weight, rows = (torch.randn(count, 6, generator=torch.Generator().manual_seed(2)) for count in (outputs, 50))
+    before = weight.clone()
+    compensate(weight, rows.T @ rows, UniformQuantizer(3, 0.5))
+    assert torch.equal(weight, before)

@@ -1,0 +1,219 @@
+"""Distil on the embedded model: closer to the float model on images it has not seen, on the grid, resumable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from allocators.uniform import Uniform
+from fxquant.artefact.cache import Cache
+from fxquant.data import embedded
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
+from fxquant.graph.capture.tracing import trace
+from fxquant.quantizers.learned import LearnedCodes
+from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.runtime.simulated import QuantizedWeightModule
+from passes.allocate.allocate_bits import AllocateBits
+from passes.correct.augment import Augment
+from passes.correct.block_error import token_errors
+from passes.correct.block_pairs import BlockPairs
+from passes.correct.distil import Distil
+from passes.correct.training import NOMINAL_BITS, Training, divergence, held_out, mean_bits
+from passes.lower.lower import Lower, execution_of
+from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.recipes import mptq_vit
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
+
+IMAGES = embedded.calibration_images(96)
+CONTEXT = PassContext(IMAGES[:64], batch_size=16)
+UNSEEN = IMAGES[64:]
+QUICK = Distil(
+    steps=34,
+    images=8,
+    weight_rate=0.004,
+    scale_rate=2e-3,
+    rest_rate=2.5e-4,
+    features=1.0,
+    augment=Augment(0.8, 0.0, 0.0),
+    checks=2,
+    closed_form=None,
+)
+
+
+@pytest.fixture(scope="module")
+def allocated() -> GraphModule:
+    pipeline = mptq_vit("W2A3", allocator=Uniform())
+    before = pipeline[: pipeline.position(AllocateBits) + 1]
+    return before.run(trace(embedded.load_model(), IMAGES[:2]), CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def distilled(allocated: GraphModule) -> GraphModule:
+    return run(allocated, QUICK)
+
+
+def run(graph_module: GraphModule, step: Distil, context: PassContext = CONTEXT) -> GraphModule:
+    return Pipeline([step], facts_of(graph_module)).run(graph_module, context)
+
+
+def quantized(graph_module: GraphModule) -> GraphModule:
+    return Pipeline([SubstituteQuantizers()], facts_of(graph_module)).run(graph_module, CONTEXT)
+
+
+def unseen_divergence(graph_module: GraphModule) -> float:
+    with torch.no_grad():
+        return float(divergence(embedded.load_model()(UNSEEN), quantized(graph_module)(UNSEEN)))
+
+
+def everything(graph_module: GraphModule) -> dict[str, Tensor]:
+    return quantized(graph_module).state_dict()
+
+
+def test_closer_to_the_float_model_on_unseen_images(allocated: GraphModule, distilled: GraphModule) -> None:
+    assert unseen_divergence(distilled) < 0.7 * unseen_divergence(allocated)
+
+
+def test_the_given_graph_is_not_changed(allocated: GraphModule) -> None:
+    before = {name: tensor.clone() for name, tensor in allocated.state_dict().items()}
+    run(allocated, replace(QUICK, steps=1, checks=1))
+    assert all(torch.equal(before[name], tensor) for name, tensor in allocated.state_dict().items())
+
+
+def test_all_kinds_of_numbers_learn(allocated: GraphModule, distilled: GraphModule) -> None:
+    before, after = everything(allocated), everything(distilled)
+    for kind in ("weight_codes", "weight_quantizer.scale", "input_quantizer.scale", ".bias", "norm1.weight"):
+        names = [name for name in before if kind in name]
+        assert any(not torch.equal(before[name], after[name]) for name in names), kind
+
+
+def test_weights_lie_on_their_grid(distilled: GraphModule) -> None:
+    graph_module = quantized(distilled)
+    checked = 0
+    for node in nodes_with_role(distilled):
+        module = graph_module.get_submodule(annotation_of(node).layer)
+        if isinstance(module, QuantizedWeightModule):
+            torch.testing.assert_close(module.weight, distilled.get_submodule(str(node.target)).weight)
+            checked += 1
+    assert checked == 26
+
+
+def test_runs_as_integers(distilled: GraphModule) -> None:
+    simulated = quantized(distilled)
+    lowered = Pipeline([Lower("auto")], facts_of(simulated)).run(simulated, CONTEXT)
+    reference = quantized(distilled)(UNSEEN)
+    assert float(divergence(reference, lowered(UNSEEN))) < 0.02
+    if kernels := set(execution_of(lowered).values()):
+        assert "simulated" not in kernels
+
+
+def test_same_seed_same_result_and_another_seed_another(allocated: GraphModule) -> None:
+    step = replace(QUICK, steps=8, checks=1, scale_rate=0.01)
+    first, second = (everything(run(allocated, step)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = everything(run(allocated, step, replace(CONTEXT, seed=1)))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+class Stops(Cache):
+    """Interrupts after the first check."""
+
+    def write(self, *content, **options):  # type: ignore[no-untyped-def]
+        super().write(*content, **options)
+        raise KeyboardInterrupt
+
+
+def test_resumes_at_the_check_where_it_stopped(allocated: GraphModule, tmp_path: Path) -> None:
+    step = replace(QUICK, steps=8, scale_rate=0.01)
+    whole = everything(run(allocated, step))
+    with pytest.raises(KeyboardInterrupt):
+        run(allocated, step, replace(CONTEXT, cache=Stops(tmp_path)))
+    resumed = everything(run(allocated, step, replace(CONTEXT, cache=Cache(tmp_path))))
+    assert len(list(tmp_path.iterdir())) == 1, "only the last check is kept"
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    journal = Journal()
+    again = run(allocated, step, replace(CONTEXT, cache=Cache(tmp_path), journal=journal))
+    assert all(torch.equal(whole[name], tensor) for name, tensor in everything(again).items())
+    assert len(journal.entries[-1].notes["divergences"]) == 3
+
+
+def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
+    """Rates that destroy everything: the start is what stays."""
+    journal = Journal()
+    step = replace(QUICK, steps=2, weight_rate=50.0, scale_rate=5.0, augment=Augment(0.8))
+    result = run(allocated, step, replace(CONTEXT, journal=journal))
+    assert journal.entries[-1].notes["kept_check"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))
+
+
+def test_rates_beyond_all_measure_leave_the_start(allocated: GraphModule) -> None:
+    journal = Journal()
+    step = replace(QUICK, weight_rate=1e30, scale_rate=1e30, rest_rate=1e30, steps=4)
+    found = run(allocated, step, replace(CONTEXT, journal=journal))
+    notes = journal.entries[-1].notes
+    assert notes["divergences"][1:] == [None, None]
+    assert notes["kept_check"] == 0
+    start = run(allocated, replace(QUICK, weight_rate=1e-12, scale_rate=1e-12, rest_rate=1e-12, steps=4))
+    torch.testing.assert_close(found(UNSEEN[:4]), start(UNSEEN[:4]), atol=1e-4, rtol=1e-4)
+
+
+def test_losses_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * (0.5 * torch.log(torch.tensor(0.5 / 0.25)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75)))
+    torch.testing.assert_close(divergence(p.log() + 3, q.log()), expected)
+    wanted = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    torch.testing.assert_close(token_errors(wanted, wanted + torch.tensor([1.0, 0.0])), torch.tensor((1 / 25 + 1) / 2))
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    train, held = held_out(17)
+    assert sorted(train.tolist() + held.tolist()) == list(range(17))
+    assert held.tolist() == [7, 15]
+    assert [indices.tolist() for indices in held_out(2)] == [[0, 1], [0, 1]]
+
+
+def test_options_that_make_no_sense() -> None:
+    with pytest.raises(CalibrationError, match="at least 1"):
+        Distil(steps=0)
+
+
+def test_mean_bits_count_every_weight() -> None:
+    """192 weights of 3 bits and 64 of 5 have 3.5; rates are scaled by 2 to the power of 3 less that."""
+    weights = [
+        LearnedCodes(torch.randn(8, n), UniformQuantizer(bits, torch.ones(8, 1))) for n, bits in ((24, 3), (8, 5))
+    ]
+    assert mean_bits(weights) == 3.5
+    assert mean_bits([]) == NOMINAL_BITS
+
+
+def test_steps_and_rates_fall_with_the_bits(allocated: GraphModule) -> None:
+    """Weights of 2 bits learn at twice the rates given and for half as many steps again: those hold for 3."""
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
+    assert training.steps == 1.5 * QUICK.steps
+    assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
+
+
+@pytest.mark.parametrize("mean_is_better", [True, False])
+def test_the_better_of_what_is_there_and_its_running_mean_is_kept(
+    allocated: GraphModule, mean_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
+    found = iter([0.5, 0.4] if mean_is_better else [0.4, 0.5])
+    monkeypatch.setattr(training, "_divergence", lambda: next(found))
+    training.divergences = [1.0]
+    start = training._values()
+    training.advance()
+    now = training._values()
+    assert training.divergences == [1.0, 0.4]
+    for kept, mean, value in zip(training.best, training.mean, now, strict=True):
+        assert torch.equal(kept, mean if mean_is_better else value)
+    moved = [not torch.equal(a, b) for a, b in zip(start, now, strict=True)]
+    lags = [not torch.equal(a, b) for a, b in zip(training.mean, now, strict=True)]
+    assert any(moved)
+    assert lags == moved

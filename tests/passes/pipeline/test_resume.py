@@ -1,0 +1,136 @@
+"""A process that was killed goes on where it was: stopped again and again, it ends in the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.artefact.cache import Cache, signature
+from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
+from fxquant.graph.capture.tracing import trace
+from passes.allocate.allocate_bits import AllocateBits
+from passes.correct.correct_weights import CorrectWeights
+from passes.correct.distil import Distil
+from passes.correct.reconstruct import Reconstruct
+from passes.pipeline.checkpoint import Checkpoint
+from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.search_cache import run_prefix, split
+from passes.recipes import recipe
+from passes.search.search_scales import SearchScales
+from tests.passes.models import ARCHITECTURES, images, vit
+
+IMAGES = images(4)
+TRACED = trace(vit(depth=1), IMAGES[:2])
+FEW: dict[str, Any] = {"bits": (3, 4, 8)}
+PIPELINES = {
+    "best, fully quantized": lambda: recipe("best")("W4A4", fully_quantized=True, **FEW),
+    "lampq": lambda: recipe("lampq")("W4A4", **FEW),
+    "vt_ptq": lambda: recipe("vt_ptq")("W4A4", **FEW),
+    "mix_qvit": lambda: recipe("mix_qvit")("W4A4", **FEW),
+    "corrected": lambda: recipe("mptq_vit")("W4A4", **FEW).after(AllocateBits, CorrectWeights()),
+    "reconstructed": lambda: recipe("mptq_vit")("W4A4", **FEW).after(AllocateBits, Reconstruct(steps=2)),
+    "trained": lambda: recipe("best_thorough")("W4A4", **FEW).changed(Distil, steps=4, checks=2),
+}
+LATE = ("corrected", "reconstructed", "trained")  # what is before bits are allocated, others show
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+class Dies(Cache):
+    """Stops the process as soon as it has kept so many new things."""
+
+    def __init__(self, folder: Path, left: int) -> None:
+        super().__init__(folder)
+        self.left = left
+
+    def _put(self, name: str, content: bytes) -> bool:
+        kept = super()._put(name, content)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+        return kept
+
+
+@pytest.fixture
+def _every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state, *, last=False: save(self, state, last=True))
+
+
+def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
+    """Tensors of the quantized model; its code, and the journal without times."""
+    context = PassContext(IMAGES, batch_size=2, cache=cache, journal=Journal())
+    prefix, rest = split(pipeline)
+    quantized = rest.run(run_prefix(prefix, TRACED, context), context)
+    timed = {"recalled": None, "proof": None}
+    notes = [(entry.step, entry.nodes_changed, entry.notes | timed) for entry in context.journal.entries]
+    return quantized.state_dict(), [quantized.code, *notes]
+
+
+@pytest.mark.usefixtures("_every_state_is_kept")
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_run_killed_again_and_again_ends_in_the_same_model(name: str, tmp_path: Path) -> None:
+    pipeline = PIPELINES[name]()
+    tensors, told = outcome(pipeline, Cache())
+    if name in LATE:
+        run_prefix(split(pipeline)[0], TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+    kills = 0
+    while True:
+        try:
+            found, told_again = outcome(pipeline, Dies(tmp_path, left=2 if name in LATE else 8))
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2
+    assert told_again == told
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.usefixtures("_every_state_is_kept")
+def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+    weight = SearchScales._weight
+
+    def counted(self: SearchScales, graph_module: Any, node: Any, observer: Any) -> Any:
+        searched.append(node.name)
+        return weight(self, graph_module, node, observer)
+
+    monkeypatch.setattr(SearchScales, "_weight", counted)
+    prefix, _ = split(recipe("best")("W4A4", **FEW))
+    for _ in range(99):
+        try:
+            run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Dies(tmp_path, left=1)))
+            break
+        except Killed:
+            suffixes = [file.suffix for file in tmp_path.iterdir()]
+            if ".safetensors" in suffixes:
+                break
+    assert len(searched) == len(set(searched)) == 8
+    assert any(file.suffix == ".part" for file in tmp_path.iterdir())
+    (whole,) = tmp_path.glob("*.safetensors")
+    whole.unlink()
+    run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+    assert [file.name for file in tmp_path.iterdir()] == [whole.name]
+
+
+@pytest.mark.parametrize("name", ["vit", "deit3"])
+def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
+    """Else a resumed run would not find what the killed one has kept."""
+    model, size = ARCHITECTURES[name]()
+    x = images(2, size)
+    traced = trace(model, x)
+    prefix, _ = split(recipe("best")("W4A4", **FEW))
+    folded = prefix[: len(prefix) - 2].run(traced, PassContext(x))
+    again = searched_from_file(*searched_to_file(folded, traced), traced)
+    assert again.code == folded.code
+    assert signature(again) == signature(folded)

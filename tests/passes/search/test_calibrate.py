@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.annotation import nodes_with_role
+from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.statistics.histogram import BUCKETS
+from fxquant.sensitivity.logit_gradients import logit_gradients
+from passes.pipeline.contract import PassContext
+from passes.search.calibrate import Calibrate, heed_massive, input_weight
+from passes.search.insert_observers import InsertObservers, observers_of
+from tests.passes.models import VIT, images, timm_model, traced, vit
+
+FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
+
+
+@pytest.fixture(scope="module")
+def observed() -> GraphModule:
+    """One block, fully quantized protocol; copy before use."""
+    graph_module = traced(vit(depth=1), images(2))
+    FULLY.apply(graph_module, PassContext())
+    return graph_module
+
+
+def observers(graph_module: GraphModule) -> dict[str, Observer]:
+    return {name: m for name, m in graph_module.named_modules() if isinstance(m, Observer)}
+
+
+def calibrated(graph_module: GraphModule, x: Tensor, **options: Any) -> dict[str, Observer]:
+    graph_module = copy.deepcopy(graph_module)
+    batch_size, seed = options.pop("batch_size", 8), options.pop("seed", 0)
+    Calibrate(**options).apply(graph_module, PassContext(x, batch_size, seed))
+    return observers(graph_module)
+
+
+def assert_same_statistics(first: dict[str, Observer], second: dict[str, Observer], tolerance: float) -> None:
+    for name, one in first.items():
+        other = second[name]
+        assert (one.minimum, one.maximum) == pytest.approx((other.minimum, other.maximum), rel=tolerance, abs=1e-5)
+        assert one.images == other.images
+        assert one.image_minimum_sum == pytest.approx(other.image_minimum_sum, rel=tolerance, abs=1e-4)
+        a, b = one.statistics().moments, other.statistics().moments
+        assert a.count == b.count
+        assert a.signal == pytest.approx(b.signal, rel=tolerance)
+        assert a.weighted == b.weighted
+        assert a.moments[3:].sum(1) == pytest.approx(b.moments[3:].sum(1), rel=tolerance, abs=1e-6)
+        assert (one.gram is None) == (other.gram is None)
+        if one.gram is not None and other.gram is not None:
+            scale = float(one.gram.abs().max())
+            assert torch.allclose(one.gram, other.gram, rtol=tolerance, atol=tolerance * scale)
+            weights = one.channel_weight(), other.channel_weight()
+            assert (weights[0] is None) == (weights[1] is None)
+            if weights[0] is not None and weights[1] is not None:
+                assert torch.allclose(*weights, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("fisher", ["signs", "sampled", "arg-max", None])
+def test_the_batch_size_has_no_say_in_statistics(observed: GraphModule, fisher: str | None) -> None:
+    options = {"fisher": fisher} if fisher else {"gradient": False}
+    first, second = (calibrated(observed, images(8), batch_size=size, **options) for size in (3, 8))
+    assert_same_statistics(first, second, 0)
+    for name, one in first.items():
+        assert (one.coherence_sum, one.coherence_count) == (second[name].coherence_sum, second[name].coherence_count)
+        assert (one.statistics().moments.moments == second[name].statistics().moments.moments).all()
+        assert one.gram is None or torch.equal(one.gram, second[name].gram)
+
+
+def test_only_the_first_images_where_asked(observed: GraphModule) -> None:
+    x = images(5)
+    assert_same_statistics(calibrated(observed, x, images=2), calibrated(observed, x[:2]), 1e-6)
+
+
+def test_idempotent(observed: GraphModule) -> None:
+    graph_module = copy.deepcopy(observed)
+    Calibrate().apply(graph_module, PassContext(images()))
+    first = copy.deepcopy(observers(graph_module))
+    Calibrate().apply(graph_module, PassContext(images()))
+    assert_same_statistics(first, observers(graph_module), 0.0)
+
+
+def test_seed_decides_the_random_draws(observed: GraphModule) -> None:
+    same = [calibrated(observed, images(), seed=seed)["observer_head_0"].gram for seed in (1, 1, 2)]
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(same[0], same[2])
+
+
+def test_no_activation_is_kept(observed: GraphModule) -> None:
+    """Observers hold statistics whose size does not grow with the images."""
+
+    def held(count: int) -> dict[str, int]:
+        sizes = {}
+        for name, observer in calibrated(observed, images(count)).items():
+            tensors = [value for value in vars(observer).values() if isinstance(value, Tensor)]
+            if observer.histogram is not None:
+                kept = [value for value in vars(observer.histogram).values() if isinstance(value, Tensor)]
+                assert sum(tensor.numel() for tensor in kept) <= 7 * BUCKETS
+            assert all(not tensor.requires_grad and tensor.grad_fn is None for tensor in tensors)
+            sizes[name] = sum(tensor.numel() for tensor in tensors)
+        return sizes
+
+    assert held(2) == held(9)
+
+
+def test_only_one_image_of_activations_is_alive(observed: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    import passes.search.calibrate
+
+    alive: list[weakref.ref[Tensor]] = []
+    worst = 0
+    original = passes.search.calibrate._update
+
+    def update(graph_module: Any, node: Any, found: Any, inputs: tuple[Tensor, ...], gradient: Any) -> None:
+        nonlocal worst
+        original(graph_module, node, found, inputs, gradient)
+        alive.extend(weakref.ref(value) for value in inputs)
+        worst = max(worst, sum(reference() is not None for reference in alive))
+
+    monkeypatch.setattr(passes.search.calibrate, "_update", update)
+    gc.collect()
+    calibrated(observed, images(6), batch_size=6)
+    operands = sum(len(observers_of(observed, node)) for node in nodes_with_role(observed))
+    assert worst <= operands
+    assert all(len(value) == 1 for reference in alive if (value := reference()) is not None)
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_statistics_are_those_of_the_edge(observed: GraphModule) -> None:
+    x = images(5)
+    graph_module = copy.deepcopy(observed)
+    seen: list[Tensor] = []
+    graph_module.get_submodule("observer_blocks_0_mlp_fc2_0").register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.detach())
+    )
+    Calibrate(gradient=False).apply(graph_module, PassContext(x, batch_size=5))
+    statistics = observers(graph_module)["observer_blocks_0_mlp_fc2_0"].statistics()
+    values = torch.cat(seen[-5:])  # images come one by one; before, outlier channels are found
+    assert statistics.minimum == float(values.min())
+    assert statistics.maximum == float(values.max())
+    assert statistics.mean_image_minimum == pytest.approx(float(values.flatten(1).amin(1).mean()))
+    assert statistics.moments.count == values.numel()
+
+
+class TestErrors:
+    def test_no_images(self, observed: GraphModule) -> None:
+        with pytest.raises(CalibrationError, match="needs calibration images"):
+            Calibrate().apply(copy.deepcopy(observed), PassContext())
+
+    @pytest.mark.parametrize("gradient", [True, False])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_activations_that_are_not_finite(self, observed: GraphModule, gradient: bool, bad: float) -> None:
+        x = images(4)
+        x[2, 0, 0, 0] = bad
+        with pytest.raises(CalibrationError, match=r"not finite|NaN or infinite"):
+            Calibrate(gradient).apply(copy.deepcopy(observed), PassContext(x))
+
+    def test_overflow_inside_names_the_layer(self, observed: GraphModule) -> None:
+        graph_module = copy.deepcopy(observed)
+        graph_module.get_submodule("blocks.0.mlp.fc1").weight.data.mul_(1e38)
+        with pytest.raises(CalibrationError, match=r"blocks\.0\.mlp\.fc2"):
+            Calibrate(gradient=False).apply(graph_module, PassContext(images()))
+
+    def test_output_that_is_not_class_scores(self) -> None:
+        class Tokens(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.embed(x).flatten(2).transpose(1, 2))
+
+        torch.manual_seed(0)
+        graph_module = traced(Tokens().eval(), images(2, 16))
+        InsertObservers().apply(graph_module, PassContext())
+        with pytest.raises(CalibrationError, match="class scores"):
+            Calibrate().apply(graph_module, PassContext(images(2, 16)))
+        Calibrate(gradient=False).apply(graph_module, PassContext(images(2, 16)))
+
+    @pytest.mark.parametrize("size", [0, -3])
+    def test_batch_size(self, size: int) -> None:
+        with pytest.raises(CalibrationError, match="batch_size"):
+            PassContext(images(), batch_size=size)
+
+
+@pytest.mark.parametrize("fisher", ["signs", "sampled"])
+def test_fisher_estimators_are_unbiased(fisher: Any) -> None:
+    """Mean of v v^T is diag(p) - p p^T."""
+    p = torch.tensor([0.6, 0.25, 0.1, 0.04, 0.01])
+    v = logit_gradients(p[None], fisher, 200_000, seed=0)[:, 0].double()
+    found = v.T @ v / len(v)
+    expected = torch.diag(p).double() - torch.outer(p, p).double()
+    assert torch.allclose(found, expected, atol=4e-3)
+    assert float(v.sum(1).abs().max()) < 1e-5, "shifting all logits changes nothing"
+
+
+def test_arg_max_takes_the_prediction() -> None:
+    p = torch.tensor([[0.6, 0.4], [0.1, 0.9]])
+    found = logit_gradients(p, "arg-max", 1, seed=0)
+    assert torch.allclose(found, torch.tensor([[[-0.4, 0.4], [0.1, -0.1]]]))
+
+
+def test_draws_follow_the_image_not_the_batch() -> None:
+    p = torch.rand(6, 5).softmax(1)
+    whole = logit_gradients(p, "signs", 4, seed=3)
+    parts = [logit_gradients(p[:4], "signs", 4, seed=3), logit_gradients(p[4:], "signs", 4, seed=3, first=4)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    assert not torch.equal(whole, logit_gradients(p, "signs", 4, seed=4))
+
+
+def test_massive_activations_count_at_least_the_mean() -> None:
+    x, weight = torch.full((1, 100_000), 0.1), torch.rand(1, 100_000)
+    x[0, 7], weight[0, 7] = 300.0, 0.0
+    heeded = heed_massive(x, weight)
+    assert heeded[0, 7] == weight.mean()
+    assert torch.equal(heeded[0, 8:], weight[0, 8:])
+
+
+class TestInputWeight:
+    """h at an input element is sum over outputs of g^2 (d output / d input)^2."""
+
+    @staticmethod
+    def brute_force(forward: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        jacobian = torch.autograd.functional.jacobian(forward, x)
+        weights = gradient.square().reshape(-1) @ jacobian.reshape(gradient.numel(), -1).square()
+        return weights.reshape(x.shape)
+
+    def test_linear(self) -> None:
+        torch.manual_seed(0)
+        layer, x, gradient = nn.Linear(5, 4), torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+        assert torch.allclose(
+            input_weight(layer, (x,), 0, gradient), self.brute_force(layer, x, gradient), rtol=1e-4, atol=1e-6
+        )
+
+    @pytest.mark.parametrize(
+        "geometry",
+        [
+            {"kernel_size": 4, "stride": 4},
+            {"kernel_size": 3, "stride": 2, "padding": 1},
+            {"kernel_size": 3, "stride": 3},  # 8 is no multiple of 3: the last pixels are never read
+            {"kernel_size": (3, 2), "stride": (1, 2), "padding": (0, 1), "dilation": (2, 1)},
+            {"kernel_size": 3, "padding": "same"},
+            {"kernel_size": 4, "padding": "same"},
+            {"kernel_size": 3, "padding": "valid", "groups": 2},
+        ],
+    )
+    def test_convolution(self, geometry: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        layer, x = nn.Conv2d(2, 4, **geometry), torch.randn(2, 2, 8, 8)
+        gradient = torch.randn_like(layer(x))
+        found = input_weight(layer, (x,), 0, gradient)
+        assert torch.allclose(found, self.brute_force(layer, x, gradient), rtol=1e-4, atol=1e-6)
+        assert not found.requires_grad
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_matmul(self, index: int) -> None:
+        torch.manual_seed(0)
+        operands = [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 6)]
+        gradient = torch.randn(2, 3, 4, 6)
+
+        def forward(x: Tensor) -> Tensor:
+            pair = [*operands]
+            pair[index] = x
+            return pair[0] @ pair[1]
+
+        found = input_weight(None, (operands[0], operands[1]), index, gradient)
+        assert torch.allclose(found, self.brute_force(forward, operands[index], gradient), rtol=1e-4, atol=1e-5)
+
+    def test_softmax_and_layer_norm_take_the_gradient_at_their_input(self) -> None:
+        gradient = torch.randn(2, 3)
+        assert torch.equal(input_weight(nn.Softmax(-1), (torch.randn(2, 3),), 0, gradient), gradient.square())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 6), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, 2, dilation=2, padding="valid")],
+    ids=["linear", "padded convolution", "dilated convolution"],
+)
+def test_weight_rows_multiply_the_flattened_weight(layer: nn.Module) -> None:
+    x = torch.randn(2, 7, 4) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 7, 7)
+    rows = weight_rows(layer, x)
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    if rows is None:
+        assert layer.padding == "valid", "no Gram matrix: the weight's own error decides"
+        return
+    product = rows @ layer.weight.flatten(1).T + layer.bias
+    assert torch.allclose(product, gradient_rows(layer, layer(x)), atol=1e-5)
+
+
+def test_gram_is_the_weighted_sum_over_real_rows(observed: GraphModule) -> None:
+    """G = sum a_t x_t x_t^T with a_t the mean squared gradient of token t; b_o makes both sides equal in sum."""
+    graph_module = copy.deepcopy(observed)
+    x = images(4)
+    Calibrate().apply(graph_module, PassContext(x, batch_size=4))
+    observer = observers(graph_module)["observer_head_0"]
+    head = graph_module.get_submodule("head")
+    seen: list[Tensor] = []
+    head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].detach()))
+    logits = graph_module(x)
+    squared = logit_gradients(logits.softmax(1), "signs", 4, seed=0).square().mean(0)
+    token = squared.mean(1)
+    assert torch.allclose(observer.gram, (seen[0] * token[:, None]).T @ seen[0], rtol=1e-3, atol=1e-5)
+    assert torch.allclose(observer.channel_weight(), squared.sum(0) / token.sum(), rtol=1e-3)
+
+
+def test_hessian_metric_predicts_the_kl_divergence_of_a_small_error(observed: GraphModule) -> None:
+    """Half of sum h e^2, averaged over random signs, is the rise of KL(p || p^) for independent errors e."""
+    graph_module = copy.deepcopy(observed)
+    x = images(16)
+    name = "observer_blocks_0_mlp_fc2_0"
+    predicted = []
+    for seed in range(24):
+        Calibrate().apply(graph_module, PassContext(x, batch_size=16, seed=seed))
+        predicted.append(0.5 * float(observers(graph_module)[name].statistics().moments.moments[3].sum()))
+    size, measured = 1e-2, []
+    target = graph_module(x).log_softmax(1).double()
+    generator = torch.Generator().manual_seed(1)
+    observer = graph_module.get_submodule(name)
+    for _ in range(24):
+        handle = observer.register_forward_hook(
+            lambda _m, _i, y: y + size * (torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1)
+        )
+        moved = graph_module(x).log_softmax(1).double()
+        handle.remove()
+        measured.append(float(functional.kl_div(moved, target, reduction="sum", log_target=True)) / size**2)
+    mean = sum(predicted) / len(predicted)
+    assert mean == pytest.approx(sum(measured) / len(measured), rel=0.35)
+
+
+def test_attention_pool_with_a_constant_query() -> None:
+    """SigLIP's pool multiplies a query that no image reaches; its edges are calibrated all the same."""
+    model = timm_model("vit_base_patch16_siglip_224", **{**VIT, "depth": 1})
+    graph_module = traced(model, images(2))
+    InsertObservers().apply(graph_module, PassContext())
+    Calibrate().apply(graph_module, PassContext(images()))
+    assert all(observer.images for observer in observers(graph_module).values())
+    assert any(
+        float(o.statistics().moments.moments[3].sum()) > 0 for n, o in observers(graph_module).items() if "_q_" in n
+    )

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import fxquant
+from fxquant.cli import app
+from fxquant.errors import BudgetError, ModelError
+from fxquant.session.model_frontier import Frontier, _Divergence
+from tests.passes.models import images, vit
+
+FEW = {"bits": (2, 3, 4, 8)}
+
+
+@pytest.fixture(scope="module")
+def found() -> Frontier:
+    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="kl", **FEW)
+
+
+def test_points_are_what_compile_gives(found: Frontier) -> None:
+    assert [point.limit for point in found.points] == [3, 3.5, 4, 8]
+    model, x = vit(depth=1), images(3)
+    compiled = fxquant.compile(model, 3, calibration=x)
+    assert compiled.allocation is not None
+    assert all(point.allocation.status == "optimal" for point in found.points)
+    prepared = fxquant.frontier(model, x, limits=[3], realised=lambda compiled: float(compiled(x).sum()), **FEW)
+    point = prepared.points[0]
+    assert point.allocation == found.points[0].allocation
+    assert point.loss >= compiled.allocation.objective * (1 - 1e-3), "more widths can only help"
+
+
+def test_realised_losses_are_measured_on_the_compiled_models(found: Frontier) -> None:
+    model, x = vit(depth=1).eval(), images(3)
+    assert len(found.realised) == len(found.points)
+    assert found.realised[-1] < found.realised[0]
+    expected = model(x).detach().double().softmax(1)
+
+    def by_hand(compiled: nn.Module) -> float:
+        return float((expected * (expected.log() - compiled(x).double().log_softmax(1))).sum() / 3)
+
+    compiled = fxquant.frontier(model, x, limits=[3], realised=by_hand, **FEW)
+    assert compiled.realised_name == "by_hand"
+    assert compiled.realised[0] == pytest.approx(found.realised[0], rel=1e-6)
+    assert _Divergence(model, x, 2)(model) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_model_keeps_its_mode() -> None:
+    model = vit(depth=1).train()
+    _Divergence(model, images(2), 2)
+    assert model.training
+
+
+def test_table_json_and_plot(found: Frontier, tmp_path: Path) -> None:
+    text = str(found)
+    assert "Frontier over mean bits" in text
+    assert "realised KL" in text
+    assert "+0.1 bits saves" in text
+    values = json.loads(json.dumps(found.to_dict()))
+    assert [point["limit"] for point in values["points"]] == [3, 3.5, 4, 8]
+    assert values["points"][0]["gain"] == values["points"][1]["price"] > 0
+    assert values["points"][-1]["gain"] is None
+    found.plot(tmp_path / "f.svg")
+    assert (tmp_path / "f.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("axis", ["weight_bytes", "bit_operations"])
+def test_the_fast_frontier_needs_no_solver(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allocators.milp.Milp.allocate", lambda *_: pytest.fail("the solver ran"))
+    fast = fxquant.frontier(vit(depth=1), images(2), axis=axis, exact=False, **FEW)
+    losses = [point.loss for point in fast.points]
+    assert len(losses) > 5
+    assert losses == sorted(losses, reverse=True)
+    assert {point.allocation.solver for point in fast.points} == {"hull"}
+    assert ("MB" if axis == "weight_bytes" else "GBOPs") in str(fast)
+
+
+def test_overrides_hold_everywhere() -> None:
+    pinned = fxquant.frontier(vit(depth=1), images(2), limits=[4, 6], exact=False, overrides={"fc1": 8}, **FEW)
+    assert {point.allocation.weight_bits["blocks.0.mlp.fc1"] for point in pinned.points} == {8}
+
+
+def test_command(tmp_path: Path) -> None:
+    arguments = ["frontier", "embedded", "--images", "2", "--limits", "4,6", "--fast", "--cache", str(tmp_path)]
+    first, again = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--json"]))
+    assert first.exit_code == 0, first.output
+    assert "Frontier over mean bits" in first.stdout
+    assert [point["limit"] for point in json.loads(again.stdout)["points"]] == [4, 6]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'kl'")])
+def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text: str) -> None:
+    with pytest.raises(BudgetError, match=text):
+        fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
+
+
+def test_outputs_that_are_no_class_scores() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ModelError, match="class scores"):
+        _Divergence(Tokens(), images(2), 2)
