@@ -31,7 +31,7 @@ TIMM_MODELS = {
 
 FIRST_FILE = """
 import json, sys, time
-from fxquant.runtime import artefact
+from fxquant.artefact import artefact
 began = time.process_time()
 artefact.load(sys.argv[1])
 print(json.dumps([time.process_time() - began, "torch._dynamo" in sys.modules]))
