@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from fxquant.artefact import artefact, container
 from fxquant.data import embedded
 from fxquant.errors import ArtefactError
-from tests.runtime.by_hand import quantize_by_hand
+from tests.quantized_by_hand import quantize_by_hand
 
 TIMM_MODELS = {
     "vit_tiny_patch16_224": {"img_size": 32},
@@ -31,7 +31,7 @@ TIMM_MODELS = {
 
 FIRST_FILE = """
 import json, sys, time
-from fxquant.runtime import artefact
+from fxquant.artefact import artefact
 began = time.process_time()
 artefact.load(sys.argv[1])
 print(json.dumps([time.process_time() - began, "torch._dynamo" in sys.modules]))

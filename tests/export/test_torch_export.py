@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fxquant.runtime.native import library
-from tests.export.models import compiled
-from tests.passes.models import ARCHITECTURES, images
+from tests.export.runtimes import compiled
+from tests.models import ARCHITECTURES, images
 
 
 @pytest.mark.parametrize("architecture", ["vit", "swin"])

@@ -28,7 +28,7 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import best, mptq_vit, naive_min_max
 from passes.search.calibrate import Calibrate
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import SWIN, VIT, images, timm_model, vit
+from tests.models import SWIN, VIT, images, timm_model, vit
 
 
 def with_nan(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import LATENCY, MeasureLatency
 from passes.pipeline.search_cache import split
 from passes.recipes import RECIPES, best, mptq_vit
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason="no integer kernels")
 

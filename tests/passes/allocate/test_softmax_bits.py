@@ -20,7 +20,7 @@ from fxquant.runtime.simulated import QuantizedMatmul
 from passes.allocate.allocate_bits import AllocateBits, allocation_of
 from passes.recipes import best
 from passes.recipes.lampq import lampq
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
 from passes.search.insert_observers import InsertObservers
-from tests.passes.models import ARCHITECTURES, images, traced, vit
+from tests.models import ARCHITECTURES, images, traced, vit
 
 needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN needs AVX512-VNNI to be exact")

@@ -32,8 +32,8 @@ from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
 from passes.search.insert_observers import InsertObservers
 from passes.substitute.tabulate_gelu import TabulateGelu
-from tests.export.models import run_in_onnxruntime
-from tests.passes.models import ARCHITECTURES, images, traced
+from tests.export.runtimes import run_in_onnxruntime
+from tests.models import ARCHITECTURES, images, traced
 
 needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 

@@ -14,7 +14,7 @@ from fxquant.runtime.native import library
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
-from tests.runtime.by_hand import quantize_by_hand
+from tests.quantized_by_hand import quantize_by_hand
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], bool]] = {
     "plain": ({"kernel_size": 3}, True),

@@ -18,7 +18,7 @@ from fxquant.sensitivity.logit_gradients import logit_gradients
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import Calibrate, heed_massive, input_weight
 from passes.search.insert_observers import InsertObservers, observers_of
-from tests.passes.models import VIT, images, timm_model, traced, vit
+from tests.models import VIT, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 

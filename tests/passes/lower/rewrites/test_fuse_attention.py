@@ -13,8 +13,8 @@ from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
-from tests.passes.models import images, scrambled, traced
-from tests.passes.shared_layers import Transformer
+from tests.models import images, scrambled, traced
+from tests.shared_layers import Transformer
 
 needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 

@@ -26,7 +26,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.recipes import RECIPES
-from tests.passes.models import ARCHITECTURES, images, scrambled
+from tests.models import ARCHITECTURES, images, scrambled
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 CHANNELS = 8

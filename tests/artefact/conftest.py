@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.artefact import artefact, container
-from tests.runtime.by_hand import SmallNet, quantize_by_hand
+from tests.quantized_by_hand import SmallNet, quantize_by_hand
 
 
 @pytest.fixture(autouse=True)
