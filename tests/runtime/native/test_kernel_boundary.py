@@ -32,8 +32,9 @@ from fxquant.runtime.integer.lowered import (
 )
 from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedLinear
+from tests.lowering import needs_kernels
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+pytestmark = needs_kernels
 
 CODE = byte_code(UniformQuantizer(8, 0.05))
 assert CODE is not None
