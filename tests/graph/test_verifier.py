@@ -19,7 +19,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best, mptq_vit
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BEYOND_ROLES = [fact for fact in Fact if fact not in (Fact.TRACED, Fact.ROLES_ASSIGNED)]
 

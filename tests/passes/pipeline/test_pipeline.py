@@ -32,7 +32,7 @@ from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fxquant.graph.printer import format_graph
 from fxquant.quantizers.observers import Edge
 from passes.pipeline.contract import PassContext
 from passes.search.insert_observers import InsertObservers, observer_nodes, observers_of, remove_observers
-from tests.passes.models import SWIN, images, timm_model, traced, vit
+from tests.models import SWIN, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 

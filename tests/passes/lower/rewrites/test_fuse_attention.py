@@ -8,15 +8,12 @@ import torch
 from allocators.uniform import Uniform
 from fxquant.graph.annotation import Fact, Role, nodes_with_role
 from fxquant.runtime.integer.lowered import IntegerAttention
-from fxquant.runtime.native import library
-from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
-from tests.passes.models import images, scrambled, traced
-from tests.passes.shared_layers import Transformer
-
-needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+from tests.lowering import lower, needs_kernels
+from tests.models import images, scrambled, traced
+from tests.shared_layers import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +22,6 @@ def simulated() -> torch.fx.GraphModule:
     x = images(4, 16)
     recipe = RECIPES["naive_min_max"]("W8A8", bits=(8,), allocator=Uniform())
     return recipe.run(traced(scrambled(Transformer("lists")), x), PassContext(x))
-
-
-def lower(graph_module: torch.fx.GraphModule, chains: bool) -> torch.fx.GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
 
 
 @needs_kernels
