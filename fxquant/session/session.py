@@ -23,20 +23,20 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import CalibrationSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate.allocate_bits import allocation_of
+from passes.allocate.allocate_bits import ALLOCATION
 from passes.allocate.check_budget import check_budget
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED
 from passes.pipeline.contract import Journal, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
+from passes.search.search_cache import run_prefix, split
 
 __all__ = ["Compiled", "compile", "load"]
 
@@ -88,7 +88,7 @@ def compile(
                 "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
                 "backend and latency: set them on its passes and give None for the budget, or name a recipe"
             )
-        if Fact.QUANTIZED not in recipe.provides:
+        if QUANTIZED not in recipe.provides:
             raise PipelineError(
                 "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
                 "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
@@ -132,4 +132,4 @@ def compiled_from(
     protocol = protocol_card(model, source, pipeline, quantized, backend)
     answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
     layers = layer_rows(quantized)
-    return Compiled(quantized, allocation_of(quantized), journal, layers, {**protocol, **(card or {})}, answers)
+    return Compiled(quantized, ALLOCATION.get(quantized), journal, layers, {**protocol, **(card or {})}, answers)

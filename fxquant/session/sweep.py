@@ -40,9 +40,9 @@ from passes.allocate.check_budget import check_budget
 from passes.lower.lower import SIMULATED
 from passes.pipeline.contract import Journal, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
 from passes.search.insert_observers import observers_of
+from passes.search.search_cache import run_prefix, split
 
 
 class Prepared:

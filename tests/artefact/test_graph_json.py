@@ -20,7 +20,8 @@ from fxquant.artefact.graph_json import graph_from_json, graph_to_json
 from fxquant.artefact.module_settings import CLASSES
 from fxquant.artefact.operation_sizes import predicted_elements
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, facts_of
+from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, facts_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 
@@ -56,7 +57,7 @@ def test_names_arguments_and_outputs_survive(small):
 
 def test_annotations_facts_and_shapes_survive(small):
     loaded = round_trip(small)
-    assert facts_of(loaded) == {Fact.TRACED, Fact.ROLES_ASSIGNED, Fact.QUANTIZED}
+    assert facts_of(loaded) == {TRACED, ROLES_ASSIGNED, QUANTIZED}
     assert loaded.meta["image_shape"] == (3, 8, 8)
     assert loaded.meta["coverage"] == small.meta["coverage"]
     for ours, theirs in zip(loaded.graph.nodes, small.graph.nodes, strict=True):

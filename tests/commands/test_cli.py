@@ -25,7 +25,7 @@ from fxquant.data.models import load_model
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
 from fxquant.session.sweep import Prepared, Results, sweep
-from passes.pipeline.search_cache import split
+from passes.search.search_cache import split
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]

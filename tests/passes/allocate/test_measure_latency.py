@@ -17,8 +17,8 @@ from fxquant.session.sweep import Prepared
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import LATENCY, MeasureLatency
-from passes.pipeline.search_cache import split
 from passes.recipes import RECIPES, best, mptq_vit
+from passes.search.search_cache import split
 from tests.passes.models import images, vit
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason="no integer kernels")
@@ -150,7 +150,7 @@ def test_times_are_no_part_of_what_is_searched(calls: list[tuple[Any, ...]]) -> 
     _, rest = split(mptq_vit("W8A8, 20ms", **OPTIONS))
     assert [type(step).__name__ for step in rest] == ["MeasureLatency", "AllocateBits", "SubstituteQuantizers"]
     graph: GraphModule = Prepared(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS)._searched
-    assert LATENCY not in graph.meta
+    assert LATENCY.get(graph) is None
 
 
 def test_the_frontier_along_the_latency(calls: list[tuple[Any, ...]]) -> None:

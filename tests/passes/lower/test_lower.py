@@ -16,7 +16,8 @@ import fxquant
 from allocators.uniform import Uniform
 from fxquant.data import embedded
 from fxquant.errors import ArtefactError, BackendError
-from fxquant.graph.annotation import Fact, annotate, annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -50,7 +51,7 @@ def quantized(architecture: str, recipe: str = "mptq_vit", budget: str = "W4A6",
 
 
 def lower(graph_module: GraphModule, backend: str = "cpu-native", chains: bool = False) -> GraphModule:
-    return Pipeline([Lower(backend, chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    return Pipeline([Lower(backend, chains)], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 class Recorder(fx.Interpreter):
@@ -119,7 +120,7 @@ def test_lowered_is_as_close_to_exact_arithmetic_as_simulated(simulated_graph: t
     before = format_graph(graph_module)
     low = lower(graph_module)
     assert format_graph(graph_module) == before
-    assert Fact.LOWERED in facts_of(low)
+    assert LOWERED in facts_of(low)
     assert "simulated" not in execution_of(low).values()
     truth = exact(graph_module, x)
     with torch.inference_mode():
@@ -460,7 +461,7 @@ def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
             found, expected = low(x), compiled(x)
         assert found.device == x.device
         assert (found - expected).abs().amax(1).median() < 1e-4
-    again = Pipeline([Lower("cuda")], assumes=[Fact.QUANTIZED]).run(low.graph_module, PassContext())
+    again = Pipeline([Lower("cuda")], assumes=[QUANTIZED]).run(low.graph_module, PassContext())
     assert format_graph(again) == format_graph(low.graph_module)
 
 

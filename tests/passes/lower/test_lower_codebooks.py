@@ -17,7 +17,7 @@ from fxquant.artefact import artefact
 from fxquant.errors import ArtefactError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -52,7 +52,7 @@ def simulated(request: pytest.FixtureRequest) -> tuple[GraphModule, Tensor]:
 
 
 def lower(graph_module: GraphModule, chains: bool = False) -> GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    return Pipeline([Lower("cpu-native", chains)], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 def exact(graph_module: GraphModule, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerAttention
 from fxquant.runtime.native import library
 from passes.lower.lower import Lower
@@ -28,7 +29,7 @@ def simulated() -> torch.fx.GraphModule:
 
 
 def lower(graph_module: torch.fx.GraphModule, chains: bool) -> torch.fx.GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    return Pipeline([Lower("cpu-native", chains)], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 @needs_kernels
@@ -45,7 +46,7 @@ def test_attentions_of_one_scope_do_not_replace_each_other(simulated: torch.fx.G
 @needs_kernels
 @pytest.mark.parametrize("role", [Role.AV, "split"])
 def test_shapes_that_the_graph_contradicts_are_not_believed(simulated: torch.fx.GraphModule, role: Role | str) -> None:
-    graph_module = Pipeline([], assumes=[Fact.QUANTIZED]).run(simulated, PassContext())
+    graph_module = Pipeline([], assumes=[QUANTIZED]).run(simulated, PassContext())
     nodes = nodes_with_role(graph_module, Role.AV)
     if role == "split":
         nodes += [n for n in graph_module.graph.nodes if n.target in ("reshape", "view") and len(n.args) > 4]
