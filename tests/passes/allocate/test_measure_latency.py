@@ -16,8 +16,8 @@ from fxquant.session.session import Session
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import LATENCY, MeasureLatency
-from passes.pipeline.search_cache import split
 from passes.recipes import RECIPES, best, mptq_vit
+from passes.search.search_cache import split
 from tests.lowering import needs_kernels
 from tests.models import images, vit
 
