@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 from torch.fx import GraphModule
 
 import passes
