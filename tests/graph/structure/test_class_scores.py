@@ -18,7 +18,7 @@ from fxquant.graph.structure.class_scores import CLASSES, why_no_class_scores
 from passes.recipes import best
 from passes.search.calibrate import Calibrate
 from tests.conformance.architectures import TRANSFORMERS
-from tests.passes.models import VIT, images, vit
+from tests.models import VIT, images, vit
 
 
 class Net(nn.Module):

@@ -12,16 +12,16 @@ from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from fxquant.errors import BudgetError, InfeasibleBudgetError, PipelineError
 from fxquant.runtime.integer.byte_codes import ByteCode
-from fxquant.runtime.native import library
 from fxquant.session.sweep import Prepared
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import LATENCY, MeasureLatency
 from passes.recipes import RECIPES, best, mptq_vit
 from passes.search.search_cache import split
-from tests.passes.models import images, vit
+from tests.lowering import needs_kernels
+from tests.models import images, vit
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason="no integer kernels")
+pytestmark = needs_kernels
 
 BITS = (2, 4, 8)
 OPTIONS: dict[str, Any] = {"backend": "cpu-native", "bits": BITS}

@@ -22,7 +22,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)

@@ -33,7 +33,7 @@ from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import OBSERVED, InsertObservers
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED, SubstituteQuantizers
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes import best, mptq_vit
 from passes.search.insert_observers import InsertObservers
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe
 from passes.search.search_cache import run_prefix, split
 from passes.search.search_scales import SearchScales
-from tests.passes.models import ARCHITECTURES, images, vit
+from tests.models import ARCHITECTURES, images, vit
 
 IMAGES = images(4)
 TRACED = trace(vit(depth=1), IMAGES[:2])

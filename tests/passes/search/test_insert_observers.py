@@ -13,7 +13,7 @@ from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import InsertObservers, observer_nodes, observers_of, remove_observers
 from passes.search.search_scales import SCALES_SEARCHED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED
-from tests.passes.models import SWIN, images, timm_model, traced, vit
+from tests.models import SWIN, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 

@@ -28,7 +28,7 @@ from passes.recipes import RECIPES, best, mptq_vit, recipe
 from passes.search.calibrate import Calibrate
 from passes.search.search_cache import split
 from passes.search.search_scales import SearchScales
-from tests.passes.models import SWIN, images, timm_model, vit
+from tests.models import SWIN, images, timm_model, vit
 
 FEW: dict[str, Any] = {"bits": (2, 3, 4, 8)}
 
@@ -87,7 +87,7 @@ SECOND_PROCESS = """
 import sys, torch, fxquant
 from passes.search.calibrate import Calibrate
 from passes.recipes import mptq_vit
-from tests.passes.models import images, vit
+from tests.models import images, vit
 if sys.argv[2] == "recall":
     Calibrate.apply = lambda *_: 1 / 0
 torch.set_num_threads(1)

@@ -9,15 +9,12 @@ from allocators.uniform import Uniform
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerAttention
-from fxquant.runtime.native import library
-from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
-from tests.passes.models import images, scrambled, traced
-from tests.passes.shared_layers import Transformer
-
-needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+from tests.lowering import lower, needs_kernels
+from tests.models import images, scrambled, traced
+from tests.shared_layers import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +23,6 @@ def simulated() -> torch.fx.GraphModule:
     x = images(4, 16)
     recipe = RECIPES["naive_min_max"]("W8A8", bits=(8,), allocator=Uniform())
     return recipe.run(traced(scrambled(Transformer("lists")), x), PassContext(x))
-
-
-def lower(graph_module: torch.fx.GraphModule, chains: bool) -> torch.fx.GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 @needs_kernels

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -26,10 +24,9 @@ from fxquant.runtime.integer.lowered import (
 )
 from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
+from tests.lowering import needs_kernels
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
-
-SETS = () if library.why_absent() else library.instruction_sets()
+pytestmark = needs_kernels
 
 
 def book(bits: int, count: int, seed: int, scale: float = 0.03) -> CodebookQuantizer:
@@ -46,13 +43,6 @@ BOOKS = {
     "4 bits, not all": book(4, 13, 1),
     "5 bits": book(5, 32, 2),
 }
-
-
-@pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.select_instruction_set(request.param)
-    yield request.param
-    library.select_instruction_set()
 
 
 def code_of(quantizer: CodebookQuantizer | UniformQuantizer) -> ByteCode:

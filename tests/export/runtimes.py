@@ -13,7 +13,7 @@ import fxquant
 from allocators.uniform import Uniform
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput
-from tests.passes.models import ARCHITECTURES, images
+from tests.models import ARCHITECTURES, images
 
 
 def compiled(architecture: str, recipe: str = "mptq_vit", budget: str = "W4A6", **options: Any) -> fxquant.Compiled:

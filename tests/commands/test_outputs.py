@@ -16,7 +16,7 @@ import fxquant
 from fxquant.cli import app
 from fxquant.commands.options import cache_folder, check_output
 from fxquant.errors import DataError
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 CASES = textwrap.dedent("""
     import json, os, sys, tempfile

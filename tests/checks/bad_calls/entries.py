@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.bad_calls.api import one_call, pipelines, recipes
-from tests.bad_calls.classes import classes
-from tests.bad_calls.commands import commands
-from tests.bad_calls.files import damaged, files, models
-from tests.bad_calls.generator import Entry, Good
+from tests.checks.bad_calls.api import one_call, pipelines, recipes
+from tests.checks.bad_calls.classes import classes
+from tests.checks.bad_calls.commands import commands
+from tests.checks.bad_calls.files import damaged, files, models
+from tests.checks.bad_calls.generator import Entry, Good
 
 
 def all_entries(folder: Path) -> list[Entry]:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from fxquant.quantizers.codebook import CodebookQuantizer
-from fxquant.quantizers.log2 import Log2Quantizer
-from fxquant.quantizers.quantizer import Quantizer
-from fxquant.quantizers.row_log import RowLogQuantizer
-from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
-from fxquant.runtime.integer.byte_table import BITS, byte_table
 from fxquant.runtime.integer.lowered import (
     AttentionCodes,
     Epilogue,
@@ -32,91 +25,8 @@ from fxquant.runtime.integer.lowered import (
     ToCodes,
 )
 from fxquant.runtime.native import library
-from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
-
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
-
-SETS = () if library.why_absent() else library.instruction_sets()
-QUANTIZERS: dict[str, Quantizer] = {
-    "symmetric 8": UniformQuantizer(8, 0.03),
-    "symmetric 3": UniformQuantizer(3, 0.5),
-    "asymmetric 8": UniformQuantizer(8, 0.02, 77),
-    "asymmetric 5": UniformQuantizer(5, 0.1, 31),
-    "asymmetric 2": UniformQuantizer(2, 1.0, 0),
-    "opt-m 8": ShiftedRegionsQuantizer(8, 0.003, 2, 6),
-    "opt-m 4, far": ShiftedRegionsQuantizer(4, 0.0004, 3, 13),
-    "opt-m 2": ShiftedRegionsQuantizer(2, 0.5, 0, 2),
-    "three digits": ShiftedRegionsQuantizer(6, 1e-5, 4, 16),
-    "twin softmax": ShiftedRegionsQuantizer(6, 0.004, 0, 3, negative=False),
-    "one region bit": ShiftedRegionsQuantizer(3, 0.1, 1, 1),
-    "log2 4": Log2Quantizer(4, 2.0),
-    "log2 2": Log2Quantizer(2, 1.0),
-    "codebook 3": CodebookQuantizer(3, 0.02, 77, [0, 40, 70, 77, 80, 95, 160]),
-    "codebook 5": CodebookQuantizer(5, 0.02, 3, [*range(0, 60, 3), *range(60, 256, 17)]),
-}
-
-
-@pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.select_instruction_set(request.param)
-    yield request.param
-    library.select_instruction_set()
-
-
-ROW_LOG = {f"row-log {bits}": RowLogQuantizer(bits, base) for bits, base in ((2, 3.0), (4, 0.6), (8, 0.04))}
-
-
-def code_of(name: str) -> ByteCode:
-    found = byte_code((QUANTIZERS | ROW_LOG)[name])
-    assert found is not None
-    return found
-
-
-def level_table(code: ByteCode) -> np.ndarray:
-    return np.arange(256) - code.zero if code.identity else code.levels
-
-
-def values(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Numbers on both sides of zero and far beyond every quantizer's range."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * torch.logspace(-3, 1, shape[-1])
-
-
-def linear(out: int, inner: int, bits: int, seed: int = 0, bias: bool = True) -> QuantizedLinear:
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(out, 1, generator=generator) * 0.01 + 0.001
-    weight = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (out, inner), generator=generator) * scale
-    return QuantizedLinear(
-        weight, torch.randn(out, generator=generator) if bias else None, UniformQuantizer(bits, scale), None
-    )
-
-
-def integers(module: QuantizedLinear, code: ByteCode, codes: Tensor) -> np.ndarray:
-    """T = sum of levels times weight codes, int64."""
-    assert module.weight_codes is not None
-    return level_table(code)[codes.numpy()] @ module.weight_codes.flatten(1).numpy().astype(np.int64).T
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_bytes_stand_for_the_quantizers_values(name: str, instructions: str) -> None:
-    quantizer, code = QUANTIZERS[name], code_of(name)
-    x = torch.cat([values(name, (40, 97)).flatten(), torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30])])
-    codes = ToCodes(code)(x)
-    found = torch.from_numpy(level_table(code)[codes.numpy()]).double() * code.unit
-    torch.testing.assert_close(found, quantizer(x).double(), rtol=1e-6, atol=0)
-    assert len(codes.unique()) <= 2**quantizer.bits
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_digits_add_up_to_the_levels(name: str) -> None:
-    code = code_of(name)
-    spec = code.levels_spec()
-    if spec.identity:
-        table = np.arange(256)
-    else:
-        digits = np.array([[spec.digit[i][byte] for byte in range(256)] for i in range(spec.count)], np.int64)
-        table = (digits * 256 ** np.arange(spec.count)[:, None]).sum(0)
-    assert np.array_equal(table - spec.zero, level_table(code))
+from fxquant.runtime.simulated import QuantizedConv2d
+from tests.runtime.kernel_inputs import QUANTIZERS, ROW_LOG, code_of, integers, level_table, linear, values
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -173,49 +83,6 @@ def test_epilogues(name: str, instructions: str) -> None:
         different = after != expected
         # GELU is computed in another way than torch's: a value beside a threshold may fall on its other side.
         assert different.float().mean() < 1e-3, output
-
-
-@pytest.mark.parametrize("rows", [1, 2, 33])
-@pytest.mark.parametrize(
-    "output", ["symmetric 3", "opt-m 4, far", "opt-m 2", "asymmetric 5", "asymmetric 8", "opt-m 8"]
-)
-def test_tables_are_the_function_and_the_quantizer(output: str, rows: int, instructions: str) -> None:
-    code, module = code_of("symmetric 8"), linear(75, 50, 4)
-    codes = ToCodes(code)(values("symmetric 8", (rows, 50)))
-    fine = UniformQuantizer(BITS, 4e-4, 9000)
-    table = byte_table(fine, nn.GELU(), code_of(output))
-    if output == "opt-m 8":
-        assert table is None  # its levels are too close to each other
-        return
-    assert table is not None
-    found = IntegerLinear(module, code, Epilogue(library.TABLE_CODES, table=table))(codes)
-    expected = ToCodes(code_of(output))(functional.gelu(fine(IntegerLinear(module, code)(codes))))
-    # The scale is part of the layer's own: a number halfway between two entries may fall on the other side.
-    assert (found != expected).float().mean() < 2e-3
-
-
-def test_a_table_of_any_steps_is_exact(instructions: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for steps in range(1, library.MAX_STEPS + 1):
-        expected = torch.zeros(64, 256, dtype=torch.uint8)
-        for row in expected:
-            for place in torch.randint(0, 256, (steps,), generator=generator):
-                row[place:] = torch.randint(0, 256, (), generator=generator)
-
-        class Given(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return expected.flatten()[x.long()].float()  # noqa: B023
-
-        bytes_as_they_are = ByteCode(library.UNIFORM, 1.0, 0, 0, 255, 8, unit=1.0)
-        table = byte_table(UniformQuantizer(BITS, 1.0, 0), Given(), bytes_as_they_are)
-        assert table is not None
-        module = linear(1 << BITS, 1, 2, bias=False)
-        assert module.weight_codes is not None
-        module.weight_codes.fill_(0)
-        module.bias = torch.arange(1 << BITS).float()
-        module.bias[0], module.bias[-1] = -1e30, 1e30  # what is out of range takes the nearest entry
-        layer = IntegerLinear(module, code_of("symmetric 8"), Epilogue(library.TABLE_CODES, table=table))
-        assert torch.equal(layer(torch.zeros(1, 1, dtype=torch.uint8))[0], expected.flatten())
 
 
 def test_gelu_is_accurate(instructions: str) -> None:
@@ -315,7 +182,7 @@ def test_results_do_not_depend_on_threads_or_instructions() -> None:
     layer = IntegerLinear(module, code, Epilogue(library.GELU_CODES, (code_of("opt-m 4, far"),)))
     results = []
     try:
-        for name in SETS:
+        for name in library.instruction_sets():
             library.select_instruction_set(name)
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)

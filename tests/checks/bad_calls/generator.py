@@ -32,7 +32,7 @@ from fxquant.checks.hints import fitted
 from fxquant.data.images import ImageData, Preprocessing
 from fxquant.errors import FxQuantError
 from fxquant.session.sweep import Prepared
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 WRONG_SIZE = torch.zeros(2, 3, 4, 4)
 ANYTHING: tuple[Any, ...] = (

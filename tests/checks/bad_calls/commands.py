@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from fxquant.cli import app
 from fxquant.errors import FxQuantError
-from tests.bad_calls.generator import Entry, Good
+from tests.checks.bad_calls.generator import Entry, Good
 
 
 def commands(good: Good) -> list[Entry]:

@@ -23,7 +23,7 @@ from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES
 from passes.search.calibrate import Calibrate
-from tests.bad_calls.generator import ANYTHING, WRONG_SIZE, Endless, Entry, Good, Make, is_budget, unfit
+from tests.checks.bad_calls.generator import ANYTHING, WRONG_SIZE, Endless, Entry, Good, Make, is_budget, unfit
 
 
 def endless() -> dict[str, Any]:

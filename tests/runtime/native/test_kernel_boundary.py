@@ -1,6 +1,7 @@
 """What the operators are given may come from anybody: they refuse it or compute, and never reach beyond buffers.
 
-Memory errors themselves are looked for by tests/native/run, under sanitizers; here guard bytes would show stray writes.
+Memory errors themselves are looked for by `run` beside this file, under sanitizers; here guard bytes would show stray
+writes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from fxquant.runtime.integer.lowered import (
 )
 from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedLinear
+from tests.lowering import needs_kernels
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+pytestmark = needs_kernels
 
 CODE = byte_code(UniformQuantizer(8, 0.05))
 assert CODE is not None
@@ -115,7 +117,7 @@ def test_wrong_tensors_are_refused_by_name() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_package_installs_without_a_working_compiler(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
         cwd=root, env={"PATH": "/nonexistent", "CC": "no-such-compiler", "CXX": "no-such-compiler"},

@@ -12,10 +12,9 @@ from allocators.uniform import Uniform
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.runtime.native import library
 from passes.recipes import RECIPES
-from tests.passes.models import images, scrambled, traced
-from tests.passes.shared_layers import SHARED, Transformer
-
-needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+from tests.lowering import needs_kernels
+from tests.models import images, scrambled, traced
+from tests.shared_layers import SHARED, Transformer
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ from fxquant.measure.accuracy import evaluate
 from fxquant.measure.timing import measure
 from fxquant.session.sweep import Results
 from passes.pipeline.contract import SilentProgress
-from tests.bad_calls.generator import ANYTHING, Endless, Entry, Good, unfit
+from tests.checks.bad_calls.generator import ANYTHING, Endless, Entry, Good, unfit
 
 
 def files(good: Good) -> list[Entry]:

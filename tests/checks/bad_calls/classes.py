@@ -31,7 +31,7 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.search_scales import SearchScales
-from tests.bad_calls.generator import Entry, Make, is_budget, unfit
+from tests.checks.bad_calls.generator import Entry, Make, is_budget, unfit
 
 
 def classes() -> list[Entry]:

@@ -1,6 +1,6 @@
 // Calls the C interface with right, damaged and random arguments, on buffers of exactly the lengths it is told, under
 // AddressSanitizer and UndefinedBehaviorSanitizer; and checks that all instruction sets and thread counts agree.
-// tests/native/run builds and runs it.
+// tests/runtime/native/run builds and runs it.
 
 #include <algorithm>
 #include <cstdio>
