@@ -27,7 +27,7 @@ from fxquant.checks.untrusted import (
     OBJECT,
     SHAPE,
     TEXT,
-    Kind,
+    Rule,
     check_identifier,
     check_path,
     check_variable,
@@ -52,7 +52,7 @@ _FORMER_FACTS = (
     "bits allocated",
 )  # fmt: skip
 _COUNT, _BITS = whole(), whole(1, 32)
-_ANNOTATED: dict[str, Kind] = {
+_ANNOTATED: dict[str, Rule] = {
     "layer": TEXT, "block": whole(0, 10**6), "parameters": _COUNT, "macs": _COUNT, "activation_elements": _COUNT,
     "left_elements": _COUNT, "weight_bits": _BITS, "activation_bits": _BITS, "left_bits": _BITS, "pinned": FLAG,
 }  # fmt: skip
@@ -67,7 +67,7 @@ _GRAPH = {
 }
 _GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}  # earlier versions wrote it; nothing reads it
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
-_ANY = Kind("a value", lambda value: True)
+_ANY = Rule("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
 _MOST_MODULES = 10_000  # those that hold others counted in
 _CALLS = ("call_function", "call_method", "call_module")

@@ -13,7 +13,7 @@ from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.notes import COVERAGE
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import mac_shares
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
 from passes.pipeline.pipeline import Pipeline
@@ -63,7 +63,7 @@ def _decibel(ratio: float) -> float:
 
 def protocol_card(
     model: nn.Module,
-    source: CalibrationSource,
+    source: ModelSource,
     pipeline: Pipeline,
     graph_module: GraphModule,
     backend: str = SIMULATED,

@@ -1,8 +1,8 @@
 """SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
 
-Metrics: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate gathered
-that instead), "mse" (squared error of the tensor itself), "min-max"
-(no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
+Criteria: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate
+gathered that instead), "mse" (squared error of the tensor itself), "min-max" (no search: the range just covers the
+data). What is found lands in the nodes' annotations, with the predicted loss and
 the noise power that sensitivities and allocators read; then the observers' statistics are released.
 """
 
@@ -28,7 +28,7 @@ from passes.pipeline.contract import PassContext
 from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
-Metric = Literal["hessian", "mse", "min-max"]
+Criterion = Literal["hessian", "mse", "min-max"]
 Weights = Literal["symmetric", "asymmetric"]
 
 
@@ -55,14 +55,14 @@ SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CAL
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
+    bits: ascending candidate widths, 2 to 8. criterion: see the module. keep_grams: keep the Gram matrices of
     weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
     edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
     weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    metric: Metric = "hessian"
+    criterion: Criterion = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
     weights: Weights = "symmetric"
@@ -127,13 +127,13 @@ class SearchScales:
 
     def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
         statistics = observer.statistics()
-        weighted = self.metric == "hessian"
+        weighted = self.criterion == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
+                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
         named = families_named(str(observer.family))
-        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+        if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
             named = families_named("symmetric-min-max")
         best = []
         for bits in self.bits:
@@ -153,13 +153,13 @@ class SearchScales:
         module = graph_module.get_submodule(str(node.target))
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return ()
-        hessian = self.metric == "hessian"
+        hessian = self.criterion == "hessian"
         return search_weight(
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
             observer.gram if hessian else None,
             observer.channel_weight() if hessian else None,
-            search=self.metric != "min-max",
+            search=self.criterion != "min-max",
             asymmetric=self.weights == "asymmetric",
         )

@@ -135,7 +135,7 @@ class TestEditing:
         with pytest.raises(OverrideError, match="overrides must be a mapping"):
             mptq_vit(4, overrides=["qkv"])  # type: ignore[arg-type]
         with pytest.raises(CalibrationError, match="'hessian' or 'mse' or 'min-max', found 'foo'"):
-            SearchScales(metric="foo")  # type: ignore[arg-type]
+            SearchScales(criterion="foo")  # type: ignore[arg-type]
         with pytest.raises(CalibrationError, match="'symmetric' or 'asymmetric'"):
             SearchScales(weights="asym")  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import Fact, facts_of
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.correct.distil import Distil
 from passes.pipeline.contract import PassContext
 from passes.prepare.fold_sqb import FoldSqb
@@ -79,8 +79,8 @@ def test_a_second_budget_is_as_without_a_cache_and_only_allocates(
     assert [entry.step for entry in found.journal.entries] == [entry.step for entry in expected.journal.entries]
     searched = next(e for e in found.journal.entries if e.step.startswith("SearchScales"))
     assert searched.notes["recalled"]
-    prepared = Prepared(model, x, recipe=recipe_name, cache=tmp_path, **FEW)
-    assert torch.equal(prepared.compile("W4A4")(x), expected(x))
+    session = Session(model, x, recipe=recipe_name, cache=tmp_path, **FEW)
+    assert torch.equal(session.compile("W4A4")(x), expected(x))
 
 
 SECOND_PROCESS = """
