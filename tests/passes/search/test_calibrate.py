@@ -115,19 +115,17 @@ def test_only_one_image_of_activations_is_alive(observed: GraphModule, monkeypat
     import gc
     import weakref
 
-    import passes.search.calibrate
-
     alive: list[weakref.ref[Tensor]] = []
     worst = 0
-    original = passes.search.calibrate._update
+    original = Observer.update
 
-    def update(graph_module: Any, node: Any, found: Any, inputs: tuple[Tensor, ...], gradient: Any) -> None:
+    def update(observer: Observer, x: Tensor, weight: Tensor | None = None) -> None:
         nonlocal worst
-        original(graph_module, node, found, inputs, gradient)
-        alive.extend(weakref.ref(value) for value in inputs)
+        original(observer, x, weight)
+        alive.append(weakref.ref(x))
         worst = max(worst, sum(reference() is not None for reference in alive))
 
-    monkeypatch.setattr(passes.search.calibrate, "_update", update)
+    monkeypatch.setattr(Observer, "update", update)
     gc.collect()
     calibrated(observed, images(6), batch_size=6)
     operands = sum(len(observers_of(observed, node)) for node in nodes_with_role(observed))
