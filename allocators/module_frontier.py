@@ -31,7 +31,7 @@ HALVES = {"qkv": "msa", "proj": "msa", "fc1": "mlp", "fc2": "mlp"}
 
 
 @dataclass(frozen=True)
-class Pareto:
+class ModuleFrontier:
     """The cheapest configuration within the budget, module by module.
 
     Args:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fxquant.graph.capture.tracing import trace
     from fxquant.session.compiled import Compiled, load
     from fxquant.session.model_frontier import frontier
-    from fxquant.session.session import compile
+    from fxquant.session.session import Session, compile
     from fxquant.synthesis.synthesize import Synthesis, synthesize
     from passes.pipeline.contract import PassContext
     from passes.pipeline.pipeline import Pipeline
@@ -27,6 +27,7 @@ __all__ = [
     "Compiled",
     "PassContext",
     "Pipeline",
+    "Session",
     "Synthesis",
     "compile",
     "embedded",
@@ -41,6 +42,7 @@ _HOMES = {
     "Compiled": "fxquant.session.compiled",
     "PassContext": "passes.pipeline.contract",
     "Pipeline": "passes.pipeline.pipeline",
+    "Session": "fxquant.session.session",
     "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.session.session",
     "embedded": "fxquant.data.embedded",

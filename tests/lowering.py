@@ -11,7 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact, annotate, nodes_with_role
+from fxquant.graph.annotation import annotate, nodes_with_role
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime import simulated
 from fxquant.runtime.native import library
 from passes.lower.lower import Lower
@@ -67,7 +68,7 @@ def _quantized(
 
 def lower(graph_module: GraphModule, backend: str = "cpu-native", chains: bool = False) -> GraphModule:
     """The graph in integers; the one that is given stays as it is."""
-    return Pipeline([Lower(backend, chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    return Pipeline([Lower(backend, chains)], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 def note_bits(graph_module: GraphModule) -> None:

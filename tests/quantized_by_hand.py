@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.graph.annotation import Fact, Role, annotate, declare
+from fxquant.graph.annotation import Role, annotate
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, declare
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -40,7 +41,7 @@ def quantize_by_hand(
                 annotate(node, role=Role.QKV, layer=node.target, block=0, weight_bits=weight_bits, activation_bits=low)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    declare(graph_module, frozenset({Fact.ROLES_ASSIGNED, Fact.QUANTIZED}))
+    declare(graph_module, frozenset({ROLES_ASSIGNED, QUANTIZED}))
     return graph_module
 
 

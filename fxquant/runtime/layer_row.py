@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, TEXT, Kind, choice, either, record, whole
+from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, TEXT, Rule, choice, either, record, whole
 from fxquant.graph.annotation import Role
 
 
@@ -55,7 +55,7 @@ class LayerRow:
 
 
 _BITS, _TEXT, _DECIBEL = (either(NOTHING, kind) for kind in (whole(1, 32), TEXT, NUMBER))
-_KINDS: dict[str, Kind] = {
+_KINDS: dict[str, Rule] = {
     "layer": TEXT, "role": choice(*map(str, Role)), "block": either(NOTHING, whole(0, 10**6)), "weight_bits": _BITS,
     "activation_bits": _BITS, "parameters": whole(), "macs": whole(), "activation_elements": whole(),
     "weight_sqnr_db": _DECIBEL, "activation_sqnr_db": _DECIBEL, "predicted_loss": NUMBER, "weight_quantizer": _TEXT,

@@ -10,9 +10,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.notes import COVERAGE
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import mac_shares
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
 from passes.pipeline.pipeline import Pipeline
@@ -62,7 +63,7 @@ def _decibel(ratio: float) -> float:
 
 def protocol_card(
     model: nn.Module,
-    source: CalibrationSource,
+    source: ModelSource,
     pipeline: Pipeline,
     graph_module: GraphModule,
     backend: str = SIMULATED,
@@ -98,6 +99,6 @@ def protocol_card(
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
         "multiply_accumulates": mac_shares(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", math.nan)),
+        "coverage": math.nan if (coverage := COVERAGE.get(graph_module)) is None else coverage,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

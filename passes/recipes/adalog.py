@@ -38,7 +38,7 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     calibrate = Calibrate(gradient=False)
     return assemble(
         budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE,
-        calibrate=calibrate, metric="mse", weights="asymmetric",
+        calibrate=calibrate, criterion="mse", weights="asymmetric",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
-from passes.search.search_scales import SearchScales, Weights
+from passes.search.search_scales import Criterion, SearchScales, Weights
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -58,7 +58,7 @@ def assemble(
     allocator: Allocator,
     fold: FoldSqb | None,
     calibrate: Calibrate = Calibrate(),
-    metric: Any = "hessian",
+    criterion: Criterion = "hessian",
     weights: Weights = "symmetric",
     score: Pass | None = None,
 ) -> Pipeline:
@@ -68,7 +68,7 @@ def assemble(
     cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
-    search = SearchScales(bits, metric, weights=weights)
+    search = SearchScales(bits, criterion, weights=weights)
     insert = restrict_families(insert, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 
 from allocators.allocator import Allocator
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.problem.overrides import Bits
 from fxquant.errors import BudgetError
@@ -58,9 +58,7 @@ def lampq(
     """
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied
-    allocator = (
-        Milp(tie_weights_and_activations=together) if layer_wise else Pareto(tie_weights_and_activations=together)
-    )
+    allocator = (Milp if layer_wise else ModuleFrontier)(tie_weights_and_activations=together)
     chosen = metric or (TypeAwareFisher() if type_aware else FisherTrace())
     pipeline = _mixed(parsed, base, allocator, ScoreLayers(chosen), outside_bits, options)
     if update is None or not layer_wise:
@@ -76,7 +74,7 @@ def vt_ptq(
 
     budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
     """
-    return _mixed(Budget.parse(budget), base, Pareto(), ScoreLayers(NuclearNorm()), outside_bits, options)
+    return _mixed(Budget.parse(budget), base, ModuleFrontier(), ScoreLayers(NuclearNorm()), outside_bits, options)
 
 
 def _mixed(

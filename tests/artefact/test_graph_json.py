@@ -13,7 +13,8 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.artefact.graph_json import graph_to_json
 from fxquant.artefact.module_settings import CLASSES
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, facts_of
+from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, facts_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 from tests.artefact.small_graphs import one_call, one_module, round_trip
@@ -30,7 +31,7 @@ def test_names_arguments_and_outputs_survive(small):
 
 def test_annotations_facts_and_shapes_survive(small):
     loaded = round_trip(small)
-    assert facts_of(loaded) == {Fact.TRACED, Fact.ROLES_ASSIGNED, Fact.QUANTIZED}
+    assert facts_of(loaded) == {TRACED, ROLES_ASSIGNED, QUANTIZED}
     assert loaded.meta["image_shape"] == (3, 8, 8)
     assert loaded.meta["coverage"] == small.meta["coverage"]
     for ours, theirs in zip(loaded.graph.nodes, small.graph.nodes, strict=True):

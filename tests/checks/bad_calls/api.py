@@ -1,4 +1,4 @@
-"""compile, Prepared, frontier, synthesize, trace; recipes; pipelines and how they are edited."""
+"""compile, Session, frontier, synthesize, trace; recipes; pipelines and how they are edited."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fxquant
 from allocators.greedy import Greedy
 from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis, synthesize
 from passes.allocate.measure_latency import MeasureLatency
 from passes.pipeline.contract import SilentProgress
@@ -81,7 +81,7 @@ def _entry(name: str, function: Callable[..., Any], arguments: Mapping[str, tupl
 
 
 def one_call(good: Good) -> list[Entry]:
-    """compile, Prepared and its methods, frontier, synthesize, trace."""
+    """compile, Session and its methods, frontier, synthesize, trace."""
     shared = _shared(good)
 
     def of(*names: str) -> dict[str, tuple[Make, list[Any]]]:
@@ -96,7 +96,7 @@ def one_call(good: Good) -> list[Entry]:
     shares = ["0.5", -0.1, 1.5, math.nan, *unfit(float)]
     unread = [value for value in shared["budget"][1] if not is_budget(value)]
     example = [value for value in shared["calibration"][1] if value is not None]
-    # Prepared looks at images and at names of layers when it is first asked for something.
+    # Session looks at images and at names of layers when it is first asked for something.
     later = ({"head": 11}, {"nothing": 8}, {"head": (8, 8, 8)})
     overrides = [value for value in shared["overrides"][1] if not isinstance(value, dict) or value not in later]
     lazy = of("model", "recipe", "seed", "batch_size", "progress", "cache", "card")
@@ -104,13 +104,13 @@ def one_call(good: Good) -> list[Entry]:
         lambda: good.images,
         [value for value in shared["calibration"][1] if value is not WRONG_SIZE],
     )
-    prepared = lazy | options | {"overrides": (dict, overrides)}
+    session = lazy | options | {"overrides": (dict, overrides)}
     return [
         _entry("compile", fxquant.compile, common | options | of("budget", "allocator", "latency", "card")),
-        _entry("Prepared", Prepared, prepared),
-        _entry("Prepared.compile", good.prepared.compile, point),
-        _entry("Prepared.check", good.prepared.check, point),
-        _entry("Prepared.cost_table", good.prepared.cost_table, {
+        _entry("Session", Session, session),
+        _entry("Session.compile", good.session.compile, point),
+        _entry("Session.check", good.session.check, point),
+        _entry("Session.cost_table", good.session.cost_table, {
             "budget": (lambda: "W4A4", [value for value in shared["budget"][1] if not isinstance(value, str)]),
             "lowest": (lambda: None, [value for value in ANYTHING if value is not None]),
         }),

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from allocators.greedy import Greedy
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.quadratic import Interaction, Quadratic
 from allocators.swaps import Swaps
@@ -46,9 +46,9 @@ def classes() -> list[Entry]:
     }
     known_classes: tuple[Any, ...] = (
         AllocateBits, Augment, BalanceHeads, Budget, Calibrate, CompensateWeights, CorrectWeights, Distil, FisherTrace,
-        FoldSqb, Greedy, InsertObservers, Interaction, Lower, MeasureLatency, Milp, Pareto, PassContext, Preprocessing,
-        Quadratic, Reconstruct, RelevanceSensitivity, ScoreLayers, SearchScales, Swaps, Synthesis, TypeAwareFisher,
-        UpdateBits,
+        FoldSqb, Greedy, InsertObservers, Interaction, Lower, MeasureLatency, Milp, ModuleFrontier, PassContext,
+        Preprocessing, Quadratic, Reconstruct, RelevanceSensitivity, ScoreLayers, SearchScales, Swaps, Synthesis,
+        TypeAwareFisher, UpdateBits,
     )  # fmt: skip
     found = []
     for each in known_classes:

@@ -31,7 +31,7 @@ from fxquant.checks.arguments import shown
 from fxquant.checks.hints import fitted
 from fxquant.data.images import ImageData, Preprocessing
 from fxquant.errors import FxQuantError
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from tests.models import images, vit
 
 WRONG_SIZE = torch.zeros(2, 3, 4, 4)
@@ -124,7 +124,7 @@ class Good:
         self.folder = folder
         self.model = vit(embed_dim=16, depth=1, num_heads=2, img_size=16, num_classes=4)
         self.images = images(2, 16)
-        self.prepared = Prepared(self.model, self.images, recipe="naive_min_max")
+        self.session = Session(self.model, self.images, recipe="naive_min_max")
         self.compiled = fxquant.compile(self.model, "W8A8", calibration=self.images, recipe="naive_min_max")
         self.traced = fxquant.trace(self.model, self.images)
         self.preprocessing = Preprocessing((3, 16, 16))

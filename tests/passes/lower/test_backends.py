@@ -11,7 +11,7 @@ import torch
 import fxquant
 from fxquant.data import embedded
 from fxquant.errors import ArtefactError, BackendError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.printer import format_graph
 from fxquant.runtime import simulated
 from fxquant.runtime.native import library
@@ -91,7 +91,7 @@ def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
             found, expected = low(x), compiled(x)
         assert found.device == x.device
         assert (found - expected).abs().amax(1).median() < 1e-4
-    again = Pipeline([Lower("cuda")], assumes=[Fact.QUANTIZED]).run(low.graph_module, PassContext())
+    again = Pipeline([Lower("cuda")], assumes=[QUANTIZED]).run(low.graph_module, PassContext())
     assert format_graph(again) == format_graph(low.graph_module)
 
 

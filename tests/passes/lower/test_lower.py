@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact, annotation_of, facts_of
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -88,7 +89,7 @@ def test_lowered_is_as_close_to_exact_arithmetic_as_simulated(simulated_graph: t
     before = format_graph(graph_module)
     low = lower(graph_module)
     assert format_graph(graph_module) == before
-    assert Fact.LOWERED in facts_of(low)
+    assert LOWERED in facts_of(low)
     assert "simulated" not in execution_of(low).values()
     truth = exact(graph_module, x)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerConv2d
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
@@ -42,7 +42,7 @@ class Net(nn.Module):
 def test_integers_equal_what_is_simulated(name: str) -> None:
     geometry, is_integer = GEOMETRIES[name]
     simulated = quantize_by_hand(Net(**geometry), (3, 8, 8), 6, 5)
-    low = Pipeline([Lower("cpu-native")], assumes=[Fact.QUANTIZED]).run(simulated, PassContext())
+    low = Pipeline([Lower("cpu-native")], assumes=[QUANTIZED]).run(simulated, PassContext())
     assert isinstance(low.get_submodule("conv"), IntegerConv2d) == is_integer
     x = torch.randn(5, 3, 8, 8)
     with torch.inference_mode():

@@ -13,6 +13,7 @@ from fxquant.artefact.cache import Cache, signature
 from fxquant.artefact.container import write_file
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
 from fxquant.quantizers.search import search_weight
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.correct_weights import CorrectWeights
@@ -21,8 +22,8 @@ from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe
+from passes.search.search_cache import run_prefix, split
 from tests.models import ARCHITECTURES, images, vit
 
 IMAGES = images(4)
@@ -134,6 +135,6 @@ def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
     traced = trace(model, x)
     prefix, _ = split(recipe("best")("W4A4", **FEW))
     folded = prefix[: len(prefix) - 2].run(traced, PassContext(x))
-    again = searched_from_file(*searched_to_file(folded, traced), traced)
+    again = searched_from_file(*searched_to_file(folded, traced), traced, facts_of(folded))
     assert again.code == folded.code
     assert signature(again) == signature(folded)

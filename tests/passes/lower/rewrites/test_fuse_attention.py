@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerAttention
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -38,7 +39,7 @@ def test_attentions_of_one_scope_do_not_replace_each_other(simulated: torch.fx.G
 @needs_kernels
 @pytest.mark.parametrize("role", [Role.AV, "split"])
 def test_shapes_that_the_graph_contradicts_are_not_believed(simulated: torch.fx.GraphModule, role: Role | str) -> None:
-    graph_module = Pipeline([], assumes=[Fact.QUANTIZED]).run(simulated, PassContext())
+    graph_module = Pipeline([], assumes=[QUANTIZED]).run(simulated, PassContext())
     nodes = nodes_with_role(graph_module, Role.AV)
     if role == "split":
         nodes += [n for n in graph_module.graph.nodes if n.target in ("reshape", "view") and len(n.args) > 4]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import fxquant
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.printer import format_graph
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
@@ -194,7 +194,7 @@ def test_what_looks_like_windows_computes_the_same(
     options: dict[str, Any] = {"bits": (3, 4, 6, 8), "allocator": Uniform()}
     graph_module = RECIPES["mptq_vit"]("W4A6", **options).run(graph_module, PassContext(draw(4, 2)))
     apart, chained = lower(graph_module), lower(graph_module, chains=True)
-    again = Pipeline([Lower("cpu-native")], assumes=[Fact.QUANTIZED]).run(chained, PassContext())
+    again = Pipeline([Lower("cpu-native")], assumes=[QUANTIZED]).run(chained, PassContext())
     assert format_graph(again) == format_graph(chained)
     monkeypatch.setattr("passes.lower.lower.order_rows", lambda plan, shapes: None)
     as_traced = lower(graph_module)

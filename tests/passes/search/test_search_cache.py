@@ -16,15 +16,17 @@ from torch.fx import GraphModule
 import fxquant
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError
-from fxquant.graph.annotation import Fact, annotation_of
+from fxquant.graph.annotation import annotation_of
 from fxquant.graph.capture.tracing import trace
-from fxquant.session.sweep import Prepared
+from fxquant.graph.facts import Fact, facts_of
+from fxquant.session.session import Session
 from passes.correct.distil import Distil
 from passes.pipeline.contract import PassContext
-from passes.pipeline.search_cache import split
 from passes.prepare.fold_sqb import FoldSqb
+from passes.prepare.folds import FOLDED
 from passes.recipes import RECIPES, best, mptq_vit, recipe
 from passes.search.calibrate import Calibrate
+from passes.search.search_cache import split
 from passes.search.search_scales import SearchScales
 from tests.models import SWIN, images, timm_model, vit
 
@@ -77,8 +79,8 @@ def test_a_second_budget_is_as_without_a_cache_and_only_allocates(
     assert [entry.step for entry in found.journal.entries] == [entry.step for entry in expected.journal.entries]
     searched = next(e for e in found.journal.entries if e.step.startswith("SearchScales"))
     assert searched.notes["recalled"]
-    prepared = Prepared(model, x, recipe=recipe_name, cache=tmp_path, **FEW)
-    assert torch.equal(prepared.compile("W4A4")(x), expected(x))
+    session = Session(model, x, recipe=recipe_name, cache=tmp_path, **FEW)
+    assert torch.equal(session.compile("W4A4")(x), expected(x))
 
 
 SECOND_PROCESS = """
@@ -176,7 +178,7 @@ def test_a_gram_matrix_that_is_none_counts_as_absent(tmp_path: Path) -> None:
     assert len(grams) == 6
     for wrong in (tensors[grams[0]][1:], tensors[grams[0]].int()):
         with pytest.raises(ArtefactError, match="no Gram matrix"):
-            searched_from_file(texts, {**tensors, grams[0]: wrong}, traced)
+            searched_from_file(texts, {**tensors, grams[0]: wrong}, traced, facts_of(searched))
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,10 @@ def test_every_annotation_field_survives() -> None:
     assert [type(step).__name__ for step in rest] == ["AllocateBits", "SubstituteQuantizers"]
     searched = prefix.run(traced, PassContext(x))
     texts, tensors = searched_to_file(searched, traced)
-    again = searched_from_file(texts, tensors, traced)
+    again = searched_from_file(texts, tensors, traced, facts_of(searched))
+    assert facts_of(again) == facts_of(searched)
+    with pytest.raises(ArtefactError, match="the fact 'folded', which no pass of this pipeline provides"):
+        searched_from_file(texts, tensors, traced, facts_of(searched) - {FOLDED})
     assert again.code == searched.code, "signatures of what is scored and timed depend on it"
     for before, after in zip(searched.graph.nodes, again.graph.nodes, strict=True):
         one, other = annotation_of(before), annotation_of(after)

@@ -23,19 +23,22 @@ from fxquant.artefact.cache import Kept, signature
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.checks.untrusted import from_json, to_json
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import facts_of
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import JournalEntry, PassContext
 from passes.pipeline.pipeline import Pipeline
+from passes.search.calibrate import CALIBRATED
+from passes.search.search_scales import SCALES_SEARCHED
 
 
 def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
-    """The passes before layers are scored or timed or bits allocated, and the rest; all where none does any of it.
+    """The passes before the first that works with candidates (scores or times layers, allocates bits), and the rest.
 
-    Scores and times have signatures of their own in the cache: pipelines that differ in them share the first part.
+    What such a pass provides rests on SCALES_SEARCHED. Where there is none, the first part has all passes. Scores and
+    times have signatures of their own in the cache: pipelines that differ in them share the first part.
     """
-    deciding = {Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED}
-    position = next((index for index, step in enumerate(pipeline) if deciding & step.provides), len(pipeline))
+    decides = [any(fact.falls_with([SCALES_SEARCHED]) for fact in step.provides) for step in pipeline]
+    position = decides.index(True) if True in decides else len(pipeline)
     return pipeline[:position], pipeline[position:]
 
 
@@ -83,7 +86,7 @@ def _resumed(prefix: Pipeline, traced: GraphModule, context: PassContext) -> tup
     def keep(graph_module: GraphModule) -> None:
         """Between two passes; not while observers hold statistics, which Calibrate keeps itself."""
         done = len(journal.entries) - first_entry
-        if done < len(prefix) and Fact.CALIBRATED not in facts_of(graph_module):
+        if done < len(prefix) and CALIBRATED not in facts_of(graph_module):
             with suppress(ArtefactError):
                 checkpoint.save(lambda: written(graph_module))
 
@@ -93,7 +96,7 @@ def _resumed(prefix: Pipeline, traced: GraphModule, context: PassContext) -> tup
 
 def _can_be_kept(prefix: Pipeline) -> bool:
     is_ours = all(type(step).__module__.partition(".")[0] in ("passes", "fxquant") for step in prefix)
-    return is_ours and Fact.SCALES_SEARCHED in prefix.provides and Fact.CALIBRATED not in prefix.provides
+    return is_ours and SCALES_SEARCHED in prefix.provides and CALIBRATED not in prefix.provides
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def _read(kept: Kept | None, prefix: Pipeline, traced: GraphModule) -> _Searched
         entries = [JournalEntry.from_dict(entry) for entry in from_json(texts.get("journal", ""), list, "the journal")]
         if [entry.step for entry in entries] != [repr(step) for step in prefix[: len(entries)]]:
             return None
-        return _Searched(searched_from_file(texts, tensors, traced), entries)
+        facts = prefix.assumes.union(*(step.provides for step in prefix))
+        return _Searched(searched_from_file(texts, tensors, traced, facts), entries)
     except (ArtefactError, TypeError, ValueError, KeyError):
         return None
