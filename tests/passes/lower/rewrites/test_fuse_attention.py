@@ -28,7 +28,7 @@ def simulated() -> torch.fx.GraphModule:
 @needs_kernels
 @pytest.mark.parametrize("chains", [False, True])
 def test_attentions_of_one_scope_do_not_replace_each_other(simulated: torch.fx.GraphModule, chains: bool) -> None:
-    low, x = lower(simulated, chains), images(6, 16, seed=4)
+    low, x = lower(simulated, chains=chains), images(6, 16, seed=4)
     with torch.inference_mode():
         wanted = simulated(x)
         assert (low(x) - wanted).square().mean() < 1e-4 * wanted.square().mean()
