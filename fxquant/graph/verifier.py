@@ -16,13 +16,12 @@ from fxquant.errors import VerificationError
 from fxquant.graph.annotation import (
     EXECUTION,
     LATENCY,
-    Annotation,
     Fact,
-    Role,
     annotation_of,
     facts_of,
     folds_of,
     nodes_with_role,
+    planned_nodes,
 )
 from fxquant.graph.printer import describe
 
@@ -33,11 +32,10 @@ _SHAPED = frozenset({"placeholder", "call_module", "get_attr"})
 class Observes(Protocol):
     """What a check reads of an observer; the observers themselves are in `fxquant.quantizers`.
 
-    family: None where the edge stays float. images: how many images it has seen. keeps_gram: whether it gathers the
-    Gram matrix of its values, which is then in gram.
+    images: how many images it has seen. keeps_gram: whether it gathers the Gram matrix of its values, which is then in
+    gram.
     """
 
-    family: str | None
     images: int
     keeps_gram: bool
     gram: Tensor | None
@@ -91,6 +89,17 @@ def _check_roles(graph_module: fx.GraphModule) -> None:
         if not annotation.layer:
             raise _fail(Fact.ROLES_ASSIGNED, node, "it has no public name", "run AssignRoles again")
         names[annotation.layer] = node
+
+
+def _check_planned(graph_module: fx.GraphModule) -> None:
+    """Something is to be quantized, and every operand is an argument of its node."""
+    if not planned_nodes(graph_module):
+        raise _absent(Fact.OPERANDS_PLANNED, "nothing is to be quantized", "PlanOperands")
+    for node in planned_nodes(graph_module):
+        for operand in annotation_of(node).inputs:
+            if operand.argument not in range(len(node.args)):
+                problem = f"it has no argument {operand.argument} to quantize"
+                raise _fail(Fact.OPERANDS_PLANNED, node, problem, "run PlanOperands again")
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -155,32 +164,28 @@ def _absent(fact: Fact, problem: str, passes: str) -> VerificationError:
 
 
 def _check_scales(graph_module: fx.GraphModule) -> None:
-    if not any(annotation_of(node).weight_candidates for node in nodes_with_role(graph_module)):
-        raise VerificationError(f"'{Fact.SCALES_SEARCHED}' does not hold: no weight has candidates; run SearchScales")
-    for node in nodes_with_role(graph_module):
-        annotation = annotation_of(node)
-        searched = annotation.weight_candidates or annotation.activation_candidates
-        if _has_weight(annotation.role) and searched and not annotation.weight_candidates:
-            raise _fail(Fact.SCALES_SEARCHED, node, "its weight has no candidates", "run SearchScales again")
-        for candidates in (annotation.weight_candidates, *annotation.activation_candidates):
-            bits = [candidate.bits for candidate in candidates]
+    nodes = planned_nodes(graph_module)
+    if not any(operand.candidates for node in nodes for operand in annotation_of(node).operands):
+        raise _absent(Fact.SCALES_SEARCHED, "no operand has candidates", "SearchScales")
+    for node in nodes:
+        for operand in annotation_of(node).operands:
+            bits = [candidate.bits for candidate in operand.candidates]
+            if operand.families and not bits:
+                problem = f"its operand {operand.source} has no candidates"
+                raise _fail(Fact.SCALES_SEARCHED, node, problem, "run SearchScales again")
             if bits != sorted(set(bits)):
                 raise _fail(Fact.SCALES_SEARCHED, node, f"candidates of {bits} bits", "list each width once, ascending")
 
 
 def _check_scores(graph_module: fx.GraphModule) -> None:
     """Some layer has scores, and every layer that has some has one per candidate."""
-    annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]
-    if not any(found.weight_sensitivity or found.activation_sensitivity for found in annotations):
+    operands = [(node, o) for node in nodes_with_role(graph_module) for o in annotation_of(node).operands]
+    if not any(operand.scores for _, operand in operands):
         raise _absent(Fact.SCORED, "no layer has scores", "ScoreLayers")
-    for node in nodes_with_role(graph_module):
-        annotation = annotation_of(node)
-        groups = [(annotation.weight_sensitivity, annotation.weight_candidates)]
-        groups += [(annotation.activation_sensitivity, group) for group in annotation.activation_candidates]
-        for scores, candidates in groups:
-            if scores and len(scores) != len(candidates):
-                problem = f"{len(scores)} scores for {len(candidates)} candidates"
-                raise _fail(Fact.SCORED, node, problem, "run ScoreLayers after SearchScales")
+    for node, operand in operands:
+        if operand.scores and len(operand.scores) != len(operand.candidates):
+            problem = f"{len(operand.scores)} scores for {len(operand.candidates)} candidates"
+            raise _fail(Fact.SCORED, node, problem, "run ScoreLayers after SearchScales")
 
 
 def _check_latency(graph_module: fx.GraphModule) -> None:
@@ -197,25 +202,15 @@ def _check_bits(graph_module: fx.GraphModule) -> None:
         raise _absent(Fact.BITS_ALLOCATED, "no node has bits", "AllocateBits")
     substituted = Fact.QUANTIZED in facts_of(graph_module)
     for node in nodes:
-        annotation = annotation_of(node)
-        candidates = (annotation.weight_candidates, *annotation.activation_candidates)
-        if substituted and not any(candidates):
+        operands = annotation_of(node).operands
+        if substituted and not any(operand.candidates for operand in operands):
             continue  # read from a file, which has the chosen quantizers only
-        for kind, bits, widths in _widths(annotation):
-            if bits not in widths and (bits is not None or widths):
+        for operand in operands:
+            widths = [candidate.bits for candidate in operand.candidates]
+            if operand.bits not in widths and (operand.bits is not None or widths):
                 listed = f"among {widths}" if widths else "there: this operand has no candidates"
-                problem = f"{bits} {kind} bits are not {listed}"
+                problem = f"{operand.bits} bits of its operand {operand.source} are not {listed}"
                 raise _fail(Fact.BITS_ALLOCATED, node, problem, "allocate among the candidates, or search that width")
-
-
-def _widths(annotation: Annotation) -> list[tuple[str, int | None, list[int]]]:
-    """What is multiplied, its bits, and the widths that it has candidates of."""
-    found = [("weight", annotation.weight_bits, annotation.weight_candidates)]
-    inputs = zip(annotation.input_bits, annotation.activation_candidates, strict=True)
-    found += [("activation", bits, group) for bits, group in inputs]
-    if not annotation.activation_candidates:
-        found.append(("activation", annotation.activation_bits, ()))
-    return [(kind, bits, [candidate.bits for candidate in candidates]) for kind, bits, candidates in found]
 
 
 def _check_quantized(graph_module: fx.GraphModule) -> None:
@@ -231,10 +226,9 @@ def _check_quantized(graph_module: fx.GraphModule) -> None:
         if not isinstance(module, ComputesInBits):
             raise _fail(Fact.QUANTIZED, node, "it has bits and computes in float", "run SubstituteQuantizers again")
         weight, inputs = module.operand_bits()
-        widths = {bits for bits in (annotation.activation_bits, annotation.left_bits) if bits is not None}
-        found = {bits for bits in inputs if bits is not None}
-        if weight != annotation.weight_bits or found != widths:
-            problem = f"its module computes with a weight of {weight} bits and inputs of {sorted(found)}"
+        wanted = [operand.bits for operand in annotation.inputs]
+        if weight != (annotation.weight and annotation.weight.bits) or list(inputs) != wanted:
+            problem = f"its module computes with a weight of {weight} bits and inputs of {list(inputs)}, not {wanted}"
             raise _fail(Fact.QUANTIZED, node, problem, "run SubstituteQuantizers again")
 
 
@@ -249,13 +243,10 @@ def _check_lowered(graph_module: fx.GraphModule) -> None:
             raise _fail(Fact.LOWERED, node, "nothing says which kernel runs it", "run Lower again")
 
 
-def _has_weight(role: Role | None) -> bool:
-    return role is not None and role.has_weight
-
-
 CHECKERS: dict[Fact, Callable[[fx.GraphModule], None]] = {
     Fact.TRACED: _check_traced,
     Fact.ROLES_ASSIGNED: _check_roles,
+    Fact.OPERANDS_PLANNED: _check_planned,
     Fact.FOLDED: _check_folded,
     Fact.OBSERVED: _check_observed,
     Fact.CALIBRATED: _check_calibrated,

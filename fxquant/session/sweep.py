@@ -29,7 +29,6 @@ from fxquant.artefact.container import write_file
 from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, DataError, OptionError
-from fxquant.graph.annotation import nodes_with_role
 from fxquant.measure.accuracy import Accuracy
 from fxquant.session.compiled import Compiled
 from fxquant.session.model_source import CalibrationSource
@@ -42,7 +41,6 @@ from passes.pipeline.contract import Journal, ProgressReporter, check_images, re
 from passes.pipeline.pipeline import Pipeline
 from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
-from passes.search.insert_observers import observers_of
 
 
 class Prepared:
@@ -105,9 +103,8 @@ class Prepared:
         pipeline = self.pipeline(budget)
         _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
-        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
-        return allocate.without_narrow(allocate.cost_table(found, nodes), lowest)
+        return allocate.without_narrow(allocate.cost_table(found), lowest)
 
     def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
         """The model quantized within one budget; calibrates on the first call only."""

@@ -18,12 +18,13 @@ from typing import Any, Unpack
 
 from allocators.allocator import Allocator
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.problem.overrides import Bits
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import WEIGHT_ROLES, Role
 from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.check_budget import with_check
 from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
 from passes.allocate.update_bits import UpdateBits
@@ -59,7 +60,9 @@ def lampq(
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied
     allocator = (
-        Milp(tie_weights_and_activations=together) if layer_wise else Pareto(tie_weights_and_activations=together)
+        Milp(tie_weights_and_activations=together)
+        if layer_wise
+        else ModuleFrontier(tie_weights_and_activations=together)
     )
     chosen = metric or (TypeAwareFisher() if type_aware else FisherTrace())
     pipeline = _mixed(parsed, base, allocator, ScoreLayers(chosen), outside_bits, options)
@@ -76,7 +79,7 @@ def vt_ptq(
 
     budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
     """
-    return _mixed(Budget.parse(budget), base, Pareto(), ScoreLayers(NuclearNorm()), outside_bits, options)
+    return _mixed(Budget.parse(budget), base, ModuleFrontier(), ScoreLayers(NuclearNorm()), outside_bits, options)
 
 
 def _mixed(
@@ -85,7 +88,9 @@ def _mixed(
     """The base recipe with scores before its allocation, an allocator, and fixed bits outside the four layers."""
     own: Options = {"allocator": options.get("allocator") or allocator}
     pipeline = base(budget, **(options | own))
-    return pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits)).before(AllocateBits, score)
+    return with_check(pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits))).before(
+        AllocateBits, score
+    )
 
 
 def _outside(budget: Budget, bits: Bits | None) -> tuple[tuple[Role, Bits], ...]:

@@ -13,12 +13,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError, VerificationError
-from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, Operand, annotation_of, nodes_with_role
 from fxquant.graph.names import add_module, exchange_module
-from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of, remove_observers
+from passes.search.insert_observers import remove_observers
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class SubstituteQuantizers:
             annotation = annotation_of(node)
             if not annotation.has_bits:
                 continue
-            places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
-            replacement = _quantized(graph_module, node, annotation, places)
-            _replace(graph_module, node, replacement)
+            _replace(graph_module, node, _quantized(graph_module, node, annotation))
             changed += 1
         remove_observers(graph_module)
         graph_module.delete_all_unused_submodules()
@@ -47,35 +44,28 @@ class SubstituteQuantizers:
         return changed
 
 
-def chosen(candidates: tuple[Candidate, ...], bits: int | None, layer: str) -> Candidate | None:
-    """The candidate of this width, None without bits.
+def chosen(operand: Operand, layer: str) -> Candidate | None:
+    """The candidate of an operand's width, None where it has no bits.
 
     Raises VerificationError, naming the layer, where it has bits and no candidate of that width.
     """
-    if bits is None:
+    if operand.bits is None:
         return None
-    found = next((candidate for candidate in candidates if candidate.bits == bits), None)
+    found = next((candidate for candidate in operand.candidates if candidate.bits == operand.bits), None)
     if found is None:
-        widths = [candidate.bits for candidate in candidates]
+        widths = [candidate.bits for candidate in operand.candidates]
         listed = f"its candidates have {widths}" if widths else "this operand has no candidates"
         raise VerificationError(
-            f"layer '{layer}' has {bits} bits, and {listed}: allocate among the candidates, or search that width, "
-            f"SearchScales(bits=...)"
+            f"layer '{layer}' has {operand.bits} bits, and {listed}: allocate among the candidates, or search that "
+            f"width, SearchScales(bits=...)"
         )
     return found
 
 
-def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
-    weight = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
-    groups = annotation.activation_candidates
-    if not groups:
-        chosen((), annotation.activation_bits, annotation.layer)
-    inputs: dict[int, Quantizer] = {}
-    for place, candidates, bits in zip(places, groups, annotation.input_bits, strict=True):
-        candidate = chosen(candidates, bits, annotation.layer)
-        if candidate is not None:
-            inputs[place] = candidate.quantizer
-    weight_quantizer = None if weight is None else weight.quantizer
+def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation) -> nn.Module:
+    candidates = {operand.argument: chosen(operand, annotation.layer) for operand in annotation.operands}
+    inputs = {place: candidate.quantizer for place, candidate in candidates.items() if candidate is not None}
+    weight_quantizer = inputs.get(None)
     if node.op != "call_module":
         return QuantizedMatmul(inputs.get(0), inputs.get(1))
     module = graph_module.get_submodule(str(node.target))
