@@ -30,7 +30,8 @@ from fxquant.data import embedded
 from fxquant.data.models import load_model
 from fxquant.graph.annotation import Role
 from fxquant.graph.capture.tracing import trace
-from fxquant.session.sweep import Prepared, Results
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -85,7 +86,7 @@ def fc1_inputs(model: nn.Module, calibration: Tensor, bits: int, fold: FoldSqb) 
     """Table 6: only the inputs of fc1 quantized, min-max scales (weights of fc1 at 8 bits)."""
     insert = InsertObservers(image=None, roles=(Role.FC1,))
     allocate = AllocateBits(Budget(mean_activation_bits=8), Uniform(), (("fc1", (8, bits)),))
-    search = SearchScales(metric="min-max")
+    search = SearchScales(criterion="min-max")
     steps = [AssignRoles(), fold, insert, Calibrate(gradient=False), search, allocate, SubstituteQuantizers()]
     return Pipeline(steps).run(trace(model, calibration[:2]), PassContext(calibration))
 
@@ -108,7 +109,7 @@ def main() -> None:
     results.point(
         signature(settings, "float"), lambda: {"method": "float", "top1": top1(model, images, labels), **shared}
     )
-    prepared: dict[str, Prepared] = {}
+    sessions: dict[str, Session] = {}
     for full, recipe, extra, width, allocators in points([int(b) for b in options.bits.split(",")]):
         for method, allocator in allocators.items():
             if options.methods not in method or options.protocol == ("float-norms" if full else "fully-quantized"):
@@ -119,13 +120,13 @@ def main() -> None:
             if key in results.points:
                 continue
             group = f"{recipe} {extra} {full}"
-            if group not in prepared:
-                prepared.clear()
-                prepared[group] = Prepared(
+            if group not in sessions:
+                sessions.clear()
+                sessions[group] = Session(
                     model, calibration, recipe=recipe, cache=options.cache, fully_quantized=full, **extra
                 )
             start = time.perf_counter()
-            compiled = prepared[group].compile(f"W{width}A{width}", allocator)
+            compiled = sessions[group].compile(f"W{width}A{width}", allocator)
             seconds = time.perf_counter() - start
             lowered = compiled.lowered("auto")
             usage = compiled.allocation.usage if compiled.allocation else {}

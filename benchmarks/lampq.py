@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
 from fxquant.artefact.cache import signature
-from fxquant.session.sweep import Prepared, Results
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results
 from passes.allocate.metrics import NuclearNorm, PredictedLoss
 from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES
@@ -104,9 +105,7 @@ def point(
     recipe, options = row
     allocator = options.pop("allocator", None)
     start = time.perf_counter()
-    quantized = Prepared(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(
-        budget, allocator
-    )
+    quantized = Session(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(budget, allocator)
     seconds = time.perf_counter() - start
     notes = {entry.step.split("(")[0]: entry for entry in quantized.journal.entries}
     own = {step: notes[step].seconds for step in ("ScoreLayers", "AllocateBits", "UpdateBits") if step in notes}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.checks.untrusted import FLAG, NOTHING, OBJECT, TEXT, Kind, checked, choice, either, listed, record, whole
+from fxquant.checks.untrusted import FLAG, NOTHING, OBJECT, TEXT, Rule, checked, choice, either, listed, record, whole
 from fxquant.errors import ArtefactError, PatternError
 from fxquant.graph.annotation import Allowed, Operand, Role, Source
 from fxquant.quantizers.families import families_named, text_of
@@ -17,7 +17,7 @@ _COUNT, _BITS = whole(), whole(1, 32)
 _OPERAND = {"argument": either(NOTHING, whole(0, 1)), "source": choice(*map(str, Source)), "elements": _COUNT}
 _OPTIONS = {"families": TEXT, "tied": FLAG, "bits": _BITS, "pinned": FLAG}
 OPERANDS = listed(OBJECT, longest=2)
-WITHOUT_OPERANDS: dict[str, Kind] = {
+WITHOUT_OPERANDS: dict[str, Rule] = {
     "parameters": _COUNT, "activation_elements": _COUNT, "left_elements": _COUNT, "weight_bits": _BITS,
     "activation_bits": _BITS, "left_bits": _BITS, "pinned": FLAG,
 }  # fmt: skip

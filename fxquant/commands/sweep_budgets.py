@@ -57,7 +57,8 @@ def sweep_budgets(
     from fxquant.measure.accuracy import evaluate
     from fxquant.report.plots import check_plot
     from fxquant.report.progress import RichProgress
-    from fxquant.session.sweep import Prepared, Results, sweep
+    from fxquant.session.session import Session
+    from fxquant.session.sweep import Results, sweep
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
     allocators = [o.allocator_named(name.strip()) for name in allocator.split(",")] if allocator else [None]
@@ -78,15 +79,15 @@ def sweep_budgets(
     settings = signature(named.model, data_used, card, options, seed, batch_size, *known, limit)
     with RichProgress() as progress:
         common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
-        prepared = {
-            name: Prepared(named.model, found, recipe=name, card={**card, "recipe": name}, **common, **options)
+        sessions = {
+            name: Session(named.model, found, recipe=name, card={**card, "recipe": name}, **common, **options)
             for name in map(str.strip, recipe.split(","))
         }
 
         def measure(runs: nn.Module, label: str) -> Accuracy:
             return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")
 
-        done = sweep(prepared, wanted, allocators, measure, kept, settings)
+        done = sweep(sessions, wanted, allocators, measure, kept, settings)
     if plot is not None:
         _plot(plot, done)
     if json:

@@ -1,8 +1,9 @@
-"""What passes write on graph nodes and read from them: roles, bits, quantizers; and what is true of a whole graph.
+"""What passes write on graph nodes and read from them: roles, bits, quantizers.
 
 The `Annotation` in `node.meta` is the only channel between passes that decide (roles, bits) and passes that act
 (substitution, lowering). It is frozen: `annotate` replaces it. It survives `copy.deepcopy` of the graph module, not
-pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact.
+pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact. What is true of a
+whole graph are facts (`fxquant.graph.facts`), what is known of it are notes (`fxquant.graph.notes`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
     from fxquant.quantizers.quantizer import Quantizer
 
 _ANNOTATION = "fxquant"
-_FACTS = "fxquant_facts"
-_FOLDS = "fxquant_folds"
-LATENCY = "fxquant_latency"
-"""Key of a graph's meta: what MeasureLatency has measured."""
-EXECUTION = "execution"
-"""Key of a graph's meta: by layer, the kernel that runs it; Lower writes it."""
 
 
 class Role(StrEnum):
@@ -57,28 +52,6 @@ class Role(StrEnum):
 WEIGHT_ROLES = frozenset(
     {Role.QKV, Role.PROJ, Role.FC1, Role.FC2, Role.PATCH_EMBED, Role.HEAD, Role.REDUCTION, Role.LINEAR}
 )
-
-
-class Fact(StrEnum):
-    """What is true of a graph; passes require, provide and break facts."""
-
-    TRACED = "traced"
-    ROLES_ASSIGNED = "roles assigned"
-    OPERANDS_PLANNED = "operands planned"
-    FOLDED = "folded"
-    OBSERVED = "observed"
-    CALIBRATED = "calibrated"
-    GRAMS_KNOWN = "Gram matrices known"
-    SCALES_SEARCHED = "scales searched"
-    SCORED = "scored"
-    LATENCY_KNOWN = "latency known"
-    BITS_ALLOCATED = "bits allocated"
-    QUANTIZED = "quantized"
-    LOWERED = "lowered"
-
-
-STATISTICS = frozenset({Fact.CALIBRATED, Fact.GRAMS_KNOWN})
-"""What observers have gathered: stale wherever weights or observed edges change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +153,16 @@ class Annotation:
         return tuple(operand.bits for operand in self.operands)
 
     @property
+    def weight_bits(self) -> int | None:
+        """The width of the weight; None without one, and where it stays float."""
+        return None if self.weight is None else self.weight.bits
+
+    @property
+    def input_bits(self) -> tuple[int | None, ...]:
+        """The width of every input; None where it stays float."""
+        return tuple(operand.bits for operand in self.inputs)
+
+    @property
     def has_bits(self) -> bool:
         """Whether anything of the node is to compute in bits."""
         return any(bits is not None for bits in self.bits)
@@ -213,26 +196,6 @@ def annotate_operands(node: Node, **changes: Sequence[Any]) -> Annotation:
     operands = annotation_of(node).operands
     rows = [dict(zip(changes, values, strict=True)) for values in zip(*changes.values(), strict=True)]
     return annotate(node, operands=tuple(replace(o, **row) for o, row in zip(operands, rows, strict=True)))
-
-
-def facts_of(graph_module: GraphModule) -> frozenset[Fact]:
-    """What passes have declared true of this graph."""
-    return frozenset(graph_module.meta.get(_FACTS, ()))
-
-
-def declare(graph_module: GraphModule, provided: frozenset[Fact], broken: frozenset[Fact] = frozenset()) -> None:
-    """Record that facts hold now, and that others no longer do."""
-    graph_module.meta[_FACTS] = (facts_of(graph_module) - broken) | provided
-
-
-def folds_of(graph_module: GraphModule) -> list[str]:
-    """Names of the passes that have folded something into norms and weights, in the order they ran."""
-    return list(graph_module.meta.get(_FOLDS, ()))
-
-
-def note_fold(graph_module: GraphModule, name: str) -> None:
-    """Record that a pass of this name has folded what it can; the check of `Fact.FOLDED` asks for it."""
-    graph_module.meta[_FOLDS] = [*folds_of(graph_module), name]
 
 
 def planned_nodes(graph_module: GraphModule) -> list[Node]:

@@ -43,7 +43,7 @@ def _operation(node: fx.Node) -> str:
 def _bits(node: fx.Node) -> str:
     """[w4a5], [a8] without weight bits, [a2x4] of two inputs, [w4] with float ones, nothing where none has bits."""
     annotation = annotation_of(node)
-    weight, inputs = annotation.weight and annotation.weight.bits, [operand.bits for operand in annotation.inputs]
+    weight, inputs = annotation.weight_bits, annotation.input_bits
     parts = ["" if weight is None else f"w{weight}", f"a{input_label(inputs)}" if any(inputs) else ""]
     return f"[{''.join(parts)}]" if any(parts) else ""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from allocators.allocation import Allocation
 from fxquant.artefact.artefact import LoadedTexts
-from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Kind, checked, listed, mapped, whole
+from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Rule, checked, listed, mapped, whole
 from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for
@@ -25,8 +25,8 @@ from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from passes.pipeline.contract import Journal, JournalEntry
 
-# What the report reads from a card; whoever compiles may add entries of any kind.
-_CARD: dict[str, Kind] = {
+# What the report reads from a card; whoever compiles may add any entries.
+_CARD: dict[str, Rule] = {
     "first_last_weight_bits": mapped(listed(whole(1, 32))),
     "versions": mapped(TEXT),
     "preprocessing": OBJECT,
@@ -118,6 +118,6 @@ class Report(Document):
 
 def _check(card: Mapping[str, Any]) -> None:
     """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
-    for name, kind in _CARD.items():
+    for name, rule in _CARD.items():
         if card.get(name) is not None:
-            checked(card[name], kind, f"the card's '{name}'")
+            checked(card[name], rule, f"the card's '{name}'")

@@ -32,7 +32,7 @@ from fxquant.report.plots import plot_frontier
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.session.compiled import Compiled
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
 from passes.pipeline.contract import ProgressReporter, check_images, reporter_of
 
@@ -144,33 +144,33 @@ def frontier(
     if images is not None:
         check_images(images)
     progress = reporter_of(progress)
-    prepared = Prepared(
+    session = Session(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
     )
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:
-        prepared.check(lowest)
-    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
+        session.check(lowest)
+    table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
     points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
     task.close()
     if realised is None:
         return Frontier(axis, tuple(points))
-    kl = _Divergence(model, prepared.calibration if images is None else images, batch_size)
+    kl = _Divergence(model, session.calibration if images is None else images, batch_size)
     measure = kl if realised == "kl" else realised
     task = progress.track("measuring", len(points))
     losses = []
     for point in points:
-        losses.append(number("what `realised` returns", measure(_compiled(prepared, point)), BudgetError))
+        losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
         task.advance()
     task.close()
     name = "realised KL" if realised == "kl" else getattr(realised, "__name__", "realised")
     return Frontier(axis, tuple(points), tuple(losses), name)
 
 
-def _compiled(prepared: Prepared, point: FrontierPoint) -> Compiled:
-    return prepared.compile(point.allocation.budget, _Known(point.allocation))
+def _compiled(session: Session, point: FrontierPoint) -> Compiled:
+    return session.compile(point.allocation.budget, _Known(point.allocation))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class ModelOutputs:
     answers: Tensor
 
 
-class CalibrationSource:
+class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
     calibration: images (N, C, H, W), or how to make them; None makes them by the default options.

@@ -11,9 +11,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, nodes_with_role
+from fxquant.graph.notes import COVERAGE
 from fxquant.runtime.layer_row import LayerRow, OperandRow
 from fxquant.runtime.mac_shares import mac_shares
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
 from passes.pipeline.pipeline import Pipeline
@@ -51,7 +52,7 @@ def _operand_row(operand: Operand, found: Candidate | None) -> OperandRow:
 
 def protocol_card(
     model: nn.Module,
-    source: CalibrationSource,
+    source: ModelSource,
     pipeline: Pipeline,
     graph_module: GraphModule,
     backend: str = SIMULATED,
@@ -66,10 +67,10 @@ def protocol_card(
         backend: what quantizers and widths were restricted to.
     """
     annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]
-    quantized = {annotation.role for annotation in annotations if any(o.bits for o in annotation.inputs)}
+    quantized = {annotation.role for annotation in annotations if any(annotation.input_bits)}
     float_parts = [str(role) for role in (Role.SOFTMAX, Role.GELU, Role.LAYER_NORM) if role not in quantized]
     bits_by_role = {
-        str(role): sorted({(a.weight and a.weight.bits) or 32 for a in annotations if a.role is role})
+        str(role): sorted({a.weight_bits or 32 for a in annotations if a.role is role})
         for role in (Role.PATCH_EMBED, Role.HEAD)
     }
     timed = next((step for step in pipeline if isinstance(step, MeasureLatency)), None)
@@ -88,6 +89,6 @@ def protocol_card(
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
         "multiply_accumulates": mac_shares(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", math.nan)),
+        "coverage": math.nan if (coverage := COVERAGE.get(graph_module)) is None else coverage,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

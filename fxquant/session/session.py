@@ -1,15 +1,24 @@
-"""The one call: a model and a budget in, a quantized model out.
+"""The one call and what stands behind it: a model and a budget in, a quantized model out.
 
     quantized = fxquant.compile(model, "W4A4", calibration=images)
     print(quantized.report())
     quantized.save("model.fxq")
 
-Many budgets from one calibration: `fxquant.session.sweep`.
+The call is `Session(model, images).compile("W4A4")`. A session that is kept calibrates and searches once: no budget has
+any say in that, so every further budget or allocator starts from what was searched.
+
+    session = fxquant.Session(model, images)
+    for budget in ("W8A8", "W4A4"):
+        quantized = session.compile(budget)
+
+Accuracy over many budgets, kept in a file after every point: `fxquant.session.sweep`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -18,31 +27,175 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
 from allocators.problem.overrides import Bits
 from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values
 from fxquant.checks.hints import checked
-from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
-from fxquant.graph.annotation import Fact
+from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.session.compiled import Compiled, load
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate.allocate_bits import allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED
-from passes.pipeline.contract import Journal, ProgressReporter, check_images, reporter_of
+from passes.pipeline.contract import Journal, PassContext, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
+from passes.search.search_cache import run_prefix, split
 
-__all__ = ["Compiled", "compile", "load"]
+__all__ = ["Compiled", "Session", "compile", "load"]
+
+_BROUGHT = "budget, allocator, overrides, first_last_bits, fully_quantized, backend and latency"
+
+
+class Session:
+    """A model with its calibration images and a recipe, to be compiled for any number of budgets and allocators.
+
+    Args:
+        model: the caller's; it is not modified.
+        calibration: see `compile`.
+        recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget and options.
+        seed: of every random draw.
+        batch_size: images per forward where outputs are compared.
+        progress: where long steps report.
+        cache: folder that keeps the calibrated and searched model for other processes.
+        card: entries to add to the protocol card.
+        options: of the recipe (overrides, first_last_bits, fully_quantized, ...).
+
+    What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
+    """
+
+    @checked(OptionError, **BY_ARGUMENT)
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Tensor | Synthesis | None = None,
+        *,
+        recipe: str | Pipeline = "best",
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: ProgressReporter | None = None,
+        cache: str | PathLike[str] | None = None,
+        card: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Check images, recipe and options; nothing runs before `check` or `compile`.
+
+        Raises CalibrationError, ModelError, PipelineError.
+        """
+        self.model, self.card = model, json_values("card", card or {}, OptionError)
+        if isinstance(calibration, Tensor):
+            check_images(calibration)
+        self._recipe, self._options = recipe, options
+        if isinstance(recipe, Pipeline):
+            self._check_own(recipe)
+        self._example = self.pipeline(None if isinstance(recipe, Pipeline) else "W8A8")  # refuses unknown options
+        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
+
+    def _check_own(self, pipeline: Pipeline) -> None:
+        """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
+        is_plain = all(value is None or value is False or value in ({}, SIMULATED) for value in self._options.values())
+        if not is_plain:
+            self._refuse_beside_own()
+        if QUANTIZED not in pipeline.provides:
+            raise PipelineError(
+                "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
+                "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
+            )
+
+    def _refuse_beside_own(self) -> None:
+        raise PipelineError(
+            f"a Pipeline as recipe brings its own {_BROUGHT}: set them on its passes and give None for the budget, or "
+            "name a recipe"
+        )
+
+    @property
+    def calibration(self) -> Tensor:
+        """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
+        with torch.inference_mode(False):
+            return self._source.images
+
+    @checked(BudgetError)
+    def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
+        """The whole pipeline of one point.
+
+        budget: anything `Budget.parse` takes; None where the recipe is a Pipeline.
+        """
+        if isinstance(self._recipe, Pipeline):
+            if budget is not None or allocator is not None:
+                self._refuse_beside_own()
+            return self._recipe
+        return recipe_named(self._recipe)(budget, allocator=allocator, **self._options)
+
+    @torch.inference_mode(False)
+    def check(self, budget: Any, allocator: Allocator | None = None) -> None:
+        """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
+        check_budget(self.pipeline(budget, allocator), self._source.with_roles)
+
+    @torch.inference_mode(False)
+    def compile(self, budget: Any, allocator: Allocator | None = None, *, last: bool = False) -> Compiled:
+        """The model quantized within one budget; calibrates and searches on the first call only.
+
+        Args:
+            budget: see `pipeline`.
+            allocator: None for the recipe's own.
+            last: nothing more will be asked of this session, so that it keeps nothing for later: the one traced model
+                becomes the quantized one where no folder keeps it, which halves the memory.
+
+        Raises as `fxquant.compile` does.
+        """
+        pipeline = self.pipeline(budget, allocator)
+        check_budget(pipeline, self._source.with_roles)
+        prefix, rest = split(pipeline)
+        if last and "_searched" not in self.__dict__:
+            context = replace(self._source.context, journal=Journal())
+            is_kept = context.cache.folder is not None  # as what differs from the traced model
+            traced = self._source.traced if is_kept else self._source.given_up()
+            searched = run_prefix(prefix, traced, context, in_place=not is_kept)
+            return self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
+        searched, context = self._searched, self._after_search()
+        return self._compiled(pipeline, rest.run(searched, context), context.journal)
+
+    @torch.inference_mode(False)
+    @checked(BudgetError)
+    def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only.
+
+        budget: of it only which quantities are limited matters: times are measured where it limits the latency. Widths
+        that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
+        """
+        pipeline = self.pipeline(budget)
+        _, rest = split(pipeline)
+        found = rest[: rest.position(AllocateBits)].run(self._searched, self._after_search())
+        allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
+        return allocate.without_narrow(allocate.cost_table(found), lowest)
+
+    @cached_property
+    def _searched(self) -> GraphModule:
+        """The graph as it is before bits are allocated; no budget has any say in it."""
+        prefix, _ = split(self._example)
+        return run_prefix(prefix, self._source.traced, self._source.context)
+
+    def _after_search(self) -> PassContext:
+        """The context of one point: its journal begins with what led to `_searched`."""
+        context = self._source.context
+        return replace(context, journal=Journal(list(context.journal.entries)))
+
+    def _compiled(self, pipeline: Pipeline, quantized: GraphModule, journal: Journal) -> Compiled:
+        """What a pipeline has made of the traced model, with what it says of itself and its known answers."""
+        source, backend = self._source, self._options.get("backend", SIMULATED)
+        card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
+        answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
+        return Compiled(quantized, ALLOCATION.get(quantized), journal, layer_rows(quantized), card, answers)
 
 
 @checked(OptionError, **BY_ARGUMENT)
-@torch.inference_mode(False)
 def compile(
     model: nn.Module,
     budget: Any,
@@ -78,58 +231,9 @@ def compile(
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
     """
-    entries = json_values("card", card or {}, OptionError)
-    if isinstance(calibration, Tensor):
-        check_images(calibration)
-    if isinstance(recipe, Pipeline):
-        is_plain = allocator is None and not overrides and first_last_bits is None and not fully_quantized
-        if budget is not None or not is_plain or backend != SIMULATED or latency is not None:
-            raise PipelineError(
-                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
-                "backend and latency: set them on its passes and give None for the budget, or name a recipe"
-            )
-        if Fact.QUANTIZED not in recipe.provides:
-            raise PipelineError(
-                "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
-                "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
-            )
-        pipeline = recipe
-    else:
-        options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}
-        options |= {} if latency is None else {"latency": latency}
-        pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
-    prefix, rest = split(pipeline)
-    check_budget(pipeline, source.with_roles)
-    context = source.context
-    is_kept = context.cache.folder is not None  # as what differs from the traced model
-    traced = source.traced if is_kept else source.given_up()
-    quantized = rest.run(run_prefix(prefix, traced, context, in_place=not is_kept), context, in_place=True)
-    return compiled_from(model, source, pipeline, quantized, context.journal, backend=backend, card=entries)
-
-
-def compiled_from(
-    model: nn.Module,
-    source: CalibrationSource,
-    pipeline: Pipeline,
-    quantized: GraphModule,
-    journal: Journal,
-    *,
-    backend: str = SIMULATED,
-    card: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """What a pipeline has made, with what it says of itself and its known answers.
-
-    Args:
-        model: the caller's.
-        source: the model as it was traced, and its images.
-        pipeline: what was run, from the traced model on.
-        quantized: what came out of it.
-        journal: of all its passes.
-        backend: what quantizers and widths were restricted to.
-        card: entries that are added to the protocol card, or replace its own.
-    """
-    protocol = protocol_card(model, source, pipeline, quantized, backend)
-    answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
-    layers = layer_rows(quantized)
-    return Compiled(quantized, allocation_of(quantized), journal, layers, {**protocol, **(card or {})}, answers)
+    session = Session(
+        model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, card=card,
+        overrides=overrides, first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
+        latency=latency,
+    )  # fmt: skip
+    return session.compile(budget, allocator, last=True)

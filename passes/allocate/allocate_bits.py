@@ -26,9 +26,7 @@ from fxquant.checks.arguments import shown, text
 from fxquant.checks.hints import check_fields, fitted
 from fxquant.errors import BudgetError, OverrideError, SensitivityError
 from fxquant.graph.annotation import (
-    LATENCY,
     Annotation,
-    Fact,
     Operand,
     Role,
     Source,
@@ -36,11 +34,19 @@ from fxquant.graph.annotation import (
     annotation_of,
     planned_nodes,
 )
+from fxquant.graph.facts import Fact
+from fxquant.graph.notes import Note
 from passes.allocate.build_table import build_table, latency_ms, refuse_too_wide
+from passes.allocate.measure_latency import LATENCY, LATENCY_KNOWN
 from passes.pipeline.contract import PassContext
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
-ALLOCATION = "fxquant_allocation"
-COST_TABLE = "fxquant_cost_table"
+ALLOCATION = Note("allocation", Allocation, "run AllocateBits first")
+"""The allocator's answer."""
+
+COST_TABLE = Note("cost table", CostTable, "run AllocateBits first")
+"""The problem that the allocator was given."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class AllocateBits:
     role_bits: tuple[tuple[str, Bits], ...] = ()
     narrowest: int = 2
 
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -83,8 +89,8 @@ class AllocateBits:
     @property
     def requires(self) -> frozenset[Fact]:
         """Candidates; and times where the budget limits the latency."""
-        timed = frozenset() if self.budget.latency_ms is None else frozenset({Fact.LATENCY_KNOWN})
-        return timed | {Fact.SCALES_SEARCHED}
+        timed = frozenset() if self.budget.latency_ms is None else frozenset({LATENCY_KNOWN})
+        return timed | {SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.
@@ -104,7 +110,8 @@ class AllocateBits:
         for layer, node in enumerate(nodes):
             operands = self._allocated(annotation_of(node), widths[:, layer], table.allowed[:, layer].sum(axis=1) <= 1)
             annotate_operands(node, bits=[o.bits for o in operands], pinned=[o.pinned for o in operands])
-        graph_module.meta[ALLOCATION], graph_module.meta[COST_TABLE] = allocation, table
+        ALLOCATION.write(graph_module, allocation)
+        COST_TABLE.write(graph_module, table)
         context.note(
             status=allocation.status,
             solver=allocation.solver,
@@ -148,7 +155,7 @@ class AllocateBits:
         annotations = [annotation_of(node) for node in planned_nodes(graph_module)]
         weights = [annotation.weight.candidates for annotation in annotations if annotation.weight]
         table = self.table(annotations, tuple(candidate.bits for candidate in next(filter(None, weights))))
-        measured = graph_module.meta.get(LATENCY)
+        measured = LATENCY.get(graph_module)
         return table if measured is None else replace(table, latency_ms=latency_ms(table, measured))
 
     def table(self, annotations: Sequence[Annotation], bits: tuple[int, ...]) -> CostTable:
@@ -177,12 +184,6 @@ def check_losses(table: CostTable) -> None:
             f"weights may all be 0), and are the calibration images different from one another? A recipe that looks at "
             f"every layer's own error needs no output that reacts: recipe='repq_vit'"
         )
-
-
-def allocation_of(graph_module: GraphModule) -> Allocation | None:
-    """The allocation AllocateBits made, None before."""
-    found = graph_module.meta.get(ALLOCATION)
-    return found if isinstance(found, Allocation) else None
 
 
 def normalized_overrides(overrides: Mapping[str, Bits] | None) -> tuple[tuple[str, Bits], ...]:

@@ -14,11 +14,12 @@ from torch.fx import GraphModule
 
 from allocators.problem.uniform_limits import in_numbers
 from fxquant.errors import OverrideError
-from fxquant.graph.annotation import Annotation, Fact, Source, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.annotation import Annotation, Source, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.facts import Fact
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
-from passes.search.plan_operands import PlanOperands
+from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands
 from passes.search.search_scales import SearchScales
 
 Kind = TypeVar("Kind")
@@ -37,7 +38,7 @@ class CheckBudget:
     allocate: AllocateBits = field(repr=False)
     bits: tuple[int, ...] = field(repr=False)
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OPERANDS_PLANNED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OPERANDS_PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

@@ -16,8 +16,11 @@ from torch.fx import GraphModule, Node
 from fxquant.checks.arguments import shown
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from passes.pipeline.contract import PassContext
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 LAMPQ_ROLES = (Role.QKV, Role.PROJ, Role.FC1, Role.FC2)
 """The four linear layers of a block that LampQ and VT-PTQ allocate."""
@@ -58,6 +61,21 @@ class Metric(Protocol):
         """
 
 
+def _check_scores(graph_module: GraphModule) -> None:
+    """Some layer has scores, and every layer that has some has one per candidate."""
+    operands = [(node, o) for node in nodes_with_role(graph_module) for o in annotation_of(node).operands]
+    if not any(operand.scores for _, operand in operands):
+        raise missing("no layer has scores", "ScoreLayers")
+    for node, operand in operands:
+        if operand.scores and len(operand.scores) != len(operand.candidates):
+            problem = f"it has {len(operand.scores)} scores for {len(operand.candidates)} candidates"
+            raise broken_at(node, problem, "run ScoreLayers after SearchScales")
+
+
+SCORED = Fact("scored", _check_scores, rests_on=frozenset({SCALES_SEARCHED}))
+"""Layers have one score per candidate, which AllocateBits minimises."""
+
+
 @dataclass(frozen=True)
 class ScoreLayers:
     """Score layers by a metric.
@@ -70,9 +88,9 @@ class ScoreLayers:
     metric: Metric
     roles: tuple[Role, ...] | None = LAMPQ_ROLES
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED, Fact.OBSERVED, Fact.SCALES_SEARCHED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCORED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options that do not fit."""

@@ -40,7 +40,7 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     calibrate = Calibrate(gradient=False)
     return assemble(
         budget, plan, options, allocator=Uniform(), fold=REPARAMETERISE,
-        calibrate=calibrate, metric="mse",
+        calibrate=calibrate, criterion="mse",
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
-from passes.search.search_scales import SearchScales
+from passes.search.search_scales import Criterion, SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -59,7 +59,7 @@ def assemble(
     allocator: Allocator,
     fold: FoldSqb | None,
     calibrate: Calibrate = Calibrate(),
-    metric: Any = "hessian",
+    criterion: Criterion = "hessian",
     score: Pass | None = None,
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
@@ -68,7 +68,7 @@ def assemble(
     BudgetError for a budget that cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
-    search = SearchScales(bits, metric)
+    search = SearchScales(bits, criterion)
     plan = restrict_families(plan, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(

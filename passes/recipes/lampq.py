@@ -59,11 +59,7 @@ def lampq(
     """
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied
-    allocator = (
-        Milp(tie_weights_and_activations=together)
-        if layer_wise
-        else ModuleFrontier(tie_weights_and_activations=together)
-    )
+    allocator = (Milp if layer_wise else ModuleFrontier)(tie_weights_and_activations=together)
     chosen = metric or (TypeAwareFisher() if type_aware else FisherTrace())
     pipeline = _mixed(parsed, base, allocator, ScoreLayers(chosen), outside_bits, options)
     if update is None or not layer_wise:

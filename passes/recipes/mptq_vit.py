@@ -39,7 +39,7 @@ def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
         post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
     )
     calibrate = Calibrate(gradient=False)
-    return assemble(budget, plan, options, allocator=Uniform(), fold=None, calibrate=calibrate, metric="min-max")
+    return assemble(budget, plan, options, allocator=Uniform(), fold=None, calibrate=calibrate, criterion="min-max")
 
 
 def _norm_inputs(options: Options) -> dict[str, Any]:

@@ -12,22 +12,38 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, planned_nodes
+from fxquant.graph.annotation import annotation_of, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.names import add_module
 from fxquant.quantizers.observers import Observer
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.plan_operands import OPERANDS_PLANNED
 
 Place = tuple[Node, int]
 """A node and which of its arguments."""
+
+
+def _check_observed(graph_module: GraphModule) -> None:
+    """Observers are there, each on the input of a node that has a role."""
+    found = observer_nodes(graph_module)
+    if not found:
+        raise missing("no edge has an observer", "InsertObservers")
+    for node in found:
+        if not any(annotation_of(user).role for user in node.users):
+            raise broken_at(node, "no node with a role reads this observer", "run InsertObservers again")
+
+
+OBSERVED = Fact("observed", _check_observed, rests_on=frozenset({OPERANDS_PLANNED}))
+"""Edges to quantize carry observers, which nodes with roles read."""
 
 
 @dataclass(frozen=True)
 class InsertObservers:
     """Put observers on the inputs of nodes of which anything is to be quantized, as PlanOperands has written."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OPERANDS_PLANNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({OPERANDS_PLANNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:

@@ -19,16 +19,16 @@ from torch.fx import GraphModule, Node
 from fxquant.checks.hints import check_fields
 from fxquant.errors import PatternError
 from fxquant.graph.annotation import (
-    STATISTICS,
     Allowed,
-    Fact,
     Operand,
     Role,
     Source,
     annotate,
     annotation_of,
     nodes_with_role,
+    planned_nodes,
 )
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact, broken_at, missing
 from fxquant.graph.nodes import elements_of
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Observer
@@ -39,6 +39,21 @@ _SHAPE_ONLY = frozenset(
 )
 _INPUTS = {Role.SOFTMAX: Source.SOFTMAX_INPUT, Role.LAYER_NORM: Source.LAYER_NORM_INPUT}
 _PRODUCED = {Role.GELU: Source.POST_GELU, Role.SOFTMAX: Source.POST_SOFTMAX, Role.LAYER_NORM: Source.POST_LAYER_NORM}
+
+
+def _check_planned(graph_module: GraphModule) -> None:
+    """Something is to be quantized, and every input is an argument of its node."""
+    nodes = planned_nodes(graph_module)
+    if not nodes:
+        raise missing("nothing is to be quantized", "PlanOperands")
+    for node in nodes:
+        for operand in annotation_of(node).inputs:
+            if operand.argument not in range(len(node.args)):
+                raise broken_at(node, f"it has no argument {operand.argument} to quantize", "run PlanOperands again")
+
+
+OPERANDS_PLANNED = Fact("operands planned", _check_planned, rests_on=frozenset({ROLES_ASSIGNED}))
+"""Every node with a role says what it multiplies or reads, and what may become of it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,9 @@ class PlanOperands:
     tied: tuple[Role, ...] = (Role.QK, Role.AV)
     roles: tuple[Role, ...] | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OPERANDS_PLANNED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({OPERANDS_PLANNED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
         """Raise PatternError for options that do not fit."""

@@ -1,8 +1,8 @@
 """SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
 
-Metrics: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate gathered
-that instead), "mse" (squared error of the tensor itself), "min-max"
-(no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
+Criteria: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate
+gathered that instead), "mse" (squared error of the tensor itself), "min-max" (no search: the range just covers the
+data). What is found lands in the nodes' annotations, with the predicted loss and
 the noise power that sensitivities and allocators read; then the observers' statistics are released.
 """
 
@@ -20,38 +20,56 @@ from fxquant.artefact.cache import Cache
 from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
 from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.annotation import Candidate, Fact, Operand, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
-Metric = Literal["hessian", "mse", "min-max"]
+Criterion = Literal["hessian", "mse", "min-max"]
+
+
+def _check_scales(graph_module: GraphModule) -> None:
+    """Every operand that has families has candidates; each width is listed once, ascending."""
+    operands = [(node, operand) for node in planned_nodes(graph_module) for operand in annotation_of(node).operands]
+    if not any(operand.candidates for _, operand in operands):
+        raise missing("no operand has candidates", "SearchScales")
+    for node, operand in operands:
+        bits = [candidate.bits for candidate in operand.candidates]
+        if operand.families and not bits:
+            raise broken_at(node, f"its {operand.source} operand has no candidates", "run SearchScales again")
+        if bits != sorted(set(bits)):
+            raise broken_at(node, f"it has candidates of {bits} bits", "list each width once, ascending")
+
+
+SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CALIBRATED}))
+"""Quantized tensors have candidates, ascending by bits."""
 
 
 @dataclass(frozen=True)
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
+    bits: ascending candidate widths, 2 to 8. criterion: see the module. keep_grams: keep the Gram matrices of
     weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
     edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    metric: Metric = "hessian"
+    criterion: Criterion = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
-        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
-        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
+        """The calibration; and, unless they are kept, Gram matrices: both are released."""
+        return frozenset({CALIBRATED}) if self.keep_grams else STATISTICS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -110,13 +128,13 @@ class SearchScales:
 
     def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
         statistics = observer.statistics()
-        weighted = self.metric == "hessian"
+        weighted = self.criterion == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
+                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
         named = observer.families
-        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+        if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
             named = families_named("symmetric-min-max")
         best = []
         for bits in self.bits:
@@ -136,13 +154,13 @@ class SearchScales:
         module = graph_module.get_submodule(str(node.target))
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return ()
-        hessian = self.metric == "hessian"
+        hessian = self.criterion == "hessian"
         return search_weight(
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
             observer.gram if hessian else None,
             observer.channel_weight() if hessian else None,
-            search=self.metric != "min-max",
+            search=self.criterion != "min-max",
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],
         )

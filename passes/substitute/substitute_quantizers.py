@@ -13,20 +13,42 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError, VerificationError
-from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, Operand, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Candidate, Operand, annotation_of, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, Fact, broken_at, missing
 from fxquant.graph.names import add_module, exchange_module
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import remove_observers
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED, remove_observers
+from passes.search.search_scales import SCALES_SEARCHED
+
+
+def _check_bits(graph_module: GraphModule) -> None:
+    """Some node has bits, and each of its widths is one that it has a quantizer for."""
+    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
+    if not any(annotation.has_bits for _, annotation in annotated):
+        raise missing("no node has bits", "AllocateBits")
+    for node, annotation in annotated:
+        for operand in annotation.operands:
+            widths = [candidate.bits for candidate in operand.candidates]
+            if operand.bits not in widths and (operand.bits is not None or widths):
+                listed = f"among {widths}" if widths else "there: this operand has no candidates"
+                problem = f"{operand.bits} bits of its {operand.source} operand are not {listed}"
+                raise broken_at(node, problem, "allocate among the candidates, or search that width")
+
+
+BITS_ALLOCATED = Fact("bits allocated", _check_bits, rests_on=frozenset({SCALES_SEARCHED}))
+"""Some nodes have bits, and every width is one of the tensor's candidates. AllocateBits, in a room above, provides it.
+"""
 
 
 @dataclass(frozen=True)
 class SubstituteQuantizers:
     """Put the chosen quantizers into the graph."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {OBSERVED, SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Substitute in place; returns the number of nodes that now compute in low bits."""

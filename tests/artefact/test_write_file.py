@@ -19,7 +19,7 @@ from fxquant.errors import ArtefactError
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fxquant.runtime import container
+from fxquant.artefact import container
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 container.write_file(Path(sys.argv[1]), b"half")
 """

@@ -24,8 +24,9 @@ from fxquant.data import embedded
 from fxquant.data.models import load_model
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
-from fxquant.session.sweep import Prepared, Results, sweep
-from passes.pipeline.search_cache import split
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results, sweep
+from passes.search.search_cache import split
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]
@@ -178,7 +179,7 @@ def test_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["baseline"]["count"] == 50
     assert plot.stat().st_size > 1000
 
-    monkeypatch.setattr("fxquant.session.sweep.Prepared.compile", lambda *_: pytest.fail("a point was computed again"))
+    monkeypatch.setattr("fxquant.session.session.Session.compile", lambda *_: pytest.fail("a point was computed again"))
     again = run(*common, "--budgets", "W8A8,W4A4", "--json")
     assert json.loads(again.stdout) == found
     table = run(*common, "--budgets", "W4A4").stdout
@@ -199,16 +200,16 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
         return apply(pipeline, *given, **options)
 
     monkeypatch.setattr(fxquant.Pipeline, "run", run)
-    prepared = Prepared(model, images)
+    session = Session(model, images)
 
     def measure(runs: torch.nn.Module, label: str) -> Accuracy:
         return Accuracy(1, 2)
 
-    done = sweep({"best": prepared}, [Budget.parse(8), Budget.parse(4)], [Greedy(), Uniform()], measure, Results(), "x")
+    done = sweep({"best": session}, [Budget.parse(8), Budget.parse(4)], [Greedy(), Uniform()], measure, Results(), "x")
     assert [point["allocator"] for point in done.points] == ["greedy", "uniform"] * 2
-    prefix, rest = split(prepared.pipeline(4))
+    prefix, rest = split(session.pipeline(4))
     assert sorted(calls) == sorted([1, *[len(rest)] * 4, len(prefix)]), "roles, four allocations, one calibration"
-    found = prepared.compile("W4A4", Greedy())
+    found = session.compile("W4A4", Greedy())
     assert found.allocation == expected.allocation
     assert torch.equal(found(images), expected(images))
     assert len(found.journal.entries) == len(expected.journal.entries)

@@ -15,7 +15,7 @@ from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.sensitivity import relevance as module
 from fxquant.sensitivity.relevance import Relevance, rewritten
 from tests.conformance.architectures import TRANSFORMERS
-from tests.passes.models import ARCHITECTURES, images, scrambled, timm_model, traced
+from tests.models import ARCHITECTURES, images, scrambled, timm_model, traced
 
 NAMES = [*ARCHITECTURES, "swinv2_tiny_window8_256", "eva02_tiny_patch14_224", "vit_base_patch16_clip_quickgelu_224"]
 

@@ -12,7 +12,7 @@ import fxquant
 from fxquant.cli import app
 from fxquant.errors import BudgetError, ModelError
 from fxquant.session.model_frontier import Frontier, _Divergence
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 FEW = {"bits": (2, 3, 4, 8)}
 

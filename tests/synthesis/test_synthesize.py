@@ -16,7 +16,7 @@ from fxquant.synthesis.priors import variation
 from fxquant.synthesis.synthesize import Pictures, Synthesis, _Watched, synthesize, trace_without_images
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
-from tests.passes.models import SWIN, VIT, timm_model, vit
+from tests.models import SWIN, VIT, timm_model, vit
 
 QUICK = Synthesis(count=3, steps=2)
 EMBEDDED = Synthesis(count=4, steps=8, mean=(embedded.MEAN,), std=(embedded.STD,))

@@ -18,7 +18,7 @@ from fxquant.graph.annotation import Annotation, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.relevance import Relevance
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
 from passes.allocate.score_layers import ScoreLayers
 from passes.pipeline.contract import PassContext
@@ -153,4 +153,4 @@ def test_ties_optimisations_and_errors() -> None:
         recipe(optimise="magic")
     with pytest.raises(OverrideError, match="MP5 asks for a uniform model of 5 bits"):
         fxquant.compile(embedded.load_model(), None, calibration=IMAGES, recipe=recipe(budget="MP5"))
-    assert allocation_of(trace(embedded.load_model(), IMAGES[:2])) is None
+    assert ALLOCATION.get(trace(embedded.load_model(), IMAGES[:2])) is None

@@ -14,8 +14,9 @@ from allocators.uniform import Uniform
 from fxquant.artefact.cache import Cache
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
 from fxquant.quantizers.learned import LearnedCodes
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxquant.artefact.cache import Cache, signature
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
@@ -19,10 +20,10 @@ from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe
+from passes.search.search_cache import run_prefix, split
 from passes.search.search_scales import SearchScales
-from tests.passes.models import ARCHITECTURES, images, vit
+from tests.models import ARCHITECTURES, images, vit
 
 IMAGES = images(4)
 TRACED = trace(vit(depth=1), IMAGES[:2])
@@ -131,6 +132,6 @@ def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
     traced = trace(model, x)
     prefix, _ = split(recipe("best")("W4A4", **FEW))
     folded = prefix[: len(prefix) - 2].run(traced, PassContext(x))
-    again = searched_from_file(*searched_to_file(folded, traced), traced)
+    again = searched_from_file(*searched_to_file(folded, traced), traced, facts_of(folded))
     assert again.code == folded.code
     assert signature(again) == signature(folded)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import timm
 import torch
 
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, verify
 from fxquant.graph.printer import format_graph
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 
@@ -25,7 +25,7 @@ def assigned(batch_size: int = 2):
 
 def test_layers_blocks_and_costs() -> None:
     graph_module, changed, context = assigned()
-    verify(graph_module, Fact.ROLES_ASSIGNED)
+    verify(graph_module, ROLES_ASSIGNED)
     annotations = {annotation_of(node).layer: annotation_of(node) for node in nodes_with_role(graph_module)}
     assert changed == len(annotations) == 23
     block = ["norm1", "attn.qkv", "attn.qk", "attn.softmax", "attn.av", "attn.proj"]

@@ -17,7 +17,7 @@ from fxquant.graph.structure.query_keys import query_keys
 from passes.pipeline.contract import PassContext
 from passes.prepare.balance_heads import BalanceHeads, balancing, spreading
 from passes.prepare.rotate_residual import RotateResidual
-from tests.passes.models import ARCHITECTURES, images, timm_model, traced, vit
+from tests.models import ARCHITECTURES, images, timm_model, traced, vit
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
 

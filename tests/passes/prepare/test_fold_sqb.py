@@ -14,7 +14,7 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.structure.channel_paths import channel_paths
 from passes.pipeline.contract import PassContext
 from passes.prepare.fold_sqb import FoldSqb
-from tests.passes.models import ARCHITECTURES, SWIN, VIT, images, timm_model, vit
+from tests.models import ARCHITECTURES, SWIN, VIT, images, timm_model, vit
 
 SWITCHES = {
     "SQ-b": FoldSqb(),

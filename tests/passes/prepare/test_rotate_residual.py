@@ -12,7 +12,7 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.structure.residual_stream import residual_streams
 from passes.pipeline.contract import PassContext
 from passes.prepare.rotate_residual import RotateResidual, mean_keeping_rotation
-from tests.passes.models import ARCHITECTURES, images, scrambled, timm_model, vit
+from tests.models import ARCHITECTURES, images, scrambled, timm_model, vit
 
 BEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
 ROTATED = {

@@ -13,15 +13,15 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
 from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
 from fxquant.runtime.native.library import UNIFORM
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.pipeline.contract import PassContext
 from passes.recipes import adalog, best, mptq_vit, recipe
 from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, vit
-from tests.quantizers.by_hand import statistics_of
+from tests.models import images, vit
+from tests.quantizers.plain_versions import statistics_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,8 +112,8 @@ def test_every_layer_a_backend_can_run_runs_as_integers(backend: str, name: str,
         pytest.skip(f"{backend} cannot run on this machine")
     runs = sum(row.execution != "simulated" for row in lowered.layers)
     assert runs == integer or (backend == "openvino" and runs > integer / 2)  # which decides by itself, in small models
-    prepared = Prepared(vit(depth=1), x, recipe=name, backend=backend)
-    assert prepared.compile("W5A6").card["backend"] == found.card["backend"]
+    session = Session(vit(depth=1), x, recipe=name, backend=backend)
+    assert session.compile("W5A6").card["backend"] == found.card["backend"]
 
 
 def test_what_stays_simulated_is_named() -> None:

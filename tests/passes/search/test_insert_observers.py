@@ -5,12 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import STATISTICS, Fact, Role
+from fxquant.graph.annotation import Role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.observers import Edge
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import InsertObservers, observer_nodes, observers_of, remove_observers
-from tests.passes.models import SWIN, images, timm_model, traced, vit
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
+from tests.models import SWIN, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 
@@ -156,7 +159,7 @@ def test_unknown_families_are_refused_with_the_known_ones() -> None:
 
 
 def test_what_was_known_of_the_old_observers_no_longer_holds() -> None:
-    assert InsertObservers().breaks == {*STATISTICS, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    assert all(fact.falls_with(InsertObservers().provides) for fact in (*STATISTICS, SCALES_SEARCHED, BITS_ALLOCATED))
 
 
 def test_convolutions_that_pad_otherwise_are_refused() -> None:

@@ -14,7 +14,7 @@ from passes.recipes import mptq_vit
 from passes.search.calibrate import Calibrate, coherence
 from passes.search.insert_observers import InsertObservers, observers_of
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (2, 4, 8)
 
@@ -49,7 +49,7 @@ def test_candidates_for_every_observed_tensor(calibrated: GraphModule) -> None:
 
 
 def test_mse_has_the_least_noise_and_hessian_the_least_loss(calibrated: GraphModule) -> None:
-    by_mse, by_hessian = searched(calibrated, metric="mse"), searched(calibrated)
+    by_mse, by_hessian = searched(calibrated, criterion="mse"), searched(calibrated)
     different = 0
     for layer, annotation in by_mse.items():
         pairs = zip(annotation.activation_candidates, by_hessian[layer].activation_candidates, strict=True)
@@ -62,7 +62,7 @@ def test_mse_has_the_least_noise_and_hessian_the_least_loss(calibrated: GraphMod
 
 def test_min_max_covers_the_data(calibrated: GraphModule) -> None:
     graph_module = copy.deepcopy(calibrated)
-    fc1 = searched(graph_module, metric="min-max")["blocks.0.mlp.fc1"]
+    fc1 = searched(graph_module, criterion="min-max")["blocks.0.mlp.fc1"]
     (node,) = [n for n in nodes_with_role(graph_module) if annotation_of(n).layer == "blocks.0.mlp.fc1"]
     observer = observers_of(graph_module, node)[0][1]
     largest = max(-observer.minimum, observer.maximum)
@@ -79,7 +79,7 @@ def test_hessian_without_gradients_says_what_is_missing() -> None:
     Calibrate(gradient=False).apply(graph_module, PassContext(images()))
     with pytest.raises(CalibrationError, match=r"needs gradients or output errors, and Calibrate gathered neither"):
         SearchScales(BITS).apply(graph_module, PassContext())
-    SearchScales(BITS, metric="mse").apply(graph_module, PassContext())
+    SearchScales(BITS, criterion="mse").apply(graph_module, PassContext())
 
 
 class TestTwice:
