@@ -29,9 +29,11 @@ from fxquant.runtime.integer.lowered import ToCodes
 from fxquant.runtime.integer.row_order import ReorderRows
 from fxquant.runtime.integer.torch_linear import IntMmLinear
 from fxquant.runtime.native import library
-from passes.lower.integer_plan import integer_codes
+from passes.lower.exact_codes import integer_codes
 from passes.lower.lower import Lower, execution_of, execution_summary, resolved
-from passes.lower.rewrites.assemble_tokens import assemble_tokens
+from passes.lower.rewrite import Miss
+from passes.lower.rewrites.assemble_tokens import AssembleTokens
+from passes.lower.rewrites.order_rows import OrderRows
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
@@ -91,7 +93,7 @@ def test_every_layer_gives_the_same_codes_and_outputs(simulated_graph: tuple[Gra
     for node in graph_module.graph.nodes:
         module = graph_module.get_submodule(node.target) if node.op == "call_module" else None
         codes = integer_codes(module, node)
-        if codes is None:
+        if isinstance(codes, Miss):
             continue
         inputs = [values[source] for source in node.args]
         names = ("left_quantizer", "right_quantizer") if len(inputs) == 2 else ("input_quantizer",)
@@ -206,7 +208,7 @@ def test_windows_are_ordered_once_for_a_whole_block(monkeypatch: pytest.MonkeyPa
         "%merge_layers_1_downsample_norm = ReorderRows(%layers_0_blocks_1_mlp_fc2)\n"
     )
     assert "roll" not in text
-    monkeypatch.setattr("passes.lower.lower.order_rows", lambda plan, shapes: None)
+    monkeypatch.setattr(OrderRows, "apply", lambda *_: 0)
     as_traced = lower(graph_module)
     assert "roll" in format_graph(as_traced)
     with torch.inference_mode():
@@ -446,7 +448,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's int8 products run on a CPU too, so all but the place can be tested there."""
     if torch.cuda.is_available():
         return
-    monkeypatch.setattr("passes.lower.lower._GPU", "cpu")
+    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
@@ -466,7 +468,7 @@ def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
 
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_cuda_leaves_models_alone_that_have_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.lower.lower._GPU", "meta")
+    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "meta")
     graph_module = quantized("vit")
     for module in graph_module.modules():
         if isinstance(module, simulated.QuantizedLinear):
@@ -639,7 +641,7 @@ def test_tokens_are_assembled_in_one_step(architecture: str, monkeypatch: pytest
     graph_module, x = quantized(architecture), images(5, ARCHITECTURES[architecture]()[1], seed=5)
     low = lower(copy.deepcopy(graph_module))
     assert format_graph(low).count("AssembleTokens") == (architecture != "swin")
-    monkeypatch.setattr("passes.lower.lower.assemble_tokens", lambda graph_module: None)
+    monkeypatch.setattr(AssembleTokens, "apply", lambda *_: 0)
     with torch.inference_mode():
         assert torch.equal(low(x), lower(graph_module)(x))
 
@@ -671,6 +673,6 @@ def test_what_only_looks_like_tokens_computes_the_same(kind: str) -> None:
     ShapeProp(graph_module).propagate(x)
     with torch.inference_mode():
         expected = model(x)
-        assemble_tokens(graph_module)
+        AssembleTokens().apply(graph_module, PassContext())
         graph_module.recompile()
         assert torch.equal(graph_module(x), expected)
