@@ -153,7 +153,7 @@ bool run_attention(AttentionCall call, int64_t batch, int32_t threads);
 bool parallel(int64_t count, int32_t threads, void (*task)(void *, int64_t), void *context);
 
 // This thread's scratch memory number `slot`, at least `bytes` long, 64-byte aligned; throws std::bad_alloc.
-enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kChain, kSlots };
+enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kWidened, kExtra, kChain, kSlots };
 void *scratch(Slot slot, size_t bytes);
 
 }  // namespace fxq
