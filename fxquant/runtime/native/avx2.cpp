@@ -30,6 +30,7 @@ int vectors_for(int64_t units) { return units < 2 ? 1 : 2; }
 int rows_for(int) { return kTileRows; }
 
 #include "avx2.inl"
+#include "tile256.inl"
 
 // Groups of a panel of 16 columns that hold what was taken out of it. group: which inputs these are.
 struct Extra {
@@ -80,41 +81,6 @@ DeepLoop loop_for_weights(int64_t most_left, int64_t most_weight, int64_t rows) 
     return loop;
 }
 
-// Calls task(i) for i below `count`, each a constant: only so do compilers keep arrays of registers in registers.
-template <class Task, int... i>
-FXQ_INLINE void each_of(const Task &task, std::integer_sequence<int, i...>) {
-    (task(std::integral_constant<int, i>()), ...);
-}
-template <int count, class Task>
-FXQ_INLINE void each(const Task &task) {
-    each_of(task, std::make_integer_sequence<int, count>());
-}
-
-// The same four bytes everywhere.
-FXQ_INLINE __m256i four_bytes(const void *from) {
-    int32_t four;
-    __builtin_memcpy(&four, from, 4);
-    return _mm256_set1_epi32(four);
-}
-
-// Where a tile of 16 columns reads and writes. begin: what sums begin at, or null.
-struct Tile {
-    int64_t left_stride, groups, depth;
-    Extra extra;
-    const int32_t *begin;
-    int64_t begin_stride;
-    int32_t *sums;
-    int64_t sum_stride;
-    FXQ_INLINE __m256i first(int row, int half) const {
-        return begin ? load_bytes(begin + row * begin_stride + half * 8) : _mm256_setzero_si256();
-    }
-    FXQ_INLINE int32_t *at(int row, int half) const { return sums + row * sum_stride + half * 8; }
-};
-
-// Keeps what was computed in a register, and computes it here: compilers that move all loads to the front run out of
-// registers.
-FXQ_INLINE void keep(__m256i &a, __m256i &b) { asm volatile("" : "+x"(a), "+x"(b)); }
-
 // `at_once` groups of inputs from `from` on, whose sums 16 bits hold, row by row.
 template <int rows, int at_once>
 FXQ_INLINE void few_groups(const uint8_t *left, int64_t stride, const int8_t *right, __m256i *sum) {
@@ -139,38 +105,44 @@ FXQ_INLINE void few_groups(const uint8_t *left, int64_t stride, const int8_t *ri
 
 // What sums begin at, and the groups beside the panel.
 template <int rows>
-FXQ_INLINE void begin_sums(const uint8_t *left, const Tile &tile, __m256i *sum) {
-    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = tile.first(i / 2, i % 2); });
-    for (int64_t e = 0; e < tile.extra.count; ++e)
-        few_groups<rows, 1>(left + tile.extra.group[e] * 4, tile.left_stride, tile.extra.numbers + e * 64, sum);
+FXQ_INLINE void begin_sums(const Extra &extra, const uint8_t *left, const Place &place, __m256i *sum) {
+    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = place.first(i / 2, i % 2); });
+    for (int64_t e = 0; e < extra.count; ++e)
+        few_groups<rows, 1>(left + extra.group[e] * 4, place.left_stride, extra.numbers + e * 64, sum);
+}
+
+template <int rows>
+FXQ_INLINE void store_sums(const __m256i *sum, const Place &place) {
+    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2)); });
 }
 
 // Sums in 16 bits last for one to three groups: all sums are in registers.
 template <int rows, int at_once>
-void shallow_tile(const uint8_t *left, const int8_t *right, const Tile &tile) {
+void shallow(const DeepLoop &loop, int vector, const uint8_t *left, const int8_t *right, const Place &place) {
     __m256i sum[2 * rows];
-    begin_sums<rows>(left, tile, sum);
+    begin_sums<rows>(loop.extra[vector], left, place, sum);
     int64_t g = 0;
-    for (; g + at_once <= tile.groups; g += at_once)
-        few_groups<rows, at_once>(left + g * 4, tile.left_stride, right + g * 64, sum);
-    for (; g < tile.groups; ++g) few_groups<rows, 1>(left + g * 4, tile.left_stride, right + g * 64, sum);
-    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], tile.at(i / 2, i % 2)); });
+    for (; g + at_once <= place.groups; g += at_once)
+        few_groups<rows, at_once>(left + g * 4, place.left_stride, right + g * 64, sum);
+    for (; g < place.groups; ++g) few_groups<rows, 1>(left + g * 4, place.left_stride, right + g * 64, sum);
+    store_sums<rows>(sum, place);
 }
 
 // They last for more: only these are in registers, or these and the sums in 32 bits where there are few rows.
 template <int rows, bool in_memory>
-void deep_tile(const uint8_t *left, const int8_t *right, const Tile &tile) {
+void deep(const DeepLoop &loop, int vector, const uint8_t *left, const int8_t *right, const Place &place) {
     const __m256i ones = _mm256_set1_epi16(1);
+    const int64_t stride = place.left_stride, groups = place.groups, depth = loop.depth;
     __m256i sum[2 * rows];
-    begin_sums<rows>(left, tile, sum);
-    if (in_memory) each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], tile.at(i / 2, i % 2)); });
-    for (int64_t g = 0; g < tile.groups;) {
-        const int64_t end = g + tile.depth < tile.groups ? g + tile.depth : tile.groups;
+    begin_sums<rows>(loop.extra[vector], left, place, sum);
+    if (in_memory) store_sums<rows>(sum, place);
+    for (int64_t g = 0; g < groups;) {
+        const int64_t end = g + depth < groups ? g + depth : groups;
         __m256i pairs[2 * rows];
         const auto multiply = [&](bool is_first) FXQ_ALWAYS {
             const __m256i low = load_bytes(right + g * 64), high = load_bytes(right + g * 64 + 32);
             each<rows>([&](int r) FXQ_ALWAYS {
-                const __m256i codes = four_bytes(left + r * tile.left_stride + g * 4);
+                const __m256i codes = four_bytes(left + r * stride + g * 4);
                 const __m256i a = _mm256_maddubs_epi16(codes, low), b = _mm256_maddubs_epi16(codes, high);
                 pairs[2 * r] = is_first ? a : _mm256_add_epi16(pairs[2 * r], a);
                 pairs[2 * r + 1] = is_first ? b : _mm256_add_epi16(pairs[2 * r + 1], b);
@@ -180,68 +152,48 @@ void deep_tile(const uint8_t *left, const int8_t *right, const Tile &tile) {
         while (++g < end) multiply(false);
         each<2 * rows>([&](int i) FXQ_ALWAYS {
             const __m256i found = _mm256_madd_epi16(pairs[i], ones);
-            int32_t *const at = tile.at(i / 2, i % 2);
+            int32_t *const at = place.at(i / 2, i % 2);
             if (in_memory) store_bytes(_mm256_add_epi32(load_bytes(at), found), at);
             else sum[i] = _mm256_add_epi32(sum[i], found);
         });
     }
-    if (!in_memory) each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], tile.at(i / 2, i % 2)); });
+    if (!in_memory) store_sums<rows>(sum, place);
 }
 
 template <int rows>
-void wide_tile(const int16_t *left, const int16_t *right, const Tile &tile) {
+void wide(const WideLoop &, int, const int16_t *left, const int16_t *right, const Place &place) {
     __m256i sum[2 * rows];
-    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = tile.first(i / 2, i % 2); });
-    for (int64_t pair = 0; pair < 2 * tile.groups; ++pair) {
+    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = place.first(i / 2, i % 2); });
+    for (int64_t pair = 0; pair < 2 * place.groups; ++pair) {
         const __m256i low = load_bytes(right + pair * 32), high = load_bytes(right + pair * 32 + 16);
         each<rows>([&](int r) FXQ_ALWAYS {
-            const __m256i codes = four_bytes(left + r * tile.left_stride + pair * 2);
+            const __m256i codes = four_bytes(left + r * place.left_stride + pair * 2);
             sum[2 * r] = _mm256_add_epi32(sum[2 * r], _mm256_madd_epi16(codes, low));
             sum[2 * r + 1] = _mm256_add_epi32(sum[2 * r + 1], _mm256_madd_epi16(codes, high));
             keep(sum[2 * r], sum[2 * r + 1]);
         });
     }
-    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], tile.at(i / 2, i % 2)); });
+    store_sums<rows>(sum, place);
 }
 
-// The tiles of one loop by their rows.
-template <class Loop>
-struct Tiles {
-    typedef void (*Run)(const typename Loop::Left *, const typename Loop::Right *, const Tile &);
-    int most;
-    Run run[6];
-};
-FXQ_INLINE const Tiles<DeepLoop> &tiles_for(const DeepLoop &loop) {
-    static constexpr Tiles<DeepLoop> one = {4, {shallow_tile<1, 1>, shallow_tile<2, 1>, shallow_tile<3, 1>, shallow_tile<4, 1>}},
-                                     two = {4, {shallow_tile<1, 2>, shallow_tile<2, 2>, shallow_tile<3, 2>, shallow_tile<4, 2>}},
-                                     some = {3, {deep_tile<1, false>, deep_tile<2, false>, deep_tile<3, false>}},
-                                     many = {4, {deep_tile<1, true>, deep_tile<2, true>, deep_tile<3, true>, deep_tile<4, true>}};
+FXQ_INLINE const Pieces16<DeepLoop> &pieces_for(const DeepLoop &loop) {
+    static constexpr Pieces16<DeepLoop> one = {4, {shallow<1, 1>, shallow<2, 1>, shallow<3, 1>, shallow<4, 1>}},
+                                        two = {4, {shallow<1, 2>, shallow<2, 2>, shallow<3, 2>, shallow<4, 2>}},
+                                        some = {3, {deep<1, false>, deep<2, false>, deep<3, false>}},
+                                        many = {4, {deep<1, true>, deep<2, true>, deep<3, true>, deep<4, true>}};
     return loop.depth < 2 ? one : loop.depth < 4 ? two : loop.depth < kDeep ? some : many;
 }
-FXQ_INLINE const Tiles<WideLoop> &tiles_for(const WideLoop &) {
-    static constexpr Tiles<WideLoop> all = {6, {wide_tile<1>, wide_tile<2>, wide_tile<3>, wide_tile<4>, wide_tile<5>, wide_tile<6>}};
+FXQ_INLINE const Pieces16<WideLoop> &pieces_for(const WideLoop &) {
+    static constexpr Pieces16<WideLoop> all = {6, {wide<1>, wide<2>, wide<3>, wide<4>, wide<5>, wide<6>}};
     return all;
 }
-FXQ_INLINE Tile tile_of(const DeepLoop &loop, int vector) { return {0, 0, loop.depth, loop.extra[vector], nullptr, 0, nullptr, 0}; }
-FXQ_INLINE Tile tile_of(const WideLoop &, int) { return {0, 0, 0, {}, nullptr, 0, nullptr, 0}; }
 
 template <class Loop, class Work>
 void tile(const Loop &loop, int rows, int vectors, const typename Loop::Left *left, int64_t left_stride,
           const typename Loop::Right *right, int64_t unit_elements, int64_t groups, const int32_t *begin,
           int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &) {
-    const Tiles<Loop> &tiles = tiles_for(loop);
-    for (int pieces = (rows + tiles.most - 1) / tiles.most; rows > 0; --pieces) {  // of equal heights
-        const int height = (rows + pieces - 1) / pieces;
-        for (int v = 0; v < vectors; ++v) {
-            Tile tile = tile_of(loop, v);
-            tile.left_stride = left_stride, tile.groups = groups;
-            tile.begin = begin ? begin + v * 16 : nullptr, tile.begin_stride = begin_stride;
-            tile.sums = sums + v * 16, tile.sum_stride = sum_stride;
-            tiles.run[height - 1](left, right + v * unit_elements, tile);
-        }
-        rows -= height, left += height * left_stride, sums += height * sum_stride;
-        if (begin) begin += height * begin_stride;
-    }
+    run_pieces(pieces_for(loop), loop, rows, vectors, left, right, unit_elements,
+               {left_stride, groups, begin, begin_stride, sums, sum_stride});
 }
 
 #include "split.inl"

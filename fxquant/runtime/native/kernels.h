@@ -109,6 +109,10 @@ extern const Kernels kScalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FXQ_X86 1
 extern const Kernels kAvx2, kAvx512Vnni;
+#if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12)
+#define FXQ_AVX_VNNI 1
+extern const Kernels kAvxVnni;
+#endif
 #if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
 #define FXQ_AMX 1
 extern const Kernels kAmxInt8;
