@@ -13,6 +13,7 @@ from torch import Tensor
 from fxquant.checks.untrusted import FLAG, NOTHING, TEXT, choice, either, record
 from fxquant.errors import ArtefactError
 from fxquant.quantizers.observers import Edge, Observer
+from fxquant.quantizers.statistics.gram import Gram
 
 _OBSERVER = {"class": TEXT, "family": either(NOTHING, TEXT), "edge": choice(*map(str, Edge)), "gram": FLAG}
 
@@ -22,7 +23,7 @@ def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dic
     if observer.images:
         raise ArtefactError(f"observer '{path}' has statistics, which a file does not keep: release it first")
     spec = {"class": "Observer", "family": observer.family, "edge": str(observer.edge), "gram": observer.keeps_gram}
-    return spec, {} if observer.gram is None else {f"{path}.gram": observer.gram}
+    return spec, {} if observer.gram is None else {f"{path}.gram": observer.gram.matrix()}
 
 
 def observer_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> Observer:
@@ -32,5 +33,5 @@ def observer_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> O
     gram = tensors.get(f"{path}.gram")
     if gram is not None and (gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point()):
         raise ArtefactError(f"'{path}.gram' is no Gram matrix: {gram.dtype}, shape {tuple(gram.shape)}")
-    observer.gram = gram
+    observer.gram = None if gram is None else Gram.of(gram)
     return observer

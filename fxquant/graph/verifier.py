@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxquant.errors import VerificationError
 from fxquant.graph.annotation import (
@@ -40,7 +40,7 @@ class Observes(Protocol):
     family: str | None
     images: int
     keeps_gram: bool
-    gram: Tensor | None
+    gram: object | None
 
 
 @runtime_checkable
