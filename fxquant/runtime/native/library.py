@@ -161,7 +161,9 @@ def instruction_sets() -> tuple[str, ...]:
 def _sets() -> dict[str, int]:
     """Numbers of the instruction sets that this CPU can run, by name, best last."""
     kernels = library()
-    return {kernels.fxq_name(index).decode(): index for index in range(kernels.fxq_best() + 1) if kernels.fxq_runs(index)}
+    return {
+        kernels.fxq_name(index).decode(): index for index in range(kernels.fxq_best() + 1) if kernels.fxq_runs(index)
+    }
 
 
 def instruction_set() -> str:
