@@ -74,7 +74,7 @@ class Lower:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Lower in place; returns how many layers run as integers. Raises BackendError where a backend cannot run."""
         backend = resolved(self.backend)
-        layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
+        layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if annotation_of(node).has_bits]
         execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
         lower: dict[str, Callable[[GraphModule], dict[str, str]]] = {
             "cpu-native": functools.partial(_lower_native, chains=self.chains),
@@ -132,7 +132,11 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
         "openvino": _uniform_nodes,
     }
     runs = set(finders[name](graph_module)) if name in finders else set()
-    layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
+    layers = {
+        annotation_of(node).layer: node in runs
+        for node in nodes_with_role(graph_module)
+        if annotation_of(node).has_bits
+    }
     left = [layer for layer, is_integer in layers.items() if not is_integer]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     rest = f"; simulated: {', '.join(left[:3])}{more}" if left else ""
@@ -156,11 +160,6 @@ def resolved(backend: str) -> str:
     if backend == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _INT8_CORES):
         raise BackendError("'cuda' needs a GPU with int8 tensor cores and a torch built for it; use 'auto'")
     return backend
-
-
-def _has_bits(node: torch.fx.Node) -> bool:
-    annotation = annotation_of(node)
-    return annotation.weight_bits is not None or annotation.activation_bits is not None
 
 
 def _keep(graph_module: GraphModule) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a backend runs as integers, as families of quantizers: chosen before anything is searched, not after.
 
-    insert = restrict_families(InsertObservers(post_softmax="log2|twin-softmax"), "cpu-native")
-    insert.post_softmax    # "log2<=4|twin-softmax"
+    plan = restrict_families(PlanOperands(post_softmax="log2|twin-softmax"), "cpu-native")
+    plan.post_softmax    # "log2<=4|twin-softmax"
 
 Deliberately not done: layers that no quantizer would help (grouped convolutions, softmax and layer norm under the fully
 quantized protocol); `passes.lower.lower.backend_summary` counts them.
@@ -16,7 +16,7 @@ from fxquant.errors import BackendError
 from fxquant.quantizers.families import families_named
 from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES
 from passes.lower.lower import SIMULATED, check_backend, resolved
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 
 _RUNS = {
     "cpu-native": (BYTE_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
@@ -24,37 +24,37 @@ _RUNS = {
     "cuda": (UNIFORM_FAMILIES, ("post_gelu", "other")),
     "openvino": (UNIFORM_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
 }
-"""By backend: families with their widest widths in bits, and the edges into layers that it runs."""
+"""By backend: families with their widest widths in bits, and the inputs of layers, as PlanOperands names them."""
 
 _UNIFORM = {"post_gelu": "asymmetric", "post_softmax": "asymmetric", "other": "symmetric", "image": "symmetric"}
 """What takes the place of other families where only uniform ones run."""
 
 
-def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
-    """The families of each edge that the backend runs, at the widths at which it runs them.
+def restrict_families(plan: PlanOperands, backend: str) -> PlanOperands:
+    """A plan with the families of each input that the backend runs, at the widths at which it runs them.
 
     All but "cpu-native" run uniform quantizers only, which take the place of others. The kernels need not be on
     this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an
-    edge whose families "cpu-native" can run at no width.
+    input whose families "cpu-native" can run at no width.
     """
     check_backend(backend)
     name = resolved(backend) if backend == "auto" else backend
     if name == SIMULATED:
-        return insert
+        return plan
     if name not in _RUNS:
         raise BackendError(f"which quantizers {name!r} runs as integers is not known; it is of {', '.join(_RUNS)}")
-    runs, edges = _RUNS[name]
+    runs, fields = _RUNS[name]
     changes: dict[str, Any] = {}
-    for edge in edges:
-        text = getattr(insert, edge)
+    for field in fields:
+        text = getattr(plan, field)
         if text is None:
             continue
         kept = [(family, min(widest, runs[family])) for family, widest in families_named(text) if family in runs]
         if not kept and name == "cpu-native":
             raise BackendError(
-                f"cpu-native cannot run the quantizers of {edge}={text!r} as integers at any width: take a recipe with "
-                f"others, such as 'best', leave the backend out, or name some of {', '.join(runs)}"
+                f"cpu-native cannot run the quantizers of {field}={text!r} as integers at any width: take a recipe "
+                f"with others, such as 'best', leave the backend out, or name some of {', '.join(runs)}"
             )
         named = [family if widest == 8 else f"{family}<={widest}" for family, widest in kept]
-        changes[edge] = "|".join(named) or _UNIFORM[edge]
-    return replace(insert, **changes)
+        changes[field] = "|".join(named) or _UNIFORM[field]
+    return replace(plan, **changes)
