@@ -20,11 +20,12 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from tests.assertions import exact
 from tests.lowering import lower, needs_kernels, needs_vnni, note_bits, quantized
+from tests.models import embedded_compiled
 
 
 @pytest.fixture(scope="module")
 def compiled() -> fxquant.Compiled:
-    return fxquant.compile(embedded.load_model(), "W4A4", calibration=embedded.calibration_images(8))
+    return embedded_compiled()
 
 
 @needs_kernels

@@ -10,6 +10,8 @@ from fxquant.quantizers.families import FAMILIES, OF_ROWS, midpoints
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from tests.quantizers.plain_versions import by_table, squared_error, statistics_of, to_bf16
 
+pytestmark = pytest.mark.quick
+
 BFLOAT16_STEP = 2.0**-8
 
 
