@@ -79,6 +79,11 @@ def module_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
 def module_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The module, in inference mode, with its own copies of the tensors.
 
+    Args:
+        spec: the module's JSON value, as a file has it.
+        path: the module's path in the graph module; names its tensors.
+        tensors: the tensors of the file, by name.
+
     Raises ArtefactError, naming `path`, for anything that does not fit together.
     """
     name = field(spec, "class", str, f"module '{path}'")
@@ -175,7 +180,13 @@ def quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | No
 
 
 def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor]) -> Quantizer | None:
-    """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together."""
+    """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together.
+
+    Args:
+        settings: the quantizer's JSON value, as a file has it; None: there is none.
+        path: the path that its tensors are named after.
+        tensors: the tensors of the file, by name.
+    """
     if settings is None:
         return None
     where = f"quantizer '{path}'"

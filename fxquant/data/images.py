@@ -39,7 +39,11 @@ _LARGEST_SIDE = 16_384
 class Preprocessing:
     """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
 
-    input_size: (channels, height, width). mean, std: per channel, of pixels in 0..1. interpolation: as timm names it.
+    Args:
+        input_size: (channels, height, width).
+        crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
+        mean, std: per channel, of pixels in 0..1.
+        interpolation: as timm names it.
     """
 
     input_size: tuple[int, int, int]
@@ -226,6 +230,12 @@ def load_images(
     path: str | PathLike[str], count: int, preprocessing: Preprocessing = EMBEDDED, seed: int = 0
 ) -> Tensor:
     """`count` images for calibration, float32 (count, C, H, W), drawn by seed from a folder or .npz; no labels needed.
+
+    Args:
+        path: a folder of pictures, or an .npz file.
+        count: how many images.
+        preprocessing: how a picture becomes the model's input.
+        seed: what the images are drawn by.
 
     Raises DataError.
     """

@@ -25,7 +25,14 @@ GELU_SHIFT = 0.16997124254703522
 
 
 class AdaLogQuantizer(LevelTableQuantizer):
-    """Powers of 2^(-base / 37) below `scale` (float32 scalar), less `offset`. base: integer q from 10 to 138."""
+    """Powers of 2^(-base / 37) below `scale` (float32 scalar), less `offset`.
+
+    Args:
+        bits: width; the table has at most 2^bits levels.
+        scale: the largest level before the offset is taken off, a float32 scalar.
+        base: integer q from 10 to 138.
+        offset: what is subtracted from every level.
+    """
 
     kind = "adalog"
 

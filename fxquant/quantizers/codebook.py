@@ -26,7 +26,11 @@ LARGEST = 255  # code of the grid
 class CodebookQuantizer(LevelTableQuantizer):
     """Nearest of at most 2^bits codes of an 8-bit grid; of two that are equally near the lower.
 
-    scale: float32 scalar s. zero: code of zero, 0 to 255. codes: ascending, 0 to 255.
+    Args:
+        bits: width; the book has at most 2^bits codes.
+        scale: float32 scalar s.
+        zero: code of zero, 0 to 255.
+        codes: ascending, 0 to 255.
     """
 
     kind = "codebook"

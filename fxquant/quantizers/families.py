@@ -38,11 +38,15 @@ WIDEST_BITS = 8
 class Statistics:
     """What calibration learns of one activation.
 
-    moments: of its values (for O-2SF: divided by `channel_factor`; those of rows where no family asks for others).
-    minimum, maximum: over all values. mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
-    channel_factor: float32 (channels,), powers of two, or None. coherence: see `SortedMoments.errors` and
-    `passes.search.calibrate.coherence`. row_moments: of the values relative to the largest of their row, each counted
-    with its square; None where no family asks for them. row_length: values in a row.
+    Args:
+        moments: of its values (for O-2SF: divided by `channel_factor`; those of rows where no family asks for others).
+        minimum, maximum: over all values.
+        mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
+        channel_factor: float32 (channels,), powers of two, or None.
+        coherence: see `SortedMoments.errors` and `passes.search.calibrate.coherence`.
+        row_moments: of the values relative to the largest of their row, each counted with its square; None where no
+            family asks for them.
+        row_length: values in a row.
     """
 
     moments: SortedMoments
@@ -64,7 +68,11 @@ class Statistics:
 class Proposals:
     """C candidates: ascending levels (C, L), decision thresholds (C, L-1) and the quantizer of candidate i.
 
-    of_rows: levels are of values relative to the largest of their row.
+    Args:
+        levels: float64 (C, L), the levels of each candidate, ascending.
+        thresholds: float64 (C, L - 1), the values at which one level gives way to the next.
+        build: takes the index of a candidate and returns its quantizer.
+        of_rows: levels are of values relative to the largest of their row.
     """
 
     levels: Array

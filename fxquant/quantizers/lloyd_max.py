@@ -20,7 +20,13 @@ ROUNDS = 40
 
 @dataclass(frozen=True)
 class Book:
-    """One grid of bytes and the codes chosen of it: int64 (L,), ascending; value of a code c: scale (c - zero)."""
+    """One grid of bytes and the codes chosen of it: int64 (L,), ascending; value of a code c: scale (c - zero).
+
+    Args:
+        scale: what one step of the grid is worth, above 0.
+        zero: the grid's byte that stands for the value 0, from 0 to 255.
+        codes: int64 (L,), the chosen bytes of the grid, ascending.
+    """
 
     scale: float
     zero: int

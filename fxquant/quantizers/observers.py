@@ -38,8 +38,11 @@ class Edge(StrEnum):
 class Observer(nn.Module):
     """Passes its input through. `update` gathers what the quantizer families ask for.
 
-    family: key of `families.FAMILIES`, or None where the edge stays float (its linear layer still needs the Gram
-    matrix). edge: what flows here. gram: whether to gather the Gram matrix of the inputs.
+    Args:
+        family: key of `families.FAMILIES`, or None where the edge stays float (its linear layer still needs the Gram
+            matrix).
+        edge: what flows here.
+        gram: whether to gather the Gram matrix of the inputs.
     """
 
     def __init__(self, family: str | None, edge: Edge, gram: bool) -> None:

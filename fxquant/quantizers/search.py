@@ -37,8 +37,12 @@ def search_activation(
 ) -> tuple[Candidate, ...]:
     """The best quantizer of one family at each width.
 
-    weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
-    images: how many images the statistics cover; losses are per image.
+    Args:
+        statistics: what calibration learned of the tensor.
+        family: the family that proposes quantizers.
+        bits: candidate widths in bits, ascending.
+        images: how many images the statistics cover; losses are per image.
+        weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
     """
     found = []
     for width in bits:

@@ -25,7 +25,12 @@ from fxquant.quantizers.quantizer import Quantizer, as_scale
 class ShiftedRegionsQuantizer(Quantizer):
     """Three regions with scales scale, scale * 2^shift_small and scale * 2^shift_large.
 
-    scale: float32 scalar s0. `negative`: whether codes are kept for negative values (a sign bit).
+    Args:
+        bits: width of the codes, the bits that say the region and the sign included.
+        scale: float32 scalar s0.
+        shift_small: the scale of the region of small values is scale * 2^shift_small.
+        shift_large: the scale of the region of large values is scale * 2^shift_large.
+        negative: whether codes are kept for negative values, which takes a sign bit.
     """
 
     kind = "shifted-regions"

@@ -17,7 +17,10 @@ from fxquant.quantizers.quantizer import Quantizer, as_scale
 class UniformQuantizer(Quantizer):
     """Symmetric (no zero_point) or asymmetric uniform quantizer.
 
-    scale: float32, shape () or broadcastable to the input; zero_point: int32 of the same shape, or None.
+    Args:
+        bits: width of the codes.
+        scale: float32, shape () or broadcastable to the input.
+        zero_point: int32 of the same shape, or None.
     """
 
     kind = "uniform"

@@ -13,12 +13,19 @@ from fxquant.graph.annotation import Role
 class LayerRow:
     """What one layer got.
 
-    layer, role, block: as assigned. weight_bits, activation_bits: None where it has none or stays float. parameters:
-    weight elements. macs, activation_elements: per image. weight_sqnr_db, activation_sqnr_db: of the tensors alone, on
-    the calibration images. predicted_loss: of the whole model if only this layer were quantized (nats per image under
-    the Hessian-guided metric). weight_quantizer, activation_quantizer: kinds of quantizer. execution: "simulated" or
-    the integer kernel. pinned: bits fixed by an override or policy. left_bits: of a matmul's left input, where it has
-    its own. left_elements: of activation_elements, those of that input.
+    Args:
+        layer, role, block: as assigned.
+        weight_bits, activation_bits: None where it has none or stays float.
+        parameters: weight elements.
+        macs, activation_elements: per image.
+        weight_sqnr_db, activation_sqnr_db: of the tensors alone, on the calibration images.
+        predicted_loss: of the whole model if only this layer were quantized (nats per image under the Hessian-guided
+            metric).
+        weight_quantizer, activation_quantizer: kinds of quantizer.
+        execution: "simulated" or the integer kernel.
+        pinned: bits fixed by an override or policy.
+        left_bits: of a matmul's left input, where it has its own.
+        left_elements: of activation_elements, those of that input.
     """
 
     layer: str

@@ -39,7 +39,9 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 class Sensitivity:
     """Divergences of one layer, nats per image, one per candidate width; empty where it has no such operand.
 
-    weight, activation: that operand alone. together: both at the same width; the one there is, where there is one.
+    Args:
+        weight, activation: that operand alone.
+        together: both at the same width; the one there is, where there is one.
     """
 
     weight: tuple[float, ...] = ()
@@ -50,10 +52,13 @@ class Sensitivity:
 class Divergence:
     """Mean KL divergence, nats per image, between the float model's output and that of an assignment of bits.
 
-    graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read, and
-    must stay as it is while this lives. images_bchw: float (B, C, H, W). batch_size: images per forward. baseline:
-    bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float without one; the
-    divergence is to the float output in any case.
+    Args:
+        graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read,
+            and must stay as it is while this lives.
+        images_bchw: float (B, C, H, W).
+        batch_size: images per forward.
+        baseline: bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float
+            without one; the divergence is to the float output in any case.
 
     Memory: besides one batch in work, the values live at one position of the graph, and the logits, of all images.
 
@@ -102,7 +107,12 @@ class Divergence:
     def sensitivity(self, node: Node, *, separate: bool = True, together: bool = True) -> Sensitivity:
         """The divergence of one layer at each of its candidate widths, all others at the baseline.
 
-        separate: of its weights alone and its activations alone; together: of both at one width. Raises as `of` does.
+        Args:
+            node: the layer; it has candidates.
+            separate: of its weights alone and its activations alone.
+            together: of both at one width.
+
+        Raises as `of` does.
         """
         annotation = annotation_of(node)
         weights: list[Bits] = [(candidate.bits, None) for candidate in annotation.weight_candidates]

@@ -81,11 +81,14 @@ STATISTICS = frozenset({CALIBRATED, GRAMS_KNOWN})
 class Calibrate:
     """Gather statistics in every observer.
 
-    gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
-    weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
-    gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
-    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per image,
-    averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
+    Args:
+        gradient: also gather the Hessian-guided weights, at the price of a backward pass.
+        fisher: the logit gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's
+            output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
+        draws: backward passes per image, averaged: more draws, less variance of the Fisher estimate.
+        output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
+            outputs alike.
+        images: only the first so many; None: all.
     """
 
     gradient: bool = True
@@ -211,7 +214,13 @@ def _update(
 def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, gradient: Tensor) -> Tensor:
     """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
 
-    gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm. Returns the input's shape.
+    Args:
+        module: the layer; None for a product of two activations.
+        inputs: float values of its inputs.
+        index: the input that is asked about.
+        gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm.
+
+    Returns the input's shape.
     """
     squared = gradient.square()
     if isinstance(module, nn.Linear):

@@ -53,9 +53,13 @@ class InsertObservers:
     Two families with a bar between, "log2|twin-softmax": at every width the one of less predicted loss. "log2<=4": at 4
     bits and below only; an edge without a family at a width does not get that width.
 
-    post_gelu, post_softmax: for values coming straight from GELU or softmax. image: for the patch embedding's input,
-    None leaves it float. softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes
-    the model fully quantized. other: everything else. roles: only nodes of these roles are quantized; None means all.
+    Args:
+        post_gelu, post_softmax: for values coming straight from GELU or softmax.
+        other: everything else.
+        image: for the patch embedding's input, None leaves it float.
+        softmax_input, layer_norm_input: None keeps the two operators in float; naming a family makes the model fully
+            quantized.
+        roles: only nodes of these roles are quantized; None means all.
     """
 
     post_gelu: str = "opt-m"

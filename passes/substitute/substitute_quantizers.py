@@ -81,6 +81,11 @@ class SubstituteQuantizers:
 def chosen(candidates: tuple[Candidate, ...], bits: int | None, layer: str) -> Candidate | None:
     """The candidate of this width, None without bits.
 
+    Args:
+        candidates: of one tensor, ascending by bits.
+        bits: the width that the tensor was given; None: it stays float.
+        layer: the layer's name, for the message.
+
     Raises VerificationError, naming the layer, where it has bits and no candidate of that width.
     """
     if bits is None:
