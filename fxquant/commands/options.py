@@ -182,7 +182,7 @@ def labelled_images(
     if path is None and (classes is not None or labels is not None):
         raise DataError("--classes and --labels are about the images of --data: give them too")
     data = embedded_test() if path is None else ImageData.open(path, preprocessing, classes=classes, labels=labels)
-    data.check_labels()
+    data.checked_labels()
     return data
 
 

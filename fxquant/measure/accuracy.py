@@ -86,8 +86,7 @@ def evaluate(
     total = data.count if limit is None else min(limit, data.count)
     task = reporter_of(progress).track(label, -(-total // batch_size))
     correct = count = 0
-    for images, labels in data.batches(batch_size, limit):
-        assert labels is not None  # for_outputs has seen to it
+    for images, labels in data.labelled_batches(batch_size, limit):
         scores = _scores(model(images))
         correct += int(torch.eq(scores.argmax(1), labels).sum())
         count += len(images)

@@ -50,6 +50,17 @@ class Observer(nn.Module):
         self.family, self.edge, self.keeps_gram = family, edge, gram
         self.release()
 
+    def released_gram(self) -> Tensor:
+        """The Gram matrix of the inputs, float (in, in), which the observer forgets with all else.
+
+        Raises CalibrationError where it has none.
+        """
+        if self.gram is None:
+            raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
+        gram = self.gram
+        self.release()
+        return gram
+
     def release(self, keep_gram: bool = False) -> None:
         """Forget all statistics, or all but the Gram matrix, and free their memory."""
         self.histogram: Bfloat16Histogram | None = None
