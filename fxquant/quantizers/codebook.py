@@ -10,14 +10,15 @@ product reads them as it reads 8-bit codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxquant.checks.untrusted import Rule, listed, whole
 from fxquant.quantizers.level_table import LevelTableQuantizer
 
 LARGEST = 255  # code of the grid
@@ -34,6 +35,10 @@ class CodebookQuantizer(LevelTableQuantizer):
     """
 
     kind = "codebook"
+    rules: ClassVar[Mapping[str, Rule] | None] = {
+        "zero": whole(0, LARGEST),
+        "codes": listed(whole(0, LARGEST), longest=LARGEST + 1),
+    }
 
     def __init__(self, bits: int, scale: Tensor | float, zero: int, codes: Sequence[int]) -> None:
         super().__init__(bits, scale)

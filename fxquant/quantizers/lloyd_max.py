@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
+from fxquant.quantizers.family import Family, Proposals, Statistics
 from fxquant.quantizers.statistics.histogram import Array, SortedMoments
 
 ROUNDS = 40
@@ -80,3 +81,12 @@ def _weights(moments: SortedMoments) -> Array:
     """Weight and weighted sum of every bucket, (2, buckets); counts where there are no weights."""
     has_weights = moments.weighted and bool(moments.moments[3].any())
     return moments.moments[3:5] if has_weights else moments.moments[:2]
+
+
+def codebook(statistics: Statistics, bits: int) -> Proposals:
+    """The levels of least weighted squared error, on a grid of bytes; nothing to search. See `CodebookQuantizer`."""
+    found = book(statistics.moments, 2**bits)
+    return Proposals(found.levels[None], found.thresholds[None], lambda _: found.quantizer(bits))
+
+
+FAMILIES = (Family("codebook", codebook, byte_bits=5),)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
+from fxquant.quantizers.families import FAMILIES, families_named
+from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
@@ -78,11 +79,19 @@ class Observer(nn.Module):
     @property
     def asks_for_coherence(self) -> bool:
         """Whether a family has no zero, or is compared with one whose rows sum to one."""
-        names = self._names()
-        return "adalog-softmax" in names or bool(names & OF_ROWS and names - OF_ROWS)
+        families = self.families
+        of_rows = {family.of_rows for family in families}
+        return any(family.without_zero for family in families) or of_rows == {True, False}
 
-    def _names(self) -> set[str]:
-        return set() if self.family is None else {family.name for family in families_named(self.family)}
+    @property
+    def families(self) -> list[Family]:
+        """The families that this edge may get; none where it stays float."""
+        return [] if self.family is None else [FAMILIES[named.name] for named in families_named(self.family)]
+
+    @property
+    def is_by_channel(self) -> bool:
+        """Whether values are divided by a factor of their channel, which all families of the edge have to ask for."""
+        return bool(self.families) and all(family.by_channel for family in self.families)
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -112,11 +121,11 @@ class Observer(nn.Module):
         if self.channel_factor is not None:
             x = x / self.channel_factor
             weight = None if weight is None else weight * self.channel_factor.square()
-        names = self._names()
-        if names - OF_ROWS:
+        of_rows = {family.of_rows for family in self.families}
+        if False in of_rows:
             self.histogram = self.histogram or Bfloat16Histogram()
             self.histogram.update(x, weight)
-        if names & OF_ROWS:
+        if True in of_rows:
             self._update_rows(x, weight)
 
     def _update_rows(self, x: Tensor, weight: Tensor | None) -> None:

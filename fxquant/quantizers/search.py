@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
-from fxquant.quantizers.families import Family, Statistics
+from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -46,7 +46,7 @@ def search_activation(
     """
     found = []
     for width in bits:
-        proposals = family(statistics, width)
+        proposals = family.propose(statistics, width)
         moments, coherence = statistics.moments, statistics.coherence
         if proposals.of_rows and statistics.row_moments is not None:
             moments, coherence = statistics.row_moments, 0.0

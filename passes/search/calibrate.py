@@ -114,7 +114,7 @@ class Calibrate:
         observers = [observer for found in watched.values() for _, observer in found]
         for observer in observers:
             observer.release()
-        grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
+        grouped = {node: found for node, found in watched.items() if any(o.is_by_channel for _, o in found)}
         if grouped:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxquant.quantizers.codebook import CodebookQuantizer, last_below
+from fxquant.quantizers.families import BYTE_FAMILIES as BYTE_FAMILIES
+from fxquant.quantizers.families import UNIFORM_FAMILIES as UNIFORM_FAMILIES
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -36,16 +38,6 @@ from fxquant.runtime.native.library import (
 _WIDEST = 8
 _WIDEST_LOG2 = 4
 _WIDEST_CODEBOOK = 5
-
-UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"), _WIDEST)
-"""Families whose bytes are levels as they are, and their widest widths in bits."""
-
-_REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
-
-_OTHERS = {"log2": _WIDEST_LOG2, "row-log": _WIDEST, "codebook": _WIDEST_CODEBOOK}
-
-BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | _OTHERS
-"""Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
 
 
 @dataclass(frozen=True)
