@@ -11,6 +11,7 @@ product reads them as it reads 8-bit codes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxquant.checks.untrusted import Rule, listed, whole
+from fxquant.quantizers.family import Proposals
 from fxquant.quantizers.level_table import LevelTableQuantizer
+from fxquant.quantizers.statistics.histogram import Array
 
 LARGEST = 255  # code of the grid
 
@@ -90,3 +93,38 @@ class CodebookQuantizer(LevelTableQuantizer):
 def last_below(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of ascending codes (L,) the last code of the grid that each but the last stands for, (L-1,)."""
     return np.asarray((codes[1:] + codes[:-1]) // 2)
+
+
+@dataclass(frozen=True)
+class Book:
+    """A grid of bytes and the codes chosen of it; the value of a code c is scale (c - zero).
+
+    Args:
+        scale: what one step of the grid is worth, above 0.
+        zero: the grid's byte that stands for the value 0, from 0 to 255.
+        codes: int64 (L,), the chosen bytes of the grid, ascending.
+    """
+
+    scale: float
+    zero: int
+    codes: NDArray[np.int64]
+
+    def quantizer(self, bits: int) -> CodebookQuantizer:
+        """The quantizer that it is."""
+        return CodebookQuantizer(bits, self.scale, self.zero, self.codes.tolist())
+
+    @property
+    def levels(self) -> Array:
+        """Values of the codes."""
+        return np.asarray(self.scale * (self.codes - self.zero), dtype=np.float64)
+
+    @property
+    def thresholds(self) -> Array:
+        """Where one level gives way to the next: half a step above the last code of the lower one."""
+        return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
+
+
+def proposed(books: Sequence[Book], bits: int) -> Proposals:
+    """Books with equally many codes as the candidates of a family, each with the thresholds of its quantizer."""
+    levels, thresholds = (np.stack(tables) for tables in zip(*((b.levels, b.thresholds) for b in books), strict=True))
+    return Proposals(levels, thresholds, lambda index: books[index].quantizer(bits))

@@ -7,45 +7,13 @@ as the cube root of the values' weighted density (Panter and Dite), which is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
+from fxquant.quantizers.codebook import LARGEST, Book, proposed
 from fxquant.quantizers.family import Family, Proposals, Statistics
 from fxquant.quantizers.statistics.histogram import Array, SortedMoments
 
 ROUNDS = 40
-
-
-@dataclass(frozen=True)
-class Book:
-    """One grid of bytes and the codes chosen of it: int64 (L,), ascending; value of a code c: scale (c - zero).
-
-    Args:
-        scale: what one step of the grid is worth, above 0.
-        zero: the grid's byte that stands for the value 0, from 0 to 255.
-        codes: int64 (L,), the chosen bytes of the grid, ascending.
-    """
-
-    scale: float
-    zero: int
-    codes: NDArray[np.int64]
-
-    def quantizer(self, bits: int) -> CodebookQuantizer:
-        """The quantizer that it is."""
-        return CodebookQuantizer(bits, self.scale, self.zero, self.codes.tolist())
-
-    @property
-    def levels(self) -> Array:
-        """Values of the codes."""
-        return np.asarray(self.scale * (self.codes - self.zero), dtype=np.float64)
-
-    @property
-    def thresholds(self) -> Array:
-        """Where one level gives way to the next: half a step above the last code of the lower one."""
-        return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
 
 
 def book(moments: SortedMoments, count: int) -> Book:
@@ -85,8 +53,7 @@ def _weights(moments: SortedMoments) -> Array:
 
 def codebook(statistics: Statistics, bits: int) -> Proposals:
     """The levels of least weighted squared error, on a grid of bytes; nothing to search. See `CodebookQuantizer`."""
-    found = book(statistics.moments, 2**bits)
-    return Proposals(found.levels[None], found.thresholds[None], lambda _: found.quantizer(bits))
+    return proposed([book(statistics.moments, 2**bits)], bits)
 
 
 FAMILIES = (Family("codebook", codebook, byte_bits=5),)
