@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from fxquant import quantizers
 from fxquant.errors import PatternError
+from fxquant.graph.annotation import Allowed
 from fxquant.quantizers.family import Family
 
 WIDEST_BITS = 8
@@ -38,14 +39,7 @@ def register(family: Family) -> None:
         UNIFORM_FAMILIES[family.name] = family.byte_bits
 
 
-class Limited(NamedTuple):
-    """A family's name and the widest width, in bits, at which it may be used."""
-
-    name: str
-    widest_bits: int
-
-
-def families_named(text: str) -> list[Limited]:
+def families_named(text: str) -> tuple[Allowed, ...]:
     """`"log2<=4|twin-softmax"` as names and limits, 8 bits where there is none. Raises PatternError for others."""
     found = []
     for part in text.split("|"):
@@ -54,13 +48,14 @@ def families_named(text: str) -> list[Limited]:
             raise PatternError(f"no quantizer family is called {name!r}; there are {', '.join(FAMILIES)}")
         if "<=" in part and widest not in map(str, range(1, WIDEST_BITS + 1)):
             raise PatternError(f"a family's widest width is a number of bits, such as log2<=4; found {part!r}")
-        found.append(Limited(name, int(widest or WIDEST_BITS)))
-    return found
+        found.append(Allowed(name, int(widest or WIDEST_BITS)))
+    return tuple(found)
 
 
-def widest_bits(text: str) -> int:
-    """The widest width at which one of the named families may be used. Raises PatternError."""
-    return max(family.widest_bits for family in families_named(text))
+def text_of(families: Sequence[Allowed]) -> str:
+    """What `families_named` reads back."""
+    limits = ("" if family.widest_bits == WIDEST_BITS else f"<={family.widest_bits}" for family in families)
+    return "|".join(family.name + limit for family, limit in zip(families, limits, strict=True))
 
 
 def _collect() -> None:

@@ -9,7 +9,7 @@ from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, assemble, checked_recipe
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 
 REPARAMETERISE = FoldSqb(strength=1.0, mu="midrange")
 """RepQ-ViT's scale reparameterisation: every channel after LayerNorm gets the same range."""
@@ -23,22 +23,24 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
     the published code weighs all alike, which is `.replace(Calibrate, Calibrate(gradient=False, output_error=True))`
     and is less accurate here.
     """
-    insert = InsertObservers(
-        post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", **_norm_inputs(options)
-    )
-    return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, weights="asymmetric")
+    plan = PlanOperands(
+        post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", weight="asymmetric",
+        **_norm_inputs(options),
+    )  # fmt: skip
+    return assemble(budget, plan, options, allocator=Uniform(), fold=REPARAMETERISE)
 
 
 @checked_recipe
 def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """RepQ-ViT: its fold, log-sqrt2 after softmax, asymmetric uniform elsewhere, scales of least squared error."""
-    insert = InsertObservers(
-        post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", **_norm_inputs(options)
-    )
+    plan = PlanOperands(
+        post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", weight="asymmetric",
+        **_norm_inputs(options),
+    )  # fmt: skip
     calibrate = Calibrate(gradient=False)
     return assemble(
-        budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE,
-        calibrate=calibrate, criterion="mse", weights="asymmetric",
+        budget, plan, options, allocator=Uniform(), fold=REPARAMETERISE,
+        calibrate=calibrate, criterion="mse",
     )  # fmt: skip
 
 

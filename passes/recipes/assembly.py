@@ -11,7 +11,7 @@ from allocators.problem.overrides import Bits
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
 from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
-from passes.allocate.check_budget import CheckBudget
+from passes.allocate.check_budget import with_check
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, resolved
 from passes.pipeline.contract import Pass
@@ -21,7 +21,8 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
-from passes.search.search_scales import Criterion, SearchScales, Weights
+from passes.search.plan_operands import PlanOperands
+from passes.search.search_scales import Criterion, SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -52,24 +53,23 @@ checked_recipe = checked(PipelineError, **BY_ARGUMENT)
 
 def assemble(
     budget: Any,
-    insert: InsertObservers,
+    plan: PlanOperands,
     options: Options,
     *,
     allocator: Allocator,
     fold: FoldSqb | None,
     calibrate: Calibrate = Calibrate(),
     criterion: Criterion = "hessian",
-    weights: Weights = "symmetric",
     score: Pass | None = None,
 ) -> Pipeline:
     """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
 
-    weights: see SearchScales. score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that
-    cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
+    plan: what is quantized, before the backend has a say. score: a pass between SearchScales and AllocateBits. Raises
+    BudgetError for a budget that cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
-    search = SearchScales(bits, criterion, weights=weights)
-    insert = restrict_families(insert, options.get("backend", SIMULATED))
+    search = SearchScales(bits, criterion)
+    plan = restrict_families(plan, options.get("backend", SIMULATED))
     chosen_fold = options.get("fold", fold)
     allocate = AllocateBits(
         parsed,
@@ -79,12 +79,12 @@ def assemble(
         # Images come in 8 bits; where the candidates end below, the widest is what they get.
         image_bits=max(bits, default=8),
     )
-    passes: list[Pass] = [AssignRoles(), CheckBudget()]
+    passes: list[Pass] = [AssignRoles(), plan]
     passes += [] if chosen_fold is None else [chosen_fold]
-    passes += [insert, calibrate, search]
+    passes += [InsertObservers(), calibrate, search]
     passes += [] if score is None else [score]
     passes += [] if parsed.latency_ms is None else [timed(options)]
-    return Pipeline([*passes, allocate, SubstituteQuantizers()])
+    return with_check(Pipeline([*passes, allocate, SubstituteQuantizers()]))
 
 
 def timed(options: Options) -> MeasureLatency:

@@ -6,8 +6,9 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
+from fxquant.graph.annotation import Role
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
+from passes.allocate.check_budget import CheckBudget, with_check
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
 from passes.pipeline.pipeline import Pipeline
@@ -16,7 +17,7 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble, checked_recipe
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.tabulate_gelu import TabulateGelu
 
@@ -41,22 +42,25 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(
+    parsed = Budget.parse(budget)
+    mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
+    probabilities = _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))
+    plan = PlanOperands(
         post_gelu=f"opt-m|{BOOK}" if thorough else f"asymmetric|opt-m|{BOOK}",
         post_softmax="row-log",
         other=f"symmetric|asymmetric|{BOOK}" if thorough else f"symmetric|{BOOK}",
+        tied=(Role.QK, Role.AV) if probabilities is None else (Role.QK,),
         **(norms if options.get("fully_quantized") else {}),
     )
-    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
+    assembled = assemble(budget, plan, options, allocator=Milp(), fold=FoldSqb())
     # Balanced heads help rounding and short training; with long training it is the same without.
     folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
     assembled = assembled.after(CheckBudget, *folds)
     # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-    parsed = Budget.parse(budget)
-    mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
     narrowest = 2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST
-    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))}
-    pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])
+    pins = () if probabilities is None else (("av.left", probabilities),)
+    allocated = with_check(assembled.changed(AllocateBits, narrowest=narrowest, role_bits=pins))
+    pipeline = Pipeline([*allocated, TabulateGelu()])
     if thorough:
         return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
     searched = pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE)

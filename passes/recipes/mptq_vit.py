@@ -10,7 +10,7 @@ from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, assemble, checked_recipe
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 
 
 @checked_recipe
@@ -20,26 +20,26 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     budget: anything `Budget.parse` takes. allocator: `Milp()` by default, `Greedy()` is the paper's. fully_quantized is
     the paper's Table 3, LayerNorm's inputs with O-2SF.
     """
-    insert = InsertObservers(**_norm_inputs(options))
-    return assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
+    plan = PlanOperands(**_norm_inputs(options))
+    return assemble(budget, plan, options, allocator=Milp(), fold=FoldSqb())
 
 
 @checked_recipe
 def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
-    insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(options))
-    return assemble(budget, insert, options, allocator=Uniform(), fold=None)
+    plan = PlanOperands(post_gelu="twin-gelu", **_norm_inputs(options))
+    return assemble(budget, plan, options, allocator=Uniform(), fold=None)
 
 
 @checked_recipe
 def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"}
-    insert = InsertObservers(
+    plan = PlanOperands(
         post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
     )
     calibrate = Calibrate(gradient=False)
-    return assemble(budget, insert, options, allocator=Uniform(), fold=None, calibrate=calibrate, criterion="min-max")
+    return assemble(budget, plan, options, allocator=Uniform(), fold=None, calibrate=calibrate, criterion="min-max")
 
 
 def _norm_inputs(options: Options) -> dict[str, Any]:

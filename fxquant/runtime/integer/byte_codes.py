@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxquant.quantizers.codebook import CodebookQuantizer, last_below
-from fxquant.quantizers.families import BYTE_FAMILIES as BYTE_FAMILIES
-from fxquant.quantizers.families import UNIFORM_FAMILIES as UNIFORM_FAMILIES
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer

@@ -110,7 +110,7 @@ def test_cuda_leaves_models_alone_that_have_nothing_for_it(monkeypatch: pytest.M
 def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="no backend is called 'gpu'; there are auto, cpu-native"):
         Lower("gpu")
-    monkeypatch.setattr(library, "_found", lambda: "no compiler was found")
+    monkeypatch.setattr(library, "found", lambda: "no compiler was found")
     with pytest.raises(BackendError, match="no compiler"):
         lower(quantized("vit"), "cpu-native")
     assert resolved("auto") in ("cpu-onednn", "simulated")
