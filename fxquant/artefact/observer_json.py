@@ -31,7 +31,13 @@ def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dic
 
 
 def observer_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> Observer:
-    """The observer. Raises ArtefactError for anything that does not fit together."""
+    """The observer. Raises ArtefactError for anything that does not fit together.
+
+    Args:
+        spec: the observer's JSON value, as a file has it.
+        path: the path that its tensors are named after.
+        tensors: the tensors of the file, by name.
+    """
     read = record(spec, _OBSERVER, f"observer '{path}'")
     families = families_from_json(read["families"], f"observer '{path}'")
     observer = Observer(families, Source(read["source"]), read["gram"])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Allowed, Source
-from fxquant.quantizers.families import OF_ROWS, Statistics
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.gram import Gram
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
@@ -26,14 +27,28 @@ _STREAMED = ("histogram", "row_histogram", "gram")  # which have states of their
 class Observer(nn.Module):
     """Passes its input through. `update` gathers what the quantizer families ask for.
 
-    families: of what will be its quantizer; none where the edge stays float (its linear layer still needs the Gram
-    matrix). source: what flows here. gram: whether to gather the Gram matrix of the inputs.
+    Args:
+        families: of what will be its quantizer; none where the edge stays float (its linear layer still needs the Gram
+            matrix).
+        source: what flows here.
+        gram: whether to gather the Gram matrix of the inputs.
     """
 
     def __init__(self, families: tuple[Allowed, ...], source: Source, gram: bool) -> None:
         super().__init__()
         self.families, self.source, self.keeps_gram = families, source, gram
         self.release()
+
+    def released_gram(self) -> Tensor:
+        """The Gram matrix of the inputs, float (in, in), which the observer forgets with all else.
+
+        Raises CalibrationError where it has none.
+        """
+        if self.gram is None:
+            raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
+        gram = self.gram
+        self.release()
+        return gram
 
     def release(self, keep_gram: bool = False) -> None:
         """Forget all statistics, or all but the Gram matrix, and free their memory."""
@@ -52,16 +67,16 @@ class Observer(nn.Module):
     @property
     def asks_for_channels(self) -> bool:
         """Whether channels are grouped before anything else is gathered."""
-        return self._names() == {"o-2sf"}
+        return bool(self.families) and all(rule.by_channel for rule in self._rules())
 
     @property
     def asks_for_coherence(self) -> bool:
         """Whether a family has no zero, or is compared with one whose rows sum to one."""
-        names = self._names()
-        return "adalog-softmax" in names or bool(names & OF_ROWS and names - OF_ROWS)
+        rules = self._rules()
+        return any(rule.without_zero for rule in rules) or {rule.of_rows for rule in rules} == {True, False}
 
-    def _names(self) -> set[str]:
-        return {family.name for family in self.families}
+    def _rules(self) -> list[Family]:
+        return [FAMILIES[family.name] for family in self.families]
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -91,11 +106,11 @@ class Observer(nn.Module):
         if self.channel_factor is not None:
             x = x / self.channel_factor
             weight = None if weight is None else weight * self.channel_factor.square()
-        names = self._names()
-        if names - OF_ROWS:
+        of_rows = {rule.of_rows for rule in self._rules()}
+        if False in of_rows:
             self.histogram = self.histogram or Bfloat16Histogram()
             self.histogram.update(x, weight)
-        if names & OF_ROWS:
+        if True in of_rows:
             self._update_rows(x, weight)
 
     def _update_rows(self, x: Tensor, weight: Tensor | None) -> None:

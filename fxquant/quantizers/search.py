@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
-from fxquant.quantizers.families import Family, Statistics
+from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -39,12 +39,16 @@ def search_activation(
 ) -> tuple[Candidate, ...]:
     """The best quantizer of one family at each width.
 
-    weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
-    images: how many images the statistics cover; losses are per image.
+    Args:
+        statistics: what calibration learned of the tensor.
+        family: the family that proposes quantizers.
+        bits: candidate widths in bits, ascending.
+        images: how many images the statistics cover; losses are per image.
+        weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
     """
     found = []
     for width in bits:
-        proposals = family(statistics, width)
+        proposals = family.propose(statistics, width)
         moments, coherence = statistics.moments, statistics.coherence
         if proposals.of_rows and statistics.row_moments is not None:
             moments, coherence = statistics.row_moments, 0.0

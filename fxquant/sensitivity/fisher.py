@@ -48,10 +48,14 @@ def fisher_traces(
 ) -> dict[Node, float]:
     """tr(F) of each node's weight, summed in float64.
 
-    nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
-    matrix product (grouped convolutions) are left out of the answer. batches: images, float (B, C, H, W); one batch of
-    activations is alive at a time. fisher, draws, seed: of the logit gradients. labels_n: int64, one per image of all
-    batches; then fisher, draws and seed say nothing. sums: of the batches before these, where there were any.
+    Args:
+        graph_module: traced; its output are class scores.
+        nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
+            matrix product (grouped convolutions) are left out of the answer.
+        batches: images, float (B, C, H, W); one batch of activations is alive at a time.
+        fisher, draws, seed: of the logit gradients.
+        labels_n: int64, one per image of all batches; then fisher, draws and seed say nothing.
+        sums: of the batches before these, where there were any.
 
     Raises CalibrationError without class scores or with too few labels, SensitivityError for a trace that is not
     finite.
@@ -123,8 +127,9 @@ def squared_norms(rows_bti: Tensor, gradients_bto: Tensor) -> Tensor:
 def type_factors(traces: dict[str, float], drops: dict[str, float], type_of: dict[str, str]) -> dict[str, float]:
     """LampQ's alpha_t = mean drop / mean tr(F) over the sampled layers of each type (Algorithm 1, lines 3 to 7).
 
-    traces, drops: by layer; drops has the sampled layers only. type_of: by layer. A type whose sampled layers have no
-    trace at all gets 0: no loss depends on them.
+    Args:
+        traces, drops: by layer; drops has the sampled layers only.
+        type_of: by layer. A type whose sampled layers have no trace at all gets 0: no loss depends on them.
     """
     factors = {}
     for kind in dict.fromkeys(type_of[layer] for layer in drops):

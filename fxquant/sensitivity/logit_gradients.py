@@ -34,6 +34,11 @@ def check_class_scores(graph_module: GraphModule, needed_by: str, remedy: str) -
     """Raise CalibrationError, saying what is there instead, unless a graph's output are class scores.
 
     What counts as such: `fxquant.graph.structure.class_scores`.
+
+    Args:
+        graph_module: traced; observers may be in place.
+        needed_by: what needs class scores, as the subject of the sentence.
+        remedy: what to do without them, for the message.
     """
     reason = why_no_class_scores(graph_module)
     if reason is not None:
@@ -45,6 +50,12 @@ def check_class_scores(graph_module: GraphModule, needed_by: str, remedy: str) -
 
 def class_scores(output: Any, needed_by: str, remedy: str, finite: bool = True) -> Tensor:
     """The logits (B, classes) in a model's output, at least two classes.
+
+    Args:
+        output: what the model returned.
+        needed_by: what needs class scores, as the subject of the sentence.
+        remedy: what to do without them, for the message.
+        finite: whether scores that are not finite are refused.
 
     Raises CalibrationError where there are none, or, if `finite` is asked, where one is not finite.
     """
@@ -62,7 +73,12 @@ def class_scores(output: Any, needed_by: str, remedy: str, finite: bool = True) 
 def logit_gradients(probabilities_bc: Tensor, fisher: Fisher, draws: int, seed: int, first: int = 0) -> Tensor:
     """v for each draw, float32 (draws, B, classes); drawn image by image, so the batch size has no say in it.
 
-    probabilities_bc: float (B, classes). first: index of the batch's first image among all.
+    Args:
+        probabilities_bc: float (B, classes).
+        fisher: the rule that gives v, see the module.
+        draws: how many gradients each image gets.
+        seed: what they are drawn by.
+        first: index of the batch's first image among all.
     """
     classes = probabilities_bc.shape[1]
     found = []

@@ -36,10 +36,13 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 class Divergence:
     """Mean KL divergence, nats per image, between the float model's output and that of an assignment of bits.
 
-    graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read, and
-    must stay as it is while this lives. images_bchw: float (B, C, H, W). batch_size: images per forward. baseline:
-    bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float without one; the
-    divergence is to the float output in any case.
+    Args:
+        graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read,
+            and must stay as it is while this lives.
+        images_bchw: float (B, C, H, W).
+        batch_size: images per forward.
+        baseline: bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float
+            without one; the divergence is to the float output in any case.
 
     Memory: besides one batch in work, the values live at one position of the graph, and the logits, of all images.
 
@@ -88,7 +91,11 @@ class Divergence:
     def sensitivity(self, node: Node, operands: Sequence[int]) -> tuple[float, ...]:
         """The divergence with these operands of one layer at each of their candidate widths, all of them at the same.
 
-        operands: indices; all other operands, and all other layers, are at the baseline. Raises as `of` does.
+        Args:
+            node: the layer; its operands have candidates.
+            operands: indices; all other operands, and all other layers, are at the baseline.
+
+        Raises as `of` does.
         """
         annotation = annotation_of(node)
         widths = [candidate.bits for candidate in annotation.operands[operands[0]].candidates]

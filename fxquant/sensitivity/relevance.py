@@ -49,8 +49,13 @@ class Balance:
     """Where the predicted classes' logits went, each summed over the images given.
 
     logit = image + biases + constants + softmax, up to rounding, if every operation is one of the module's list.
-    image: relevance of the pixels. biases: of all biases, of LayerNorm's too. constants: of added constants (position
-    embedding, class token). softmax: of s - J x, what a softmax's linear expansion has at x = 0.
+
+    Args:
+        logit: the predicted classes' logits.
+        image: relevance of the pixels.
+        biases: of all biases, of LayerNorm's too.
+        constants: of added constants (position embedding, class token).
+        softmax: of s - J x, what a softmax's linear expansion has at x = 0.
     """
 
     logit: float

@@ -230,10 +230,9 @@ class _Search:
     def _error(self, row: int, columns: tuple[int, int] | None = None) -> float:
         """E of a layer at its current or other columns."""
         current = self._columns_of(row)
-        known = self.errors.get((row, *(columns or current)))
-        if columns is None or columns == current or self.options.estimate == "measured":
-            assert known is not None
-            return known
+        columns = columns or current
+        if columns == current or self.options.estimate == "measured":
+            return self.errors[(row, *columns)]
         now, then = (max(self._bits(*pair)) for pair in (current, columns))
         ratio = np.prod([expected_ratio(bits) for bits in range(min(now, then) + 1, max(now, then) + 1)])
         here = self.errors[row, current[0], current[1]]

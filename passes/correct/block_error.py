@@ -22,7 +22,14 @@ BlockError = Callable[[Tensor, Tensor], Tensor]
 
 
 def block_error(pair: BlockPair, pairs: BlockPairs, loss: Literal["mse", "fisher"], rank: int) -> BlockError:
-    """The error of one block. rank: outer products per image, of the Fisher-weighted one."""
+    """The error of one block.
+
+    Args:
+        pair: the block in both networks.
+        pairs: the pairs that it belongs to, with the images.
+        loss: "mse", the mean squared error; "fisher", weighted by the Fisher information.
+        rank: outer products per image, of the Fisher-weighted one.
+    """
     target = pair.target
     if loss == "mse":
         power = target.square().mean().clamp_min(1e-30)

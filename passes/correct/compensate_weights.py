@@ -75,9 +75,7 @@ class CompensateWeights:
             module = graph_module.get_submodule(str(node.target))
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
                 raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
-            assert observer.gram is not None
-            rows, gram = module.weight.detach().flatten(1), observer.gram.matrix()
-            observer.release()
+            rows, gram = module.weight.detach().flatten(1), observer.released_gram()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
             kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
             before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])

@@ -49,12 +49,17 @@ CLOSED_FORM = 128  # images at most; more hardly help it
 class Distil:
     """Train the quantized network.
 
-    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
-    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
-    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
-    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
-    example "cuda"; None: a GPU where there is one, else where the model is.
+    Args:
+        steps: of the optimizer.
+        images: per step.
+        weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their grid; of the logarithms of scales; of
+            biases and norms. Rates rise over the first twentieth of the steps and fall by a cosine. All hold where
+            weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
+        features: weight of the blocks' outputs in the loss.
+        augment: what both networks see of the images.
+        closed_form: where weights start; None: at their nearest rounding.
+        checks: of the held-out divergence.
+        device: for example "cuda"; None: a GPU where there is one, else where the model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.

@@ -51,11 +51,19 @@ HELD_OUT = 8  # one image in so many
 class Reconstruct:
     """Reconstruct every block.
 
-    steps: gradient steps per block. images: per step. rounding_rate, scale_rate, bias_rate: Adam's, of logits, of the
-    logarithm of activation scales and of biases; the latter two fall by a cosine; 0 leaves them as they are. drop: 0 to
-    1, QDrop's. penalty: of soft weights between grid points, relative to the error; from `warm_up` (a share of the
-    steps) on. loss: "mse", or "fisher" of rank `rank`. closed_form: where weights start. checks: how many of the
-    held-out error. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+    Args:
+        steps: gradient steps per block.
+        images: per step.
+        rounding_rate, scale_rate, bias_rate: Adam's, of logits, of the logarithm of activation scales and of biases;
+            the latter two fall by a cosine; 0 leaves them as they are.
+        drop: 0 to 1, QDrop's.
+        penalty: of soft weights between grid points, relative to the error; from `warm_up` (a share of the steps) on.
+        warm_up: share of the steps before the penalty counts, 0 to 1.
+        loss: "mse", or "fisher" of rank `rank`.
+        rank: outer products per image of the Fisher-weighted loss.
+        closed_form: where weights start.
+        checks: how many of the held-out error.
+        device: for example "cuda"; None: a GPU where there is one, else where the model is.
     """
 
     steps: int = 100

@@ -42,8 +42,11 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
 class Training:
     """The network in training: what learns, the optimizer, and the best state so far.
 
-    wanted: by layer the float weight (out, ...) that training starts from, for others the layer's own. train, held:
-    indices of images, int64 (N,), to learn from and to choose the best state by.
+    Args:
+        options: the pass, with its options.
+        pairs: the quantized network beside the float one.
+        wanted: by layer the float weight (out, ...) that training starts from, for others the layer's own.
+        train, held: indices of images, int64 (N,), to learn from and to choose the best state by.
     """
 
     def __init__(

@@ -24,7 +24,15 @@ from passes.pipeline.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes."""
+    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes.
+
+    Args:
+        step: the repr of the pass.
+        nodes_changed: how many nodes it changed.
+        seconds: wall time.
+        peak_mib: largest resident memory of the process so far, in MiB.
+        notes: what the pass says of its run, JSON values.
+    """
 
     step: str
     nodes_changed: int
@@ -52,7 +60,14 @@ class Journal:
     pending: dict[str, Any] = field(default_factory=dict)
 
     def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left."""
+        """Append the entry of a pass that has ended, with the notes it left.
+
+        Args:
+            step: the repr of the pass.
+            nodes_changed: how many nodes it changed.
+            seconds: wall time.
+            peak_mib: largest resident memory of the process so far, in MiB.
+        """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
 

@@ -94,8 +94,10 @@ class BalanceHeads:
 def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
     """M, float64 (D, D), with M^T S_q M = M^-1 S_k M^-T of one variance in all channels.
 
-    query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances are
-    equal where D is a power of two, else nearly so.
+    Args:
+        query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances
+            are equal where D is a power of two, else nearly so.
+        dampening: share of the mean variance that is added to every direction, see BalanceHeads.
     """
     eye = torch.eye(len(query), dtype=query.dtype)
     of_query, of_key = (

@@ -39,12 +39,17 @@ TOGETHER = 4  # images that are run at once
 class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
-    strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
-    into the weights. percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few
-    outliers do not set it; 100 takes all. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at
-    least 1, t by grid search on the quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits:
-    width at which "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not
-    idempotent: the second time balances what the first has left.
+    Args:
+        eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
+            quantized layer output) or "none".
+        mu: "mean", "midrange" or "none".
+        strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
+            into the weights.
+        percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few outliers do
+            not set it; 100 takes all.
+        search_bits: width at which "outlier-suppression+" searches t; unused otherwise.
+
+    Applying it twice is harmless but not idempotent: the second time balances what the first has left.
     """
 
     eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"

@@ -81,11 +81,14 @@ STATISTICS = frozenset({CALIBRATED, GRAMS_KNOWN})
 class Calibrate:
     """Gather statistics in every observer.
 
-    gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
-    weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
-    gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
-    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per image,
-    averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
+    Args:
+        gradient: also gather the Hessian-guided weights, at the price of a backward pass.
+        fisher: the logit gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's
+            output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
+        draws: backward passes per image, averaged: more draws, less variance of the Fisher estimate.
+        output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
+            outputs alike.
+        images: only the first so many; None: all.
     """
 
     gradient: bool = True

@@ -21,7 +21,13 @@ from fxquant.graph.nodes import moves_data, reads_shape
 
 @dataclass
 class ChannelPath:
-    """What reads one LayerNorm: linear nodes (per-channel all), whether zeros were padded in, or why it cannot fold."""
+    """What reads one LayerNorm: linear nodes (per-channel all), whether zeros were padded in, or why it cannot fold.
+
+    Args:
+        consumers: linear nodes that read the norm, with its channels as their inputs.
+        padded: whether zeros are padded in on the way.
+        refusal: why the norm cannot be folded; None where it can.
+    """
 
     consumers: list[Node] = field(default_factory=list)
     padded: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.errors import BackendError
-from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES
+from fxquant.quantizers.families import BYTE_FAMILIES
 from fxquant.runtime.native import library
 from passes.lower.backend import Backend
 from passes.lower.batch_shapes import NoteBatchShapes

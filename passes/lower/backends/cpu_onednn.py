@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxquant.errors import BackendError
-from fxquant.runtime.integer.byte_codes import UNIFORM_FAMILIES
+from fxquant.quantizers.families import UNIFORM_FAMILIES
 from fxquant.runtime.integer.torch_linear import OnednnLinear
 from passes.lower.backend import Backend
 from passes.lower.rewrites.exchange_linears import UNIFORM_INSTEAD, ExchangeLinears, uniform_linears

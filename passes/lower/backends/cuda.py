@@ -12,7 +12,7 @@ from fxquant.errors import BackendError
 from fxquant.graph.facts import Fact
 from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import EXECUTION
-from fxquant.runtime.integer.byte_codes import UNIFORM_FAMILIES
+from fxquant.quantizers.families import UNIFORM_FAMILIES
 from fxquant.runtime.integer.torch_linear import IntMmLinear
 from passes.lower.backend import Backend
 from passes.lower.rewrite import REQUIRES

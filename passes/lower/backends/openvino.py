@@ -13,7 +13,7 @@ from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
 from fxquant.graph.nodes import image_of
-from fxquant.runtime.integer.byte_codes import UNIFORM_FAMILIES
+from fxquant.quantizers.families import UNIFORM_FAMILIES
 from passes.lower.backend import Backend
 from passes.lower.integer_plan import note_kernel
 from passes.lower.rewrite import REQUIRES
