@@ -19,7 +19,7 @@ FEW = {"bits": (2, 3, 4, 8)}
 
 @pytest.fixture(scope="module")
 def found() -> Frontier:
-    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="kl", **FEW)
+    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="divergence", **FEW)
 
 
 def test_points_are_what_compile_gives(found: Frontier) -> None:
@@ -58,7 +58,7 @@ def test_the_model_keeps_its_mode() -> None:
 def test_table_json_and_plot(found: Frontier, tmp_path: Path) -> None:
     text = str(found)
     assert "Frontier over mean bits" in text
-    assert "realised KL" in text
+    assert "realised divergence" in text
     assert "+0.1 bits saves" in text
     values = json.loads(json.dumps(found.to_dict()))
     assert [point["limit"] for point in values["points"]] == [3, 3.5, 4, 8]
