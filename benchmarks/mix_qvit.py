@@ -30,7 +30,7 @@ from fxquant.report.progress import RichProgress
 from fxquant.sensitivity.interactions import Operand, correlations
 from fxquant.sensitivity.measured import Divergence
 from fxquant.session.sweep import Results
-from passes.allocate.allocate_bits import AllocateBits, allocation_of, image_readers
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits, image_readers
 from passes.allocate.score_layers import ScoreLayers
 from passes.pipeline.contract import PassContext
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
@@ -121,7 +121,7 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
                     start = time.perf_counter()
                     quantized = compiled(searched, context, method, f"MP{bits}", optimise)
                     seconds = time.perf_counter() - start
-                    allocation = allocation_of(quantized)
+                    allocation = ALLOCATION.get(quantized)
                     assert allocation is not None
                     point = {
                         "method": method,

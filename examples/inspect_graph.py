@@ -9,12 +9,13 @@ from collections import Counter
 
 import fxquant
 from fxquant.data import embedded
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, verify
 from fxquant.graph.printer import describe, format_graph
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 model, images = embedded.load_model(), embedded.calibration_images(32)
 
@@ -42,7 +43,7 @@ print("\nBlock 0 after:")
 for node in quantized.graph_module.graph.nodes:
     if annotation_of(node).block == 0:
         print("  ", describe(node))
-for fact in (Fact.TRACED, Fact.ROLES_ASSIGNED, Fact.BITS_ALLOCATED, Fact.QUANTIZED):
+for fact in (TRACED, ROLES_ASSIGNED, BITS_ALLOCATED, QUANTIZED):
     verify(quantized.graph_module, fact)
 print(f"\n{len(format_graph(quantized.graph_module).splitlines())} lines in all; every fact holds")
 

@@ -14,13 +14,15 @@ import fxquant
 from allocators.greedy import Greedy
 from fxquant.data import embedded
 from fxquant.errors import PipelineError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import mptq_vit
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class KeepHigh:
     role: Role
     bits: int = 8
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

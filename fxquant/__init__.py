@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.problem.budget import Budget
+    from fxquant.data import embedded
     from fxquant.graph.capture.tracing import trace
     from fxquant.session.compiled import Compiled, load
     from fxquant.session.model_frontier import frontier
@@ -29,6 +30,7 @@ __all__ = [
     "Session",
     "Synthesis",
     "compile",
+    "embedded",
     "frontier",
     "load",
     "synthesize",
@@ -43,6 +45,7 @@ _HOMES = {
     "Session": "fxquant.session.session",
     "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.session.session",
+    "embedded": "fxquant.data.embedded",
     "frontier": "fxquant.session.model_frontier",
     "load": "fxquant.session.compiled",
     "synthesize": "fxquant.synthesis.synthesize",
@@ -75,7 +78,8 @@ _refuse_shadowed_packages()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "embedded" else getattr(home, name)
     globals()[name] = value
     return value
 

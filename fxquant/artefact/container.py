@@ -7,7 +7,6 @@ from data; it does not tell who wrote the file.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import os
@@ -164,7 +163,6 @@ def _is_left_behind(partial: Path, host: str | None, process: str | None) -> boo
     return False
 
 
-@functools.cache
 def _host() -> str:
     """A short name of where numbers of processes mean something: a machine, or a container on it, which has its own."""
     name = socket.gethostname()

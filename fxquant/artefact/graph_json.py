@@ -39,18 +39,18 @@ from fxquant.checks.untrusted import (
     whole,
 )
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import (
-    Annotation,
-    Fact,
-    Role,
-    annotate,
-    annotation_of,
-    declare,
-    facts_of,
-    folds_of,
-    note_fold,
-)
+from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, declare, facts_of
+from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
 
+_FACTS = {fact.name: fact for fact in (TRACED, ROLES_ASSIGNED, QUANTIZED)}
+"""What a graph in a file can be said to be. Other facts are of candidates, observers and notes, which are not kept."""
+
+# Names that files of earlier versions list besides; nothing in a file shows whether these hold, so they are dropped.
+_FORMER_FACTS = (
+    "folded", "observed", "calibrated", "Gram matrices known", "scales searched", "scored", "latency known",
+    "bits allocated",
+)  # fmt: skip
 _COUNT, _BITS = whole(), whole(1, 32)
 _ANNOTATED: dict[str, Rule] = {
     "layer": TEXT, "block": whole(0, 10**6), "parameters": _COUNT, "macs": _COUNT, "activation_elements": _COUNT,
@@ -59,13 +59,13 @@ _ANNOTATED: dict[str, Rule] = {
 _NOTES = {"role": choice(*map(str, Role)), **_ANNOTATED}
 _GRAPH = {
     "class": TEXT,
-    "facts": listed(choice(*map(str, Fact))),
+    "facts": listed(choice(*_FACTS, *_FORMER_FACTS)),
     "coverage": NUMBER,
     "image_shape": SHAPE,
     "modules": OBJECT,
     "nodes": listed(OBJECT, longest=10_000),
 }
-_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}
+_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}  # earlier versions wrote it; nothing reads it
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
 _ANY = Rule("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
@@ -76,7 +76,8 @@ _CALLS = ("call_function", "call_method", "call_module")
 def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors from which `graph_from_json` makes the same graph module.
 
-    Kept: computation, names, roles, bits, costs, shapes, facts. Not kept: candidates, observers, stack traces.
+    Kept: computation, names, roles, bits, costs, shapes, and whether the graph is traced, has roles and is quantized.
+    Not kept: candidates, observers, what passes know besides, stack traces.
     Raises ArtefactError, naming the node, for calls that are not allowed and values that cannot be kept.
     """
     nodes = list(graph_module.graph.nodes)
@@ -93,10 +94,9 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
             tensors[target] = getattr(graph_module.get_submodule(owner), name)
     document = {
         "class": type(graph_module).__name__,
-        "facts": sorted(facts_of(graph_module)),
-        "folds": folds_of(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", 1.0)),
-        "image_shape": list(graph_module.meta.get("image_shape", ())),
+        "facts": sorted(fact.name for fact in facts_of(graph_module) & frozenset(_FACTS.values())),
+        "coverage": 1.0 if (coverage := COVERAGE.get(graph_module)) is None else coverage,
+        "image_shape": list(IMAGE_SHAPE.get(graph_module) or ()),
         "modules": modules,
         "nodes": [_node_to_json(node, index) for node in nodes],
     }
@@ -122,11 +122,9 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     _check_structure(nodes, read["modules"], constants)
     contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
     graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
-    declare(graph_module, frozenset(map(Fact, read["facts"])))
-    for name in read.get("folds", []):
-        note_fold(graph_module, check_identifier(name, "a fold's name"))
-    graph_module.meta["coverage"] = float(read["coverage"])
-    graph_module.meta["image_shape"] = tuple(read["image_shape"])
+    declare(graph_module, [_FACTS[name] for name in read["facts"] if name in _FACTS])
+    COVERAGE.write(graph_module, float(read["coverage"]))
+    IMAGE_SHAPE.write(graph_module, tuple(read["image_shape"]))
     return graph_module.eval()
 
 

@@ -23,8 +23,10 @@ from fxquant.artefact.module_json import quantizer_from_json, quantizer_to_json
 from fxquant.checks.untrusted import field, from_json, to_json
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Annotation, Candidate, annotate, annotation_of
+from fxquant.graph.facts import Fact, declare, facts_of
+from fxquant.graph.notes import COVERAGE, FACTS, IMAGE_SHAPE
 
-_WRITTEN_WITH_THE_GRAPH = ("coverage", "image_shape", "fxquant_facts", "fxquant_folds")
+_WRITTEN_APART = (COVERAGE.key, IMAGE_SHAPE.key, FACTS.key)
 
 
 def searched_to_file(graph_module: GraphModule, traced: GraphModule) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -43,21 +45,37 @@ def searched_to_file(graph_module: GraphModule, traced: GraphModule) -> tuple[di
         for node in graph_module.graph.nodes
         if (annotation := annotation_of(node)) != Annotation()
     }
-    meta = {key: value for key, value in graph_module.meta.items() if key not in _WRITTEN_WITH_THE_GRAPH}
+    meta = {key: value for key, value in graph_module.meta.items() if key not in _WRITTEN_APART}
     if json.loads(to_json(meta, "the graph's meta")) != meta:
         raise ArtefactError(f"the graph's meta {sorted(meta)} are not JSON values, and cannot be kept")
     known = traced.state_dict()
     new = {n: t for n, t in tensors.items() if n not in known or not _is_equal(t, known[n])}
-    content = {"graph": document, "annotations": annotations, "meta": meta}
+    facts = sorted(map(str, facts_of(graph_module)))
+    content = {"graph": document, "annotations": annotations, "facts": facts, "meta": meta}
     return {"searched": compress(to_json(content, "the searched graph"))}, new | writer.tensors
 
 
-def searched_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor], traced: GraphModule) -> GraphModule:
-    """The graph that was written. Raises ArtefactError for anything that does not fit together."""
+def searched_from_file(
+    texts: Mapping[str, str], tensors: Mapping[str, Tensor], traced: GraphModule, facts: Iterable[Fact]
+) -> GraphModule:
+    """The graph that was written.
+
+    Args:
+        texts: as `searched_to_file` gave them.
+        tensors: by name, as `searched_to_file` gave them.
+        traced: the traced model, which has the tensors and shapes that were left out.
+        facts: those that the graph may have, such as all that a pipeline's passes provide; the file has their names.
+
+    Raises ArtefactError for anything that does not fit together, and for a fact of another name.
+    """
     what = "the searched graph"
     content = from_json(decompress(texts.get("searched", ""), what), dict, what)
     graph_module = graph_from_json(field(content, "graph", dict, what), {**traced.state_dict(), **tensors})
     annotations = field(content, "annotations", dict, what)
+    known = {fact.name: fact for fact in facts}
+    named = field(content, "facts", list, what)
+    if unknown := [name for name in named if name not in known]:
+        raise ArtefactError(f"{what} has the fact {unknown[0]!r}, which no pass of this pipeline provides")
     names = {item.name for item in fields(Annotation)}
     shapes = {node.name: node.meta["tensor_meta"] for node in traced.graph.nodes if "tensor_meta" in node.meta}
     for node in graph_module.graph.nodes:
@@ -72,6 +90,7 @@ def searched_from_file(texts: Mapping[str, str], tensors: Mapping[str, Tensor], 
         # The role and its kind come with the graph itself.
         annotate(node, **{key: _read(value, tensors) for key, value in found.items() if key != "role"})
     graph_module.meta.update(field(content, "meta", dict, what))
+    declare(graph_module, [known[name] for name in named])
     return graph_module
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.graph.notes import IMAGE_SHAPE
 
 
 def benchmark_model(
@@ -49,7 +50,7 @@ def benchmark_model(
         lowered = simulated.lowered(name)
         execution[name] = str(lowered.card["execution"])
         variants[name] = lowered
-    shape = simulated.graph_module.meta["image_shape"]
+    shape = IMAGE_SHAPE.of(simulated.graph_module)
     timings: list[Timing] = []
     with RichProgress() as progress:
         for size in batch_size or [1, 32]:

@@ -18,8 +18,10 @@ from torch.fx import GraphModule
 from fxquant.errors import ExportError, MissingExtraError
 from fxquant.export.qdq import with_qdq
 from fxquant.export.qdq_values import OPSET, Weight
-from fxquant.graph.annotation import Fact, annotation_of, facts_of
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.nodes import image_of
+from fxquant.graph.notes import IMAGE_SHAPE
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")
@@ -47,7 +49,7 @@ def to_onnx(
     unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.
     """
     check_export(weight_type)
-    if Fact.LOWERED in facts_of(graph_module):
+    if LOWERED in facts_of(graph_module):
         raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
     shape = image_of(graph_module).meta.get("tensor_meta")  # a graph made by hand may have none
     if (dtype := shape.dtype if shape else torch.float32) != torch.float32:
@@ -56,7 +58,7 @@ def to_onnx(
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
     }
     written, layers = with_qdq(graph_module)
-    images = torch.zeros(2, *graph_module.meta["image_shape"])
+    images = torch.zeros(2, *IMAGE_SHAPE.of(graph_module))
     try:
         with torch.no_grad():
             program: Any = torch.onnx.export(

@@ -1,8 +1,9 @@
-"""What passes write on graph nodes and read from them: roles, bits, quantizers; and what is true of a whole graph.
+"""What passes write on graph nodes and read from them: roles, bits, quantizers.
 
 The `Annotation` in `node.meta` is the only channel between passes that decide (roles, bits) and passes that act
 (substitution, lowering). It is frozen: `annotate` replaces it. It survives `copy.deepcopy` of the graph module, not
-pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact.
+pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact. What is true of a
+whole graph are facts (`fxquant.graph.facts`), what is known of it are notes (`fxquant.graph.notes`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
     from fxquant.quantizers.quantizer import Quantizer
 
 _ANNOTATION = "fxquant"
-_FACTS = "fxquant_facts"
-_FOLDS = "fxquant_folds"
-LATENCY = "fxquant_latency"
-"""Key of a graph's meta: what MeasureLatency has measured."""
-EXECUTION = "execution"
-"""Key of a graph's meta: by layer, the kernel that runs it; Lower writes it."""
 SOFTMAX = ".softmax"
 """Behind a layer's name: its attention probabilities, where they have bits of their own."""
 
@@ -58,27 +53,6 @@ class Role(StrEnum):
 WEIGHT_ROLES = frozenset(
     {Role.QKV, Role.PROJ, Role.FC1, Role.FC2, Role.PATCH_EMBED, Role.HEAD, Role.REDUCTION, Role.LINEAR}
 )
-
-
-class Fact(StrEnum):
-    """What is true of a graph; passes require, provide and break facts."""
-
-    TRACED = "traced"
-    ROLES_ASSIGNED = "roles assigned"
-    FOLDED = "folded"
-    OBSERVED = "observed"
-    CALIBRATED = "calibrated"
-    GRAMS_KNOWN = "Gram matrices known"
-    SCALES_SEARCHED = "scales searched"
-    SCORED = "scored"
-    LATENCY_KNOWN = "latency known"
-    BITS_ALLOCATED = "bits allocated"
-    QUANTIZED = "quantized"
-    LOWERED = "lowered"
-
-
-STATISTICS = frozenset({Fact.CALIBRATED, Fact.GRAMS_KNOWN})
-"""What observers have gathered: stale wherever weights or observed edges change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,26 +121,6 @@ def annotate(node: Node, **changes: Any) -> Annotation:
     """Replace fields of the node's annotation and return the new one."""
     node.meta[_ANNOTATION] = replace(annotation_of(node), **changes)
     return annotation_of(node)
-
-
-def facts_of(graph_module: GraphModule) -> frozenset[Fact]:
-    """What passes have declared true of this graph."""
-    return frozenset(graph_module.meta.get(_FACTS, ()))
-
-
-def declare(graph_module: GraphModule, provided: frozenset[Fact], broken: frozenset[Fact] = frozenset()) -> None:
-    """Record that facts hold now, and that others no longer do."""
-    graph_module.meta[_FACTS] = (facts_of(graph_module) - broken) | provided
-
-
-def folds_of(graph_module: GraphModule) -> list[str]:
-    """Names of the passes that have folded something into norms and weights, in the order they ran."""
-    return list(graph_module.meta.get(_FOLDS, ()))
-
-
-def note_fold(graph_module: GraphModule, name: str) -> None:
-    """Record that a pass of this name has folded what it can; the check of `Fact.FOLDED` asks for it."""
-    graph_module.meta[_FOLDS] = [*folds_of(graph_module), name]
 
 
 def nodes_with_role(graph_module: GraphModule, *roles: Role) -> list[Node]:

@@ -23,7 +23,7 @@ from fxquant.checks.hints import checked
 from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.structure import pattern
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
@@ -61,7 +61,7 @@ class Compiled(nn.Module):
         self.graph_module, self.answers = graph_module, answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
         self.border = Border.of(graph_module)
-        self._is_lowered = Fact.LOWERED in facts_of(graph_module)
+        self._is_lowered = LOWERED in facts_of(graph_module)
         self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
         self.eval()
@@ -96,7 +96,7 @@ class Compiled(nn.Module):
         BackendError where the backend cannot run here, or computes something else, naming the first layer that differs;
         MissingExtraError without its extra.
         """
-        pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
+        pipeline = Pipeline([Lower(backend)], assumes=[QUANTIZED])
         journal = Journal(list(self.journal.entries))
         graph_module = pipeline.run(self.graph_module, PassContext(journal=journal, answers=self.answers))
         kernels = execution_of(graph_module)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.notes import COVERAGE
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import mac_shares
 from fxquant.session.model_source import ModelSource
@@ -99,6 +100,6 @@ def protocol_card(
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
         "multiply_accumulates": mac_shares(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", math.nan)),
+        "coverage": math.nan if (coverage := COVERAGE.get(graph_module)) is None else coverage,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

@@ -34,22 +34,23 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
-from fxquant.graph.annotation import Fact, nodes_with_role
+from fxquant.graph.annotation import nodes_with_role
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import AUTO, Objective
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED
 from passes.pipeline.contract import Journal, PassContext, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
 from passes.search.insert_observers import observers_of
+from passes.search.search_cache import run_prefix, split
 
 __all__ = ["Compiled", "Session", "compile", "load"]
 
@@ -107,7 +108,7 @@ class Session:
         is_plain = all(value is None or value is False or value in ({}, SIMULATED) for value in self._options.values())
         if not is_plain:
             self._refuse_beside_own()
-        if Fact.QUANTIZED not in pipeline.provides:
+        if QUANTIZED not in pipeline.provides:
             raise PipelineError(
                 "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
                 "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
@@ -203,7 +204,7 @@ class Session:
         source, backend = self._source, self._options.get("backend", SIMULATED)
         card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
         answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
-        return Compiled(quantized, allocation_of(quantized), journal, layer_rows(quantized), card, answers)
+        return Compiled(quantized, ALLOCATION.get(quantized), journal, layer_rows(quantized), card, answers)
 
 
 @checked(OptionError, **BY_ARGUMENT)

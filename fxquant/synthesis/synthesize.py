@@ -167,7 +167,7 @@ def synthesize_for(
     progress: ProgressReporter,
 ) -> Tensor:
     """`synthesize` for a model that is traced and has roles; the graph module is not changed."""
-    watched = _Watched(traced)
+    watched = Watched(traced)
     settings = {key: value for key, value in asdict(options).items() if key != "checkpoint_steps"}
     key = signature(traced, traced.code, code_signature(), torch.__version__, settings, asdict(pictures), seed)
     chunks = [range(first, min(first + batch_size, options.count)) for first in range(0, options.count, batch_size)]
@@ -191,7 +191,7 @@ def synthesize_for(
     return torch.cat(finished).to(watched.dtype)
 
 
-class _Watched(Interpreter):
+class Watched(Interpreter):
     """Runs the graph and keeps the outputs of attentions over at least three patches."""
 
     def __init__(self, traced: GraphModule) -> None:
@@ -206,6 +206,7 @@ class _Watched(Interpreter):
             )
 
     def run_node(self, node: Node) -> Any:
+        """The node's value; of an attention, what its patches look like is noted."""
         result = super().run_node(node)
         if node in self.prefix:
             self.outputs.append(similarity_entropy(result, self.prefix[node]))
@@ -241,7 +242,7 @@ def _prefix(traced: GraphModule, node: Node) -> Iterator[int]:
 class _Chunk:
     """Some of the images, and where their descent stands. Every random draw follows the image's index and the step."""
 
-    def __init__(self, watched: _Watched, pictures: Pictures, options: Synthesis, seed: int, indices: range) -> None:
+    def __init__(self, watched: Watched, pictures: Pictures, options: Synthesis, seed: int, indices: range) -> None:
         self.watched, self.pictures, self.options, self.seed = watched, pictures, options, seed
         self.step = 0
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices]

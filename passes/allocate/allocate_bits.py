@@ -29,23 +29,29 @@ from fxquant.checks.arguments import shown, text
 from fxquant.checks.hints import check_fields, fitted
 from fxquant.errors import BudgetError, OverrideError, SensitivityError
 from fxquant.graph.annotation import (
-    LATENCY,
     SOFTMAX,
     Annotation,
     Candidate,
-    Fact,
     Role,
     annotate,
     annotation_of,
     nodes_with_role,
 )
+from fxquant.graph.facts import Fact
+from fxquant.graph.notes import Note
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
+from passes.allocate.measure_latency import LATENCY, LATENCY_KNOWN
 from passes.pipeline.contract import PassContext
 from passes.search.insert_observers import observers_of
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
-ALLOCATION = "fxquant_allocation"
-COST_TABLE = "fxquant_cost_table"
+ALLOCATION = Note("allocation", Allocation, "run AllocateBits first")
+"""The allocator's answer."""
+
+COST_TABLE = Note("cost table", CostTable, "run AllocateBits first")
+"""The problem that the allocator was given."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class AllocateBits:
     narrowest: int = 2
     softmax_bits: int | None = None
 
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -86,8 +92,8 @@ class AllocateBits:
     @property
     def requires(self) -> frozenset[Fact]:
         """Candidates; and times where the budget limits the latency."""
-        timed = frozenset() if self.budget.latency_ms is None else frozenset({Fact.LATENCY_KNOWN})
-        return timed | {Fact.SCALES_SEARCHED}
+        timed = frozenset() if self.budget.latency_ms is None else frozenset({LATENCY_KNOWN})
+        return timed | {SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.
@@ -116,7 +122,8 @@ class AllocateBits:
                 left_bits=allocation.activation_bits.get(annotation.layer + SOFTMAX),
                 pinned=pinned,
             )
-        graph_module.meta[ALLOCATION], graph_module.meta[COST_TABLE] = allocation, table
+        ALLOCATION.write(graph_module, allocation)
+        COST_TABLE.write(graph_module, table)
         context.note(
             status=allocation.status,
             solver=allocation.solver,
@@ -176,7 +183,7 @@ class AllocateBits:
             activation=activation,
             softmax={row: _scores(annotations[row].activation_candidates[:1], bits, ()) for row in sorted(own)},
         )
-        measured = graph_module.meta.get(LATENCY)
+        measured = LATENCY.get(graph_module)
         return table if measured is None else replace(table, latency_ms=_latency_ms(measured, table))
 
     def table(
@@ -286,12 +293,6 @@ def _latency_ms(measured: Mapping[str, Any], table: CostTable) -> FloatArray:
 def image_readers(graph_module: GraphModule, nodes: Sequence[Node]) -> set[Node]:
     """Nodes whose input is the image itself."""
     return {node for node in nodes if any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))}
-
-
-def allocation_of(graph_module: GraphModule) -> Allocation | None:
-    """The allocation AllocateBits made, None before."""
-    found = graph_module.meta.get(ALLOCATION)
-    return found if isinstance(found, Allocation) else None
 
 
 def normalized_overrides(overrides: Mapping[str, Bits] | None) -> tuple[tuple[str, Bits], ...]:

@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 from allocators.problem.uniform_limits import in_numbers
 from allocators.problem.usage import FLOAT_BITS
 from fxquant.errors import OverrideError
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from passes.allocate.allocate_bits import AllocateBits
@@ -33,7 +34,7 @@ class CheckBudget:
     Does nothing where they are not all ahead, as in a slice of a pipeline.
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

@@ -28,8 +28,10 @@ from allocators.problem.latency_table import rising
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
-from fxquant.graph.annotation import LATENCY, Fact, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact, missing
 from fxquant.graph.nodes import image_of
+from fxquant.graph.notes import Note
 from fxquant.quantizers.families import widest_bits
 from fxquant.quantizers.observers import Edge
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
@@ -38,10 +40,25 @@ from fxquant.runtime.simulated import QuantizedConv2d
 from passes.lower.integer_plan import integer_nodes, shape_of
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.insert_observers import OBSERVED, observers_of
+from passes.search.search_scales import SCALES_SEARCHED
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 NOISE = 0.1
+
+LATENCY: Note[dict[str, Any]] = Note("latency", dict, "run MeasureLatency first")
+"""Times in ms, as JSON values. "layers": by layer, what each pair of widths takes beyond the fastest, as a list (W, A).
+"rest_ms": everything else in the model."""
+
+
+def _check_latency(graph_module: GraphModule) -> None:
+    """Times of layers have been noted."""
+    if not (LATENCY.get(graph_module) or {}).get("layers"):
+        raise missing("no times have been measured", "MeasureLatency")
+
+
+LATENCY_KNOWN = Fact("latency known", _check_latency, rests_on=frozenset({SCALES_SEARCHED}))
+"""The graph notes times of every layer at every pair of widths."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,8 @@ class MeasureLatency:
     batch_size: int = 1
     threads: int = 1
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.OBSERVED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LATENCY_KNOWN})
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED, OBSERVED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({LATENCY_KNOWN})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -91,10 +108,8 @@ class MeasureLatency:
         task.advance()
         task.close()
         rest = max(whole - reference, 0.0)
-        graph_module.meta[LATENCY] = {
-            "rest_ms": rest,
-            "layers": {layer: times.tolist() for layer, times in extra.items()},
-        }
+        layers = {layer: times.tolist() for layer, times in extra.items()}
+        LATENCY.write(graph_module, {"rest_ms": rest, "layers": layers})
         context.note(machine=found, rest_ms=rest, widest_ms=whole, timed=len(extra))
         return len(extra)
 

@@ -16,9 +16,12 @@ from torch.fx import GraphModule, Node
 from fxquant.checks.arguments import shown
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Candidate, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact, broken_at, missing
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.insert_observers import OBSERVED, observers_of
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 LAMPQ_ROLES = (Role.QKV, Role.PROJ, Role.FC1, Role.FC2)
 """The four linear layers of a block that LampQ and VT-PTQ allocate."""
@@ -55,6 +58,24 @@ class Metric(Protocol):
         """
 
 
+def _check_scores(graph_module: GraphModule) -> None:
+    """Some layer has scores, and every layer that has some has one per candidate."""
+    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
+    if not any(found.weight_sensitivity or found.activation_sensitivity for _, found in annotated):
+        raise missing("no layer has scores", "ScoreLayers")
+    for node, annotation in annotated:
+        groups = [(annotation.weight_sensitivity, annotation.weight_candidates)]
+        groups += [(annotation.activation_sensitivity, group) for group in annotation.activation_candidates]
+        for scores, candidates in groups:
+            if scores and len(scores) != len(candidates):
+                problem = f"it has {len(scores)} scores for {len(candidates)} candidates"
+                raise broken_at(node, problem, "run ScoreLayers after SearchScales")
+
+
+SCORED = Fact("scored", _check_scores, rests_on=frozenset({SCALES_SEARCHED}))
+"""Layers have one score per candidate, which AllocateBits minimises."""
+
+
 @dataclass(frozen=True)
 class ScoreLayers:
     """Score layers by a metric.
@@ -67,9 +88,9 @@ class ScoreLayers:
     metric: Metric
     roles: tuple[Role, ...] | None = LAMPQ_ROLES
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED, Fact.OBSERVED, Fact.SCALES_SEARCHED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED, OBSERVED, SCALES_SEARCHED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCORED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options that do not fit."""

@@ -24,13 +24,16 @@ from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import PipelineError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.reconstruction import expected_ratio, reconstruction_errors
-from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE
 from passes.allocate.score_layers import LAMPQ_ROLES, described_candidates
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.insert_observers import OBSERVED, observers_of
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class UpdateBits:
     tied: bool = True
     roles: tuple[Role, ...] = LAMPQ_ROLES
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, SCALES_SEARCHED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -78,8 +81,8 @@ class UpdateBits:
         Raises PipelineError without the cost table of AllocateBits.
         """
         started_s = time.perf_counter()
-        allocation, table = allocation_of(graph_module), graph_module.meta.get(COST_TABLE)
-        if allocation is None or not isinstance(table, CostTable):
+        allocation, table = ALLOCATION.get(graph_module), COST_TABLE.get(graph_module)
+        if allocation is None or table is None:
             raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
         nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
         start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
@@ -114,7 +117,7 @@ class UpdateBits:
                 seconds=allocation.seconds + time.perf_counter() - started_s,
             )
         )
-        graph_module.meta[ALLOCATION] = updated
+        ALLOCATION.write(graph_module, updated)
         context.note(**found["notes"], usage=updated.usage, predicted_loss=updated.objective)
         return changed
 

@@ -21,12 +21,14 @@ from torch.fx import GraphModule
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import GRAMS_KNOWN
 from passes.search.insert_observers import observers_of
-from passes.substitute.substitute_quantizers import chosen
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
 WELL_DAMPED = 0.1
 
@@ -43,9 +45,9 @@ class CompensateWeights:
     dampening: float = 0.5
     block: int = 128
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED, GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.GRAMS_KNOWN})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({GRAMS_KNOWN})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:

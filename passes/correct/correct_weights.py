@@ -33,7 +33,7 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.facts import Fact
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.graph.structure.blocks import extract
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -41,6 +41,9 @@ from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.compensate_weights import compensate
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class CorrectWeights:
     folds: int = 4
     robust: bool = True
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
     effect: ClassVar[Effect] = Effect.WEIGHTS

@@ -30,13 +30,16 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import Kept
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import Fact
 from passes.correct.augment import Augment
 from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.training import MEMORY, Training, held_out
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import CALIBRATED
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 EVERY_S = 30.0  # of training, between two states kept
 CLOSED_FORM = 128  # images at most; more hardly help it
@@ -68,9 +71,9 @@ class Distil:
     checks: int = 5
     device: str | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:

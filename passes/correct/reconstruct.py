@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.facts import Fact
 from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import quantize_rows
@@ -40,6 +40,9 @@ from passes.correct.block_error import BlockError, block_error
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
 from passes.pipeline.contract import Effect, PassContext, ProgressTask
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 HELD_OUT = 8  # one image in so many
 
@@ -69,7 +72,7 @@ class Reconstruct:
     checks: int = 5
     device: str | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
     effect: ClassVar[Effect] = Effect.WEIGHTS

@@ -21,9 +21,11 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import BackendError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, check_openvino
-from fxquant.graph.annotation import Fact, annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import LOWERED, QUANTIZED, Fact, facts_of
 from fxquant.graph.names import add_module, exchange_module
 from fxquant.graph.nodes import image_of
+from fxquant.graph.notes import EXECUTION
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.integer.torch_linear import IntMmLinear, OnednnLinear, TorchLinear
@@ -60,8 +62,8 @@ class Lower:
     backend: str = "auto"
     chains: bool = True
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -85,20 +87,20 @@ class Lower:
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
-        graph_module.meta["execution"] = execution
+        EXECUTION.write(graph_module, execution)
         context.note(backend=backend, kernels=sorted(set(execution.values())))
         return sum(kernel != SIMULATED for kernel in execution.values())
 
     def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
         """How far the lowered graph is from the simulated one, see `prove_lowering`; None: nothing was lowered."""
-        if resolved(self.backend) == SIMULATED or Fact.LOWERED in facts_of(simulated):
+        if resolved(self.backend) == SIMULATED or LOWERED in facts_of(simulated):
             return None
         return prove_lowering(simulated, lowered, self, replace(self, chains=False), context.answers)
 
 
 def execution_of(graph_module: GraphModule) -> dict[str, str]:
     """By layer, the kernel that runs it, such as "linear avx512-vnni", or "simulated"; empty before Lower."""
-    return dict(graph_module.meta.get("execution", {}))
+    return dict(EXECUTION.get(graph_module) or {})
 
 
 def execution_summary(execution: dict[str, str]) -> str:

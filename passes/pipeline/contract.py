@@ -16,7 +16,7 @@ from fxquant.checks.arguments import methods, whole
 from fxquant.checks.hints import check_fields
 from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import Fact
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.printer import describe
 from fxquant.runtime.known_answers import answer_images_for
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
@@ -67,7 +67,7 @@ class Proof:
         """given: what the pipeline was given, if no pass changes it; graph_module: what passes change."""
         self._given = given
         self._simulated: GraphModule | None = None
-        self._is_float = Fact.LOWERED not in facts_of(graph_module)
+        self._is_float = LOWERED not in facts_of(graph_module)
         self._expected = context.expected
         self._whose = "the model it was made from"
         self._given_images = context.images_bchw
@@ -81,7 +81,7 @@ class Proof:
         """Prove that the graph is still right where the step is about to be judged by it. Raises VerificationError."""
         effect = effect_of(step)
         given, self._given = self._given, None
-        if Fact.LOWERED in step.provides:
+        if LOWERED in step.provides:
             self.finish(graph_module)
             self._simulated = given or copy.deepcopy(graph_module)
             self._is_float = False
@@ -95,7 +95,7 @@ class Proof:
             self._prove(graph_module, f"before {step!r} the graph")
         if effect is Effect.FUNCTION:
             self.finish(graph_module)
-        if self._restored is None and (effect is Effect.WEIGHTS or Fact.QUANTIZED in step.provides):
+        if self._restored is None and (effect is Effect.WEIGHTS or QUANTIZED in step.provides):
             self.finish(graph_module)
             self._restored = float_tensors(graph_module, copied=effect is Effect.WEIGHTS)
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare
+from fxquant.graph.annotation import Role, annotate, annotation_of
+from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, Fact, declare
 from fxquant.graph.nodes import image_of, scope_of
 from fxquant.graph.structure.kind import tensor_inputs
 from fxquant.graph.structure.roles import find_roles
@@ -28,8 +29,8 @@ class AssignRoles:
     Idempotent. Notes `unmatched`: [{"node", "reason"}], operations that look like part of a pattern but are not.
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -26,9 +26,11 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, note_fold
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact
 from fxquant.graph.structure.query_keys import QueryKey, query_keys
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
 _TINY = 1e-30
 
@@ -43,9 +45,9 @@ class BalanceHeads:
 
     dampening: float = 0.01
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:

@@ -23,11 +23,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, note_fold
+from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import module_uses
 from fxquant.graph.structure.channel_paths import ChannelPath, channel_paths
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
@@ -51,9 +52,9 @@ class FoldSqb:
     percentile: float = 100.0
     search_bits: int = 4
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:

@@ -20,20 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import STATISTICS, Fact, note_fold
+from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
 
 @dataclass(frozen=True)
 class RotateResidual:
     """Rotate every residual stream that can be; run it before FoldSqb, which balances what is left."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:

@@ -16,17 +16,60 @@ from torch.nn import functional
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
 from fxquant.sensitivity.logit_gradients import Fisher
 from fxquant.sensitivity.objective import Draws
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.prepare.folds import FOLDED
+from passes.search.insert_observers import OBSERVED, observer_nodes, observers_of
 
 MASSIVE_RMS = 100.0
 _NEEDED_BY = "the Hessian-guided metric"
+
+
+def _observers(graph_module: GraphModule) -> list[tuple[Node, Observer]]:
+    """Nodes that call an observer, with it. Raises VerificationError where there is none."""
+    modules = dict(graph_module.named_modules())
+    found = [(node, modules[str(node.target)]) for node in observer_nodes(graph_module)]
+    if not found:
+        raise missing("no edge has an observer", "InsertObservers and Calibrate")
+    return [(node, module) for node, module in found if isinstance(module, Observer)]
+
+
+def _check_calibrated(graph_module: GraphModule) -> None:
+    """Every observer has seen images."""
+    for node, observer in _observers(graph_module):
+        if not observer.images:
+            raise broken_at(node, "this observer has seen no image", "run Calibrate again")
+
+
+def _check_grams(graph_module: GraphModule) -> None:
+    """Wherever a weight is one matrix, the observer of its input has that input's Gram matrix."""
+    found = [(node, observer) for node, observer in _observers(graph_module) if observer.keeps_gram]
+    if not any(observer.gram is not None for _, observer in found):
+        raise missing("no observer has a Gram matrix", "Calibrate")
+    for node, observer in found:
+        linear = [user for user in node.users if _is_linear(graph_module, user)]
+        if observer.gram is None and linear:
+            raise broken_at(linear[0], "its input's Gram matrix is not there", "run Calibrate again")
+
+
+def _is_linear(graph_module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Linear)
+
+
+CALIBRATED = Fact("calibrated", _check_calibrated, rests_on=frozenset({OBSERVED, FOLDED}))
+"""Every observer has seen images."""
+
+GRAMS_KNOWN = Fact("Gram matrices known", _check_grams, rests_on=frozenset({OBSERVED, FOLDED}))
+"""Observers of weights' inputs have their Gram matrices; `SearchScales(keep_grams=True)` leaves them."""
+
+STATISTICS = frozenset({CALIBRATED, GRAMS_KNOWN})
+"""What observers have gathered. A pass that changes weights breaks them: they are of the weights as they were."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +91,9 @@ class Calibrate:
     output_error: bool = False
     images: int | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fill the observers; returns how many.

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import STATISTICS, Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact, broken_at, missing
 from fxquant.graph.names import add_module
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.observers import Edge, Observer
@@ -29,6 +30,20 @@ _SHAPE_ONLY = frozenset(
 
 Place = tuple[Node, int]
 """A node and which of its arguments."""
+
+
+def _check_observed(graph_module: GraphModule) -> None:
+    """Observers are there, each on the input of a node that has a role."""
+    found = observer_nodes(graph_module)
+    if not found:
+        raise missing("no edge has an observer", "InsertObservers")
+    for node in found:
+        if not any(annotation_of(user).role for user in node.users):
+            raise broken_at(node, "no node with a role reads this observer", "run InsertObservers again")
+
+
+OBSERVED = Fact("observed", _check_observed)
+"""Edges to quantize carry observers, which nodes with roles read."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,9 @@ class InsertObservers:
     layer_norm_input: str | None = None
     roles: tuple[Role, ...] | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:

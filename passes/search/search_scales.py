@@ -19,15 +19,36 @@ from fxquant.artefact.cache import Cache
 from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
 from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
+from fxquant.graph.annotation import Candidate, annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
 Criterion = Literal["hessian", "mse", "min-max"]
 Weights = Literal["symmetric", "asymmetric"]
+
+
+def _check_scales(graph_module: GraphModule) -> None:
+    """Some weight has candidates; a searched layer's weight has some; each width is listed once, ascending."""
+    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
+    if not any(annotation.weight_candidates for _, annotation in annotated):
+        raise missing("no weight has candidates", "SearchScales")
+    for node, annotation in annotated:
+        has_weight = annotation.role is not None and annotation.role.has_weight
+        if has_weight and annotation.activation_candidates and not annotation.weight_candidates:
+            raise broken_at(node, "its weight has no candidates", "run SearchScales again")
+        for candidates in (annotation.weight_candidates, *annotation.activation_candidates):
+            bits = [candidate.bits for candidate in candidates]
+            if bits != sorted(set(bits)):
+                raise broken_at(node, f"it has candidates of {bits} bits", "list each width once, ascending")
+
+
+SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CALIBRATED}))
+"""Quantized tensors have candidates, ascending by bits."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +67,13 @@ class SearchScales:
     negligible: float = 0.0
     weights: Weights = "symmetric"
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
-        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
-        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
+        """The calibration; and, unless they are kept, Gram matrices: both are released."""
+        return frozenset({CALIBRATED}) if self.keep_grams else STATISTICS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""

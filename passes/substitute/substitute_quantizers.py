@@ -13,21 +13,52 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError, VerificationError
-from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Candidate, annotation_of, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, Fact, broken_at, missing
 from fxquant.graph.names import add_module, exchange_module
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of, remove_observers
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED, observers_of, remove_observers
+from passes.search.search_scales import SCALES_SEARCHED
+
+
+def _check_bits(graph_module: GraphModule) -> None:
+    """Some node has bits, and each of its widths is one that it has a quantizer for."""
+    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
+    if not any(annotation.has_bits for _, annotation in annotated):
+        raise missing("no node has bits", "AllocateBits")
+    for node, annotation in annotated:
+        for kind, bits, widths in _widths(annotation):
+            if bits not in widths and (bits is not None or widths):
+                listed = f"among {widths}" if widths else "there: this operand has no candidates"
+                problem = f"{bits} {kind} bits are not {listed}"
+                raise broken_at(node, problem, "allocate among the candidates, or search that width")
+
+
+def _widths(annotation: Annotation) -> list[tuple[str, int | None, list[int]]]:
+    """What is multiplied, its bits, and the widths that it has candidates of."""
+    found = [("weight", annotation.weight_bits, annotation.weight_candidates)]
+    inputs = zip(annotation.input_bits, annotation.activation_candidates, strict=True)
+    found += [("activation", bits, group) for bits, group in inputs]
+    if not annotation.activation_candidates:
+        found.append(("activation", annotation.activation_bits, ()))
+    return [(kind, bits, [candidate.bits for candidate in candidates]) for kind, bits, candidates in found]
+
+
+BITS_ALLOCATED = Fact("bits allocated", _check_bits, rests_on=frozenset({SCALES_SEARCHED}))
+"""Some nodes have bits, and every width is one of the tensor's candidates. AllocateBits, in a room above, provides it.
+"""
 
 
 @dataclass(frozen=True)
 class SubstituteQuantizers:
     """Put the chosen quantizers into the graph."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {OBSERVED, SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Substitute in place; returns the number of nodes that now compute in low bits."""

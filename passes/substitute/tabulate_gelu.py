@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, Fact
 from fxquant.graph.names import exchange_module
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -35,7 +36,7 @@ POINTS = 1 << 20
 class TabulateGelu:
     """Quantize the input of GELUs between two quantized linear layers to 14 bits."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

@@ -16,7 +16,8 @@ from fxquant.artefact.module_json import module_from_json
 from fxquant.checks.untrusted import check_path, from_json, to_json
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.errors import ArtefactError
-from tests.artefact.mutations import Base, mutated, seal, use
+from tests.artefact.mutations import Base, mutated, seal
+from tests.artefact.use import use
 
 
 def call(name, target, *args, op="call_function", **options):

@@ -26,7 +26,7 @@ from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results, sweep
-from passes.pipeline.search_cache import split
+from passes.search.search_cache import split
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]

@@ -19,9 +19,9 @@ from fxquant.export.onnx_file import OnnxModel, to_onnx
 from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
-from tests.export.models import compiled, exact, run_in_onnxruntime
-from tests.passes.models import ARCHITECTURES, images
-from tests.runtime.by_hand import SmallNet
+from tests.export.runtimes import compiled, exact, run_in_onnxruntime
+from tests.models import ARCHITECTURES, images
+from tests.quantized_by_hand import SmallNet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

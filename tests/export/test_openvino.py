@@ -17,8 +17,8 @@ from fxquant.export.openvino_model import OpenvinoModel, reason_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
-from tests.export.models import compiled, exact
-from tests.passes.models import images
+from tests.export.runtimes import compiled, exact
+from tests.models import images
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")

@@ -20,7 +20,7 @@ from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedMatmul
-from tests.export.models import run_in_onnxruntime, side_by_side
+from tests.export.runtimes import run_in_onnxruntime, side_by_side
 
 CHANNELS = 40
 

@@ -12,7 +12,7 @@ from fxquant.quantizers.families import FAMILIES, OF_ROWS, Proposals, Statistics
 from fxquant.quantizers.search import search_activation
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
-from tests.quantizers.by_hand import squared_error, statistics_of, to_bf16
+from tests.quantizers.plain_versions import squared_error, statistics_of, to_bf16
 
 WIDTHS = range(2, 9)
 OF_VALUES = sorted(FAMILIES.keys() - OF_ROWS)

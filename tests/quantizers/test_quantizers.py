@@ -17,7 +17,7 @@ from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from tests.quantizers.by_hand import statistics_of
+from tests.quantizers.plain_versions import statistics_of
 
 QUANTIZERS = {
     "symmetric": UniformQuantizer(4, 0.13),

@@ -14,7 +14,7 @@ from fxquant.quantizers.observers import Edge, Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.search import search_activation
-from tests.quantizers.by_hand import statistics_of
+from tests.quantizers.plain_versions import statistics_of
 
 
 def attention(keys: int = 197, rows: int = 50, sharpness: float = 2.0) -> Tensor:

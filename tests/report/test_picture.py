@@ -18,7 +18,7 @@ from fxquant.report.palette import colour
 from fxquant.report.picture import to_dot, to_svg, write_picture
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
-from tests.report.by_hand import ROWS
+from tests.report.small_report import ROWS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

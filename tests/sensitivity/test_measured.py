@@ -22,7 +22,7 @@ from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers, observers_of
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import ARCHITECTURES, images
+from tests.models import ARCHITECTURES, images
 
 BITS = (3, 6)
 

@@ -12,7 +12,7 @@ from fxquant.sensitivity.nuclear_norm import Module, nuclear_norm, nuclear_norms
 from fxquant.sensitivity.reconstruction import expected_ratio, normal_moments, reconstruction_errors
 from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (2, 4, 8)
 

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import BudgetError, ModelError
-from fxquant.session.model_frontier import Frontier, _Divergence
-from tests.passes.models import images, vit
+from fxquant.errors import BudgetError, FxQuantError
+from fxquant.session.model_frontier import Frontier
+from tests.models import images, vit
 
 FEW = {"bits": (2, 3, 4, 8)}
 
@@ -46,12 +46,11 @@ def test_realised_losses_are_measured_on_the_compiled_models(found: Frontier) ->
     compiled = fxquant.frontier(model, x, limits=[3], realised=by_hand, **FEW)
     assert compiled.realised_name == "by_hand"
     assert compiled.realised[0] == pytest.approx(found.realised[0], rel=1e-6)
-    assert _Divergence(model, x, 2)(model) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_model_keeps_its_mode() -> None:
     model = vit(depth=1).train()
-    _Divergence(model, images(2), 2)
+    fxquant.frontier(model, images(2), limits=[8], realised="divergence", exact=False, bits=(4, 8))
     assert model.training
 
 
@@ -93,7 +92,7 @@ def test_command(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'kl'")])
+@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'divergence'")])
 def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text: str) -> None:
     with pytest.raises(BudgetError, match=text):
         fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
@@ -104,5 +103,5 @@ def test_outputs_that_are_no_class_scores() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    with pytest.raises(ModelError, match="class scores"):
-        _Divergence(Tokens(), images(2), 2)
+    with pytest.raises(FxQuantError, match="class scores"):
+        fxquant.frontier(Tokens(), images(2), limits=[8], realised="divergence")

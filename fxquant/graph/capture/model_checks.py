@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxquant.checks.arguments import shown
 from fxquant.errors import CalibrationError, ModelError, TraceError
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 
 
 def check_model(model: nn.Module) -> None:
@@ -37,7 +37,7 @@ def check_model(model: nn.Module) -> None:
 
 def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
     kind = type(module)
-    if isinstance(module, fx.GraphModule) and facts_of(module) & {Fact.QUANTIZED, Fact.LOWERED}:
+    if isinstance(module, fx.GraphModule) and facts_of(module) & {QUANTIZED, LOWERED}:
         raise ModelError(
             f"{type(model).__name__} is quantized already: give the float model it was made from, an artefact does "
             f"not hold its weights"

@@ -21,14 +21,15 @@ from torch.nn import functional
 
 from fxquant.checks.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
-from fxquant.graph.annotation import Fact, declare
 from fxquant.graph.capture.leaves import has_global_hooks
 from fxquant.graph.capture.model_checks import check_example, check_model
 from fxquant.graph.capture.normalization import normalize
 from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weights
 from fxquant.graph.capture.shape_tracer import ShapeTracer
+from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
-from fxquant.graph.structure.class_scores import CLASSES, declared_classes
+from fxquant.graph.notes import CLASSES, COVERAGE, IMAGE_SHAPE
+from fxquant.graph.structure.class_scores import declared_classes
 
 _RELATIVE_TOLERANCE = 1e-4
 _CHECKED_BATCH_SIZES = (1, 3)
@@ -48,7 +49,7 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
             graph.
 
-    The result declares `Fact.TRACED`, has `meta["coverage"]` (share of weight elements seen) and
+    The result is `TRACED`, has `meta["coverage"]` (share of weight elements seen) and
     `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
     gradients; its state is independent of the model's.
 
@@ -77,11 +78,11 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     graph_module.graph.lint()
     graph_module.recompile()
     _check_equivalence(graph_module, example_bchw, expected)
-    graph_module.meta["coverage"] = coverage
+    COVERAGE.write(graph_module, coverage)
     if (classes := declared_classes(root)) is not None:
-        graph_module.meta[CLASSES] = classes
-    graph_module.meta["image_shape"] = tuple(example_bchw.shape[1:])
-    declare(graph_module, frozenset({Fact.TRACED}))
+        CLASSES.write(graph_module, classes)
+    IMAGE_SHAPE.write(graph_module, tuple(example_bchw.shape[1:]))
+    declare(graph_module, [TRACED])
     return graph_module
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
-from fxquant.graph.annotation import Fact, facts_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import TRACED, facts_of
 from fxquant.graph.printer import format_graph
 
 IMAGES_BCHW = torch.rand(2, 3, 8, 8)
@@ -50,7 +50,7 @@ def test_graph_equals_model_at_any_batch_size() -> None:
     for batch_size in (1, 2, 5):
         images_bchw = torch.rand(batch_size, 3, 8, 8)
         torch.testing.assert_close(graph_module(images_bchw), model(images_bchw))
-    assert Fact.TRACED in facts_of(graph_module)
+    assert TRACED in facts_of(graph_module)
     assert graph_module.meta["coverage"] == 1.0
 
 

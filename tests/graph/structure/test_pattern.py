@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fxquant.errors import VerificationError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare, nodes_with_role
+from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, declare, verify
 from fxquant.graph.printer import describe
 from fxquant.graph.structure.roles import find_roles
-from fxquant.graph.verifier import verify
 
 IMAGES_BCHW = torch.rand(1, 3, 8, 8)
 
@@ -77,12 +77,12 @@ def test_near_misses_say_why(body, node: str, reason: str) -> None:
 
 def test_verifier_names_the_node() -> None:
     graph_module = trace(Body(lambda m, x: m.a(x)), IMAGES_BCHW)
-    verify(graph_module, Fact.TRACED)
+    verify(graph_module, TRACED)
     with pytest.raises(VerificationError, match="run the pass that provides it"):
-        verify(graph_module, Fact.ROLES_ASSIGNED)
-    declare(graph_module, frozenset({Fact.ROLES_ASSIGNED}))
+        verify(graph_module, ROLES_ASSIGNED)
+    declare(graph_module, frozenset({ROLES_ASSIGNED}))
     with pytest.raises(VerificationError, match=r"%embed = Conv2d.*a layer without a role"):
-        verify(graph_module, Fact.ROLES_ASSIGNED)
+        verify(graph_module, ROLES_ASSIGNED)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fxquant.graph.annotation import Annotation, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.relevance import Relevance
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
 from passes.allocate.score_layers import ScoreLayers
 from passes.pipeline.contract import PassContext
@@ -108,16 +108,16 @@ def test_together_and_at_a_baseline(searched: GraphModule) -> None:
 def test_a_run_that_stopped_goes_on_where_it_was(
     searched: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer_of, measured = RelevanceSensitivity._layer, []
+    sensitivity_of, measured = Divergence.sensitivity, []
     stop_after = 5
 
-    def counted(self: RelevanceSensitivity, divergence: Divergence, node: Any, *, fixed_input: bool) -> Any:
+    def counted(divergence: Divergence, node: Any, **options: Any) -> Any:
         if len(measured) == stop_after:
             raise KeyboardInterrupt
         measured.append(annotation_of(node).layer)
-        return layer_of(self, divergence, node, fixed_input=fixed_input)
+        return sensitivity_of(divergence, node, **options)
 
-    monkeypatch.setattr(RelevanceSensitivity, "_layer", counted)
+    monkeypatch.setattr(Divergence, "sensitivity", counted)
     with pytest.raises(KeyboardInterrupt):
         scored(searched, Cache(tmp_path), importance="none")
     done, measured[:], stop_after = list(measured), [], 1000
@@ -153,4 +153,4 @@ def test_ties_optimisations_and_errors() -> None:
         recipe(optimise="magic")
     with pytest.raises(OverrideError, match="MP5 asks for a uniform model of 5 bits"):
         fxquant.compile(embedded.load_model(), None, calibration=IMAGES, recipe=recipe(budget="MP5"))
-    assert allocation_of(trace(embedded.load_model(), IMAGES[:2])) is None
+    assert ALLOCATION.get(trace(embedded.load_model(), IMAGES[:2])) is None

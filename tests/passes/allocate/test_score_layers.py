@@ -13,16 +13,17 @@ from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache
 from fxquant.errors import PipelineError, SensitivityError, VerificationError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, declare, nodes_with_role
-from fxquant.graph.verifier import verify
+from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.facts import TRACED, declare, verify
+from fxquant.sensitivity.measured import Divergence
 from passes.allocate.allocate_bits import COST_TABLE, AllocateBits
 from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, PredictedLoss, TypeAwareFisher
-from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers, Scores
+from passes.allocate.score_layers import LAMPQ_ROLES, SCORED, Metric, ScoreLayers, Scores
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
@@ -38,8 +39,8 @@ def searched() -> GraphModule:
 def scored(searched: GraphModule, metric: Metric, **options: Any) -> tuple[dict[str, Annotation], dict[str, Any]]:
     graph_module, context = copy.deepcopy(searched), PassContext(images(4), batch_size=2)
     step = ScoreLayers(metric, **options)
-    Pipeline([step], [Fact.TRACED, *step.requires]).run(graph_module, context)
-    result = Pipeline([step], [Fact.TRACED, *step.requires]).run(graph_module, context)
+    Pipeline([step], [TRACED, *step.requires]).run(graph_module, context)
+    result = Pipeline([step], [TRACED, *step.requires]).run(graph_module, context)
     found = {annotation_of(n).layer: annotation_of(n) for n in nodes_with_role(result)}
     return found, context.journal.entries[-1].notes
 
@@ -99,17 +100,24 @@ def test_the_same_blocks_are_sampled_for_every_type_and_follow_the_seed(searched
     assert len(set.union(*blocks)) > 1
 
 
-def test_other_drops_are_shares_of_images() -> None:
+def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images; the third changes its prediction from right to wrong, the fourth from wrong to right."""
     exact = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]]).log_softmax(1)
     moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).log_softmax(1)
-    assert TypeAwareFisher(drop="disagreement")._drop(exact, moved) == 0.5
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 1))._drop(exact, moved) == 0.0
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 0))._drop(exact, moved) == 0.5
+    monkeypatch.setattr(Divergence, "outputs", lambda _, bits: (moved if bits else exact,))
+    nodes = nodes_with_role(searched, *LAMPQ_ROLES)
+
+    def drop(**options: Any) -> float:
+        (found,) = set(TypeAwareFisher(mu=1, **options).drops(searched, nodes, CONTEXT).values())
+        return found
+
+    assert drop(drop="disagreement") == 0.5
+    assert drop(drop="accuracy", labels=(0, 1, 0, 1)) == 0.0
+    assert drop(drop="accuracy", labels=(0, 1, 0, 0)) == 0.5
     with pytest.raises(SensitivityError, match="1 labels for 4 images"):
-        TypeAwareFisher(drop="accuracy", labels=(0,))._drop(exact, moved)
+        drop(drop="accuracy", labels=(0,))
     expected = (exact.exp() * (exact - moved)).sum(1).mean()
-    assert TypeAwareFisher()._drop(exact, moved) == pytest.approx(float(expected))
+    assert drop() == pytest.approx(float(expected))
 
 
 def test_labels_make_the_empirical_fisher(searched: GraphModule) -> None:
@@ -138,11 +146,11 @@ def test_noise_ratio_and_predicted_loss_come_from_the_candidates(searched: Graph
     graph_module = copy.deepcopy(searched)
     allocate = AllocateBits(mptq_vit("W4A4")[-2].budget)  # type: ignore[attr-defined]
     allocate.apply(graph_module, CONTEXT)
-    plain = graph_module.meta[COST_TABLE]
+    plain = COST_TABLE.of(graph_module)
     ScoreLayers(PredictedLoss(), roles=None).apply(graph_module, CONTEXT)
     allocate.apply(graph_module, CONTEXT)
-    assert (plain.weight_cost == graph_module.meta[COST_TABLE].weight_cost).all()
-    assert (plain.activation_cost == graph_module.meta[COST_TABLE].activation_cost).all()
+    assert (plain.weight_cost == COST_TABLE.of(graph_module).weight_cost).all()
+    assert (plain.activation_cost == COST_TABLE.of(graph_module).activation_cost).all()
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def test_bad_scores_are_refused(searched: GraphModule) -> None:
 def test_scores_become_stale_with_new_candidates() -> None:
     with pytest.raises(PipelineError, match="'scales searched'"):
         mptq_vit(4).before(SearchScales, ScoreLayers(FisherTrace()))
-    assert Fact.SCORED in SearchScales().breaks
+    assert SCORED.falls_with(SearchScales().provides)
     assert asdict(Scores.shared({"a": [2.0]}, {}))["weight"] == {"a": [1.0]}
 
 
@@ -209,6 +217,6 @@ def test_the_verifier_counts_scores(searched: GraphModule) -> None:
     ScoreLayers(Counting()).apply(graph_module, CONTEXT)
     (node, *_) = nodes_with_role(graph_module, Role.FC1)
     annotate(node, weight_sensitivity=(1.0,))
-    declare(graph_module, frozenset({Fact.SCORED}))
+    declare(graph_module, frozenset({SCORED}))
     with pytest.raises(VerificationError, match="1 scores for 4 candidates"):
-        verify(graph_module, Fact.SCORED)
+        verify(graph_module, SCORED)

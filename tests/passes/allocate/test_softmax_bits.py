@@ -15,12 +15,12 @@ from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.report.actions import actions_for
 from fxquant.report.picture import to_svg
 from fxquant.report.totals import Totals, bit_operations
-from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedMatmul
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.recipes import best
 from passes.recipes.lampq import lampq
-from tests.passes.models import images, vit
+from tests.lowering import needs_kernels
+from tests.models import images, vit
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_an_impossible_budget_is_refused_before_calibration() -> None:
         AllocateBits("W4A4", softmax_bits=9)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+@needs_kernels
 def test_kernels_give_what_is_simulated(narrow: fxquant.Compiled, tmp_path) -> None:  # type: ignore[no-untyped-def]
     narrow.save(tmp_path / "narrow.fxq")
     loaded = fxquant.load(tmp_path / "narrow.fxq")
@@ -138,7 +138,7 @@ def test_kernels_give_what_is_simulated(narrow: fxquant.Compiled, tmp_path) -> N
 
 def test_other_allocations_leave_them_with_the_values() -> None:
     found = fxquant.compile(vit(), None, calibration=images(), recipe=lampq("W4A4", base=best))
-    allocation = allocation_of(found.graph_module)
+    allocation = ALLOCATION.get(found.graph_module)
     assert allocation is not None
     for row in found.layers:
         if row.role == "av":

@@ -15,8 +15,9 @@ from allocators.uniform import Uniform
 from fxquant.artefact.cache import Cache
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.block_pairs import BlockPairs

@@ -19,8 +19,9 @@ from fxquant.errors import (
     PatternError,
     PipelineError,
 )
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact, facts_of
 from fxquant.graph.printer import format_graph
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import Pass, PassContext
@@ -29,10 +30,10 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES, best, mptq_vit, naive_min_max, recipe
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.insert_observers import OBSERVED, InsertObservers
 from passes.search.search_scales import SearchScales
-from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED, SubstituteQuantizers
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class KeepHigh:
     role: Role
     bits: int = 8
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -177,7 +178,7 @@ class TestEditing:
         head, tail = pipeline[:4], pipeline[4:]
         assert kinds(head) + kinds(tail) == kinds(pipeline)
         assert tail.assumes == head.provides
-        assert Fact.OBSERVED in tail.assumes
+        assert OBSERVED in tail.assumes
         assert kinds(pipeline[-1:]) == ["SubstituteQuantizers"]
         assert isinstance(pipeline[0], AssignRoles)
         assert isinstance(pipeline[-1], SubstituteQuantizers)
@@ -295,6 +296,6 @@ def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:
     pipeline = Pipeline([AssignRoles()])
     copied = pipeline.run(graph_module, PassContext())
     assert copied is not graph_module
-    assert Fact.ROLES_ASSIGNED not in facts_of(graph_module)
+    assert ROLES_ASSIGNED not in facts_of(graph_module)
     assert pipeline.run(graph_module, PassContext(), in_place=True) is graph_module
-    assert Fact.ROLES_ASSIGNED in facts_of(graph_module)
+    assert ROLES_ASSIGNED in facts_of(graph_module)

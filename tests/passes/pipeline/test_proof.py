@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import BackendError, FxQuantError, PipelineError, VerificationError
-from fxquant.graph.annotation import Fact
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import QUANTIZED, TRACED, Fact
 from passes.allocate.allocate_bits import AllocateBits
 from passes.lower.lower import Lower
 from passes.pipeline.contract import Effect, PassContext
@@ -24,7 +24,7 @@ from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes import best, mptq_vit
 from passes.search.insert_observers import InsertObservers
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Scale:
     layer: str = "blocks.0.mlp.fc2"
     factor: float = 1.01
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -185,7 +185,7 @@ def quantized(model: nn.Module) -> fxquant.Compiled:
 
 @pytest.mark.parametrize("chains", [True, False])
 def test_a_wrong_lowering_is_refused_by_the_layer_that_differs(quantized: fxquant.Compiled, chains: bool) -> None:
-    pipeline = Pipeline([BrokenLower(chains=chains)], assumes=[Fact.QUANTIZED])
+    pipeline = Pipeline([BrokenLower(chains=chains)], assumes=[QUANTIZED])
     for answers in (None, quantized.answers):
         with pytest.raises(BackendError, match=r"first layer that differs is 'blocks\.0\.mlp\.fc2'.*load\(path\)"):
             pipeline.run(quantized.graph_module, PassContext(answers=answers))
@@ -195,7 +195,7 @@ def test_a_right_lowering_says_how_far_it_is(quantized: fxquant.Compiled) -> Non
     notes = quantized.lowered("auto").journal.entries[-1].notes
     assert notes["proof"]["difference"] <= notes["proof"]["tolerance"] / 10
     graph_module = quantized.graph_module
-    Pipeline([Lower("simulated")], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    Pipeline([Lower("simulated")], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 def test_a_pipeline_that_goes_on_to_integers(model: nn.Module) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import timm
 import torch
 
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, verify
 from fxquant.graph.printer import format_graph
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
+from tests.assertions import assert_rewrites
 
 
 def assigned(batch_size: int = 2):
@@ -25,7 +26,7 @@ def assigned(batch_size: int = 2):
 
 def test_layers_blocks_and_costs() -> None:
     graph_module, changed, context = assigned()
-    verify(graph_module, Fact.ROLES_ASSIGNED)
+    verify(graph_module, ROLES_ASSIGNED)
     annotations = {annotation_of(node).layer: annotation_of(node) for node in nodes_with_role(graph_module)}
     assert changed == len(annotations) == 23
     block = ["norm1", "attn.qkv", "attn.qk", "attn.softmax", "attn.av", "attn.proj"]
@@ -52,8 +53,6 @@ def test_costs_are_per_image() -> None:
 
 def test_idempotent() -> None:
     graph_module, changed, _ = assigned()
-    text = format_graph(graph_module)
     before = [annotation_of(node) for node in graph_module.graph.nodes]
-    assert AssignRoles().apply(graph_module, PassContext()) == changed
-    assert format_graph(graph_module) == text
+    assert assert_rewrites(graph_module, AssignRoles(), format_graph(graph_module)) == changed
     assert [annotation_of(node) for node in graph_module.graph.nodes] == before

@@ -22,8 +22,8 @@ from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, TypeAw
 from passes.allocate.score_layers import ScoreLayers
 from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES, best, lampq, mptq_vit, naive_min_max, tsptq_vit, vt_ptq
-from tests.passes.models import images as random_images
-from tests.passes.models import timm_model
+from tests.models import images as random_images
+from tests.models import timm_model
 
 IMAGES = embedded.calibration_images(4)
 QUICK = {"base": naive_min_max, "bits": (2, 3, 4, 5, 8)}

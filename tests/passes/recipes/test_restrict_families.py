@@ -20,8 +20,8 @@ from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, vit
-from tests.quantizers.by_hand import statistics_of
+from tests.models import images, vit
+from tests.quantizers.plain_versions import statistics_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,12 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import STATISTICS, Fact, Role
+from fxquant.graph.annotation import Role
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.observers import Edge
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import InsertObservers, observer_nodes, observers_of, remove_observers
-from tests.passes.models import SWIN, images, timm_model, traced, vit
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
+from tests.assertions import assert_rewrites
+from tests.models import SWIN, images, timm_model, traced, vit
 
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 
@@ -58,8 +62,9 @@ def observed(insert: InsertObservers = InsertObservers()) -> torch.fx.GraphModul
 
 
 def test_norms_and_softmax_in_float() -> None:
-    text = format_graph(observed())
-    assert text.endswith(ATTENTION_AND_MLP)
+    graph_module = traced(vit(depth=1), images(2))
+    assert_rewrites(graph_module, InsertObservers(), ATTENTION_AND_MLP)
+    text = format_graph(graph_module)
     assert "%observer_patch_embed_proj_0 = Observer(%x)\n%patch_embed_proj = patch_embed(%observer_patch" in text
     assert text.count("Observer(") == 10
 
@@ -73,9 +78,9 @@ def test_fully_quantized() -> None:
     ]:
         inserted = f"%observer_{name}_0 = Observer(%{source})\n%{name} = {layer}(%observer_{name}_0)"
         expected = expected.replace(f"%{name} = {layer}(%{source})", inserted)
-    text = format_graph(observed(FULLY))
-    assert text.endswith(expected)
-    assert text.count("Observer(") == 14
+    graph_module = traced(vit(depth=1), images(2))
+    assert_rewrites(graph_module, FULLY, expected)
+    assert format_graph(graph_module).count("Observer(") == 14
 
 
 def test_the_graph_computes_the_same() -> None:
@@ -86,11 +91,9 @@ def test_the_graph_computes_the_same() -> None:
 @pytest.mark.parametrize("insert", [InsertObservers(), FULLY], ids=["float norms", "fully"])
 def test_twice_is_once(insert: InsertObservers) -> None:
     graph_module = observed(insert)
-    once, names = format_graph(graph_module), list(graph_module.state_dict())
-    insert.apply(graph_module, PassContext())
-    assert format_graph(graph_module) == once
+    names = list(graph_module.state_dict())
+    assert_rewrites(graph_module, insert, format_graph(graph_module))
     assert list(graph_module.state_dict()) == names
-    graph_module.graph.lint()
 
 
 def test_another_protocol_replaces_the_first() -> None:
@@ -156,7 +159,7 @@ def test_unknown_families_are_refused_with_the_known_ones() -> None:
 
 
 def test_what_was_known_of_the_old_observers_no_longer_holds() -> None:
-    assert InsertObservers().breaks == {*STATISTICS, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    assert all(fact.falls_with(InsertObservers().provides) for fact in (*STATISTICS, SCALES_SEARCHED, BITS_ALLOCATED))
 
 
 def test_convolutions_that_pad_otherwise_are_refused() -> None:

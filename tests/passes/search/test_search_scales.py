@@ -14,7 +14,7 @@ from passes.recipes import mptq_vit
 from passes.search.calibrate import Calibrate, coherence
 from passes.search.insert_observers import InsertObservers, observers_of
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (2, 4, 8)
 

@@ -19,7 +19,7 @@ from passes.recipes import mptq_vit
 from passes.search.insert_observers import observer_nodes
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers, chosen
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
 
 BITS = (3, 4, 5, 6, 8)
 

@@ -13,11 +13,11 @@ import fxquant
 from fxquant.data import embedded
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_table import BITS
-from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.substitute.tabulate_gelu import TabulateGelu, input_quantizer
+from tests.lowering import needs_kernels
 
 MODEL, IMAGES = embedded.load_model(), embedded.calibration_images(16)
 
@@ -45,7 +45,7 @@ def test_every_gelu_of_few_levels_has_a_table_and_keeps_its_result(quantized: fx
     assert errors[1] < 1.2 * errors[0]  # single codes change, here and there, and so do those that follow
 
 
-@pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+@needs_kernels
 def test_kernels_look_up_what_the_graph_computes(quantized: fxquant.Compiled) -> None:
     graph_module = copy.deepcopy(quantized.graph_module).double()
     TabulateGelu().apply(graph_module, PassContext(IMAGES))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fxquant.quantizers.families import FAMILIES, OF_ROWS, midpoints
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
-from tests.quantizers.by_hand import by_table, squared_error, statistics_of, to_bf16
+from tests.quantizers.plain_versions import by_table, squared_error, statistics_of, to_bf16
 
 BFLOAT16_STEP = 2.0**-8
 
