@@ -12,7 +12,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.divergence import cosine_distance, kl_divergence, relative_squared_error
 from fxquant.sensitivity.objective import CLASSES, EMBEDDINGS, FEATURES, OBJECTIVES, Draws, Objective, objective_named
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 OUTPUTS: dict[str, tuple[Tensor, ...]] = {
     "classes": (torch.randn(3, 7, dtype=torch.float64),),

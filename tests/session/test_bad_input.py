@@ -145,7 +145,7 @@ def test_output_without_class_scores_is_held_to_its_features_and_the_report_says
     assert "features, in relative squared error per image" in str(quantized.report())
     close = fxquant.compile(Tokens(), 8, calibration=images(4))
     x = images(8)[4:]
-    errors = [float((each(x) - Tokens()(x)).square().sum()) for each in (quantized, close)]
+    errors = [float((each(x) - Tokens()(x)).detach().square().sum()) for each in (quantized, close)]
     assert errors[1] < errors[0] / 20
 
 
@@ -167,5 +167,5 @@ def test_data_dependent_code_is_a_trace_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
 
-    with pytest.raises(TraceError, match="test_compiler"):
+    with pytest.raises(TraceError, match="test_bad_input"):
         fxquant.compile(Decides(), 8, calibration=images(4))
