@@ -156,10 +156,8 @@ def _check_quantized(graph_module: fx.GraphModule) -> None:
         if not isinstance(module, ComputesInBits):
             raise broken_at(node, "it has bits and computes in float", "run SubstituteQuantizers again")
         weight, inputs = module.operand_bits()
-        widths = {bits for bits in (annotation.activation_bits, annotation.left_bits) if bits is not None}
-        found = {bits for bits in inputs if bits is not None}
-        if weight != annotation.weight_bits or found != widths:
-            problem = f"its module computes with a weight of {weight} bits and inputs of {sorted(found)}"
+        if (weight, inputs) != (annotation.weight_bits, annotation.input_bits):
+            problem = f"its module computes with a weight of {weight} bits and inputs of {inputs}"
             raise broken_at(node, problem, "run SubstituteQuantizers again")
 
 

@@ -56,6 +56,13 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
     return tuple(found.shape) if isinstance(found, TensorMetadata) else None
 
 
+def elements_of(node: Node) -> int:
+    """Elements that a node holds for one image; a constant is the same for every image."""
+    elements = int(node.meta["tensor_meta"].shape.numel())
+    batch_size = image_of(node.graph.owning_module).meta["tensor_meta"].shape[0]  # type: ignore[arg-type]
+    return elements if elements % batch_size or node.op == "get_attr" else elements // int(batch_size)
+
+
 def moves_data(node: Node) -> bool:
     """Whether a node only moves, drops, repeats or averages values."""
     if node.op == "call_method":

@@ -12,14 +12,14 @@ V-2SF and O-2SF (TSPTQ-ViT); log2 (FQ-ViT); log-sqrt2 (RepQ-ViT); AdaLog; codebo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fxquant.errors import PatternError
+from fxquant.graph.annotation import Allowed
 from fxquant.quantizers.adalog import BASES, GELU_SHIFT, AdaLogQuantizer, adalog_levels
 from fxquant.quantizers.lloyd_max import book
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -268,14 +268,7 @@ OF_ROWS = frozenset({"row-log"})
 """Families that ask for `Statistics.row_moments`."""
 
 
-class Limited(NamedTuple):
-    """A family's name and the widest width, in bits, at which it may be used."""
-
-    name: str
-    widest_bits: int
-
-
-def families_named(text: str) -> list[Limited]:
+def families_named(text: str) -> tuple[Allowed, ...]:
     """`"log2<=4|twin-softmax"` as names and limits, 8 bits where there is none. Raises PatternError for others."""
     found = []
     for part in text.split("|"):
@@ -284,10 +277,11 @@ def families_named(text: str) -> list[Limited]:
             raise PatternError(f"no quantizer family is called {name!r}; there are {', '.join(FAMILIES)}")
         if "<=" in part and widest not in map(str, range(1, WIDEST_BITS + 1)):
             raise PatternError(f"a family's widest width is a number of bits, such as log2<=4; found {part!r}")
-        found.append(Limited(name, int(widest or WIDEST_BITS)))
-    return found
+        found.append(Allowed(name, int(widest or WIDEST_BITS)))
+    return tuple(found)
 
 
-def widest_bits(text: str) -> int:
-    """The widest width at which one of the named families may be used. Raises PatternError."""
-    return max(family.widest_bits for family in families_named(text))
+def text_of(families: Sequence[Allowed]) -> str:
+    """What `families_named` reads back."""
+    limits = ("" if family.widest_bits == WIDEST_BITS else f"<={family.widest_bits}" for family in families)
+    return "|".join(family.name + limit for family, limit in zip(families, limits, strict=True))

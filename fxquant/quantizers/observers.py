@@ -1,18 +1,17 @@
 """Observers: identity nodes on the edges that will be quantized, and the statistics they gather.
 
-An observer marks *that* an edge is quantized and *which family* of quantizer it gets; `Calibrate` feeds it. It keeps
-streamed statistics only, never activations.
+What is quantized, and of which families, an operand says (`fxquant.graph.annotation`); an observer gathers what these
+families ask for. `Calibrate` feeds it. It keeps streamed statistics only, never activations.
 """
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
+from fxquant.graph.annotation import Allowed, Source
+from fxquant.quantizers.families import OF_ROWS, Statistics
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
@@ -23,28 +22,16 @@ _TENSORS = ("channel_magnitude", "channel_factor", "gram", "output_weight")
 _HISTOGRAMS = ("histogram", "row_histogram")
 
 
-class Edge(StrEnum):
-    """What flows over an observed edge; decides which family of quantizer fits."""
-
-    POST_GELU = "post_gelu"
-    POST_SOFTMAX = "post_softmax"
-    POST_LAYER_NORM = "post_layer_norm"
-    SOFTMAX_INPUT = "softmax_input"
-    LAYER_NORM_INPUT = "layer_norm_input"
-    IMAGE = "image"
-    OTHER = "other"
-
-
 class Observer(nn.Module):
     """Passes its input through. `update` gathers what the quantizer families ask for.
 
-    family: key of `families.FAMILIES`, or None where the edge stays float (its linear layer still needs the Gram
-    matrix). edge: what flows here. gram: whether to gather the Gram matrix of the inputs.
+    families: of what will be its quantizer; none where the edge stays float (its linear layer still needs the Gram
+    matrix). source: what flows here. gram: whether to gather the Gram matrix of the inputs.
     """
 
-    def __init__(self, family: str | None, edge: Edge, gram: bool) -> None:
+    def __init__(self, families: tuple[Allowed, ...], source: Source, gram: bool) -> None:
         super().__init__()
-        self.family, self.edge, self.keeps_gram = family, edge, gram
+        self.families, self.source, self.keeps_gram = families, source, gram
         self.release()
 
     def release(self, keep_gram: bool = False) -> None:
@@ -62,13 +49,18 @@ class Observer(nn.Module):
         self.coherence_sum, self.coherence_count = 0.0, 0
 
     @property
+    def asks_for_channels(self) -> bool:
+        """Whether channels are grouped before anything else is gathered."""
+        return self._names() == {"o-2sf"}
+
+    @property
     def asks_for_coherence(self) -> bool:
         """Whether a family has no zero, or is compared with one whose rows sum to one."""
         names = self._names()
         return "adalog-softmax" in names or bool(names & OF_ROWS and names - OF_ROWS)
 
     def _names(self) -> set[str]:
-        return set() if self.family is None else {family.name for family in families_named(self.family)}
+        return {family.name for family in self.families}
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -93,7 +85,7 @@ class Observer(nn.Module):
         self.maximum = max(self.maximum, float(x.max()))
         self.image_minimum_sum += float(per_image.double().sum())
         self.images += len(x)
-        if self.family is None:
+        if not self.families:
             return
         if self.channel_factor is not None:
             x = x / self.channel_factor
@@ -167,9 +159,7 @@ class Observer(nn.Module):
         rows = None if self.row_histogram is None else self.row_histogram.finish()
         moments = rows if self.histogram is None else self.histogram.finish()
         if moments is None or not self.images:
-            raise CalibrationError(
-                f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales"
-            )
+            raise CalibrationError(f"an observer of {self.source} has no statistics: run Calibrate before SearchScales")
         factor = self.channel_factor
         low, high = self.minimum, self.maximum
         if factor is not None:
@@ -180,5 +170,5 @@ class Observer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Family and edge."""
-        return f"{self.family}, {self.edge}"
+        """Families and source."""
+        return f"{'|'.join(family.name for family in self.families) or None}, {self.source}"

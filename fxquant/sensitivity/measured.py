@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,28 +25,15 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
-from fxquant.quantizers.observers import Observer
 from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
 
-Bits = tuple[int | None, int | None]
-"""(weight bits, activation bits) of one node; None leaves the operand float."""
+Bits = tuple[int | None, ...]
+"""Of every operand of one node; None leaves it float."""
 
 Assignment = Mapping[Node, Bits]
 
 _NEEDED_BY = "the measured divergence"
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Divergences of one layer, one per candidate width; empty where it has no such operand.
-
-    weight, activation: that operand alone. together: both at the same width; the one there is, where there is one.
-    """
-
-    weight: tuple[float, ...] = ()
-    activation: tuple[float, ...] = ()
-    together: tuple[float, ...] = ()
 
 
 class Divergence:
@@ -111,20 +97,16 @@ class Divergence:
         self._move_to(min((self._runner.position(node) for node in assignment), default=self._runner.last))
         return tuple(torch.cat(tensors) for tensors in zip(*self._outputs(assignment), strict=True))
 
-    def sensitivity(self, node: Node, *, separate: bool = True, together: bool = True) -> Sensitivity:
-        """The divergence of one layer at each of its candidate widths, all others at the baseline.
+    def sensitivity(self, node: Node, operands: Sequence[int]) -> tuple[float, ...]:
+        """The divergence with these operands of one layer at each of their candidate widths, all of them at the same.
 
-        separate: of its weights alone and its activations alone; together: of both at one width. Raises as `of` does.
+        operands: indices; all other operands, and all other layers, are at the baseline. Raises as `of` does.
         """
         annotation = annotation_of(node)
-        weights: list[Bits] = [(candidate.bits, None) for candidate in annotation.weight_candidates]
-        inputs: list[Bits] = [(None, c.bits) for c in next(iter(annotation.activation_candidates), ())]
-        both: list[Bits] = [(bits, bits) for bits, _ in weights] if inputs else []
-        groups = [weights if separate or not both else [], inputs if separate or not both else []]
-        groups.append(both if together else [])
-        found = iter(self.of_each([{node: bits} for group in groups for bits in group]))
-        weight, activation, joint = (tuple(next(found) for _ in group) for group in groups)
-        return Sensitivity(weight, activation, joint if both or not together else weight or activation)
+        widths = [candidate.bits for candidate in annotation.operands[operands[0]].candidates]
+        count = range(len(annotation.operands))
+        assignments: list[Assignment] = [{node: tuple(w if i in operands else None for i in count)} for w in widths]
+        return tuple(self.of_each(assignments))
 
     def _inputs(self) -> list[dict[Node, Any]]:
         return [{self._runner.image: batch} for batch in self._batches]
@@ -184,19 +166,17 @@ class _Runner(Interpreter):
     def quantized(self, node: Node, bits: Bits) -> _Quantized:
         """The node's operands at these bits; raises SensitivityError where there is no such candidate."""
         self.position(node)
-        annotation = annotation_of(node)
-        weight_bits, activation_bits = bits
-        weight = None
-        if weight_bits is not None:
-            kept = self._module_of(node).weight
-            weight = _chosen(node, annotation.weight_candidates, weight_bits)(kept.flatten(1)).reshape(kept.shape)
-        if activation_bits is None:
-            return _Quantized(weight, {})
-        places = [index for index, source in enumerate(node.args) if self._is_quantized(source)]
-        groups = annotation.activation_candidates or ((),)
-        widths = [annotation.left_bits or activation_bits, *[activation_bits] * (len(groups) - 1)]
-        chosen = [_chosen(node, group, width) for group, width in zip(groups, widths, strict=True)]
-        return _Quantized(weight, dict(zip(places, chosen, strict=True)))
+        weight, inputs = None, {}
+        for operand, width in zip(annotation_of(node).operands, bits, strict=True):
+            if width is None:
+                continue
+            quantizer = _chosen(node, operand.candidates, width)
+            if operand.argument is None:
+                kept = self._module_of(node).weight
+                weight = quantizer(kept.flatten(1)).reshape(kept.shape)
+            else:
+                inputs[operand.argument] = quantizer
+        return _Quantized(weight, inputs)
 
     @torch.no_grad()
     def advance(self, start: int, stop: int, values: dict[Node, Any], active: Mapping[Node, _Quantized]) -> None:
@@ -233,10 +213,6 @@ class _Runner(Interpreter):
 
     def _module_of(self, node: Node) -> Any:
         return self.submodules[str(node.target)]
-
-    def _is_quantized(self, source: Any) -> bool:
-        observer = self._module_of(source) if isinstance(source, Node) and source.op == "call_module" else None
-        return isinstance(observer, Observer) and observer.family is not None
 
     def _writes(self, node: Node) -> bool:
         """Whether the node changes its first argument."""

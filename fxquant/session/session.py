@@ -34,7 +34,6 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
-from fxquant.graph.annotation import nodes_with_role
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import AUTO, Objective
@@ -49,7 +48,6 @@ from passes.lower.lower import SIMULATED
 from passes.pipeline.contract import Journal, PassContext, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe as recipe_named
-from passes.search.insert_observers import observers_of
 from passes.search.search_cache import run_prefix, split
 
 __all__ = ["Compiled", "Session", "compile", "load"]
@@ -184,9 +182,8 @@ class Session:
         pipeline = self.pipeline(budget)
         _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._after_search())
-        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
-        return allocate.without_narrow(allocate.cost_table(found, nodes), lowest)
+        return allocate.without_narrow(allocate.cost_table(found), lowest)
 
     @cached_property
     def _searched(self) -> GraphModule:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import annotation_of
+from fxquant.graph.annotation import Candidate, annotation_of
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
@@ -128,7 +128,7 @@ class TypeAwareFisher(FisherTrace):
         found = {}
         for node in sampled:
             annotation = annotation_of(node)
-            bits: dict[Node, Bits] = {node: (beta, beta if annotation.activation_candidates else None)}
+            bits: dict[Node, Bits] = {node: tuple(beta if o.candidates else None for o in annotation.operands)}
             key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
             found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
             task.advance()
@@ -178,24 +178,25 @@ class NuclearNorm:
             if (annotation.block, module) not in norms:
                 raise SensitivityError(f"{annotation.layer}: no {module} feature was found in block {annotation.block}")
             used[annotation.layer] = norms[annotation.block, module]
-            scores[annotation.layer] = [used[annotation.layer] * c.noise for c in annotation.weight_candidates]
+            scores[annotation.layer] = [used[annotation.layer] * c.noise for c in _weight_candidates(node)]
         return Scores.shared(scores, {"nuclear_norm": used})
 
 
 @dataclass(frozen=True)
 class NoiseRatio:
-    """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over the operands of a matmul."""
+    """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over inputs that share a width."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of all nodes."""
-        weight, activation = {}, {}
+        found = {}
         for node in nodes:
             annotation = annotation_of(node)
-            groups = annotation.activation_candidates
-            weight[annotation.layer] = [c.noise / max(c.signal, 1e-30) for c in annotation.weight_candidates]
-            ratios = [[c.noise / max(c.signal, 1e-30) for c in group] for group in groups]
-            activation[annotation.layer] = [sum(column) / len(groups) for column in zip(*ratios, strict=True)]
-        return Scores(weight, activation)
+            sharing = {index: len(group) for group in annotation.groups for index in group}
+            found[annotation.layer] = [
+                [candidate.noise_ratio / sharing[index] for candidate in operand.candidates]
+                for index, operand in enumerate(annotation.operands)
+            ]
+        return Scores(found)
 
 
 @dataclass(frozen=True)
@@ -204,19 +205,19 @@ class PredictedLoss:
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of all nodes."""
-        weight, activation = {}, {}
-        for node in nodes:
-            annotation = annotation_of(node)
-            losses = [[c.loss for c in group] for group in annotation.activation_candidates]
-            weight[annotation.layer] = [c.loss for c in annotation.weight_candidates]
-            activation[annotation.layer] = [sum(column) for column in zip(*losses, strict=True)]
-        return Scores(weight, activation)
+        annotations = [annotation_of(node) for node in nodes]
+        return Scores({a.layer: [[c.loss for c in operand.candidates] for operand in a.operands] for a in annotations})
 
 
 def _weighted(nodes: Sequence[Node]) -> list[Node]:
-    return [node for node in nodes if annotation_of(node).weight_candidates]
+    return [node for node in nodes if _weight_candidates(node)]
 
 
 def _widths(nodes: Sequence[Node]) -> list[int]:
     """The candidate widths; SearchScales gives all nodes the same."""
-    return [candidate.bits for node in _weighted(nodes)[:1] for candidate in annotation_of(node).weight_candidates]
+    return [candidate.bits for node in _weighted(nodes)[:1] for candidate in _weight_candidates(node)]
+
+
+def _weight_candidates(node: Node) -> tuple[Candidate, ...]:
+    weight = annotation_of(node).weight
+    return () if weight is None else weight.candidates

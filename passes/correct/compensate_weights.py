@@ -63,11 +63,11 @@ class CompensateWeights:
         """
         work = []
         for node in nodes_with_role(graph_module):
-            found = observers_of(graph_module, node)
             annotation = annotation_of(node)
-            candidate = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
-            if candidate is not None and found and found[0][1].gram is not None:
-                work.append((node, found[0][1], candidate.quantizer))
+            candidate = chosen(annotation.weight, annotation.layer) if annotation.weight else None
+            observers = [observer for _, observer in observers_of(graph_module, node) if observer.gram is not None]
+            if candidate is not None and observers:
+                work.append((node, observers[0], candidate.quantizer))
         task = context.progress.track("compensating weights", len(work))
         before = after = 0.0
         for node, observer, quantizer in work:

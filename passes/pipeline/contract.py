@@ -135,7 +135,6 @@ class PassContext:
         cache: where scores are kept, in memory unless it has a folder.
         progress: where long steps report.
         journal: where notes go.
-        ahead: the passes that follow, which the pipeline says.
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.
@@ -150,7 +149,6 @@ class PassContext:
     cache: Cache = field(default_factory=Cache, compare=False, repr=False)
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
-    ahead: tuple[Pass, ...] = ()
     objective: Objective = CLASSES
     expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)

@@ -6,13 +6,13 @@ from typing import Any, Unpack
 
 from allocators.uniform import Uniform
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
@@ -32,13 +32,13 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            CheckBudget(),
-            REPARAMETERISE,
-            InsertObservers(
-                post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", **_norm_inputs(options)
+            PlanOperands(
+                post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", weight="asymmetric", **_norm_inputs(options)
             ),
+            REPARAMETERISE,
+            InsertObservers(),
             Calibrate(),
-            SearchScales(weights="asymmetric"),
+            SearchScales(),
             AllocateBits(budget, Uniform()),
             SubstituteQuantizers(),
         ],
@@ -52,13 +52,13 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            CheckBudget(),
-            REPARAMETERISE,
-            InsertObservers(
-                post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", **_norm_inputs(options)
+            PlanOperands(
+                post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", weight="asymmetric", **_norm_inputs(options)
             ),
+            REPARAMETERISE,
+            InsertObservers(),
             Calibrate(gradient=False),
-            SearchScales(criterion="mse", weights="asymmetric"),
+            SearchScales(criterion="mse"),
             AllocateBits(budget, Uniform()),
             SubstituteQuantizers(),
         ],

@@ -1,6 +1,6 @@
 """What recipes share: their options, and how these change a list of passes.
 
-    return with_options(options, [AssignRoles(), CheckBudget(), FoldSqb(), InsertObservers(), ...])
+    return with_options(options, [AssignRoles(), PlanOperands(), FoldSqb(), InsertObservers(), Calibrate(), ...])
 
 So a recipe is a list of passes to read from top to bottom, as it is without options.
 """
@@ -16,6 +16,7 @@ from allocators.problem.overrides import Bits
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
 from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
+from passes.allocate.check_budget import with_check
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, resolved
 from passes.pipeline.contract import Pass
@@ -23,6 +24,7 @@ from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.restrict_families import restrict_families
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -52,11 +54,13 @@ checked_recipe = checked(PipelineError, **BY_ARGUMENT)
 
 
 def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
-    """The pipeline of a recipe's passes, as its options change them; `fully_quantized` is the recipe's own affair.
+    """The pipeline of a recipe's passes, as its options change them, with its budget checked right after the plan.
+
+    `fully_quantized` is the recipe's own affair.
 
     Args:
         options: see `Options`; those that are not there change nothing.
-        passes: of the recipe, with InsertObservers, SearchScales and AllocateBits among them.
+        passes: of the recipe, with PlanOperands, InsertObservers, SearchScales and AllocateBits among them.
 
     Raises BudgetError for a budget of latency without kernels that can be timed, BackendError for a backend that cannot
     run the recipe's quantizers.
@@ -66,10 +70,11 @@ def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
     for step in passes:
         if isinstance(step, FoldSqb) and "fold" in options:
             continue
-        if isinstance(step, InsertObservers):
-            fold = options.get("fold")
-            changed += [] if fold is None else [fold]
+        if isinstance(step, PlanOperands):
             changed.append(restrict_families(step, options.get("backend", SIMULATED)))
+        elif isinstance(step, InsertObservers):
+            fold = options.get("fold")
+            changed += [step] if fold is None else [fold, step]
         elif isinstance(step, SearchScales):
             changed.append(replace(step, bits=bits))
         elif isinstance(step, AllocateBits):
@@ -77,7 +82,7 @@ def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
             changed.append(_allocation(step, bits, options))
         else:
             changed.append(step)
-    return Pipeline(changed)
+    return with_check(Pipeline(changed))
 
 
 def _allocation(step: AllocateBits, bits: tuple[int, ...], options: Options) -> AllocateBits:

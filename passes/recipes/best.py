@@ -6,8 +6,8 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
+from fxquant.graph.annotation import Role
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
 from passes.pipeline.contract import Pass
@@ -19,6 +19,7 @@ from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes.assembly import CANDIDATE_BITS, Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from passes.substitute.tabulate_gelu import TabulateGelu
@@ -43,32 +44,32 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     asymmetric; give it 1,024 images, it takes 30 to 40 minutes of one core for a ViT-tiny. What each part adds:
     docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
-    parsed = Budget.parse(budget)
+    parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
+    probabilities = _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))
+    plan: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
+    plan["tied"] = (Role.QK, Role.AV) if probabilities is None else (Role.QK,)
     allocate = AllocateBits(
         parsed,
         Milp(),
         # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-        narrowest=2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST,
-        softmax_bits=_softmax_bits(mean, options.get("bits", CANDIDATE_BITS)),
+        narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
+        role_bits=() if probabilities is None else (("av.left", probabilities),),
     )
-    return with_options(options, _trained(allocate, options) if thorough else _rounded(allocate, options))
+    return with_options(options, _trained(plan, allocate) if thorough else _rounded(plan, allocate))
 
 
-def _rounded(allocate: AllocateBits, options: Options) -> list[Pass]:
+def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
     """The passes of `best`."""
     return [
         AssignRoles(),
-        CheckBudget(),
+        PlanOperands(
+            post_gelu=f"asymmetric|opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|{BOOK}", **plan
+        ),
         RotateResidual(),
         BalanceHeads(),
         FoldSqb(),
-        InsertObservers(
-            post_gelu=f"asymmetric|opt-m|{BOOK}",
-            post_softmax="row-log",
-            other=f"symmetric|{BOOK}",
-            **_norm_inputs(options),
-        ),
+        InsertObservers(),
         Calibrate(),
         SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
         allocate,
@@ -78,19 +79,16 @@ def _rounded(allocate: AllocateBits, options: Options) -> list[Pass]:
     ]
 
 
-def _trained(allocate: AllocateBits, options: Options) -> list[Pass]:
+def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
     """The passes of `best_thorough`; balanced heads help rounding and short training, with long training nothing."""
     return [
         AssignRoles(),
-        CheckBudget(),
+        PlanOperands(
+            post_gelu=f"opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|asymmetric|{BOOK}", **plan
+        ),
         RotateResidual(),
         FoldSqb(),
-        InsertObservers(
-            post_gelu=f"opt-m|{BOOK}",
-            post_softmax="row-log",
-            other=f"symmetric|asymmetric|{BOOK}",
-            **_norm_inputs(options),
-        ),
+        InsertObservers(),
         Calibrate(images=SEARCHED),
         SearchScales(),
         allocate,
@@ -98,10 +96,6 @@ def _trained(allocate: AllocateBits, options: Options) -> list[Pass]:
         SubstituteQuantizers(),
         TabulateGelu(),
     ]
-
-
-def _norm_inputs(options: Options) -> dict[str, Any]:
-    return {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if options.get("fully_quantized") else {}
 
 
 def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:

@@ -7,13 +7,13 @@ from typing import Any, Unpack
 from allocators.milp import Milp
 from allocators.uniform import Uniform
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
@@ -29,9 +29,9 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            CheckBudget(),
+            PlanOperands(**_norm_inputs(options)),
             FoldSqb(),
-            InsertObservers(**_norm_inputs(options)),
+            InsertObservers(),
             Calibrate(),
             SearchScales(),
             AllocateBits(budget, Milp()),
@@ -47,8 +47,8 @@ def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            CheckBudget(),
-            InsertObservers(post_gelu="twin-gelu", **_norm_inputs(options)),
+            PlanOperands(post_gelu="twin-gelu", **_norm_inputs(options)),
+            InsertObservers(),
             Calibrate(),
             SearchScales(),
             AllocateBits(budget, Uniform()),
@@ -65,10 +65,10 @@ def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            CheckBudget(),
-            InsertObservers(
+            PlanOperands(
                 post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
             ),
+            InsertObservers(),
             Calibrate(gradient=False),
             SearchScales(criterion="min-max"),
             AllocateBits(budget, Uniform()),

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
@@ -104,11 +104,11 @@ class Calibrate:
         if self.gradient:
             context.objective.check(graph_module, _NEEDED_BY)
         context = replace(context, images_bchw=context.images[: self.images])
-        watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
+        watched = {node: observers_of(graph_module, node) for node in planned_nodes(graph_module)}
         observers = [observer for found in watched.values() for _, observer in found]
         for observer in observers:
             observer.release()
-        grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
+        grouped = {node: found for node, found in watched.items() if any(o.asks_for_channels for _, o in found)}
         if grouped:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))

@@ -24,7 +24,7 @@ def test_equality_ignores_seconds():
 
 
 def test_only_layers_that_have_the_operand_are_listed():
-    allocation = Greedy().allocate(plain_table(activation_elements=[0, 150, 200]), Budget.parse(4))
+    allocation = Greedy().allocate(plain_table(second_elements=[0, 150, 200]), Budget.parse(4))
     assert list(allocation.weight_bits) == ["blocks.0.fc1", "head"]
     assert list(allocation.activation_bits) == ["blocks.0.qk", "head"]
 
