@@ -106,7 +106,7 @@ def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: py
     """Four images; the third changes its prediction from right to wrong, the fourth from wrong to right."""
     exact = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]]).log_softmax(1)
     moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).log_softmax(1)
-    monkeypatch.setattr(Divergence, "log_probabilities", lambda _, bits: moved if bits else exact)
+    monkeypatch.setattr(Divergence, "outputs", lambda _, bits: (moved if bits else exact,))
     nodes = nodes_with_role(searched, *LAMPQ_ROLES)
 
     def drop(**options: Any) -> float:
