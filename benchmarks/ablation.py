@@ -58,6 +58,9 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
         PlanOperands, post_softmax="log2<=4|twin-softmax", tied=(Role.QK, Role.AV)
     ),
     "attention probabilities with the values' bits": lambda b: best(b).changed(PlanOperands, tied=(Role.QK, Role.AV)),
+    "attention probabilities at 2 bits, from 3.5 on at 3": lambda b: best(
+        b, overrides={"av.left": 2 if "3" in b else 3}
+    ),
     "attention probabilities of 3 bits and more": lambda b: best(b).changed(AllocateBits, spared=()),
     "tensors of 2 bits allowed": lambda b: best(b).changed(AllocateBits, narrowest=2),
     "float GELU": lambda b: best(b).without(TabulateGelu),
