@@ -24,8 +24,9 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.lowered import IntegerLinear, ToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedLinear
-from passes.lower.integer_plan import plan
+from passes.lower.integer_plan import code_of
 from passes.lower.lower import backend_summary, execution_of
+from passes.lower.rewrites.plan_integers import PlanIntegers
 from passes.pipeline.contract import PassContext
 from passes.substitute.tabulate_gelu import TabulateGelu
 from tests.assertions import exact
@@ -114,9 +115,12 @@ def test_codes_move_before_a_pad_only_where_the_book_has_zero(has_zero: bool) ->
     graph.output(graph.call_module("linear", (padded,)))
     graph_module = GraphModule(root, graph)
     ShapeProp(graph_module).propagate(x)
-    made = plan(copy.deepcopy(graph_module)).made
-    assert [codes.args[0].name for codes in made] == ["x" if has_zero else "pad"]
-    pad = ToCodes(next(iter(made.values())))(torch.zeros(1))
+    PlanIntegers().apply(graph_module, PassContext())
+    ((node, code),) = [
+        (node, code) for node in graph_module.graph.nodes if (code := code_of(graph_module, node)) is not None
+    ]
+    assert node.args[0].name == ("x" if has_zero else "pad")
+    pad = ToCodes(code)(torch.zeros(1))
     assert (int(pad) == book.zero) == has_zero
 
 
