@@ -72,7 +72,7 @@ def test_substitution_finds_the_compensated_codes() -> None:
     after = pipeline[pipeline.position(SubstituteQuantizers) :].run(before, PassContext(images))
     checked = 0
     for node in nodes_with_role(before):
-        candidate = chosen(annotation_of(node).weight_candidates, annotation_of(node).weight_bits, "")
+        candidate = chosen(weight, "") if (weight := annotation_of(node).weight) else None
         if candidate is not None and annotation_of(node).role != "patch_embed":
             substituted = after.get_submodule(str(node.target))
             assert isinstance(substituted, QuantizedLinear)
