@@ -41,9 +41,13 @@ _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latenc
 
 @dataclass(frozen=True)
 class Frontier(Document):
-    """Points by ascending budget. axis: what is limited. realised: measured losses, one a point; empty if not asked.
+    """Points by ascending budget.
 
-    realised_name: what was measured.
+    Args:
+        axis: what is limited.
+        points: the best allocation within each budget.
+        realised: measured losses, one a point; empty if not asked.
+        realised_name: what was measured.
     """
 
     axis: str
@@ -129,13 +133,20 @@ def frontier(
 ) -> Frontier:
     """The Pareto set of budget and predicted loss.
 
-    calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`. axis: "mean_bits" (weights and
-    activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations",
-    "latency_ms" (with backend="cpu-native"). limits:
-    budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids (`best`: 2
-    bits) are used at all limits if the lowest needs them. exact: solve the integer program at every
-    budget, else take the convex hull. realised: measure every point: "kl", mean KL divergence in nats from the float
-    model on `images` (float (N, C, H, W); the calibration images if not given), or a function of the compiled model.
+    calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`.
+
+    Args:
+        model: a Vision Transformer; it is not changed.
+        calibration, recipe, seed, batch_size, cache: as in `fxquant.compile`.
+        axis: "mean_bits" (weights and activations alike) or one of "mean_weight_bits", "mean_activation_bits",
+            "weight_bytes", "bit_operations", "latency_ms" (with backend="cpu-native").
+        limits: budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids
+            (`best`: 2 bits) are used at all limits if the lowest needs them.
+        exact: solve the integer program at every budget, else take the convex hull.
+        realised: measure every point: "kl", mean KL divergence in nats from the float model on `images` (float (N, C,
+            H, W); the calibration images if not given), or a function of the compiled model.
+        images: what "kl" is measured on, float (N, C, H, W); None: the calibration images.
+        progress: shows how far it is; None: nothing is shown.
 
     Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
     """

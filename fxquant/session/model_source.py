@@ -33,7 +33,13 @@ class ModelOutputs:
 class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
-    calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+    Args:
+        model: as the caller gave it; it is not changed.
+        calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+        seed: of every random draw.
+        batch_size: images per forward where images are made.
+        cache: keeps what is made.
+        progress: shows how far it is.
     """
 
     def __init__(

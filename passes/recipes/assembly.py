@@ -62,10 +62,19 @@ def assemble(
     criterion: Criterion = "hessian",
     score: Pass | None = None,
 ) -> Pipeline:
-    """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
+    """The pipeline of a recipe.
 
-    plan: what is quantized, before the backend has a say. score: a pass between SearchScales and AllocateBits. Raises
-    BudgetError for a budget that cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
+    Args:
+        budget: anything `Budget.parse` takes.
+        plan: what is quantized, before the backend has a say.
+        options: what the user asks for.
+        allocator, fold: the recipe's own, used where the options name none.
+        calibrate: what is gathered from the images.
+        criterion: what SearchScales minimises.
+        score: a pass between SearchScales and AllocateBits.
+
+    Raises BudgetError for a budget that cannot be read, BackendError for a backend that cannot run the recipe's
+    quantizers.
     """
     bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
     search = SearchScales(bits, criterion)
