@@ -13,14 +13,15 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import Allowed, Source
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.family import Family, Statistics
+from fxquant.quantizers.statistics.gram import Gram
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
 # What an observer gathers: all that `release` forgets.
 _COUNTS = ("images", "row_length", "coherence_count")
 _NUMBERS = (*_COUNTS, "minimum", "maximum", "image_minimum_sum", "token_weight_sum", "coherence_sum")
-_TENSORS = ("channel_magnitude", "channel_factor", "gram", "output_weight")
-_HISTOGRAMS = ("histogram", "row_histogram")
+_TENSORS = ("channel_magnitude", "channel_factor", "output_weight")
+_STREAMED = ("histogram", "row_histogram", "gram")  # which have states of their own
 
 
 class Observer(nn.Module):
@@ -58,7 +59,7 @@ class Observer(nn.Module):
         self.image_minimum_sum, self.images = 0.0, 0
         self.channel_magnitude: Tensor | None = None
         self.channel_factor: Tensor | None = None
-        self.gram: Tensor | None = self.gram if keep_gram else None
+        self.gram: Gram | None = self.gram if keep_gram else None
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
         self.coherence_sum, self.coherence_count = 0.0, 0
@@ -125,29 +126,31 @@ class Observer(nn.Module):
         self.coherence_sum += coherence
         self.coherence_count += 1
 
-    def update_gram(self, rows_ti: Tensor, gradient_to: Tensor | None) -> None:
-        """Add one batch to G = sum a_t x_t x_t^T. rows_ti: inputs as (tokens, in); gradient_to: dL/dO (tokens, out)."""
+    def update_gram(self, rows_ti: Tensor, squared_to: Tensor | None) -> None:
+        """Add one batch to G = sum a_t x_t x_t^T.
+
+        rows_ti: inputs, float (tokens, in). squared_to: squares of dL/dO, float (tokens, out); None: all are one.
+        """
         rows = rows_ti.detach()
-        if gradient_to is None:
+        if squared_to is None:
             token_weight = torch.ones(len(rows))
         else:
-            squared = gradient_to.detach().square()
+            squared = squared_to.detach()
             token_weight = squared.mean(1)
             total = squared.sum(0).double()
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())
-        if self.gram is None:
-            self.gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
-        self.gram.addmm_((rows * token_weight[:, None]).T, rows)  # in place: the largest of all that is gathered
+        self.gram = self.gram or Gram(rows.shape[1], rows.dtype)
+        self.gram.add(rows, token_weight)
 
     def state(self) -> dict[str, Tensor]:
         """All statistics gathered so far, by name."""
         numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
         found = {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
-        for name in _HISTOGRAMS:
-            histogram = getattr(self, name)
-            if histogram is not None:
-                found |= {f"{name}.{part}": tensor for part, tensor in histogram.state().items()}
+        for name in _STREAMED:
+            streamed = getattr(self, name)
+            if streamed is not None:
+                found |= {f"{name}.{part}": tensor for part, tensor in streamed.state().items()}
         return {"numbers": numbers, **found}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -156,12 +159,12 @@ class Observer(nn.Module):
             setattr(self, name, int(value) if name in _COUNTS else value)
         for name in _TENSORS:
             setattr(self, name, state.get(name))
-        for name in _HISTOGRAMS:
+        for name in _STREAMED:
             parts = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-            histogram = Bfloat16Histogram() if parts else None
-            if histogram is not None:
-                histogram.restore(parts)
-            setattr(self, name, histogram)
+            streamed = (Gram() if name == "gram" else Bfloat16Histogram()) if parts else None
+            if streamed is not None:
+                streamed.restore(parts)
+            setattr(self, name, streamed)
 
     def channel_weight(self) -> Tensor | None:
         """b_o (out,), float32: how much more than average the loss cares for each output channel; None if unknown."""

@@ -48,6 +48,13 @@ class UniformQuantizer(Quantizer):
         """Smallest and largest code."""
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
 
+    @property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest step from zero that has a code, float32 () or as many as there are zero-points."""
+        zero = torch.tensor(0) if self.zero_point is None else self.zero_point.reshape(-1)
+        low, high = self.code_range
+        return (low - zero).float(), (high - zero).float()
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of x, int32."""
         codes = torch.round(x.float() * (1 / self.scale))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -182,11 +183,11 @@ class PassContext:
         return self.images_bchw
 
     def gather(
-        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any
+        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Calibration images one by one, (1, C, H, W), each with its index, for a pass that gathers over all of them.
+        """Calibration images a few at a time, (B, C, H, W), with the index of the first, for a pass that gathers.
 
-        So the activations (and gradients) of one image only are alive at a time, and sums are formed in one order: no
+        So the activations (and gradients) of few images only are alive at a time, and sums are formed in one order: no
         batch size has a say in them. Progress is shown under `label`.
 
         Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
@@ -197,6 +198,7 @@ class PassContext:
             gathered: what the caller updates with every image.
             graph_module: what the images run through.
             settings: JSON values that what is gathered depends on as well, such as the pass's repr.
+            together: images at a time; matrix products of several cost less than one by one, and take more memory.
         """
         task = self.progress.track(label, len(self.images))
         key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
@@ -205,12 +207,12 @@ class PassContext:
         done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
         if done:
             gathered.restore(state)
-        for index, image in enumerate(torch.split(self.images, 1)):
+        for index, batch in zip(count(0, together), torch.split(self.images, together)):
             if index >= done:
-                yield index, image
-                seen = torch.tensor(index + 1)
+                yield index, batch
+                seen = torch.tensor(index + len(batch))
                 checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
-            task.advance()
+            task.advance(len(batch))
         task.close()
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:

@@ -32,6 +32,7 @@ from passes.prepare.folds import FOLDED, note_fold
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
+TOGETHER = 4  # images that are run at once
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class FoldSqb:
         }
         statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
-            for _, batch in context.gather("measuring LayerNorm outputs", statistics, graph_module, repr(self)):
+            settings = "measuring LayerNorm outputs", statistics, graph_module, repr(self)
+            # Of every image at a time the grid search keeps some rows.
+            for _, batch in context.gather(*settings, together=1 if self.eps == "outlier-suppression+" else TOGETHER):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]

@@ -44,7 +44,7 @@ class Options(TypedDict, total=False):
     fold: FoldSqb | None
     bits: tuple[int, ...]
     backend: str
-    latency: MeasureLatency
+    latency: MeasureLatency | None
 
 
 checked_recipe = checked(PipelineError, **BY_ARGUMENT)

@@ -121,12 +121,13 @@ class Calibrate:
         for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
-                gradients = self._gradients(output, recorder, context.seed, seen) if self.gradient else {}
+                squares = self._squared_gradients(output, recorder, context.seed, seen) if self.gradient else {}
             if self.output_error and not self.gradient:
-                gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
+                squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
+            del output
             with torch.no_grad():
                 for node, found in watched.items():
-                    _update(graph_module, node, found, recorder.inputs.pop(node), gradients.pop(node, None))
+                    _update(graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None))
             recorder.forget()
         return len(observers)
 
@@ -152,21 +153,27 @@ class Calibrate:
         if self.draws < 1 or (self.images is not None and self.images < 1):
             raise CalibrationError(f"at least one draw and one image are needed: {self}")
 
-    def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
-        """Root mean square, over draws, of the gradient that each watched node's metric needs."""
+    def _squared_gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
+        """Mean square, over draws, of the gradient that each watched node's metric needs."""
         logits = class_scores(output, _NEEDED_BY, NEEDS_NO_SCORES)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
         probabilities = logits.detach().float().softmax(1)
         cotangents = logit_gradients(probabilities, self.fisher, self.draws, seed, first).to(logits.dtype)
-        squares = [torch.zeros_like(tensor) for tensor in tensors]
+        squares: dict[Node, Tensor] = {}
         for draw, cotangent in enumerate(cotangents):
             more = draw + 1 < self.draws
             found = torch.autograd.grad(logits, tensors, cotangent, retain_graph=more, allow_unused=True)
-            for square, gradient in zip(squares, found, strict=True):
-                if gradient is not None:
-                    square.addcmul_(gradient, gradient)
-        return {node: square.div_(self.draws).sqrt_() for node, square in zip(nodes, squares, strict=True)}
+            for node, gradient in zip(nodes, found, strict=True):
+                if gradient is not None and node in squares:
+                    squares[node].addcmul_(gradient, gradient)
+                elif gradient is not None:
+                    squares[node] = gradient.square()
+            del found  # before the next draw's
+        return {
+            node: squares[node].div_(self.draws) if node in squares else torch.zeros_like(tensor)
+            for node, tensor in zip(nodes, tensors, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -194,35 +201,36 @@ def _update(
     node: Node,
     found: list[tuple[int, Observer]],
     inputs: tuple[Tensor, ...],
-    gradient: Tensor | None,
+    squared: Tensor | None,
 ) -> None:
+    """squared: of the gradient that the node's metric needs."""
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     for index, observer in found:
-        if not bool(torch.isfinite(inputs[index]).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
             layer = annotation_of(node).layer
             raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
-        weight = None if gradient is None else input_weight(module, inputs, index, gradient)
+        weight = None if squared is None else input_weight(module, inputs, index, squared)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:
             observer.update_coherence(coherence(inputs[1]))
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])
             if rows is not None:
-                observer.update_gram(rows, None if gradient is None else gradient_rows(module, gradient))
+                observer.update_gram(rows, None if squared is None else gradient_rows(module, squared))
 
 
-def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, gradient: Tensor) -> Tensor:
+def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, squared: Tensor) -> Tensor:
     """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
 
     Args:
-        module: the layer; None for a product of two activations.
-        inputs: float values of its inputs.
-        index: the input that is asked about.
-        gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm.
+        module: a linear or convolution; None for a matmul; any other for a softmax or LayerNorm.
+        inputs: of the node, float.
+        index: of the input.
+        squared: mean square of dL/dO of a linear, convolution or matmul; of dL/dX of a softmax or LayerNorm.
 
-    Returns the input's shape.
+    Returns:
+        float, in the input's shape.
     """
-    squared = gradient.square()
     if isinstance(module, nn.Linear):
         return squared @ module.weight.square()
     if isinstance(module, nn.Conv2d):
@@ -260,5 +268,9 @@ def heed_massive(x: Tensor, weight: Tensor) -> Tensor:
     the gradient calls them harmless, yet clipping one moves it by a hundred times the others' size. Massive: more than
     MASSIVE_RMS times the root mean square of x.
     """
-    massive = x.abs() > MASSIVE_RMS * x.square().mean().sqrt()
+    limit = MASSIVE_RMS * x.square().mean().sqrt()
+    least, largest = torch.aminmax(x)
+    if bool((least >= -limit) & (largest <= limit)):  # none is, as in most tensors
+        return weight
+    massive = x.abs() > limit
     return torch.where(massive, weight.clamp_min(float(weight.mean())), weight)

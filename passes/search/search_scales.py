@@ -164,7 +164,7 @@ class SearchScales:
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
-            observer.gram if hessian else None,
+            observer.gram.matrix() if hessian and observer.gram is not None else None,
             observer.channel_weight() if hessian else None,
             search=self.criterion != "min-max",
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],

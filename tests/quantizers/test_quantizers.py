@@ -19,6 +19,8 @@ from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from tests.quantizers.plain_versions import statistics_of
 
+pytestmark = pytest.mark.quick
+
 QUANTIZERS = {
     "symmetric": UniformQuantizer(4, 0.13),
     "per channel": UniformQuantizer(5, torch.rand(6, 1) + 0.1),

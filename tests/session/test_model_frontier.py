@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import BudgetError, FxQuantError
+from fxquant.errors import BudgetError, ModelError
 from fxquant.session.model_frontier import Frontier
 from tests.models import images, vit
 
@@ -99,9 +99,15 @@ def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text:
 
 
 def test_outputs_that_are_no_class_scores() -> None:
-    class Tokens(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
+    """Bits can be chosen without class scores; a divergence of them cannot be measured."""
 
-    with pytest.raises(FxQuantError, match="class scores"):
-        fxquant.frontier(Tokens(), images(2), limits=[8], realised="kl")
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(x).flatten(2).transpose(1, 2))
+
+    with pytest.raises(ModelError, match="class scores"):
+        fxquant.frontier(Tokens(), images(2, 16), limits=[8], recipe="naive_min_max", realised="kl", bits=(4, 8))

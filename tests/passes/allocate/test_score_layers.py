@@ -25,6 +25,8 @@ from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
 from tests.models import images, traced, vit
 
+pytestmark = pytest.mark.quick
+
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
 
@@ -108,7 +110,9 @@ def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: py
     nodes = nodes_with_role(searched, *LAMPQ_ROLES)
 
     def drop(**options: Any) -> float:
-        (found,) = set(TypeAwareFisher(mu=1, **options).drops(searched, nodes, CONTEXT).values())
+        (found,) = set(
+            TypeAwareFisher(mu=1, **options).drops(searched, nodes, replace(CONTEXT, cache=Cache())).values()
+        )
         return found
 
     assert drop(drop="disagreement") == 0.5

@@ -16,6 +16,8 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 from tests.assertions import assert_rewrites
 from tests.models import SWIN, images, timm_model, traced, vit
 
+pytestmark = pytest.mark.quick
+
 FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
 
 ATTENTION_AND_MLP = """\

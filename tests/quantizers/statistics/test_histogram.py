@@ -11,6 +11,8 @@ from fxquant.quantizers.family import midpoints
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from tests.quantizers.plain_versions import by_table, squared_error, statistics_of, to_bf16
 
+pytestmark = pytest.mark.quick
+
 BFLOAT16_STEP = 2.0**-8
 
 

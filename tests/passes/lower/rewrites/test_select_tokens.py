@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fxquant.graph.capture.tracing import trace
 from passes.lower.integer_plan import shape_of
 from passes.lower.rewrites.select_tokens import SelectTokens
 from passes.pipeline.contract import PassContext
+
+pytestmark = pytest.mark.quick
 
 
 class Head(nn.Module):
