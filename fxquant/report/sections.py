@@ -28,7 +28,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in columns; `left` are the indices of columns aligned left."""
+    """Cells in columns; `left` are the indices of columns aligned left.
+
+    Args:
+        title: above the table.
+        columns: their headings.
+        rows: cells of each row.
+        left: indices of the columns that are aligned left.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -45,7 +52,13 @@ class Lines:
 
 
 def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -> Lines:
-    """What was compiled, how, within which budget, and how it executes."""
+    """What was compiled, how, within which budget, and how it executes.
+
+    Args:
+        model: its name.
+        allocation: None for pipelines that allocate nothing.
+        card: the protocol.
+    """
     lines = [("model", model), ("recipe", _recipe(card)), *_budget_lines(allocation)]
     if card.get("weights") == "random":
         lines.insert(1, ("weights", "RANDOM: not trained, accuracy means nothing"))

@@ -41,8 +41,12 @@ _CARD: dict[str, Rule] = {
 class Report(Document):
     """Tables per layer and in total.
 
-    layers: one row per quantized layer. allocation: None for pipelines that allocate nothing. card: the protocol.
-    show_layers: whether the printed report has the table of all layers.
+    Args:
+        layers: one row per quantized layer.
+        allocation: None for pipelines that allocate nothing.
+        journal: one entry per pass.
+        card: the protocol.
+        show_layers: whether the printed report has the table of all layers.
     """
 
     def __init__(

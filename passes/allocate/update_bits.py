@@ -40,13 +40,19 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 class UpdateBits:
     """Exchange bits between layers while that helps. Deterministic; not idempotent, since it goes on where it stopped.
 
-    estimate: errors at neighbouring widths "measured", or "expected" from the current one by Lemma 3's ratios for
-    normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
-    the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
-    score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
-    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
-    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
-    weights and inputs step together. roles: of the layers that exchange bits.
+    Args:
+        estimate: errors at neighbouring widths "measured", or "expected" from the current one by Lemma 3's ratios for
+            normal data, as the paper does (tied widths only).
+        held_out: share of the calibration images kept for the score, the errors taking the others; 0 lets both see all
+            of them.
+        patience: exchanges in a row that may fail to lower the score, 1 in the paper; None takes every exchange with a
+            promise and only records the score.
+        size: layers in an exchange.
+        weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the metric's
+            view of the layers stays; the paper counts all alike.
+        rounds: exchanges tried at most.
+        tied: a layer's weights and inputs step together.
+        roles: of the layers that exchange bits.
     """
 
     estimate: Literal["measured", "expected"] = "measured"

@@ -38,7 +38,10 @@ SUMS = (operator.add, operator.iadd, torch.add, "add")
 class Planned:
     """A node that will run as integers.
 
-    codes: of its inputs. epilogue: what happens to its result. layers: public names of the layers that it runs.
+    Args:
+        codes: of its inputs.
+        layers: public names of the layers that it runs.
+        epilogue: what happens to its result.
     """
 
     codes: tuple[ByteCode, ...]
@@ -126,7 +129,13 @@ def set_dtype(node: Node, dtype: torch.dtype) -> None:
 
 
 def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
-    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it."""
+    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it.
+
+    Args:
+        node: the node.
+        shape: of the tensor that it holds.
+        like: a node whose dtype is taken where nothing was known of this one.
+    """
     metadata = node.meta.get("tensor_meta", like.meta["tensor_meta"])
     node.meta["tensor_meta"] = metadata._replace(shape=torch.Size(shape))
 

@@ -59,7 +59,13 @@ def prove_lowering(
 
 
 def first_difference(simulated: GraphModule, by_layer: Pass, answers: KnownAnswers) -> str:
-    """The first layer whose output is another one when lowered, beyond the answers' tolerance, in words."""
+    """The first layer whose output is another one when lowered, beyond the answers' tolerance, in words.
+
+    Args:
+        simulated: the graph before it was lowered.
+        by_layer: a pass that lowers it so that the graph shows every layer.
+        answers: the images, and how far outputs may be apart.
+    """
     images = answers.images_for(simulated)
     lowered = copy.deepcopy(simulated)
     by_layer.apply(lowered, PassContext())

@@ -40,7 +40,13 @@ class Named(Protocol):
 
 
 def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss]) -> None:
-    """Add misses to the notes of the running pass, each with the name of the rewrite that missed."""
+    """Add misses to the notes of the running pass, each with the name of the rewrite that missed.
+
+    Args:
+        context: what the running pass was given.
+        rewrite: whose misses they are.
+        misses: where it did not fit, and why.
+    """
     name = type(rewrite).__name__
     noted: list[Any] = list(context.journal.pending.get(MISSES, []))
     noted += [{"rewrite": name, "layer": miss.layer, "reason": miss.reason} for miss in misses]

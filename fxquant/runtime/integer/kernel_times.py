@@ -26,7 +26,13 @@ _FEWEST_RUNS = 7
 
 
 def least_ms(run: Callable[[], object], threads: int, seconds: float = 0.05) -> float:
-    """Least time of a run, in ms, over about `seconds` of runs and seven at least; torch's threads are restored."""
+    """Least time of a run, in ms, over about `seconds` of runs and seven at least; torch's threads are restored.
+
+    Args:
+        run: what is timed; its result is dropped.
+        threads: how many threads torch has meanwhile.
+        seconds: for about how long it is repeated.
+    """
     before, clock = torch.get_num_threads(), time.thread_time if threads == 1 else time.perf_counter
     times: list[float] = []
     try:
@@ -43,7 +49,16 @@ def least_ms(run: Callable[[], object], threads: int, seconds: float = 0.05) -> 
 
 
 def linear_ms(rows: int, inner: int, out: int, weight_bits: int, code: ByteCode, threads: int) -> float:
-    """A linear layer of `rows` inputs, weights of this width, inputs of this code."""
+    """A linear layer of `rows` inputs, weights of this width, inputs of this code.
+
+    Args:
+        rows: how many rows the input has, tokens of all images.
+        inner: input channels.
+        out: output channels.
+        weight_bits: width of the weights, 2 to 8.
+        code: how the inputs are bytes.
+        threads: how many threads the kernel has.
+    """
     weight = UniformQuantizer(weight_bits, 1.0)
     layer = IntegerLinear(QuantizedLinear(torch.zeros(out, inner), torch.zeros(out), weight, None), code)
     codes = torch.zeros(rows, inner, dtype=torch.uint8)
@@ -51,7 +66,17 @@ def linear_ms(rows: int, inner: int, out: int, weight_bits: int, code: ByteCode,
 
 
 def matmul_ms(groups: int, rows: int, inner: int, columns: int, left: ByteCode, right: ByteCode, threads: int) -> float:
-    """`groups` products of (rows, inner) and (inner, columns) activations of these codes."""
+    """`groups` products of (rows, inner) and (inner, columns) activations of these codes.
+
+    Args:
+        groups: how many products there are, images times heads.
+        rows: rows of the left operand.
+        inner: length of the summed axis.
+        columns: columns of the right operand.
+        left: how the left operand is bytes.
+        right: how the right operand is bytes.
+        threads: how many threads the kernel has.
+    """
     product = IntegerMatmul(left, right)
     operands = [torch.zeros(groups, *shape, dtype=torch.uint8) for shape in ((rows, inner), (inner, columns))]
     return least_ms(lambda: product(*operands), threads)
