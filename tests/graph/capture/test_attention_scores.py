@@ -6,7 +6,7 @@ import operator
 
 import pytest
 import torch
-from tests.passes.models import images, scrambled
+from tests.models import images, scrambled
 from torch import nn
 from torch.fx import Node
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.passes.models import images, vit
+from tests.models import images, vit
 from torch import Tensor
 from torch.fx import GraphModule
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tests.passes.models import images, scrambled, traced
+from tests.models import images, scrambled, traced
 from torch import nn
 from torch.fx import GraphModule
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tests.passes.models import ARCHITECTURES, images, traced
+from tests.models import ARCHITECTURES, images, traced
 from torch.fx import GraphModule, Node
 
 from allocators.uniform import Uniform
