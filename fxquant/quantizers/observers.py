@@ -46,7 +46,7 @@ class Observer(nn.Module):
         """
         if self.gram is None:
             raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
-        gram = self.gram
+        gram = self.gram.matrix()
         self.release()
         return gram
 

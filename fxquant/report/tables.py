@@ -32,6 +32,7 @@ _CARD: dict[str, Rule] = {
     "preprocessing": OBJECT,
     "pipeline": listed(TEXT),
     "stays_float": listed(TEXT),
+    "objective": mapped(TEXT),
     "parameters": whole(),
     "recipe": TEXT,
 }
@@ -102,6 +103,7 @@ class Report(Document):
         layers = [
             {
                 **row.to_dict(),
+                **{name: getattr(row, name) for name in _ALSO},
                 "weight_bytes": row.weight_bytes if row.weight_bits is not None else 0.0,
                 "loss_share": row.predicted_loss / loss,
                 "bytes_share": row.weight_bytes / weight_bytes if row.weight_bits is not None else 0.0,
@@ -118,6 +120,10 @@ class Report(Document):
             "card": dict(self.card),
             "journal": [asdict(entry) for entry in self.journal.entries],
         }
+
+
+_ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", "pinned")
+"""Of a layer's operands together, beside each of them."""
 
 
 def _check(card: Mapping[str, Any]) -> None:

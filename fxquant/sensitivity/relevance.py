@@ -150,7 +150,10 @@ class Relevance:
             output = self._recorder.run(image)
         scores = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(scores, Tensor) or scores.ndim != 2:
-            raise CalibrationError("relevance starts from class scores (B, classes), and this model returns others")
+            raise CalibrationError(
+                "relevance starts from class scores (B, classes), and this model returns others: leave it out, "
+                'mix_qvit(budget, importance="none")'
+            )
         return scores.amax(1), image
 
 

@@ -19,6 +19,7 @@ from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.facts import Fact
 from fxquant.runtime.known_answers import KnownAnswers
+from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
 
 
@@ -153,6 +154,7 @@ class PassContext:
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.
+        objective: what quantization must keep of the output, which gradients and divergences are of.
         answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
             lowered.
     """
@@ -163,6 +165,7 @@ class PassContext:
     cache: Cache = field(default_factory=Cache, compare=False, repr=False)
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
+    objective: Objective = CLASSES
     expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
 
@@ -216,8 +219,10 @@ class PassContext:
         task.close()
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
-        """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
-        return signature(graph_module, graph_module.code, self.images, self.seed, code_signature(), *settings)
+        """What a result depends on: the graph, images, seed, objective, versions and settings."""
+        return signature(
+            graph_module, graph_module.code, self.images, self.seed, self.objective.key, code_signature(), *settings
+        )
 
     def note(self, **notes: Any) -> None:
         """Leave notes (JSON values) in the journal entry of the running pass."""

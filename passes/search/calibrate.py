@@ -1,7 +1,7 @@
 """Calibrate: run the calibration images through the graph and let every observer see its edge, image by image.
 
-Under the Hessian-guided metric each image is also run backward, from logit gradients that need no labels
-(`fxquant.sensitivity.logit_gradients`). Only one image's activations are alive at a time.
+Under the Hessian-guided metric each image is also run backward, from random cotangents of the output, which need no
+labels (`fxquant.sensitivity.objective`). Only one image's activations are alive at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,8 @@ from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
-from fxquant.sensitivity.logit_gradients import (
-    NEEDS_NO_SCORES,
-    Fisher,
-    check_class_scores,
-    class_scores,
-    logit_gradients,
-)
+from fxquant.sensitivity.logit_gradients import Fisher
+from fxquant.sensitivity.objective import Draws
 from passes.pipeline.contract import PassContext
 from passes.prepare.folds import FOLDED
 from passes.search.insert_observers import OBSERVED, observer_nodes, observers_of
@@ -83,8 +78,8 @@ class Calibrate:
 
     Args:
         gradient: also gather the Hessian-guided weights, at the price of a backward pass.
-        fisher: the logit gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's
-            output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
+        fisher: the cotangent to start from: random "signs"; or, of class scores only, "sampled" (a label drawn from the
+            model's output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
         draws: backward passes per image, averaged: more draws, less variance of the Fisher estimate.
         output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
             outputs alike.
@@ -105,10 +100,10 @@ class Calibrate:
         """Fill the observers; returns how many.
 
         Raises CalibrationError for activations that are not finite; where gradients are asked for, also for a model
-        whose output are no class scores.
+        whose output is not what the context's objective takes.
         """
         if self.gradient:
-            check_class_scores(graph_module, _NEEDED_BY, NEEDS_NO_SCORES)
+            context.objective.check(graph_module, _NEEDED_BY)
         context = replace(context, images_bchw=context.images[: self.images])
         watched = {node: observers_of(graph_module, node) for node in planned_nodes(graph_module)}
         observers = [observer for found in watched.values() for _, observer in found]
@@ -121,7 +116,7 @@ class Calibrate:
         for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
-                squares = self._squared_gradients(output, recorder, context.seed, seen) if self.gradient else {}
+                squares = self._squared_gradients(output, recorder, context, seen) if self.gradient else {}
             if self.output_error and not self.gradient:
                 squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             del output
@@ -153,17 +148,16 @@ class Calibrate:
         if self.draws < 1 or (self.images is not None and self.images < 1):
             raise CalibrationError(f"at least one draw and one image are needed: {self}")
 
-    def _squared_gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
+    def _squared_gradients(
+        self, output: Any, recorder: Recorder, context: PassContext, first: int
+    ) -> dict[Node, Tensor]:
         """Mean square, over draws, of the gradient that each watched node's metric needs."""
-        logits = class_scores(output, _NEEDED_BY, NEEDS_NO_SCORES)
+        outputs = context.objective.outputs(output, _NEEDED_BY)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
-        probabilities = logits.detach().float().softmax(1)
-        cotangents = logit_gradients(probabilities, self.fisher, self.draws, seed, first).to(logits.dtype)
+        draws = Draws(self.draws, context.seed, first, self.fisher)
         squares: dict[Node, Tensor] = {}
-        for draw, cotangent in enumerate(cotangents):
-            more = draw + 1 < self.draws
-            found = torch.autograd.grad(logits, tensors, cotangent, retain_graph=more, allow_unused=True)
+        for found in context.objective.gradients(outputs, tensors, draws):
             for node, gradient in zip(nodes, found, strict=True):
                 if gradient is not None and node in squares:
                     squares[node].addcmul_(gradient, gradient)
