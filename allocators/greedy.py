@@ -133,3 +133,6 @@ class _Descent:
     def _use(self, layer: int) -> FloatArray:
         bits = [side.bits_at(self.assignment[row, layer : layer + 1]) for row, side in enumerate(self._sides)]
         return self._meter.use(layer, bits[0], bits[1])[:, 0]
+
+
+ALLOCATOR = Greedy()

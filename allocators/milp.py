@@ -288,3 +288,6 @@ def _tied(table: CostTable, assignment: Assignment) -> Assignment:
         within = np.flatnonzero((pairs.bits <= bits[:, [layer]]).all(axis=0))
         chosen.append(pairs.columns[:, within[-1] if within.size else 0])
     return np.stack(chosen, axis=1)
+
+
+ALLOCATOR = Milp()

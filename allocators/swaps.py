@@ -147,3 +147,6 @@ def _best_trade(
         if not budget.exceeded(table.usage(trade, budget)):
             return trade
     return None
+
+
+ALLOCATOR = Swaps()

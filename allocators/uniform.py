@@ -44,3 +44,6 @@ class Uniform:
             solver="uniform",
             seconds=time.perf_counter() - started_s,
         )
+
+
+ALLOCATOR = Uniform()

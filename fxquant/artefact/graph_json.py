@@ -256,7 +256,11 @@ def _annotate(node: Node, notes: dict[str, Any], where: str) -> None:
 def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> None:
     """Raise ArtefactError, naming `where` and the target, unless a node may call or read it.
 
-    target: for functions the name in the allowlist.
+    Args:
+        op: the node's op, as torch.fx has it.
+        target: for functions the name in the allowlist.
+        args: the node's arguments.
+        where: the node, for the message.
     """
     if op == "call_function" and target not in FUNCTIONS:
         raise ArtefactError(

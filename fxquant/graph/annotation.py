@@ -58,9 +58,13 @@ WEIGHT_ROLES = frozenset(
 class Candidate:
     """One quantizer found for one tensor at one width.
 
-    bits: width in bits. quantizer: the module that quantizes. loss: predicted loss of the whole model when only this
-    tensor is quantized so (KL divergence per image in nats under the Hessian-guided metric, squared error under
-    plain MSE). noise: sum of squared quantization error; signal: sum of squares (both per calibration set).
+    Args:
+        bits: width in bits.
+        quantizer: the module that quantizes.
+        loss: predicted loss of the whole model when only this tensor is quantized so (KL divergence per image in nats
+            under the Hessian-guided metric, squared error under plain MSE).
+        noise: sum of squared quantization error.
+        signal: sum of squares (both per calibration set).
     """
 
     bits: int

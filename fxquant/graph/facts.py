@@ -30,9 +30,12 @@ _SHAPED = frozenset({"placeholder", "call_module", "get_attr"})
 class Fact:
     """Something that is true of a whole graph.
 
-    name: how messages and files call it, a past participle. check: raises VerificationError, best made by `broken_at`
-    or `missing`, where the graph shows that the fact does not hold. rests_on: facts that it was established on; when
-    one of these is provided anew, this one no longer holds, as scales do not after another calibration.
+    Args:
+        name: how messages and files call it, a past participle.
+        check: raises VerificationError, best made by `broken_at` or `missing`, where the graph shows that the fact does
+            not hold.
+        rests_on: facts that it was established on; when one of these is provided anew, this one no longer holds, as
+            scales do not after another calibration.
     """
 
     name: str
@@ -54,7 +57,13 @@ def facts_of(graph_module: fx.GraphModule) -> frozenset[Fact]:
 
 
 def declare(graph_module: fx.GraphModule, provided: Iterable[Fact], broken: Iterable[Fact] = ()) -> None:
-    """Record that facts hold now, and that others no longer do."""
+    """Record that facts hold now, and that others no longer do.
+
+    Args:
+        graph_module: the graph.
+        provided: facts that hold from now on; what rests on one of them no longer does.
+        broken: facts that no longer hold.
+    """
     FACTS.write(graph_module, known_after(facts_of(graph_module), provided, broken))
 
 

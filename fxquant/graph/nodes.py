@@ -27,7 +27,14 @@ _FUNCTIONS = frozenset(
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, given by position or by name."""
+    """An argument of a call, given by position or by name.
+
+    Args:
+        node: the call.
+        position: index of the argument where it is given by position.
+        name: name of the argument where it is given by name.
+        default: what is returned where it is not given.
+    """
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 

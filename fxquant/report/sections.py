@@ -197,6 +197,8 @@ def protocol(card: Mapping[str, Any]) -> Lines:
     ]
     if preprocessing := card.get("preprocessing"):
         lines.insert(1, ("preprocessing", ", ".join(f"{key} {value}" for key, value in preprocessing.items())))
+    if objective := card.get("objective"):
+        lines.insert(1, ("objective", f"{objective.get('name', '?')}, in {objective.get('unit', '?')}"))
     if latency := card.get("latency"):
         lines.append(("latency of", str(latency)))
     return Lines("Protocol", tuple(lines))

@@ -31,8 +31,13 @@ Correlation = tuple[Place, Place, float]
 def correlations(divergence: Divergence, operands: list[Place], bits: int, strongest: int) -> list[Correlation]:
     """(place, place, r in -1 to 1) of all pairs among the operands that cost most.
 
-    operands: those to choose from, each measured alone; of the `strongest` of them every pair is measured together.
-    bits: width while measured. Raises SensitivityError as `Divergence.of` does.
+    Args:
+        divergence: measures the network with operands at chosen widths.
+        operands: those to choose from, each measured alone; of the `strongest` of them every pair is measured together.
+        bits: width while measured.
+        strongest: how many of the operands are paired, those that cost most alone.
+
+    Raises SensitivityError as `Divergence.of` does.
     """
     alone = divergence.of_each([_quantized(bits, place) for place in operands])
     order = sorted(range(len(operands)), key=alone.__getitem__, reverse=True)

@@ -38,8 +38,11 @@ def reconstruction_errors(
 ) -> dict[Node, dict[Pair, float]]:
     """E of each wanted layer at each wanted pair of bits, summed in float64.
 
-    wanted: linear layers and convolutions (call_module) with candidates, one input each; an input that stays float has
-    no candidates and any activation bits. batches: images, float (B, C, H, W).
+    Args:
+        graph_module: with candidates on its nodes.
+        wanted: linear layers and convolutions (call_module) with candidates, one input each; an input that stays float
+            has no candidates and any activation bits.
+        batches: images, float (B, C, H, W).
 
     Raises SensitivityError for a width without a candidate, or an error that is not finite.
     """

@@ -82,6 +82,7 @@ def protocol_card(
         "image_shape": list(source.images.shape[1:]),
         "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
         "seed": source.context.seed,
+        "objective": source.context.objective.described,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],
         "first_last_weight_bits": bits_by_role,

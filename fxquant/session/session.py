@@ -36,6 +36,7 @@ from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
+from fxquant.sensitivity.objective import AUTO, Objective
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
@@ -66,6 +67,7 @@ class Session:
         progress: where long steps report.
         cache: folder that keeps the calibrated and searched model for other processes.
         card: entries to add to the protocol card.
+        objective: see `compile`.
         options: of the recipe (overrides, first_last_bits, fully_quantized, ...).
 
     What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
@@ -83,6 +85,7 @@ class Session:
         progress: ProgressReporter | None = None,
         cache: str | PathLike[str] | None = None,
         card: Mapping[str, Any] | None = None,
+        objective: str | Objective = AUTO,
         **options: Any,
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
@@ -96,7 +99,7 @@ class Session:
         if isinstance(recipe, Pipeline):
             self._check_own(recipe)
         self._example = self.pipeline(None if isinstance(recipe, Pipeline) else "W8A8")  # refuses unknown options
-        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
+        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress), objective)
 
     def _check_own(self, pipeline: Pipeline) -> None:
         """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
@@ -120,6 +123,12 @@ class Session:
         """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
         with torch.inference_mode(False):
             return self._source.images
+
+    @property
+    def objective(self) -> Objective:
+        """What quantization must keep of the output. Raises as `fxquant.trace` where the model cannot be traced."""
+        with torch.inference_mode(False):
+            return self._source.objective
 
     @checked(BudgetError)
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
@@ -213,6 +222,7 @@ def compile(
     progress: ProgressReporter | None = None,
     cache: str | PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
+    objective: str | Objective = AUTO,
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
@@ -226,7 +236,9 @@ def compile(
     batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
     calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
     allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
-    the data.
+    the data. objective: what quantization must keep of the output: "classes" (the distribution over classes),
+    "features" (every tensor), "embeddings" (directions of vectors), an Objective of your own, or "auto": classes where
+    the model gives class scores, features where it gives anything else.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
@@ -234,6 +246,6 @@ def compile(
     session = Session(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, card=card,
         overrides=overrides, first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
-        latency=latency,
+        latency=latency, objective=objective,
     )  # fmt: skip
     return session.compile(budget, allocator, last=True)

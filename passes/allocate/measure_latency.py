@@ -36,7 +36,8 @@ from fxquant.graph.notes import Note
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms
 from fxquant.runtime.simulated import QuantizedConv2d
-from passes.lower.integer_plan import integer_nodes, shape_of
+from passes.lower.exact_codes import integer_nodes
+from passes.lower.integer_plan import shape_of
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.search.search_scales import SCALES_SEARCHED

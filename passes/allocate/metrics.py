@@ -17,7 +17,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.artefact.cache import signature
@@ -27,6 +26,7 @@ from fxquant.graph.annotation import Candidate, annotation_of
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
+from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
 from fxquant.sensitivity.sums import Sums
 from passes.allocate.score_layers import Scores, described_candidates
 from passes.pipeline.contract import PassContext
@@ -36,8 +36,8 @@ from passes.pipeline.contract import PassContext
 class FisherTrace:
     """gamma^-b tr(F).
 
-    gamma: what one bit divides the score by; 4 is that of uniform quantization noise. draws: logit gradients per image.
-    labels: class of every calibration image, for the empirical Fisher matrix; none needed.
+    gamma: what one bit divides the score by; 4 is that of uniform quantization noise. draws: random cotangents per
+    image. labels: class of every calibration image, for the empirical Fisher matrix; none needed.
     """
 
     gamma: float = 4.0
@@ -66,6 +66,7 @@ class FisherTrace:
             (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
             draws=self.draws,
             seed=context.seed,
+            objective=context.objective,
             labels_n=torch.tensor(self.labels) if self.labels else None,
             sums=sums,
         )
@@ -78,13 +79,13 @@ class TypeAwareFisher(FisherTrace):
 
     mu: layers sampled of each type; the same blocks for all types that every block has. beta: width of a sampled layer,
     weights and inputs, while the others stay float; the nearest candidate where it is none, the narrower of two. drop:
-    "kl", nats per image from the float model's output; "disagreement", the share of images whose prediction changes;
-    "accuracy", the share of correct predictions lost, which needs labels.
+    "divergence" from the float model's output, in the objective's unit; "disagreement", the share of images whose
+    predicted class changes; "accuracy", the share of correct predictions lost, which needs labels.
     """
 
     mu: int = 4
     beta: int = 3
-    drop: Literal["kl", "disagreement", "accuracy"] = "kl"
+    drop: Literal["divergence", "disagreement", "accuracy"] = "divergence"
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options out of range."""
@@ -113,14 +114,15 @@ class TypeAwareFisher(FisherTrace):
         """The drop of each sampled layer at beta bits, in graph order."""
         beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)
-        divergence = Divergence(graph_module, context.images, context.batch_size)
-        exact: Tensor | None = None
+        objective = context.objective if self.drop == "divergence" else CLASSES
+        divergence = Divergence(graph_module, context.images, context.batch_size, objective=objective)
+        exact: Outputs | None = None
         common = context.signature(graph_module, "layer types", self.drop, self.labels, context.batch_size)
 
         def measure(bits: dict[Node, Bits]) -> float:
             nonlocal exact
-            exact = divergence.log_probabilities({}) if exact is None else exact
-            return self._drop(exact, divergence.log_probabilities(bits))
+            exact = divergence.outputs({}) if exact is None else exact
+            return self._drop(exact, divergence.outputs(bits), objective)
 
         task = context.progress.track("measuring layer types", len(sampled))
         found = {}
@@ -141,11 +143,11 @@ class TypeAwareFisher(FisherTrace):
             chosen += [of_type[index] for index in order[: self.mu].tolist()]
         return [node for node in nodes if node in chosen]
 
-    def _drop(self, exact_nc: Tensor, quantized_nc: Tensor) -> float:
-        """The drop between two log-probabilities (N, classes)."""
-        if self.drop == "kl":
-            return max(float((exact_nc.exp() * (exact_nc - quantized_nc)).sum(1).mean()), 0.0)
-        before, after = exact_nc.argmax(1), quantized_nc.argmax(1)
+    def _drop(self, exact: Outputs, quantized: Outputs, objective: Objective) -> float:
+        """The drop between two outputs for all images."""
+        if self.drop == "divergence":
+            return max(float(objective.divergence(exact, quantized)) / len(exact[0]), 0.0)
+        before, after = exact[0].argmax(1), quantized[0].argmax(1)
         if self.drop == "disagreement":
             return float((before != after).double().mean())
         if len(self.labels) != len(before):

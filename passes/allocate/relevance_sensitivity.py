@@ -4,9 +4,9 @@
 
 I_l: layer-wise relevance of the predicted class (`fxquant.sensitivity.relevance`), over all scored layers summing to
 their number, so that leaving it out is I = 1. S_l(b): divergence when this layer alone runs at b bits
-(`fxquant.sensitivity.measured`), nats per image; leaving it out is S = 4^-b, the noise of uniform quantization, as in
-LRP-QViT, which has relevance only. Either is measured on the calibration images and kept in the cache: importance
-under one key, sensitivity under one a layer, so that a run that stopped goes on where it was.
+(`fxquant.sensitivity.measured`), in the unit of the objective; leaving it out is S = 4^-b, the noise of uniform
+quantization, as in LRP-QViT, which has relevance only. Either is measured on the calibration images and kept in the
+cache: importance under one key, sensitivity under one a layer, so that a run that stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RelevanceSensitivity:
         def measure(node: Node) -> list[list[float]]:
             nonlocal divergence
             if divergence is None:  # the first layer that is not in the cache
-                divergence = Divergence(graph_module, context.images, context.batch_size, baseline)
+                divergence = Divergence(graph_module, context.images, context.batch_size, baseline, context.objective)
             return self._layer(divergence, node)
 
         task = context.progress.track("measuring sensitivity", len(nodes))

@@ -75,8 +75,10 @@ class UpdateBits:
         """Annotate the new bits; returns the number of nodes changed.
 
         Notes `trajectory`: [{"raised": {layer: [W, A] afterwards}, "lowered", "predicted": summed change of the errors,
-        "realised": change of the score, "kept"}], `score_before` and `score_after` in nats per image, `stopped`, and
-        the new `usage` and `predicted_loss`. Raises PipelineError without the cost table of AllocateBits.
+        "realised": change of the score, "kept"}], `score_before` and `score_after` in the unit of the objective,
+        `stopped`, and the new `usage` and `predicted_loss`.
+
+        Raises PipelineError without the cost table of AllocateBits.
         """
         started_s = time.perf_counter()
         allocation, table = ALLOCATION.get(graph_module), COST_TABLE.get(graph_module)
@@ -145,7 +147,7 @@ class _Search:
         kept = min(round(options.held_out * count), count - 1)
         self.error_images = context.images[: count - kept]
         scored = context.images[-kept:] if kept else context.images
-        self.divergence = Divergence(graph_module, scored, context.batch_size)
+        self.divergence = Divergence(graph_module, scored, context.batch_size, objective=context.objective)
         self.errors: dict[tuple[int, int, int], float] = {}
         self.weights: dict[int, float] = {}
 
@@ -230,10 +232,9 @@ class _Search:
     def _error(self, row: int, columns: tuple[int, int] | None = None) -> float:
         """E of a layer at its current or other columns."""
         current = self._columns_of(row)
-        known = self.errors.get((row, *(columns or current)))
-        if columns is None or columns == current or self.options.estimate == "measured":
-            assert known is not None
-            return known
+        columns = columns or current
+        if columns == current or self.options.estimate == "measured":
+            return self.errors[(row, *columns)]
         now, then = (max(self._bits(*pair)) for pair in (current, columns))
         ratio = np.prod([expected_ratio(bits) for bits in range(min(now, then) + 1, max(now, then) + 1)])
         here = self.errors[row, current[0], current[1]]
@@ -247,7 +248,7 @@ class _Search:
         return first, second
 
     def _score(self, assignment: Assignment) -> float:
-        """KL divergence from the float model of the whole assignment, nats per image."""
+        """Divergence from the float model of the whole assignment, in the unit of the objective."""
         widths = self.table.widths(assignment)
         bits = {n: _operand_bits(annotation_of(n), widths[:, layer]) for layer, n in enumerate(self.nodes)}
         key = signature(self.key, "score", assignment.tolist())

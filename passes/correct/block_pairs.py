@@ -31,9 +31,12 @@ QUANTIZER_PLACES = ("input_quantizer", "left_quantizer", "right_quantizer")
 class BlockPair:
     """One block of both networks and the calibration images' values at its ends.
 
-    original, quantized: the block as graph modules that share modules with the whole networks. float_input,
-    quantized_input, target: float (N, ...), on the device of the networks; target is the float block's output for
-    float_input. index: of the block, from 0.
+    Args:
+        index: of the block, from 0.
+        block: its name and its ends.
+        original, quantized: the block as graph modules that share modules with the whole networks.
+        float_input, quantized_input, target: float (N, ...), on the device of the networks; target is the float block's
+            output for float_input.
     """
 
     index: int
@@ -80,7 +83,10 @@ def activation_quantizers(quantized: GraphModule) -> list[tuple[str, nn.Module, 
 class BlockPairs:
     """Both networks of a graph with bits; iterate for the pairs, changing a pair's quantized modules on the way.
 
-    device: where the networks run, images are moved there; None: where the graph's weights are.
+    Args:
+        graph_module: with observers and bits; it is not changed.
+        context: with the calibration images.
+        device: where the networks run, images are moved there; None: where the graph's weights are.
     """
 
     def __init__(self, graph_module: GraphModule, context: PassContext, device: torch.device | None = None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import annotation_of, planned_nodes
@@ -72,11 +71,10 @@ def observer_nodes(graph_module: GraphModule) -> list[Node]:
 
 def observers_of(graph_module: GraphModule, node: Node) -> list[tuple[int, Observer]]:
     """Observers on the node's inputs: (argument index, observer)."""
-    modules: dict[str, nn.Module] = dict(graph_module.named_modules())
     found = []
     for index, source in enumerate(node.args):
         if isinstance(source, Node) and source.op == "call_module":
-            module = modules[str(source.target)]
+            module = graph_module.get_submodule(str(source.target))
             if isinstance(module, Observer):
                 found.append((index, module))
     return found

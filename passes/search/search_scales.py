@@ -53,9 +53,14 @@ SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CAL
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. criterion: see the module. keep_grams: keep the Gram matrices of
-    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
-    edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
+    Args:
+        bits: ascending candidate widths, 2 to 8.
+        criterion: see the module.
+        keep_grams: keep the Gram matrices of weights' inputs, for CompensateWeights; everything else that observers
+            have gathered is released.
+        negligible: of an edge's families the first named is taken whose predicted loss is above the least by at most
+            this (nats per image).
+        weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -159,7 +164,7 @@ class SearchScales:
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
-            observer.gram if hessian else None,
+            observer.gram.matrix() if hessian and observer.gram is not None else None,
             observer.channel_weight() if hessian else None,
             search=self.criterion != "min-max",
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],

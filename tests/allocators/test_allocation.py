@@ -10,6 +10,8 @@ from allocators.problem.budget import Budget
 from fxquant.errors import ArtefactError
 from tests.allocators.tables import plain_table, random_table
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("allocator", [Greedy(), Milp()])
 def test_json_round_trip(allocator):

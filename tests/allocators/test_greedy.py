@@ -6,6 +6,8 @@ from allocators.problem.budget import Budget
 from fxquant.errors import InfeasibleBudgetError
 from tests.allocators.tables import budget_between, plain_table, random_table
 
+pytestmark = pytest.mark.quick
+
 
 def rescan(table, budget, metric, order):
     """Greedy MP by scanning every tensor at every step."""

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tests.passes.models import images, traced, vit
 from torch.fx import GraphModule
 
 import passes
@@ -41,6 +40,7 @@ from passes.search.calibrate import CALIBRATED
 from passes.search.insert_observers import OBSERVED
 from passes.search.search_scales import SCALES_SEARCHED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED, SubstituteQuantizers
+from tests.models import images, traced, vit
 
 
 def _declared() -> frozenset[Fact]:

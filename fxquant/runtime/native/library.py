@@ -14,7 +14,7 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 7
+ABI = 8
 MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS, MAX_CODES = 3, 32768, 3, 8, 256, 32
 UNIFORM, REGIONS, LOG2, ROW_LOG, CODEBOOK = range(5)
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
@@ -83,6 +83,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_abi": ([], _INT),
     "fxq_message": ([_INT], c_char_p),
     "fxq_best": ([], _INT),
+    "fxq_runs": ([_INT], _INT),
     "fxq_name": ([_INT], c_char_p),
     "fxq_select": ([_INT], _INT),
     "fxq_selected": ([], _INT),
@@ -112,10 +113,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 }  # fmt: skip
 
 
-@cache
-def _found() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    files = [path for suffix in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_kernels*.{suffix}")]
+def library_in(folder: Path) -> ctypes.CDLL | str:
+    """The library in a folder, or why there is none."""
+    files = [path for suffix in ("so", "pyd", "dylib") for path in folder.glob(f"_kernels*.{suffix}")]
     if not files:
         return (
             "the integer kernels were not built, since no C++ compiler was found when fxquant was installed: "
@@ -133,23 +133,37 @@ def _found() -> ctypes.CDLL | str:
     return found
 
 
+@cache
+def found() -> ctypes.CDLL | str:
+    """The library of this installation, or why there is none; looked for once a process."""
+    return library_in(Path(__file__).parent)
+
+
 def library() -> ctypes.CDLL:
     """The loaded library. Raises BackendError, saying what to do, where it is absent."""
-    found = _found()
-    if isinstance(found, str):
-        raise BackendError(found)
-    return found
+    loaded = found()
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    return loaded
 
 
 def why_absent() -> str | None:
     """Why there is no library; None where there is one."""
-    found = _found()
-    return found if isinstance(found, str) else None
+    loaded = found()
+    return loaded if isinstance(loaded, str) else None
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets that this CPU can run, best last."""
-    return tuple(library().fxq_name(index).decode() for index in range(library().fxq_best() + 1))
+    return tuple(_sets())
+
+
+def _sets() -> dict[str, int]:
+    """Numbers of the instruction sets that this CPU can run, by name, best last."""
+    kernels = library()
+    return {
+        kernels.fxq_name(index).decode(): index for index in range(kernels.fxq_best() + 1) if kernels.fxq_runs(index)
+    }
 
 
 def instruction_set() -> str:
@@ -159,10 +173,10 @@ def instruction_set() -> str:
 
 def select_instruction_set(name: str | None = None) -> None:
     """Use this instruction set from now on, in the whole process; None: the best. Raises BackendError for others."""
-    known = instruction_sets()
+    known = _sets()
     if name is not None and name not in known:
         raise BackendError(f"this CPU cannot run {name!r} kernels; it can run {', '.join(known)}")
-    call("select", -1 if name is None else known.index(name))
+    call("select", -1 if name is None else known[name])
 
 
 def call(function: str, *arguments: Any) -> None:

@@ -9,6 +9,8 @@ from allocators.problem.cost_table import CostTable
 from fxquant.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OverrideError, SensitivityError
 from tests.allocators.tables import plain_table, random_table, untied_table
 
+pytestmark = pytest.mark.quick
+
 
 def test_usage_of_a_uniform_assignment():
     table = plain_table()

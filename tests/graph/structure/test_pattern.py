@@ -14,6 +14,8 @@ from fxquant.graph.printer import describe
 from fxquant.graph.structure.roles import find_roles
 from tests.operands import operands
 
+pytestmark = pytest.mark.quick
+
 IMAGES_BCHW = torch.rand(1, 3, 8, 8)
 
 

@@ -107,16 +107,16 @@ def test_together_and_at_a_baseline(searched: GraphModule) -> None:
 def test_a_run_that_stopped_goes_on_where_it_was(
     searched: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer_of, measured = RelevanceSensitivity._layer, []
+    sensitivity_of, measured = Divergence.sensitivity, []
     stop_after = 5
 
-    def counted(self: RelevanceSensitivity, divergence: Divergence, node: Any, *, fixed_input: bool) -> Any:
+    def counted(divergence: Divergence, node: Any, **options: Any) -> Any:
         if len(measured) == stop_after:
             raise KeyboardInterrupt
         measured.append(annotation_of(node).layer)
-        return layer_of(self, divergence, node, fixed_input=fixed_input)
+        return sensitivity_of(divergence, node, **options)
 
-    monkeypatch.setattr(RelevanceSensitivity, "_layer", counted)
+    monkeypatch.setattr(Divergence, "sensitivity", counted)
     with pytest.raises(KeyboardInterrupt):
         scored(searched, Cache(tmp_path), importance="none")
     done, measured[:], stop_after = list(measured), [], 1000

@@ -15,6 +15,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.errors import PipelineError, SensitivityError, VerificationError
 from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.facts import TRACED, declare, verify
+from fxquant.sensitivity.measured import Divergence
 from passes.allocate.allocate_bits import COST_TABLE, AllocateBits
 from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, PredictedLoss, TypeAwareFisher
 from passes.allocate.score_layers import LAMPQ_ROLES, SCORED, Metric, ScoreLayers, Scores
@@ -24,6 +25,8 @@ from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
 from tests.models import images, traced, vit
 from tests.operands import input_candidates, weight_candidates
+
+pytestmark = pytest.mark.quick
 
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
@@ -99,17 +102,26 @@ def test_the_same_blocks_are_sampled_for_every_type_and_follow_the_seed(searched
     assert len(set.union(*blocks)) > 1
 
 
-def test_other_drops_are_shares_of_images() -> None:
+def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images; the third changes its prediction from right to wrong, the fourth from wrong to right."""
     exact = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]]).log_softmax(1)
     moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).log_softmax(1)
-    assert TypeAwareFisher(drop="disagreement")._drop(exact, moved) == 0.5
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 1))._drop(exact, moved) == 0.0
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 0))._drop(exact, moved) == 0.5
+    monkeypatch.setattr(Divergence, "outputs", lambda _, bits: (moved if bits else exact,))
+    nodes = nodes_with_role(searched, *LAMPQ_ROLES)
+
+    def drop(**options: Any) -> float:
+        (found,) = set(
+            TypeAwareFisher(mu=1, **options).drops(searched, nodes, replace(CONTEXT, cache=Cache())).values()
+        )
+        return found
+
+    assert drop(drop="disagreement") == 0.5
+    assert drop(drop="accuracy", labels=(0, 1, 0, 1)) == 0.0
+    assert drop(drop="accuracy", labels=(0, 1, 0, 0)) == 0.5
     with pytest.raises(SensitivityError, match="1 labels for 4 images"):
-        TypeAwareFisher(drop="accuracy", labels=(0,))._drop(exact, moved)
+        drop(drop="accuracy", labels=(0,))
     expected = (exact.exp() * (exact - moved)).sum(1).mean()
-    assert TypeAwareFisher()._drop(exact, moved) == pytest.approx(float(expected))
+    assert drop() == pytest.approx(float(expected))
 
 
 def test_labels_make_the_empirical_fisher(searched: GraphModule) -> None:

@@ -82,7 +82,7 @@ def test_it_stops_after_patience_refusals(
 ) -> None:
     """A score that only rises: every exchange is tried once, refused and undone."""
     rising = iter(range(100))
-    monkeypatch.setattr("passes.allocate.update_bits._Search._score", lambda *_: next(rising))
+    monkeypatch.setattr(Divergence, "of", lambda *_: next(rising))
     graph_module, notes = updated(allocated, patience=patience)
     assert [entry["kept"] for entry in notes["trajectory"]] == [False] * patience
     assert len({json.dumps([e["raised"], e["lowered"]]) for e in notes["trajectory"]}) == patience
@@ -151,7 +151,7 @@ def test_it_is_deterministic_and_kept(allocated: GraphModule, tmp_path: Path, mo
     again, same = updated(allocated)
     assert bits(first) == bits(again)
     assert notes["trajectory"] == same["trajectory"]
-    monkeypatch.setattr("passes.allocate.update_bits._Search.run", None)
+    monkeypatch.setattr(Divergence, "of", lambda *_: pytest.fail("measured again"))
     recalled, told = updated(allocated, Cache(tmp_path))
     assert bits(recalled) == bits(first)
     assert told == notes

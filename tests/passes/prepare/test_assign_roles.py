@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -11,6 +12,9 @@ from fxquant.graph.facts import ROLES_ASSIGNED, verify
 from fxquant.graph.printer import format_graph
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
+from tests.assertions import assert_rewrites
+
+pytestmark = pytest.mark.quick
 
 
 def assigned(batch_size: int = 2):
@@ -50,8 +54,6 @@ def test_costs_are_per_image() -> None:
 
 def test_idempotent() -> None:
     graph_module, changed, _ = assigned()
-    text = format_graph(graph_module)
     before = [annotation_of(node) for node in graph_module.graph.nodes]
-    assert AssignRoles().apply(graph_module, PassContext()) == changed
-    assert format_graph(graph_module) == text
+    assert assert_rewrites(graph_module, AssignRoles(), format_graph(graph_module)) == changed
     assert [annotation_of(node) for node in graph_module.graph.nodes] == before
