@@ -6,11 +6,11 @@ import operator
 
 import pytest
 import torch
-from tests.passes.models import images, scrambled
 from torch import nn
 from torch.fx import Node
 
 from fxquant.graph.capture.tracing import trace
+from tests.models import images, scrambled
 from tests.passes.lower.spellings import DIRECT, SIZE, Model, rotated, scaled_scores
 
 FACTORS = {"heads outside": 0.3, "masked": 0.3}

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.passes.models import images, vit
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -22,6 +21,7 @@ from passes.lower.prove_lowering import EXACT
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best
+from tests.models import images, vit
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 

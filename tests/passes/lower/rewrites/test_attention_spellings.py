@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tests.passes.models import images, scrambled, traced
 from torch import nn
 from torch.fx import GraphModule
 
@@ -22,6 +21,7 @@ from passes.lower.lower import Lower, execution_of
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
+from tests.models import images, scrambled, traced
 from tests.passes.lower.spellings import DIRECT, REFUSED, Attend, Model, hugging_face, rotated
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))

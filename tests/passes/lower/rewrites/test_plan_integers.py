@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tests.passes.models import ARCHITECTURES, images, traced
 from torch.fx import GraphModule, Node
 
 from allocators.uniform import Uniform
@@ -17,6 +16,7 @@ from passes.lower.integer_plan import input_of, moves
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES
+from tests.models import ARCHITECTURES, images, traced
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 
