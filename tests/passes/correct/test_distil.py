@@ -77,7 +77,7 @@ def run(graph_module: GraphModule, step: Distil, context: PassContext = CONTEXT)
 
 
 def quantized(graph_module: GraphModule) -> GraphModule:
-    return Pipeline([SubstituteQuantizers()], facts_of(graph_module)).run(graph_module, CONTEXT)
+    return Pipeline([SubstituteQuantizers()], facts_of(graph_module)).run(graph_module, PassContext())
 
 
 def unseen_divergence(graph_module: GraphModule) -> float:
@@ -217,8 +217,8 @@ def test_steps_and_rates_fall_with_the_bits(small: GraphModule) -> None:
 
 
 @pytest.mark.parametrize("mean_is_better", [True, False])
-def test_the_better_of_what_is_there_and_its_running_mean_is_kept(small: GraphModule, mean_is_better: bool) -> None:
-    training = Training(QUICK, BlockPairs(small, SMALL), {}, *held_out(16))
+def test_the_better_of_what_is_there_and_its_running_mean_is_kept(allocated: GraphModule, mean_is_better: bool) -> None:
+    training = Training(QUICK, BlockPairs(allocated, CONTEXT), {}, *held_out(16))
     found = iter([0.5, 0.4] if mean_is_better else [0.4, 0.5])
 
     held = len(training.reference[0])
