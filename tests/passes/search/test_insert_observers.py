@@ -17,8 +17,6 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 from tests.assertions import assert_rewrites
 from tests.models import SWIN, images, timm_model, traced, vit
 
-pytestmark = pytest.mark.quick
-
 FULLY = PlanOperands(softmax_input="symmetric", layer_norm_input="o-2sf")
 
 ATTENTION_AND_MLP = """\
@@ -75,6 +73,7 @@ def observed(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # no
     return insert(planned(plan), plan)
 
 
+@pytest.mark.quick
 def test_norms_and_softmax_in_float() -> None:
     graph_module = planned()
     assert_rewrites(graph_module, InsertObservers(), ATTENTION_AND_MLP)
@@ -83,6 +82,7 @@ def test_norms_and_softmax_in_float() -> None:
     assert text.count("Observer(") == 10
 
 
+@pytest.mark.quick
 def test_fully_quantized() -> None:
     expected = ATTENTION_AND_MLP
     for layer, name, source in [
