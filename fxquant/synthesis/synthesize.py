@@ -85,7 +85,9 @@ class Synthesis:
         for name in ("count", "steps", "checkpoint_steps"):
             whole(name, getattr(self, name), CalibrationError, least=1, most=1_000_000)
         if self.image_shape is not None and not 1 <= min(self.image_shape) <= max(self.image_shape) <= _LARGEST_SIDE:
-            raise CalibrationError(f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}: {self}")
+            raise CalibrationError(
+                f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}, found {self}"
+            )
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
             raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
 

@@ -73,7 +73,9 @@ class UpdateBits:
         check_fields(self, PipelineError)
         in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
         if not in_range or (self.patience is not None and self.patience < 1):
-            raise PipelineError(f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed: {self}")
+            raise PipelineError(
+                f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed, found {self}"
+            )
         if self.estimate == "expected" and not self.tied:
             raise PipelineError('estimate="expected" is derived for equal widths of weights and inputs: use tied=True')
 

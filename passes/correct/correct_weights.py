@@ -93,7 +93,7 @@ class CorrectWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:
-            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed: {self}")
+            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights and biases in place; returns how many layers. Notes each layer's ridge and error."""

@@ -71,7 +71,7 @@ class FoldSqb:
                 f"a channel's range is cut at a percentile above 50, up to 100; not {self.percentile}"
             )
         if not 0 <= self.strength <= 1 or not 2 <= self.search_bits <= 8:
-            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8: {self}")
+            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""

@@ -146,7 +146,7 @@ class Calibrate:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
-            raise CalibrationError(f"at least one draw and one image are needed: {self}")
+            raise CalibrationError(f"at least one draw and one image are needed, found {self}")
 
     def _squared_gradients(
         self, output: Any, recorder: Recorder, context: PassContext, first: int
@@ -202,7 +202,10 @@ def _update(
     for index, observer in found:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
             layer = annotation_of(node).layer
-            raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
+            raise CalibrationError(
+                f"the input of {layer} has NaN or infinite values on a calibration batch: check the model's "
+                "weights, and how the images were preprocessed"
+            )
         weight = None if squared is None else input_weight(module, inputs, index, squared)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:

@@ -136,7 +136,8 @@ class SearchScales:
         weighted = self.criterion == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered neither'
+                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered '
+                "neither: run Calibrate(gradient=True), or Calibrate(output_error=True)"
             )
         named = observer.families
         if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
