@@ -22,9 +22,10 @@ class Augment:
     """What is done to the images of a batch, drawn anew for each.
 
     Args:
-        crop: least share of a side that a crop keeps; 1: images whole.
-        mixed: probability that an image is a mixture, half of these blended, half pasted.
-        colour: strength of changes of brightness, contrast and saturation, 0 for none. Half of the images are mirrored.
+        crop: least share of each side that a crop keeps; 1 leaves images whole.
+        mixed: probability that an image is mixed with another. Half of the mixtures are blended, half are pasted.
+        colour: how far brightness, contrast and saturation move at most; 0 leaves them. Half of the images are
+            mirrored.
     """
 
     crop: float = 0.4

@@ -69,11 +69,11 @@ class CorrectWeights:
     """Correct the weights of every linear layer and ungrouped convolution that has weight bits.
 
     Args:
-        ridges: values of lambda to choose from, relative to the mean diagonal; empty: no correction, only the rounding.
-        rounding: "nearest", or "gptq" (CompensateWeights' columns, on plain quantized inputs).
-        dampening: GPTQ's, relative.
-        folds: of images in cross-validation; fewer images than folds: as many as there are images.
-        robust: weigh tokens.
+        ridges: values of lambda to choose from, relative to the mean diagonal. With none, weights are only rounded.
+        rounding: "nearest", or "gptq": column by column as CompensateWeights does it, on plain quantized inputs.
+        dampening: what GPTQ adds to the diagonal, relative to its mean.
+        folds: how many parts the images are cut into for cross-validation; with fewer images, each is a part.
+        robust: whether a massive token counts no more than a usual one.
 
     Not idempotent: the float targets are those of the weights it finds.
     """

@@ -77,13 +77,14 @@ class Calibrate:
     """Gather statistics in every observer.
 
     Args:
-        gradient: also gather the Hessian-guided weights, at the price of a backward pass.
+        gradient: whether the Hessian-guided weights are gathered too, at the price of a backward pass.
         fisher: the cotangent to start from: random "signs"; or, of class scores only, "sampled" (a label drawn from the
             model's output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
-        draws: backward passes per image, averaged: more draws, less variance of the Fisher estimate.
+        draws: how many backward passes each image gets. Their squared gradients are averaged; the more there are, the
+            less the estimate of the Fisher information varies.
         output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
             outputs alike.
-        images: only the first so many; None: all.
+        images: how many of the calibration images are used, the first ones; None uses all.
     """
 
     gradient: bool = True
