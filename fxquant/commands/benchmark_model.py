@@ -13,9 +13,7 @@ from fxquant.graph.notes import IMAGE_SHAPE
 
 def benchmark_model(
     artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
-    backend: Annotated[
-        list[str] | None, typer.Option(help="auto, cpu-native, cpu-onednn, cuda, openvino or simulated. Repeatable.")
-    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"{o.BACKENDS_HELP}. Repeatable.")] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, max=65_536, help="Repeatable; 1 and 32 by default.")
     ] = None,

@@ -57,12 +57,13 @@ class Report(Document):
         card: Mapping[str, Any],
         show_layers: bool = True,
     ) -> None:
-        """Compute totals and actions. Raises ArtefactError for a card of the wrong shape."""
+        """Compute totals and actions. Raises ArtefactError for a card, or notes of a lowering, of the wrong shape."""
         _check(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
         self.actions = actions_for(self.layers, allocation)
+        self.missed = sections.misses(journal)
 
     @classmethod
     def of_texts(cls, found: LoadedTexts, where: str) -> Report:
@@ -90,7 +91,8 @@ class Report(Document):
         ]
         if self.show_layers:
             found.append(sections.layer_table(self.layers, self.totals))
-        found += [sections.actions(self.actions), sections.protocol(self.card), sections.journal_table(self.journal)]
+        found += [sections.actions(self.actions), *([] if self.missed is None else [self.missed])]
+        found += [sections.protocol(self.card), sections.journal_table(self.journal)]
         return found
 
     def brief(self) -> Report:

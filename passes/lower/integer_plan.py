@@ -97,6 +97,15 @@ def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
 
 
+def operation_of(graph_module: GraphModule, node: Node | None) -> str:
+    """What a node does, for a person: the class of the module that it calls, or the name of the function."""
+    if node is None:
+        return "nothing"
+    module = module_of(graph_module, node)
+    name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return f"'{name}'"
+
+
 def readers(node: Node) -> list[Node]:
     """Users of a node that read its numbers, not only its shape."""
     return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]

@@ -14,7 +14,8 @@ import torch
 
 from fxquant.errors import TraceError
 
-_HIDDEN = torch.finfo(torch.float32).min / 4  # stays finite when a score is added or it is scaled by log2(e)
+HIDDEN = torch.finfo(torch.float32).min / 4
+"""What hides a key when it is added to a score; it stays finite when it is scaled by log2(e), as kernels do."""
 
 
 def scaled_dot_product_attention(
@@ -55,7 +56,7 @@ def scaled_dot_product_attention(
 
 
 def _additive(mask: Any, dtype: torch.dtype) -> Any:
-    return torch.where(mask, 0.0, _HIDDEN).to(dtype) if mask.dtype == torch.bool else mask
+    return torch.where(mask, 0.0, HIDDEN).to(dtype) if mask.dtype == torch.bool else mask
 
 
 def _repeated(x: Any, query: Any) -> Any:

@@ -10,8 +10,8 @@ import fxquant
 from fxquant.errors import BackendError, MissingExtraError, OverrideError, PatternError, PipelineError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
-from fxquant.quantizers.families import FAMILIES, families_named
-from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
+from fxquant.quantizers.families import BYTE_FAMILIES, FAMILIES, UNIFORM_FAMILIES, families_named
+from fxquant.runtime.integer.byte_codes import byte_code
 from fxquant.runtime.native.library import UNIFORM
 from fxquant.session.session import Session
 from passes.pipeline.contract import PassContext

@@ -69,7 +69,7 @@ def test_min_max_covers_the_data(calibrated: GraphModule) -> None:
     (node,) = [n for n in nodes_with_role(graph_module) if annotation_of(n).layer == "blocks.0.mlp.fc1"]
     observer = observers_of(graph_module, node)[0][1]
     largest = max(-observer.minimum, observer.maximum)
-    for weight, activation in zip(fc1.weight_candidates, fc1.activation_candidates[0], strict=True):
+    for weight, activation in zip(weight_candidates(fc1), input_candidates(fc1)[0], strict=True):
         top = 2 ** (weight.bits - 1) - 1
         assert float(activation.quantizer.scale) == pytest.approx(largest / top)
         matrix = graph_module.get_submodule("blocks.0.mlp.fc1").weight
