@@ -13,6 +13,7 @@ from allocators.problem.budget import Budget
 from fxquant.errors import BudgetError, InfeasibleBudgetError, PipelineError
 from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.integer.byte_codes import ByteCode
+from fxquant.runtime.native import library
 from fxquant.session.session import Session
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
@@ -90,7 +91,7 @@ def test_each_shape_is_timed_once(calls: list[tuple[Any, ...]]) -> None:
 @needs_avx2
 def test_on_avx2_each_width_of_codes_is_timed(calls: list[tuple[Any, ...]]) -> None:
     library.select_instruction_set("avx2")
-    Prepared(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
+    Session(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
     qkv = [call for call in calls if call[:5] == ("linear", 5, 24, 72, 8)]
     assert qkv == [("linear", 5, 24, 72, 8, 1, 1)] * len(BITS)
 
