@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from allocators.uniform import Uniform
+from fxquant.data import embedded
 from fxquant.graph.capture.tracing import trace
+from fxquant.session.compiled import Compiled
+from fxquant.session.session import Session
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 
@@ -59,3 +64,24 @@ ARCHITECTURES: dict[str, Builder] = {
     "swin that pads": lambda: (timm_model("swin_tiny_patch4_window7_224", **SWIN), 56),
     "swin": lambda: (timm_model("swin_tiny_patch4_window7_224", **{**SWIN, "img_size": 32}), 32),
 }
+
+
+@functools.cache
+def compiled(architecture: str, budget: str = "W4A6", recipe: str = "mptq_vit", fully: bool = False) -> Compiled:
+    """The architecture with every layer at the same bits; made once a process, not to be changed."""
+    model, size = ARCHITECTURES[architecture]()
+    options: dict[str, Any] = {"fully_quantized": True} if fully else {}
+    session = Session(model, images(4, size), recipe=recipe, card={"note": "a test"}, **options)
+    return session.compile(budget, Uniform())
+
+
+@functools.cache
+def embedded_session(recipe: str = "best", count: int = 8) -> Session:
+    """The embedded model with so many images: calibrated and searched once a process, whatever the budget."""
+    return Session(embedded.load_model(), embedded.calibration_images(count), recipe=recipe)
+
+
+@functools.cache
+def embedded_compiled(budget: str = "W4A4", recipe: str = "best", count: int = 8) -> Compiled:
+    """The embedded model, quantized; made once a process, not to be changed."""
+    return embedded_session(recipe, count).compile(budget)

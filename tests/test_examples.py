@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.data import embedded
-
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 PRINTS = {
@@ -24,10 +22,9 @@ def test_all_are_tested() -> None:
     assert {path.stem for path in EXAMPLES} == set(PRINTS)
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = embedded.calibration_images
-    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out

@@ -69,7 +69,13 @@ def compress(text: str) -> str:
 
 
 def decompress(text: str, what: str, longest: int = LONGEST_TEXT) -> str:
-    """The text that was compressed, of at most `longest` bytes. Raises ArtefactError naming `what`."""
+    """The text that was compressed, of at most `longest` bytes. Raises ArtefactError naming `what`.
+
+    Args:
+        text: base64 of a zlib stream.
+        what: how the message calls it.
+        longest: how many bytes the text may unfold to.
+    """
     try:
         stream = zlib.decompressobj()
         content = stream.decompress(base64.b64decode(text, validate=True), max(longest, 1))

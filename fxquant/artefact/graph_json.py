@@ -21,8 +21,14 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxquant.artefact.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.artefact.argument_json import MOST_VALUES, value_to_json, values_from_json
 from fxquant.artefact.module_json import module_from_json, module_to_json
+from fxquant.artefact.operand_json import (
+    OPERANDS,
+    WITHOUT_OPERANDS,
+    operand_to_json,
+    operands_from_json,
+    operands_of_before,
+)
 from fxquant.checks.untrusted import (
-    FLAG,
     NUMBER,
     OBJECT,
     SHAPE,
@@ -51,12 +57,10 @@ _FORMER_FACTS = (
     "folded", "observed", "calibrated", "Gram matrices known", "scales searched", "scored", "latency known",
     "bits allocated",
 )  # fmt: skip
-_COUNT, _BITS = whole(), whole(1, 32)
 _ANNOTATED: dict[str, Rule] = {
-    "layer": TEXT, "block": whole(0, 10**6), "parameters": _COUNT, "macs": _COUNT, "activation_elements": _COUNT,
-    "left_elements": _COUNT, "weight_bits": _BITS, "activation_bits": _BITS, "left_bits": _BITS, "pinned": FLAG,
+    "role": choice(*map(str, Role)), "layer": TEXT, "block": whole(0, 10**6), "macs": whole()
 }  # fmt: skip
-_NOTES = {"role": choice(*map(str, Role)), **_ANNOTATED}
+_NOTES = {**_ANNOTATED, "operands": OPERANDS, **WITHOUT_OPERANDS}
 _GRAPH = {
     "class": TEXT,
     "facts": listed(choice(*_FACTS, *_FORMER_FACTS)),
@@ -200,8 +204,10 @@ def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
         if metadata.dtype != torch.float32:
             record["dtype"] = str(metadata.dtype).removeprefix("torch.")
     annotation, empty = annotation_of(node), Annotation()
-    notes = {key: getattr(annotation, key) for key in ("role", *_ANNOTATED)}
+    notes = {key: getattr(annotation, key) for key in _ANNOTATED}
     notes = {key: value for key, value in notes.items() if value != getattr(empty, key)}
+    if annotation.operands:
+        notes["operands"] = [operand_to_json(operand) for operand in annotation.operands]
     return record | ({"notes": notes} if notes else {})
 
 
@@ -232,15 +238,29 @@ def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node],
         stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
         node.meta["tensor_meta"] = TensorMetadata(shape, dtype, False, stride, None, False, {})
     if "notes" in read:
-        notes = record(read["notes"], {}, f"{where}: notes", _NOTES)
-        annotate(node, **notes | ({"role": Role(notes["role"])} if "role" in notes else {}))
+        _annotate(node, record(read["notes"], {}, f"{where}: notes", _NOTES), where)
     return node
+
+
+def _annotate(node: Node, notes: dict[str, Any], where: str) -> None:
+    """Write what a file says of a node, by fields of its annotation or as files said it before there were operands."""
+    kept = {name: value for name, value in notes.items() if name in _ANNOTATED}
+    role = Role(notes["role"]) if "role" in notes else None
+    if "operands" in notes:
+        operands = operands_from_json(notes["operands"], where)
+    else:
+        operands = operands_of_before(notes, role) if notes.keys() & WITHOUT_OPERANDS.keys() else ()
+    annotate(node, **{**kept, "role": role, "operands": operands})
 
 
 def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> None:
     """Raise ArtefactError, naming `where` and the target, unless a node may call or read it.
 
-    target: for functions the name in the allowlist.
+    Args:
+        op: the node's op, as torch.fx has it.
+        target: for functions the name in the allowlist.
+        args: the node's arguments.
+        where: the node, for the message.
     """
     if op == "call_function" and target not in FUNCTIONS:
         raise ArtefactError(

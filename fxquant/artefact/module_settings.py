@@ -108,15 +108,3 @@ _OWN: dict[type[nn.Module], dict[str, Rule]] = {nn.RMSNorm: {"eps": either(NOTHI
 def settings_of(kind: type[nn.Module]) -> dict[str, Rule]:
     """What the settings of a class may be, by name."""
     return {name: SETTINGS[name] for name in CLASSES[kind].split()} | _OWN.get(kind, {})
-
-
-# What the settings of every kind of quantizer may be; "bits" and "kind" besides.
-QUANTIZERS: dict[str, dict[str, Rule]] = {
-    "uniform": {"symmetric": FLAG, "shape": listed(_SIZE, 4)},
-    "log2": {},
-    "log-sqrt2": {},
-    "row-log": {},
-    "codebook": {"zero": whole(0, 255), "codes": listed(whole(0, 255), 256)},
-    "adalog": {"base": whole(0, 1000), "offset": NUMBER},
-    "shifted-regions": {"shift_small": whole(), "shift_large": whole(), "negative": FLAG},
-}

@@ -77,7 +77,14 @@ def checked(error: Error, **errors: Error) -> Callable[[Callable[Given, Result]]
 
 
 def fitted(name: str, value: Any, annotation: Any, error: Error) -> Any:
-    """`value`, which fits the annotation, with numpy's numbers as Python's. Raises `error`, or its twin for a type."""
+    """`value`, which fits the annotation, with numpy's numbers as Python's. Raises `error`, or its twin for a type.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        annotation: the type hint that it must fit.
+        error: the class of the error; its twin is a TypeError too.
+    """
     origin: Any = typing.get_origin(annotation)
     inner = typing.get_args(annotation)
     if annotation is Any or (origin is None and not isinstance(annotation, type)):

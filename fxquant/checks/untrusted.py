@@ -98,7 +98,13 @@ SHAPE = listed(whole(0, 2**48), longest=16)
 
 
 def checked(value: Any, rule: Rule, what: str) -> Any:
-    """The value. Raises ArtefactError, naming `what`, where it breaks the rule."""
+    """The value. Raises ArtefactError, naming `what`, where it breaks the rule.
+
+    Args:
+        value: what a file has.
+        rule: what it may be.
+        what: how the message calls it.
+    """
     if not rule.holds(value):
         raise ArtefactError(f"{what} is {_BRIEF.repr(value)}, not {rule.says}")
     return value
@@ -108,6 +114,12 @@ def record(
     document: Any, rules: Mapping[str, Rule], where: str, optional: Mapping[str, Rule] | None = None
 ) -> dict[str, Any]:
     """The fields of a JSON object that has all of `rules`, at most `optional` besides, and where each keeps its rule.
+
+    Args:
+        document: what a file has.
+        rules: the fields that must be there, with what each may be.
+        where: how the message calls the object.
+        optional: fields that may be there.
 
     Raises ArtefactError naming `where` and the field.
     """
@@ -132,7 +144,13 @@ def to_json(value: Any, what: str) -> str:
 
 
 def from_json(text: str, wanted: type, what: str) -> Any:
-    """The value in a JSON text, of the given type (`object`: of any). Raises ArtefactError, naming `what`."""
+    """The value in a JSON text, of the given type (`object`: of any). Raises ArtefactError, naming `what`.
+
+    Args:
+        text: the JSON text.
+        wanted: the type that the value must have; `object` lets any pass.
+        what: how the message calls the text.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
         _check_tame(value)
@@ -188,6 +206,13 @@ def _check_text(text: str) -> None:
 def field(document: Any, key: str, wanted: Any, where: str, default: Any = ...) -> Any:
     """A field of a JSON object, of exactly the type `wanted` (bool is no int), or the default where it is absent.
 
+    Args:
+        document: what a file has.
+        key: the name of the field.
+        wanted: the type that the value must have, exactly; bool is no int.
+        where: how the message calls the object.
+        default: what is returned where the field is absent; without one, absence is an error.
+
     Raises ArtefactError naming `where`.
     """
     if type(document) is not dict:
@@ -218,6 +243,11 @@ def dtype_named(name: Any, where: str) -> torch.dtype:
 
 def take(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -> Tensor:
     """A tensor of the file; with `like`, it must have that shape, and that dtype (any of FLOATS where it is float32).
+
+    Args:
+        tensors: the tensors of the file, by name.
+        name: the name of the one that is wanted.
+        like: a tensor whose shape and dtype it must have; any of FLOATS will do where that dtype is float32.
 
     Raises ArtefactError where it is missing or different.
     """
@@ -261,7 +291,12 @@ def check_identifier(name: Any, what: str) -> str:
 def check_variable(name: Any, what: str, taken: frozenset[str] = frozenset()) -> str:
     """Return a name that generated code may assign to: an identifier that stands for nothing else there.
 
-    taken: further names that are spoken for. Raises ArtefactError.
+    Args:
+        name: what a file has.
+        what: how the message calls it.
+        taken: further names that are spoken for.
+
+    Raises ArtefactError.
     """
     if check_identifier(name, what) in _SPOKEN_FOR | taken:
         raise ArtefactError(f"{what} {name!r} is not a name for a value: the code of a graph uses it otherwise")

@@ -52,7 +52,7 @@ def compile_model(
     from fxquant.session.session import compile
     from passes.allocate.measure_latency import MeasureLatency
 
-    wanted, chosen, overrides = Budget.parse(budget), o.allocator_named(allocator), o.parse_overrides(override)
+    wanted, chosen, overrides = Budget.parse(budget), o.allocator_or_none(allocator), o.parse_overrides(override)
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)

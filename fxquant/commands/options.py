@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.errors import ArtefactError, BudgetError, DataError, ModelError, OverrideError
+from allocators import ALLOCATORS, allocator_named
+from fxquant.errors import ArtefactError, DataError, ModelError, OverrideError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,8 @@ STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow o
 SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
 RECIPE_HELP = "best, best_thorough, mptq_vit, lampq, mix_qvit, vt_ptq, adalog, repq_vit, tsptq_vit, naive_min_max."
 Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
-AllocatorName = Annotated[str | None, typer.Option("--allocator", help="milp, greedy, uniform; else the recipe's own.")]
+ALLOCATOR_HELP = f"{', '.join(ALLOCATORS)}; else the recipe's own."
+AllocatorName = Annotated[str | None, typer.Option("--allocator", help=ALLOCATOR_HELP)]
 Override = Annotated[
     list[str] | None, typer.Option(help="layer=6 or layer=4/8 (weight/activation); name, role or glob. Repeatable.")
 ]
@@ -70,16 +72,9 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and use
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.")]
 
 
-def allocator_named(name: str | None) -> Allocator | None:
-    """The allocator of this name; None, the recipe's default, for None. Raises BudgetError."""
-    from allocators.greedy import Greedy
-    from allocators.milp import Milp
-    from allocators.uniform import Uniform
-
-    known: dict[str, Allocator] = {"milp": Milp(), "greedy": Greedy(), "uniform": Uniform()}
-    if name is not None and name not in known:
-        raise BudgetError(f"no allocator is called {name!r}; there are {', '.join(known)}")
-    return None if name is None else known[name]
+def allocator_or_none(name: str | None) -> Allocator | None:
+    """The allocator of this name; None, the recipe's own, for None. Raises BudgetError for an unknown name."""
+    return None if name is None else allocator_named(name)
 
 
 def cache_folder(folder: Path | None, no_cache: bool) -> Path | None:
@@ -182,7 +177,7 @@ def labelled_images(
     if path is None and (classes is not None or labels is not None):
         raise DataError("--classes and --labels are about the images of --data: give them too")
     data = embedded_test() if path is None else ImageData.open(path, preprocessing, classes=classes, labels=labels)
-    data.check_labels()
+    data.checked_labels()
     return data
 
 

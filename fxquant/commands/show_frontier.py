@@ -23,7 +23,9 @@ def show_frontier(
         str | None, typer.Option(help="Budgets along it, comma-separated: bits, bytes or operations, such as 3,3.5,4.")
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Convex hull instead of the integer program.")] = False,
-    realised: Annotated[bool, typer.Option("--realised", help="Measure the KL divergence of every point too.")] = False,
+    realised: Annotated[
+        bool, typer.Option("--realised", help="Measure every point's divergence from the float model too.")
+    ] = False,
     calibration: o.Calibration = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,
@@ -68,8 +70,8 @@ def show_frontier(
     with RichProgress() as progress:
         found = frontier(
             named.model, data, axis=axis, limits=wanted, recipe=recipe, exact=not fast,
-            realised="kl" if realised else None, seed=seed, batch_size=batch_size, cache=kept, progress=progress,
-            **options,
+            realised="divergence" if realised else None, seed=seed, batch_size=batch_size, cache=kept,
+            progress=progress, **options,
         )  # fmt: skip
     if plot is not None:
         found.plot(plot)

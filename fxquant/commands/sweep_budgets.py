@@ -30,7 +30,7 @@ def sweep_budgets(
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
     recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "best",
-    allocator: Annotated[str | None, typer.Option(help="One or more of milp, greedy, uniform.")] = None,
+    allocator: Annotated[str | None, typer.Option(help=f"One or more of {o.ALLOCATOR_HELP}")] = None,
     first_last_bits: o.FirstLastBits = None,
     fully_quantized: o.FullyQuantized = False,
     backend: o.Backend = "simulated",
@@ -61,7 +61,7 @@ def sweep_budgets(
     from fxquant.session.sweep import Results, sweep
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
-    allocators = [o.allocator_named(name.strip()) for name in allocator.split(",")] if allocator else [None]
+    allocators = [o.allocator_or_none(name.strip()) for name in allocator.split(",")] if allocator else [None]
     o.check_output(results, plot)
     if plot is not None:
         check_plot(plot)

@@ -69,7 +69,13 @@ def as_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def indices_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
-    """The index of every name in the user's list of classes. Raises DataError for names that it does not have."""
+    """The index of every name in the user's list of classes. Raises DataError for names that it does not have.
+
+    Args:
+        names: names of class folders.
+        classes: the user's list, in the order of the model's outputs.
+        where: where the list comes from, for the message.
+    """
     known = {name: index for index, name in enumerate(classes)}
     missing = [name for name in names if name not in known]
     if missing:

@@ -85,6 +85,12 @@ def image_reader(
 ) -> Callable[[int], Tensor]:
     """What reads one of the images of an array, float32 (C, H, W): bytes as pictures, floats as they are.
 
+    Args:
+        place: where the array comes from, for messages.
+        images: uint8 (N, H, W) or (N, H, W, C), or float (N, C, H, W).
+        input_size: (channels, height, width) that the model takes.
+        transform: makes a picture the model's input.
+
     Raises DataError for other arrays; what it returns, for values that are not finite.
     """
     shape = images.shape

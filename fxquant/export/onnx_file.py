@@ -42,8 +42,11 @@ def to_onnx(
 ) -> OnnxModel:
     """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores".
 
-    weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half the
-    size, for runtimes that have it. card: JSON values for the metadata. The graph is not changed.
+    Args:
+        graph_module: a simulated graph; it is not changed.
+        weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half
+            the size, for runtimes that have it.
+        card: JSON values for the metadata.
 
     Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, one that is not float32, an
     unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.

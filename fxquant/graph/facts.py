@@ -30,9 +30,12 @@ _SHAPED = frozenset({"placeholder", "call_module", "get_attr"})
 class Fact:
     """Something that is true of a whole graph.
 
-    name: how messages and files call it, a past participle. check: raises VerificationError, best made by `broken_at`
-    or `missing`, where the graph shows that the fact does not hold. rests_on: facts that it was established on; when
-    one of these is provided anew, this one no longer holds, as scales do not after another calibration.
+    Args:
+        name: how messages and files call it, a past participle.
+        check: raises VerificationError, best made by `broken_at` or `missing`, where the graph shows that the fact does
+            not hold.
+        rests_on: facts that it was established on; when one of these is provided anew, this one no longer holds, as
+            scales do not after another calibration.
     """
 
     name: str
@@ -54,7 +57,13 @@ def facts_of(graph_module: fx.GraphModule) -> frozenset[Fact]:
 
 
 def declare(graph_module: fx.GraphModule, provided: Iterable[Fact], broken: Iterable[Fact] = ()) -> None:
-    """Record that facts hold now, and that others no longer do."""
+    """Record that facts hold now, and that others no longer do.
+
+    Args:
+        graph_module: the graph.
+        provided: facts that hold from now on; what rests on one of them no longer does.
+        broken: facts that no longer hold.
+    """
     FACTS.write(graph_module, known_after(facts_of(graph_module), provided, broken))
 
 
@@ -156,10 +165,8 @@ def _check_quantized(graph_module: fx.GraphModule) -> None:
         if not isinstance(module, ComputesInBits):
             raise broken_at(node, "it has bits and computes in float", "run SubstituteQuantizers again")
         weight, inputs = module.operand_bits()
-        widths = {bits for bits in (annotation.activation_bits, annotation.left_bits) if bits is not None}
-        found = {bits for bits in inputs if bits is not None}
-        if weight != annotation.weight_bits or found != widths:
-            problem = f"its module computes with a weight of {weight} bits and inputs of {sorted(found)}"
+        if (weight, inputs) != (annotation.weight_bits, annotation.input_bits):
+            problem = f"its module computes with a weight of {weight} bits and inputs of {inputs}"
             raise broken_at(node, problem, "run SubstituteQuantizers again")
 
 

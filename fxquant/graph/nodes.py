@@ -27,7 +27,14 @@ _FUNCTIONS = frozenset(
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, given by position or by name."""
+    """An argument of a call, given by position or by name.
+
+    Args:
+        node: the call.
+        position: index of the argument where it is given by position.
+        name: name of the argument where it is given by name.
+        default: what is returned where it is not given.
+    """
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
@@ -54,6 +61,13 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
     """Shape of the tensor a node holds, None where it holds something else."""
     found = value.meta.get("tensor_meta") if isinstance(value, Node) else None
     return tuple(found.shape) if isinstance(found, TensorMetadata) else None
+
+
+def elements_of(node: Node) -> int:
+    """Elements that a node holds for one image; a constant is the same for every image."""
+    elements = int(node.meta["tensor_meta"].shape.numel())
+    batch_size = image_of(node.graph.owning_module).meta["tensor_meta"].shape[0]  # type: ignore[arg-type]
+    return elements if elements % batch_size or node.op == "get_attr" else elements // int(batch_size)
 
 
 def moves_data(node: Node) -> bool:

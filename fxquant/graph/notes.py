@@ -25,8 +25,10 @@ T = TypeVar("T")
 class Note(Generic[T]):
     """One value about a whole graph.
 
-    key: its key in the graph's meta, unlike every other note's. kind: the class of the value. remedy: what the caller
-    does where the value is missing, for the message.
+    Args:
+        key: its key in the graph's meta, unlike every other note's.
+        kind: the class of the value.
+        remedy: what the caller does where the value is missing, for the message.
     """
 
     key: str

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allocators.allocation import Allocation
+from fxquant.graph.annotation import input_label
 from fxquant.report.actions import Action
 from fxquant.report.grid import Tile, grid_of, tiles_of
 from fxquant.report.totals import Totals
@@ -138,7 +139,7 @@ def _grid_cell(tiles: Sequence[Tile]) -> Cell:
     if not tiles:
         return Cell("")
     first = tiles[0]
-    return Cell(" ".join(tile.label for tile in tiles), first.weight_bits or first.activation_bits)
+    return Cell(" ".join(tile.label for tile in tiles), first.shade[0] or first.shade[1])
 
 
 def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
@@ -152,14 +153,14 @@ def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
             Cell(row.layer),
             Cell(row.role),
             Cell(_or_dash(row.weight_bits), row.weight_bits),
-            Cell(Tile.of(row).input_label, row.activation_bits),
-            Cell(_or_dash(row.weight_sqnr_db, ".1f")),
-            Cell(_or_dash(row.activation_sqnr_db, ".1f")),
+            Cell(input_label(row.input_bits), Tile.of(row).shade[1]),
+            Cell(_or_dash(row.weight and row.weight.sqnr_db, ".1f")),
+            Cell(_or_dash(row.input_sqnr_db, ".1f")),
             Cell(f"{row.predicted_loss:.2e}"),
             Cell(share(row.predicted_loss, found.predicted_loss)),
             Cell("-" if row.weight_bits is None else share(row.weight_bytes, found.weight_bytes)),
             Cell("pinned" if row.pinned else ""),
-            Cell(f"{_or_dash(row.weight_quantizer)}, {_or_dash(row.activation_quantizer)}"),
+            Cell(f"{_or_dash(row.weight and row.weight.quantizer)}, {_or_dash(row.input_quantizers)}"),
             Cell(row.execution),
         )
         for row in layers
@@ -196,6 +197,8 @@ def protocol(card: Mapping[str, Any]) -> Lines:
     ]
     if preprocessing := card.get("preprocessing"):
         lines.insert(1, ("preprocessing", ", ".join(f"{key} {value}" for key, value in preprocessing.items())))
+    if objective := card.get("objective"):
+        lines.insert(1, ("objective", f"{objective.get('name', '?')}, in {objective.get('unit', '?')}"))
     if latency := card.get("latency"):
         lines.append(("latency of", str(latency)))
     return Lines("Protocol", tuple(lines))

@@ -32,6 +32,7 @@ _CARD: dict[str, Rule] = {
     "preprocessing": OBJECT,
     "pipeline": listed(TEXT),
     "stays_float": listed(TEXT),
+    "objective": mapped(TEXT),
     "parameters": whole(),
     "recipe": TEXT,
 }

@@ -1,13 +1,14 @@
 """What a whole model weighs and costs, against float32 and against 8 bits everywhere.
 
     model bytes    = sum_l n_l b_l / 8 + 4 (n - sum_l n_l)      (n_l: weight elements of layer l, n: all parameters)
-    bit operations = sum_l MACs_l * b_l * a_l                   (matmuls of activations: of both inputs)
+    bit operations = sum_l MACs_l * b_0l * b_1l                 (widths of the two operands of layer l)
 
 Scales and zero-points are not counted here; `fxquant inspect` shows what they take in a file.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -76,6 +77,4 @@ class Totals:
 
 def bit_operations(row: LayerRow) -> int:
     """Bit operations of one layer for one image; 32 bits for what is not quantized."""
-    activation = row.activation_bits or _FLOAT_BITS
-    weight = row.weight_bits or _FLOAT_BITS
-    return row.macs * activation * ((row.left_bits or activation) if row.parameters == 0 else weight)
+    return row.macs * math.prod(operand.bits or _FLOAT_BITS for operand in row.operands)

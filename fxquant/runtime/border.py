@@ -26,8 +26,11 @@ from fxquant.graph.nodes import image_of
 class Border:
     """What a graph takes and gives.
 
-    image_shape: (C, H, W). dtype: of the images. result_shape: of the result of one image, None where the result's
-    first dimension is not the batch. result_dtype: of the result.
+    Args:
+        image_shape: (C, H, W).
+        dtype: of the images.
+        result_shape: of the result of one image, None where the result's first dimension is not the batch.
+        result_dtype: of the result.
     """
 
     image_shape: tuple[int, ...]

@@ -34,9 +34,9 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
-from fxquant.graph.annotation import nodes_with_role
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
+from fxquant.sensitivity.objective import AUTO, Objective
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
@@ -48,7 +48,6 @@ from passes.lower.lower import SIMULATED
 from passes.pipeline.contract import Journal, PassContext, ProgressReporter, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe as recipe_named
-from passes.search.insert_observers import observers_of
 from passes.search.search_cache import run_prefix, split
 
 __all__ = ["Compiled", "Session", "compile", "load"]
@@ -68,6 +67,7 @@ class Session:
         progress: where long steps report.
         cache: folder that keeps the calibrated and searched model for other processes.
         card: entries to add to the protocol card.
+        objective: see `compile`.
         options: of the recipe (overrides, first_last_bits, fully_quantized, ...).
 
     What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
@@ -85,6 +85,7 @@ class Session:
         progress: ProgressReporter | None = None,
         cache: str | PathLike[str] | None = None,
         card: Mapping[str, Any] | None = None,
+        objective: str | Objective = AUTO,
         **options: Any,
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
@@ -98,7 +99,7 @@ class Session:
         if isinstance(recipe, Pipeline):
             self._check_own(recipe)
         self._example = self.pipeline(None if isinstance(recipe, Pipeline) else "W8A8")  # refuses unknown options
-        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
+        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress), objective)
 
     def _check_own(self, pipeline: Pipeline) -> None:
         """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
@@ -122,6 +123,12 @@ class Session:
         """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
         with torch.inference_mode(False):
             return self._source.images
+
+    @property
+    def objective(self) -> Objective:
+        """What quantization must keep of the output. Raises as `fxquant.trace` where the model cannot be traced."""
+        with torch.inference_mode(False):
+            return self._source.objective
 
     @checked(BudgetError)
     def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
@@ -175,9 +182,8 @@ class Session:
         pipeline = self.pipeline(budget)
         _, rest = split(pipeline)
         found = rest[: rest.position(AllocateBits)].run(self._searched, self._after_search())
-        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
-        return allocate.without_narrow(allocate.cost_table(found, nodes), lowest)
+        return allocate.without_narrow(allocate.cost_table(found), lowest)
 
     @cached_property
     def _searched(self) -> GraphModule:
@@ -216,6 +222,7 @@ def compile(
     progress: ProgressReporter | None = None,
     cache: str | PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
+    objective: str | Objective = AUTO,
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
@@ -229,7 +236,9 @@ def compile(
     batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
     calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
     allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
-    the data.
+    the data. objective: what quantization must keep of the output: "classes" (the distribution over classes),
+    "features" (every tensor), "embeddings" (directions of vectors), an Objective of your own, or "auto": classes where
+    the model gives class scores, features where it gives anything else.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
@@ -237,6 +246,6 @@ def compile(
     session = Session(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, card=card,
         overrides=overrides, first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
-        latency=latency,
+        latency=latency, objective=objective,
     )  # fmt: skip
     return session.compile(budget, allocator, last=True)

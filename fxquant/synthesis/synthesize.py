@@ -48,12 +48,16 @@ _LARGEST_SIDE = 16_384
 class Synthesis:
     """How calibration images are made.
 
-    count: images. steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on
-    accuracy after quantization rises by no more than its standard error (docs/methods.md). learning_rate: of Adam on
-    normalised pixels; 0.25 is the paper's for Swin. variation: the range V* is drawn from at 224 x 224, in units of the
-    picture's range. jitter: largest shift in the second stage, as a share of the image's side. image_shape (channels,
-    height, width), mean, std (of the model's normalisation, per channel): where the model does not say.
-    checkpoint_steps: how often unfinished work is kept where there is a cache.
+    Args:
+        count: images.
+        steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on accuracy
+            after quantization rises by no more than its standard error (docs/methods.md).
+        learning_rate: of Adam on normalised pixels; 0.25 is the paper's for Swin.
+        variation: the range V* is drawn from at 224 x 224, in units of the picture's range.
+        jitter: largest shift in the second stage, as a share of the image's side.
+        image_shape: (channels, height, width), where the model does not say.
+        mean, std: of the model's normalisation, per channel, where the model does not say.
+        checkpoint_steps: how often unfinished work is kept where there is a cache.
     """
 
     count: int = 32
@@ -92,7 +96,12 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the model takes: (channels, height, width), and the mean and std that pixels of 0..1 are normalised with."""
+    """What the model takes.
+
+    Args:
+        shape: (channels, height, width) of an image.
+        mean, std: per channel, what pixels of 0..1 are normalised with.
+    """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -138,9 +147,14 @@ def synthesize(
 ) -> Tensor:
     """Calibration images for a Vision Transformer: (count, C, H, W) in the model's dtype, normalised as it wants them.
 
-    seed: of noise, labels, targets and jitter. batch_size: images at a time; bounds memory, changes results by float
-    rounding only. cache: folder that keeps finished images and the state of unfinished ones, so that a second call, or
-    one after an interruption, goes on from there.
+    Args:
+        model: a Vision Transformer; it is not changed.
+        options: how images are made.
+        seed: of noise, labels, targets and jitter.
+        batch_size: images at a time; bounds memory, changes results by float rounding only.
+        cache: folder that keeps finished images and the state of unfinished ones, so that a second call, or one after
+            an interruption, goes on from there.
+        progress: shows how far it is; None: nothing is shown.
 
     Raises CalibrationError where the image size is not known or the model has no attention over patches; ModelError,
     TraceError or CoverageError where it cannot be traced.
@@ -166,7 +180,10 @@ def synthesize_for(
     cache: Cache,
     progress: ProgressReporter,
 ) -> Tensor:
-    """`synthesize` for a model that is traced and has roles; the graph module is not changed."""
+    """`synthesize` for a model that is traced and has roles, and takes such pictures; the graph module is not changed.
+
+    Args: see `synthesize`.
+    """
     watched = Watched(traced)
     settings = {key: value for key, value in asdict(options).items() if key != "checkpoint_steps"}
     key = signature(traced, traced.code, code_signature(), torch.__version__, settings, asdict(pictures), seed)

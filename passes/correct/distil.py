@@ -1,10 +1,11 @@
 """Distil: train the quantized network, as a whole, to give the float network's outputs on unlabelled images.
 
-The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
-al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of
-blocks. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
-scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
-RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
+The loss of an image is the objective's divergence between the outputs of the float and the quantized network, for
+classifiers KL(p || p^) between their class probabilities (Hinton et al., temperature 1), plus `features` times the mean
+over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of blocks. What learns, by Adam: weights, through their
+rounding (straight-through, as in quantization-aware training), the scale of every row of weights and of every
+activation quantizer (LSQ), biases and norms. Bits stay as allocated. After RotateResidual and FoldSqb the float network
+is the folded one, so both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees other crops and mixtures of them
 (`passes/correct/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
@@ -30,7 +31,6 @@ from fxquant.artefact.cache import Kept
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.facts import Fact
-from fxquant.sensitivity.logit_gradients import check_class_scores
 from passes.correct.augment import Augment
 from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
@@ -49,12 +49,17 @@ CLOSED_FORM = 128  # images at most; more hardly help it
 class Distil:
     """Train the quantized network.
 
-    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
-    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
-    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
-    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
-    example "cuda"; None: a GPU where there is one, else where the model is.
+    Args:
+        steps: of the optimizer.
+        images: per step.
+        weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their grid; of the logarithms of scales; of
+            biases and norms. Rates rise over the first twentieth of the steps and fall by a cosine. All hold where
+            weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
+        features: weight of the blocks' outputs in the loss.
+        augment: what both networks see of the images.
+        closed_form: where weights start; None: at their nearest rounding.
+        checks: of the held-out divergence.
+        device: for example "cuda"; None: a GPU where there is one, else where the model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
@@ -87,10 +92,10 @@ class Distil:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
 
-        Notes the held-out divergence (nats per image; None where it is not finite) at the start and at every check, and
-        the check that was kept.
+        Notes the held-out divergence (in the unit of the objective; None where it is not finite) at the start and at
+        every check, and the check that was kept.
         """
-        check_class_scores(graph_module, "Distil", "use CorrectWeights or Reconstruct")
+        context.objective.check(graph_module, "Distil")
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
         key = pairs.signature(repr(self), MEMORY)
         checkpoint = Checkpoint(context.cache, key, EVERY_S)

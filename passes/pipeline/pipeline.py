@@ -169,7 +169,7 @@ class Pipeline:
             for fact in sorted(step.requires, key=str):
                 verify(graph_module, fact)
             proof.before(graph_module, step)
-            changed = step.apply(graph_module, dataclasses.replace(context, ahead=self.passes[index + 1 :]))
+            changed = step.apply(graph_module, context)
             declare(graph_module, step.provides, step.breaks)
             for fact in sorted(step.provides, key=str):
                 verify(graph_module, fact)

@@ -56,6 +56,11 @@ class Proving(Protocol):
     def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
         """How far the lowered graph is from the simulated one, and how far it may be; None: they are the same.
 
+        Args:
+            simulated: the graph before it was lowered.
+            lowered: the same graph, lowered.
+            context: what the pass was given.
+
         Raises BackendError where it is further.
         """
 
@@ -64,7 +69,13 @@ class Proof:
     """Watches the passes of one pipeline run."""
 
     def __init__(self, given: GraphModule | None, graph_module: GraphModule, context: PassContext) -> None:
-        """given: what the pipeline was given, if no pass changes it; graph_module: what passes change."""
+        """Begin to watch.
+
+        Args:
+            given: what the pipeline was given, if no pass changes it.
+            graph_module: what passes change.
+            context: with the outputs of the caller's model, where they are known.
+        """
         self._given = given
         self._simulated: GraphModule | None = None
         self._is_float = LOWERED not in facts_of(graph_module)
@@ -100,7 +111,13 @@ class Proof:
             self._restored = float_tensors(graph_module, copied=effect is Effect.WEIGHTS)
 
     def after(self, graph_module: GraphModule, step: Pass, context: PassContext) -> None:
-        """Prove an exact step; of another, remember that it has run. Raises VerificationError, naming the step."""
+        """Prove an exact step; of another, remember that it has run. Raises VerificationError, naming the step.
+
+        Args:
+            graph_module: the graph as the step left it.
+            step: the pass that has run.
+            context: what the pass was given.
+        """
         effect = effect_of(step)
         self._unproven.append(repr(step))
         if self._simulated is not None and isinstance(step, Proving):
@@ -181,7 +198,13 @@ def float_tensors(graph_module: GraphModule, copied: bool) -> Tensors:
 
 @torch.no_grad()
 def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensors) -> Run:
-    """The graph on images, float (B, C, H, W), with every quantizer bypassed. tensors: used where a node has some."""
+    """The graph on images, float (B, C, H, W), with every quantizer bypassed.
+
+    Args:
+        graph_module: simulated, or with observers.
+        images_bchw: float (B, C, H, W).
+        tensors: used where a node has some.
+    """
     interpreter = _Bypass(graph_module, tensors)
     output: Any = interpreter.run(images_bchw.clone())
     return Run(output, interpreter.samples)

@@ -32,6 +32,7 @@ from fxquant.graph.structure.query_keys import QueryKey, query_keys
 from passes.pipeline.contract import Effect, PassContext
 from passes.prepare.folds import FOLDED, note_fold
 
+TOGETHER = 4  # images that are run at once
 _TINY = 1e-30
 
 
@@ -65,7 +66,7 @@ class BalanceHeads:
         products, refused = query_keys(graph_module, context.images)
         moments = _Moments(graph_module, products.values())
         with torch.no_grad():
-            for _, batch in context.gather("measuring queries and keys", moments, graph_module):
+            for _, batch in context.gather("measuring queries and keys", moments, graph_module, together=TOGETHER):
                 moments.run(batch)
         layers = {node for product in products.values() for node in (product.query, product.key)}
         for node in layers:
@@ -93,8 +94,10 @@ class BalanceHeads:
 def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
     """M, float64 (D, D), with M^T S_q M = M^-1 S_k M^-T of one variance in all channels.
 
-    query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances are
-    equal where D is a power of two, else nearly so.
+    Args:
+        query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances
+            are equal where D is a power of two, else nearly so.
+        dampening: share of the mean variance that is added to every direction, see BalanceHeads.
     """
     eye = torch.eye(len(query), dtype=query.dtype)
     of_query, of_key = (

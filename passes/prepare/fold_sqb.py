@@ -32,18 +32,24 @@ from passes.prepare.folds import FOLDED, note_fold
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
+TOGETHER = 4  # images that are run at once
 
 
 @dataclass(frozen=True)
 class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
-    strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
-    into the weights. percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few
-    outliers do not set it; 100 takes all. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at
-    least 1, t by grid search on the quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits:
-    width at which "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not
-    idempotent: the second time balances what the first has left.
+    Args:
+        eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
+            quantized layer output) or "none".
+        mu: "mean", "midrange" or "none".
+        strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
+            into the weights.
+        percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few outliers do
+            not set it; 100 takes all.
+        search_bits: width at which "outlier-suppression+" searches t; unused otherwise.
+
+    Applying it twice is harmless but not idempotent: the second time balances what the first has left.
     """
 
     eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"
@@ -85,7 +91,9 @@ class FoldSqb:
         }
         statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
-            for _, batch in context.gather("measuring LayerNorm outputs", statistics, graph_module, repr(self)):
+            settings = "measuring LayerNorm outputs", statistics, graph_module, repr(self)
+            # Of every image at a time the grid search keeps some rows.
+            for _, batch in context.gather(*settings, together=1 if self.eps == "outlier-suppression+" else TOGETHER):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]

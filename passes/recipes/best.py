@@ -6,21 +6,25 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
+from fxquant.graph.annotation import Role
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
+from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
-from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble, checked_recipe
+from passes.recipes.assembly import CANDIDATE_BITS, Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from passes.substitute.tabulate_gelu import TabulateGelu
 
-NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product, or a lookup
+NEGLIGIBLE = 3e-5  # in the unit of the objective; such a difference is not worth a second product, or a lookup
 NARROWEST = 3  # below, tensors cost more than any prediction says
 SOFTMAX_BITS = ((3.5, 2), (5.0, 3))  # below a mean of activation bits: of attention probabilities (row-log)
 BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
@@ -40,27 +44,54 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     asymmetric; give it 1,024 images, it takes 30 to 40 minutes of one core for a ViT-tiny. What each part adds:
     docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
-    norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(
-        post_gelu=f"opt-m|{BOOK}" if thorough else f"asymmetric|opt-m|{BOOK}",
-        post_softmax="row-log",
-        other=f"symmetric|asymmetric|{BOOK}" if thorough else f"symmetric|{BOOK}",
-        **(norms if options.get("fully_quantized") else {}),
-    )
-    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-    # Balanced heads help rounding and short training; with long training it is the same without.
-    folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
-    assembled = assembled.after(CheckBudget, *folds)
-    # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-    parsed = Budget.parse(budget)
+    parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
-    narrowest = 2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST
-    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))}
-    pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])
-    if thorough:
-        return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
-    searched = pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE)
-    return searched.after(AllocateBits, CompensateWeights())
+    probabilities = _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))
+    plan: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
+    plan["tied"] = (Role.QK, Role.AV) if probabilities is None else (Role.QK,)
+    allocate = AllocateBits(
+        parsed,
+        Milp(),
+        # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
+        narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
+        role_bits=() if probabilities is None else (("av.left", probabilities),),
+    )
+    return with_options(options, _trained(plan, allocate) if thorough else _rounded(plan, allocate))
+
+
+def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
+    """The passes of `best`."""
+    return [
+        AssignRoles(),
+        PlanOperands(post_gelu=f"asymmetric|opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|{BOOK}", **plan),
+        RotateResidual(),
+        BalanceHeads(),
+        FoldSqb(),
+        InsertObservers(),
+        Calibrate(),
+        SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
+        allocate,
+        CompensateWeights(),
+        SubstituteQuantizers(),
+        TabulateGelu(),
+    ]
+
+
+def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
+    """The passes of `best_thorough`; balanced heads help rounding and short training, with long training nothing."""
+    return [
+        AssignRoles(),
+        PlanOperands(post_gelu=f"opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|asymmetric|{BOOK}", **plan),
+        RotateResidual(),
+        FoldSqb(),
+        InsertObservers(),
+        Calibrate(images=SEARCHED),
+        SearchScales(),
+        allocate,
+        Distil(),
+        SubstituteQuantizers(),
+        TabulateGelu(),
+    ]
 
 
 def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:

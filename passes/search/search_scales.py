@@ -8,6 +8,7 @@ the noise power that sensitivities and allocators read; then the observers' stat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,7 +20,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
 from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.annotation import Candidate, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
@@ -29,22 +30,19 @@ from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
 Criterion = Literal["hessian", "mse", "min-max"]
-Weights = Literal["symmetric", "asymmetric"]
 
 
 def _check_scales(graph_module: GraphModule) -> None:
-    """Some weight has candidates; a searched layer's weight has some; each width is listed once, ascending."""
-    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
-    if not any(annotation.weight_candidates for _, annotation in annotated):
-        raise missing("no weight has candidates", "SearchScales")
-    for node, annotation in annotated:
-        has_weight = annotation.role is not None and annotation.role.has_weight
-        if has_weight and annotation.activation_candidates and not annotation.weight_candidates:
-            raise broken_at(node, "its weight has no candidates", "run SearchScales again")
-        for candidates in (annotation.weight_candidates, *annotation.activation_candidates):
-            bits = [candidate.bits for candidate in candidates]
-            if bits != sorted(set(bits)):
-                raise broken_at(node, f"it has candidates of {bits} bits", "list each width once, ascending")
+    """Every operand that has families has candidates; each width is listed once, ascending."""
+    operands = [(node, operand) for node in planned_nodes(graph_module) for operand in annotation_of(node).operands]
+    if not any(operand.candidates for _, operand in operands):
+        raise missing("no operand has candidates", "SearchScales")
+    for node, operand in operands:
+        bits = [candidate.bits for candidate in operand.candidates]
+        if operand.families and not bits:
+            raise broken_at(node, f"its {operand.source} operand has no candidates", "run SearchScales again")
+        if bits != sorted(set(bits)):
+            raise broken_at(node, f"it has candidates of {bits} bits", "list each width once, ascending")
 
 
 SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CALIBRATED}))
@@ -55,17 +53,20 @@ SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CAL
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. criterion: see the module. keep_grams: keep the Gram matrices of
-    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
-    edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
-    weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
+    Args:
+        bits: ascending candidate widths, 2 to 8.
+        criterion: see the module.
+        keep_grams: keep the Gram matrices of weights' inputs, for CompensateWeights; everything else that observers
+            have gathered is released.
+        negligible: of an edge's families the first named is taken whose predicted loss is above the least by at most
+            this (nats per image).
+        weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     criterion: Criterion = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
-    weights: Weights = "symmetric"
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
@@ -85,38 +86,33 @@ class SearchScales:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Search every observed node; returns how many nodes were given candidates."""
-        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        nodes = planned_nodes(graph_module)
         task = context.progress.track("searching scales", len(nodes))
         for node in nodes:
-            found = observers_of(graph_module, node)
-            weight, *activation = self._recalled(graph_module, node, [observer for _, observer in found], context.cache)
-            annotate(
-                node,
-                weight_candidates=weight,
-                activation_candidates=tuple(activation),
-                weight_sensitivity=(),
-                activation_sensitivity=(),
-            )
-            for _, observer in found:
+            observers = dict(observers_of(graph_module, node))
+            found = self._recalled(graph_module, node, observers, context.cache)
+            annotate_operands(node, candidates=found, scores=[()] * len(found))
+            for observer in observers.values():
                 observer.release(keep_gram=self.keep_grams)
             task.advance()
         task.close()
         return len(nodes)
 
     def _recalled(
-        self, graph_module: GraphModule, node: Node, observers: list[Observer], cache: Cache
+        self, graph_module: GraphModule, node: Node, observers: Mapping[int, Observer], cache: Cache
     ) -> tuple[tuple[Candidate, ...], ...]:
-        """Candidates of a node's weight, then of each quantized input; a killed process has left those it had."""
+        """Candidates of each operand of a node; a killed process has left those it had."""
 
         def searched() -> tuple[tuple[Candidate, ...], ...]:
-            inputs = (self._activation(observer) for observer in observers if observer.family is not None)
-            return (self._weight(graph_module, node, observers[0]), *inputs)
+            return tuple(self._searched(graph_module, node, operand, observers) for operand in annotation.operands)
 
+        annotation = annotation_of(node)
         if cache.folder is None:
             return searched()
-        statistics = [[str(o.family), o.keeps_gram, o.images, o.state()] for o in observers]
+        statistics = [[o.families, o.keeps_gram, o.images, o.state()] for o in observers.values()]
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        key = cache.key_of(repr(self), statistics, module)
+        weights = annotation.weight and annotation.weight.families
+        key = cache.key_of(repr(self), statistics, module, weights)
         kept = cache.read(key, part=True)
         if kept is not None:
             return candidates_from_file(*kept)
@@ -125,6 +121,16 @@ class SearchScales:
             cache.write(key, *candidates_to_file(found), part=True)
         return found
 
+    def _searched(
+        self, graph_module: GraphModule, node: Node, operand: Operand, observers: Mapping[int, Observer]
+    ) -> tuple[Candidate, ...]:
+        """The candidates of one operand; none where it stays float."""
+        if not operand.families:
+            return ()
+        if operand.argument is None:
+            return self._weight(graph_module, node, operand, observers[0])
+        return self._activation(observers[operand.argument])
+
     def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
         statistics = observer.statistics()
         weighted = self.criterion == "hessian"
@@ -132,7 +138,7 @@ class SearchScales:
             raise CalibrationError(
                 'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered neither'
             )
-        named = families_named(str(observer.family))
+        named = observer.families
         if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
             named = families_named("symmetric-min-max")
         best = []
@@ -147,9 +153,9 @@ class SearchScales:
             best.append(next((candidate for candidate in usable if candidate.loss <= enough), usable[0]))
         return tuple(best)
 
-    def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
-        if node.op != "call_module" or not observer.keeps_gram:
-            return ()
+    def _weight(
+        self, graph_module: GraphModule, node: Node, operand: Operand, observer: Observer
+    ) -> tuple[Candidate, ...]:
         module = graph_module.get_submodule(str(node.target))
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return ()
@@ -158,8 +164,8 @@ class SearchScales:
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
-            observer.gram if hessian else None,
+            observer.gram.matrix() if hessian and observer.gram is not None else None,
             observer.channel_weight() if hessian else None,
             search=self.criterion != "min-max",
-            asymmetric=self.weights == "asymmetric",
+            asymmetric=[family.name for family in operand.families] == ["asymmetric"],
         )

@@ -1,4 +1,4 @@
-"""The Pareto allocator against trying everything, module by module."""
+"""The ModuleFrontier allocator against trying everything, module by module."""
 
 from __future__ import annotations
 
@@ -34,17 +34,12 @@ def block_table(seed: int, blocks: int = 2) -> CostTable:
     return CostTable(
         layers=tuple(names),
         roles=tuple(roles),
-        weight_elements=[weights[role] for role in roles],
-        activation_elements=[inputs[role] for role in roles],
+        elements=[[sizes[role] for role in roles] for sizes in (weights, inputs)],
         macs=[7 + index for index in range(count)],
-        weight_bits=BITS,
-        activation_bits=BITS,
-        weight_cost=scale[0],
-        activation_cost=scale[1],
-        weight_sqnr_db=np.zeros((count, widths)),
-        activation_sqnr_db=np.zeros((count, widths)),
-        allowed_weight=np.ones((count, widths), bool),
-        allowed_activation=np.ones((count, widths), bool),
+        bits=BITS,
+        cost=scale,
+        sqnr_db=np.zeros((2, count, widths)),
+        allowed=np.ones((2, count, widths), bool),
     )
 
 
@@ -55,7 +50,7 @@ def by_modules(table: CostTable, budget: Budget, allocator: ModuleFrontier) -> f
     for widths in itertools.product(range(len(BITS)), repeat=len(modules)):
         assignment = np.full((2, len(table.layers)), -1)
         for layers, column in zip(modules, widths, strict=True):
-            for row, side in enumerate(table.operands):
+            for row, side in enumerate(table.sides):
                 assignment[row, layers] = np.where(side.elements[layers] > 0, column, -1)
         if not budget.exceeded(table.usage(assignment, budget)):
             best = min(best, table.objective(assignment))

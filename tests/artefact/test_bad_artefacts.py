@@ -118,7 +118,7 @@ GRAPH_EDITS = {
         lambda g: set_in(g, ("modules", "norm", "inner", "normalized_shape"), [2**45]),
         "norm.inner.*normalized_shape",
     ),
-    "unknown kind": (lambda g: set_in(g, ("modules", "fc", "weight", "kind"), "evil"), "unknown quantizer kind 'evil'"),
+    "unknown kind": (lambda g: set_in(g, ("modules", "fc", "weight", "kind"), "evil"), "no quantizer of kind 'evil'"),
     "weight kind": (
         lambda g: set_in(g, ("modules", "fc", "weight"), {"kind": "log2", "bits": 5}),
         "fc",

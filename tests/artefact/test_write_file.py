@@ -14,6 +14,8 @@ import pytest
 from fxquant.artefact.container import write_file
 from fxquant.errors import ArtefactError
 
+pytestmark = pytest.mark.quick
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 

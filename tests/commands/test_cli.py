@@ -46,10 +46,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, run("compile", "embedded", "W4A4", *QUICK, *files, *options)
 
 
+@pytest.mark.quick
 def test_version() -> None:
     assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
 
 
+@pytest.mark.quick
 def test_help_of_every_command() -> None:
     for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier", "benchmark", "export"):
         found = run(command, "--help")
@@ -74,7 +76,7 @@ def test_compile(compiled: tuple[Path, Any]) -> None:
 
 
 def test_a_second_budget_recalls_what_was_searched(tmp_path: Path) -> None:
-    common = ["compile", "embedded", "--images", "4", "--allocator", "greedy"]
+    common = ["compile", "embedded", "--images", "2", "--allocator", "greedy"]
     first, second = (run(*common, budget, "--cache", tmp_path) for budget in ("W5A5", "W4A4"))
     plain = run(*common, "W4A4", "--no-cache", "--json")
     assert "recalled" not in first.stderr + plain.stderr
@@ -157,7 +159,9 @@ def test_evaluate(compiled: tuple[Path, Any], tmp_path: Path) -> None:
     assert same["correct"] == int((embedded.load_model()(images).argmax(1) == labels).sum())
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = embedded.calibration_images
+    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 8)))
     options = ["--limit", 100, "--allocator", "greedy", "--out", tmp_path / "new" / "demo"]
     result = run("demo", *options, "--json")
     assert result.exit_code == 0, result.output

@@ -49,6 +49,7 @@ def test_traces_exactly_and_every_layer_has_a_role(architecture: Architecture) -
 
 
 @pytest.mark.parametrize("name", KNOWN_UNTRACEABLE)
+@pytest.mark.quick
 def test_untraceable_architectures_say_so(name: str) -> None:
     size, options, _reason = KNOWN_UNTRACEABLE[name]
     torch.manual_seed(0)

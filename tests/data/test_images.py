@@ -63,7 +63,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 5)
     assert load_images(tmp_path, 1, SMALL).shape == (1, 3, 16, 16)
     with pytest.raises(DataError, match="has no labels"):
-        ImageData.open(tmp_path, SMALL).check_labels()
+        ImageData.open(tmp_path, SMALL).checked_labels()
 
 
 def test_calibration_images_are_drawn_by_seed(tmp_path: Path) -> None:

@@ -1,39 +1,13 @@
-"""Exported models for the tests of export, and what runs them."""
+"""What runs exported models, and a graph of quantizers alone."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-import fxquant
-from allocators.uniform import Uniform
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput
-from tests.models import ARCHITECTURES, images
-
-
-def compiled(architecture: str, recipe: str = "mptq_vit", budget: str = "W4A6", **options: Any) -> fxquant.Compiled:
-    model, size = ARCHITECTURES[architecture]()
-    return fxquant.compile(
-        model,
-        budget,
-        calibration=images(4, size),
-        recipe=recipe,
-        allocator=Uniform(),
-        card={"note": "a test"},
-        **options,
-    )
-
-
-def exact(model: fxquant.Compiled, images_bchw: Tensor) -> Tensor:
-    """Scores of the simulated graph in float64: what every float32 execution approximates."""
-    with torch.inference_mode():
-        scores: Tensor = copy.deepcopy(model.graph_module).double()(images_bchw.double())
-    return scores
 
 
 def side_by_side(quantizers: list[Quantizer], channels: int) -> GraphModule:

@@ -17,8 +17,8 @@ from fxquant.export.openvino_model import OpenvinoModel, reason_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
-from tests.export.runtimes import compiled, exact
-from tests.models import images
+from tests.assertions import exact
+from tests.models import compiled, images
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
@@ -36,7 +36,7 @@ def lowered(simulated: fxquant.Compiled) -> fxquant.Compiled:
 
 def test_openvino_computes_what_we_do(simulated: fxquant.Compiled, lowered: fxquant.Compiled) -> None:
     x = images(8, seed=5)
-    truth = exact(simulated, x)
+    truth = exact(simulated.graph_module, x)
     off, scale = (lowered(x) - truth).abs().amax(1), truth.abs().max()
     assert (off < 4e-6 * scale).float().mean() >= 0.5
     assert off.max() < 0.1 * scale

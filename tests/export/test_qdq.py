@@ -73,6 +73,7 @@ def test_every_quantizer_gives_its_own_values(exported: tuple[bytes, Tensor, Ten
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.quick
 def test_which_quantizers_get_codes(name: str) -> None:
     quantizer, has_codes = QUANTIZERS[name]
     assert isinstance(quantized(quantizer), Codes) == has_codes

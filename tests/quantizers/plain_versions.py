@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.quantizers.families import Statistics
+from fxquant.quantizers.family import Statistics
 from fxquant.quantizers.statistics.histogram import Array, Bfloat16Histogram
 
 

@@ -18,6 +18,8 @@ from fxquant.report.totals import Totals
 from passes.pipeline.contract import Journal
 from tests.report.small_report import ALLOCATION, CARD, JOURNAL, ROWS, report
 
+pytestmark = pytest.mark.quick
+
 
 def test_totals_by_hand() -> None:
     totals = Totals.of(ROWS, None, CARD)

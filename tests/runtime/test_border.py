@@ -15,6 +15,8 @@ from fxquant.runtime.native import library
 from passes.pipeline.contract import Journal
 from tests.quantized_by_hand import SmallNet, quantize_by_hand
 
+pytestmark = pytest.mark.quick
+
 BACKENDS = [
     "simulated",
     *(["cpu-native"] if library.why_absent() is None else []),

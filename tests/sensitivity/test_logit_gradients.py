@@ -9,6 +9,8 @@ import torch
 
 from fxquant.sensitivity.logit_gradients import logit_gradients
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("fisher", ["signs", "sampled"])
 def test_fisher_estimators_are_unbiased(fisher: Any) -> None:

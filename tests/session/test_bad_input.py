@@ -17,6 +17,7 @@ from fxquant.errors import (
     FxQuantError,
     InfeasibleBudgetError,
     ModelError,
+    OptionError,
     OverrideError,
     PipelineError,
     TraceError,
@@ -126,19 +127,35 @@ def test_a_quantized_model_is_refused(small: Compiled, tmp_path: Path, calibrati
             fxquant.compile(model, 8, calibration=calibration)
 
 
-def test_output_without_class_scores_says_what_to_do() -> None:
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 4)
+class Tokens(nn.Module):
+    """Gives a value of its head at every place."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embed(x).flatten(2).transpose(1, 2))
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 4)
 
-    torch.manual_seed(0)
-    with pytest.raises(CalibrationError, match="class scores"):
-        fxquant.compile(Tokens(), 8, calibration=images(4))
-    fxquant.compile(Tokens(), 8, calibration=images(4), recipe="naive_min_max")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x).flatten(2).transpose(1, 2))
+
+
+def test_output_without_class_scores_is_held_to_its_features_and_the_report_says_so() -> None:
+    quantized = fxquant.compile(Tokens(), 4, calibration=images(4))
+    assert quantized.card["objective"] == {"name": "features", "unit": "relative squared error per image"}
+    assert "features, in relative squared error per image" in str(quantized.report())
+    close = fxquant.compile(Tokens(), 8, calibration=images(4))
+    x = images(8)[4:]
+    errors = [float((each(x) - Tokens()(x)).detach().square().sum()) for each in (quantized, close)]
+    assert errors[1] < errors[0] / 20
+
+
+def test_class_scores_asked_of_another_output_say_what_to_do() -> None:
+    with pytest.raises(CalibrationError, match=r'needs class scores.*objective="features"'):
+        fxquant.compile(Tokens(), 8, calibration=images(4), objective="classes")
+    with pytest.raises(CalibrationError, match=r"vectors.*an output has shape"):
+        fxquant.compile(Tokens(), 8, calibration=images(4), objective="embeddings")
+    with pytest.raises(OptionError, match="'auto', 'classes', 'features', 'embeddings'"):
+        fxquant.compile(Tokens(), 8, calibration=images(4), objective="tokens")
 
 
 def test_data_dependent_code_is_a_trace_error() -> None:
@@ -150,5 +167,5 @@ def test_data_dependent_code_is_a_trace_error() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3)))
 
-    with pytest.raises(TraceError, match="test_compiler"):
+    with pytest.raises(TraceError, match="test_bad_input"):
         fxquant.compile(Decides(), 8, calibration=images(4))

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import BudgetError, FxQuantError
+from fxquant.errors import BudgetError
 from fxquant.session.model_frontier import Frontier
 from tests.models import images, vit
 
@@ -19,7 +19,7 @@ FEW = {"bits": (2, 3, 4, 8)}
 
 @pytest.fixture(scope="module")
 def found() -> Frontier:
-    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="kl", **FEW)
+    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="divergence", **FEW)
 
 
 def test_points_are_what_compile_gives(found: Frontier) -> None:
@@ -50,14 +50,14 @@ def test_realised_losses_are_measured_on_the_compiled_models(found: Frontier) ->
 
 def test_the_model_keeps_its_mode() -> None:
     model = vit(depth=1).train()
-    fxquant.frontier(model, images(2), limits=[8], realised="kl", exact=False, bits=(4, 8))
+    fxquant.frontier(model, images(2), limits=[8], realised="divergence", exact=False, bits=(4, 8))
     assert model.training
 
 
 def test_table_json_and_plot(found: Frontier, tmp_path: Path) -> None:
     text = str(found)
     assert "Frontier over mean bits" in text
-    assert "realised KL" in text
+    assert "realised divergence" in text
     assert "+0.1 bits saves" in text
     values = json.loads(json.dumps(found.to_dict()))
     assert [point["limit"] for point in values["points"]] == [3, 3.5, 4, 8]
@@ -92,16 +92,24 @@ def test_command(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'kl'")])
+@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'divergence'")])
 def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text: str) -> None:
     with pytest.raises(BudgetError, match=text):
         fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
 
 
 def test_outputs_that_are_no_class_scores() -> None:
-    class Tokens(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
+    """Where there are no class scores, what is realised is measured on the outputs themselves."""
 
-    with pytest.raises(FxQuantError, match="class scores"):
-        fxquant.frontier(Tokens(), images(2), limits=[8], realised="kl")
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(x).flatten(2).transpose(1, 2))
+
+    found = fxquant.frontier(
+        Tokens(), images(2, 16), limits=[8], recipe="naive_min_max", realised="divergence", bits=(4, 8)
+    )
+    assert found.points[0].realised < 1e-2, "a relative squared error of the outputs"

@@ -72,7 +72,14 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> Any:
-    """`target` with target[index] = value, from the outermost axis that is indexed inwards; slices and integers."""
+    """`target` with target[index] = value, from the outermost axis that is indexed inwards; slices and integers.
+
+    Args:
+        target: a tensor, or what stands for it during the trace.
+        index: integers and slices, one for each axis from `axis` on.
+        value: what the places get.
+        axis: the first axis that is indexed.
+    """
     while index and index[0] in _WHOLE:
         index, axis = index[1:], axis + 1
     if not index:
@@ -123,7 +130,13 @@ class Memory:
             self._written[node] = rest
 
     def check(self, proxy: BatchProxy, target: Any, args: Any) -> None:
-        """Raise TraceError where an operation reads the values of a node that is out of date."""
+        """Raise TraceError where an operation reads the values of a node that is out of date.
+
+        Args:
+            proxy: what is about to be recorded.
+            target: the function or the name of the method that is called.
+            args: its arguments.
+        """
         name = args[1] if target is getattr else target
         if is_constant(proxy) or proxy.node not in self._written or (isinstance(name, str) and name in _SHAPES):
             return

@@ -228,9 +228,7 @@ def _settle_hook(module: nn.Module, hook: Any) -> None:
         remove_spectral_norm(module, hook.name)
     elif isinstance(hook, prune.BasePruningMethod):
         name = hook._tensor_name
-        original = module._parameters[f"{name}_orig"]
-        assert original is not None
-        module._parameters[f"{name}_orig"] = _own_parameter(original)
+        module._parameters[f"{name}_orig"] = _own_parameter(module.get_parameter(f"{name}_orig"))
         prune.remove(module, name)  # type: ignore[no-untyped-call]
 
 

@@ -124,7 +124,10 @@ class ShapeTracer(fx.Tracer):
         return ConstantProxy(value, self) if overwritten is None else overwritten
 
     def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
-        """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward."""
+        """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward.
+
+        Args: see `Observer.assign_attribute`.
+        """
         if isinstance(value, ConstantProxy):
             return value.batch_values[0]
         if isinstance(value, BatchProxy) and name in module._buffers:
@@ -149,7 +152,10 @@ class ShapeTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Skip modules without effect, run modules that see constants only, trace the others."""
+        """Skip modules without effect, run modules that see constants only, trace the others.
+
+        Args: see `Observer.call_module`.
+        """
         if m in self._no_operations:
             return args[0] if args else next(iter(kwargs.values()))
         if m is self.root or self._evaluating or not varies((args, kwargs)):
@@ -185,7 +191,10 @@ class ShapeTracer(fx.Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
-        """Record a node and return its proxy, or the plain value where that does not depend on the batch."""
+        """Record a node and return its proxy, or the plain value where that does not depend on the batch.
+
+        Args: see `torch.fx.Tracer.create_proxy`.
+        """
         if kind in ("call_function", "call_method"):
             if not varies((args, kwargs)):
                 return self._constant(self._evaluate(kind, target, args, kwargs, 0))
@@ -232,7 +241,13 @@ class ShapeTracer(fx.Tracer):
         return written
 
     def assign(self, target: BatchProxy, index: Any, value: Any) -> None:
-        """target[index] = value."""
+        """target[index] = value.
+
+        Args:
+            target: the tensor that is written to.
+            index: which of its elements.
+            value: what they get.
+        """
         parts = whole_index(index, len(target.batch_values[0].shape))
         if isinstance(target, ConstantProxy) and not varies((value,)):
             target.batch_values[0][parts] = at_batch(value, 0)

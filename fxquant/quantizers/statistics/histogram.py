@@ -37,7 +37,10 @@ class Bfloat16Histogram:
     def update(self, x: Tensor, weight: Tensor | None = None, mass: Tensor | None = None) -> None:
         """Add values x (float, any shape) with non-negative weights of the same shape.
 
-        mass: how often each value counts in the plain moments, same shape; None: once.
+        Args:
+            x: values to add, a float tensor of any shape.
+            weight: non-negative weights of the values, of the same shape; None: no weighted moments are gathered.
+            mass: how often each value counts in the plain moments, same shape; None: once.
         """
         flat = x.detach().reshape(-1)
         keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
@@ -121,9 +124,13 @@ class SortedMoments:
     def errors(self, levels_cl: Array, thresholds_ck: Array, coherence: float = 0.0) -> tuple[Array, Array]:
         """Plain and weighted sum of squared errors of C candidates with L ascending levels and L-1 thresholds each.
 
-        coherence: how much more a mean error costs than independent ones of the same size; coherence * (sum w e)^2 /
-        sum w is added to the weighted sum. Returns two float64 arrays (C,): plain; weighted (plain when no weights were
-        given).
+        Args:
+            levels_cl: float64 (C, L), levels of each candidate, ascending.
+            thresholds_ck: float64 (C, L - 1), thresholds between these levels.
+            coherence: how much more a mean error costs than independent ones of the same size; coherence * (sum w e)^2
+                / sum w is added to the weighted sum.
+
+        Returns two float64 arrays (C,): plain; weighted (plain when no weights were given).
         """
         prefix = np.concatenate([np.zeros((6, 1)), np.cumsum(self.moments, axis=1)], axis=1)
         cuts = np.searchsorted(self.values, thresholds_ck)

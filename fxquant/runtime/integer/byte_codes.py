@@ -37,16 +37,6 @@ _WIDEST = 8
 _WIDEST_LOG2 = 4
 _WIDEST_CODEBOOK = 5
 
-UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"), _WIDEST)
-"""Families whose bytes are levels as they are, and their widest widths in bits."""
-
-_REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
-
-_OTHERS = {"log2": _WIDEST_LOG2, "row-log": _WIDEST, "codebook": _WIDEST_CODEBOOK}
-
-BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | _OTHERS
-"""Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
-
 
 @dataclass(frozen=True)
 class ByteCode:

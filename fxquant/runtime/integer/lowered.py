@@ -231,3 +231,30 @@ class IntegerAttention(nn.Module):
         """uint8 (B, N, 3 C) to uint8 (B, N, C)."""
         codes: Tensor = _OPERATORS.attention(qkv, self.spec, self.bias)
         return codes
+
+
+class SeparateAttention(nn.Module):
+    """The same on q, k and v that do not lie side by side: their bytes are put together first, a head at a time.
+
+    heads: 1 where there is no dimension of heads. codes: of everything.
+    """
+
+    def __init__(self, heads: int, head_size: int, codes: AttentionCodes, bias_ghnn: Tensor | None = None) -> None:
+        """bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups."""
+        super().__init__()
+        self.heads, self.head_size, self.codes = heads, head_size, codes
+        bias = None if bias_ghnn is None else bias_ghnn.flatten(0, 1).unsqueeze(1).contiguous()
+        self.kernel = IntegerAttention(1, head_size, codes, bias)
+        self.groups = 0 if bias_ghnn is None else len(bias_ghnn)
+
+    @property
+    def bias_ghnn(self) -> Tensor | None:
+        """What is added to the scores, float32 (groups, heads, N, N)."""
+        bias = self.kernel.bias
+        return None if bias is None else bias.reshape(self.groups, self.heads, *bias.shape[2:])
+
+    def forward(self, query: Tensor, transposed_key: Tensor, value: Tensor) -> Tensor:
+        """uint8 (..., N, D), (..., D, N) and (..., N, D) to uint8 (..., N, D)."""
+        packed = torch.stack([query, transposed_key.mT, value], -2).flatten(-2)
+        result: Tensor = self.kernel(packed.reshape(-1, *packed.shape[-2:]))
+        return result.reshape(value.shape)

@@ -15,8 +15,8 @@
 namespace fxq {
 namespace {
 
-using Left = uint8_t;
-using Right = int8_t;
+#include "one_loop.inl"
+
 constexpr int kMaxVectors = 2, kTileRows = 32, kWholeRows = 16, kInnerStep = 64, kRowBlock = 32;
 constexpr int64_t kMostInner = 512;
 constexpr bool kBegins = true;
@@ -88,7 +88,7 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
 // Reads whole rows of 16 or 32, and writes as many, added to `begin` where there is one (one row for all with stride 0);
 // meanwhile does some of `work`.
 template <class Work>
-void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
+void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
           int64_t groups, const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
     const bool is_wide = vectors == 2;
     (rows > 16 ? is_wide ? tile_of<true, true, Work> : tile_of<true, false, Work>
@@ -99,6 +99,7 @@ void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Ri
 #include "avx512.inl"
 #include "elementwise.inl"
 #include "epilogue.inl"
+#include "reach.inl"
 #include "linear.inl"
 #include "attention.inl"
 

@@ -67,17 +67,22 @@ static FXQ_INLINE Vec only(Vec x, int64_t count, float rest) {  // the first `co
     return {_mm512_mask_mov_ps(other, mask_of(count), x.low), _mm512_mask_mov_ps(other, mask_of(count - 16), x.high)};
 }
 static FXQ_INLINE Vec to_float(Whole x) { return {_mm512_cvtepi32_ps(x.low), _mm512_cvtepi32_ps(x.high)}; }
-struct Table {
-    __m512 first, second;
+// The coefficients of GELU's pieces, times a factor: looked up in registers.
+struct Pieces {
+    __m512 first[kGeluDegree + 1], second[kGeluDegree + 1];
+    explicit Pieces(float factor) {
+        for (int k = 0; k <= kGeluDegree; ++k) {
+            first[k] = _mm512_mul_ps(_mm512_loadu_ps(gelu_table[k]), _mm512_set1_ps(factor));
+            second[k] = _mm512_mul_ps(_mm512_loadu_ps(gelu_table[k] + 16), _mm512_set1_ps(factor));
+        }
+    }
+    FXQ_INLINE void take(Whole piece, Vec *coefficients) const {
+#pragma GCC unroll 4
+        for (int k = 0; k <= kGeluDegree; ++k)
+            coefficients[k] = {_mm512_permutex2var_ps(first[k], piece.low, second[k]),
+                               _mm512_permutex2var_ps(first[k], piece.high, second[k])};
+    }
 };
-static FXQ_INLINE Table scaled(const float *table, float factor) {  // 32 numbers times a factor
-    return {_mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(factor)),
-            _mm512_mul_ps(_mm512_loadu_ps(table + 16), _mm512_set1_ps(factor))};
-}
-static FXQ_INLINE Vec entry(const Table &table, Whole index) {
-    return {_mm512_permutex2var_ps(table.first, index.low, table.second),
-            _mm512_permutex2var_ps(table.first, index.high, table.second)};
-}
 static FXQ_INLINE Whole bits_of(Vec x) { return {_mm512_castps_si512(x.low), _mm512_castps_si512(x.high)}; }
 static FXQ_INLINE Vec float_of(Whole x) { return {_mm512_castsi512_ps(x.low), _mm512_castsi512_ps(x.high)}; }
 static FXQ_INLINE Whole operator+(Whole a, Whole b) {
@@ -224,9 +229,9 @@ static FXQ_INLINE __m512i plus_row_sums(__m512i sums, __m512i numbers) {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), numbers);
 }
 
-// As in portable.inl.
+// As in portable.inl, with 128 in the middle.
 static void pack_units(const uint8_t *source, int64_t stride, bool transposed, int64_t inner, int64_t columns,
-                       int64_t unit_elements, Right *numbers, int32_t *column_sum) {
+                       int32_t, int64_t unit_elements, Right *numbers, int32_t *column_sum) {
     const int64_t groups = unit_elements / kGroupBytes;
     if (transposed) {
         for (int64_t c = 0; c < columns; c += 16, numbers += unit_elements) {

@@ -15,8 +15,8 @@
 namespace fxq {
 namespace {
 
-using Left = uint8_t;
-using Right = int8_t;
+#include "one_loop.inl"
+
 constexpr int kMaxVectors = 4, kTileRows = 8, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 constexpr bool kBegins = false;  // all sums begin at zero
@@ -65,7 +65,7 @@ TileOf tile_for(int rows) {
 }
 
 template <class Work>
-void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
+void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
           int64_t groups, const int32_t *, int64_t, int32_t *sums, int64_t sum_stride, Work &) {
     const TileOf run = vectors == 1   ? tile_for<1>(rows)
                        : vectors == 2 ? tile_for<2>(rows)
@@ -77,6 +77,7 @@ void tile(int rows, int vectors, const Left *left, int64_t left_stride, const Ri
 #include "avx512.inl"
 #include "elementwise.inl"
 #include "epilogue.inl"
+#include "reach.inl"
 #include "linear.inl"
 #include "attention.inl"
 

@@ -97,19 +97,18 @@ static FXQ_INLINE Vec power_of_two(Vec x) {
 // GELU of kGeluStep x, times a factor: y Phi(y) = y / 2 + |y| (Phi(|y|) - 1 / 2), the second term by polynomials of
 // degree 3 around whole x.
 struct ScaledGelu {
-    Table coefficients[kGeluDegree + 1];
+    Pieces pieces;
     Vec half;
-    explicit ScaledGelu(float factor) : half(splat(kGeluStep / 2 * factor)) {
-        for (int k = 0; k <= kGeluDegree; ++k) coefficients[k] = scaled(gelu_table[k], factor);
-    }
+    explicit ScaledGelu(float factor) : pieces(factor), half(splat(kGeluStep / 2 * factor)) {}
     FXQ_INLINE Vec operator()(Vec x) const {
         const Vec size = size_of(x);
         const Vec sum = smaller(size, splat(float(kGeluPieces - 1))) + splat(kRounding);
         const Vec t = size - (sum - splat(kRounding));
-        const Whole piece = piece_of(sum);
-        Vec p = entry(coefficients[kGeluDegree], piece);
+        Vec coefficients[kGeluDegree + 1];
+        pieces.take(piece_of(sum), coefficients);
+        Vec p = coefficients[kGeluDegree];
 #pragma GCC unroll 8
-        for (int k = kGeluDegree - 1; k >= 0; --k) p = fused(p, t, entry(coefficients[k], piece));
+        for (int k = kGeluDegree - 1; k >= 0; --k) p = fused(p, t, coefficients[k]);
         return fused(x, half, p);
     }
 };

@@ -6,6 +6,9 @@
 
 #include "kernels.h"
 
+#ifdef FXQ_X86
+#include <cpuid.h>
+#endif
 #ifdef FXQ_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,17 +16,6 @@
 
 namespace fxq {
 namespace {
-
-const Kernels *const kSets[] = {
-    &kScalar,
-#ifdef FXQ_X86
-    &kAvx2, &kAvx512Vnni,
-#endif
-#ifdef FXQ_AMX
-    &kAmxInt8,
-#endif
-};
-constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
 
 // Linux lets a process use the tile registers once it has asked.
 bool has_amx() {
@@ -37,20 +29,61 @@ bool has_amx() {
 #endif
 }
 
-int32_t best() {
+bool always() { return true; }
+
 #ifdef FXQ_X86
+bool has_avx2() {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
-        return has_amx() ? 3 : 2;
-    if (avx2) return 1;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_vnni() {
+    return has_avx2() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+}
+
+// Compilers do not all know its name.
+bool has_avx_vnni() {
+#ifdef FXQ_AVX_VNNI_AS
+    return FXQ_AVX_VNNI_AS == 1 ? has_avx512_vnni() : has_avx2();
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 #endif
-    return 0;
+}
+
+bool has_amx_and_avx512() { return has_avx512_vnni() && has_amx(); }
+#endif
+
+struct Set {
+    const Kernels *kernels;
+    bool (*is_there)();
+};
+
+// Best last.
+const Set kSets[] = {
+    {&kScalar, always},
+#ifdef FXQ_X86
+    {&kAvx2, has_avx2},
+#ifdef FXQ_AVX_VNNI
+    {&kAvxVnni, has_avx_vnni},
+#endif
+    {&kAvx512Vnni, has_avx512_vnni},
+#endif
+#ifdef FXQ_AMX
+    {&kAmxInt8, has_amx_and_avx512},
+#endif
+};
+constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
+
+int32_t best() {
+    int32_t found = kSetCount - 1;
+    while (!kSets[found].is_there()) --found;
+    return found;
 }
 
 int32_t selected = best();
-const Kernels &kernels() { return *kSets[selected]; }
+const Kernels &kernels() { return *kSets[selected].kernels; }
 
 struct LinearWork {
     LinearCall call;
@@ -199,10 +232,12 @@ const char *fxq_message(int32_t status) {
 
 int32_t fxq_best(void) { return best(); }
 
-const char *fxq_name(int32_t isa) { return isa >= 0 && isa < kSetCount ? kSets[isa]->name : ""; }
+const char *fxq_name(int32_t isa) { return isa >= 0 && isa < kSetCount ? kSets[isa].kernels->name : ""; }
+
+int32_t fxq_runs(int32_t isa) { return isa >= 0 && isa < kSetCount && kSets[isa].is_there(); }
 
 int32_t fxq_select(int32_t isa) {
-    if (isa < -1 || isa > best()) return FXQ_UNSUPPORTED;
+    if (isa != -1 && !fxq_runs(isa)) return FXQ_UNSUPPORTED;
     selected = isa < 0 ? best() : isa;
     return FXQ_OK;
 }

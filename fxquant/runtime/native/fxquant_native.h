@@ -19,7 +19,7 @@
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 7, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 8, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
 enum { FXQ_MAX_CODES = 32 };
 
 enum FxqStatus {
@@ -91,8 +91,10 @@ struct FxqAttention {
 FXQ_API int32_t fxq_abi(void);
 FXQ_API const char *fxq_message(int32_t status);
 
-// Instruction sets, best last: 0 scalar, 1 avx2, 2 avx512-vnni, 3 amx-int8. `fxq_select` takes one (or -1: the best) for the process.
+// Instruction sets by number, best last; which there are depends on the compiler, and their names say. Whether this CPU runs
+// one: a better one does not always run where a worse one does. `fxq_select` takes one (or -1: the best) for the process.
 FXQ_API int32_t fxq_best(void);
+FXQ_API int32_t fxq_runs(int32_t isa);
 FXQ_API const char *fxq_name(int32_t isa);
 FXQ_API int32_t fxq_select(int32_t isa);
 FXQ_API int32_t fxq_selected(void);

@@ -109,6 +109,10 @@ extern const Kernels kScalar;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FXQ_X86 1
 extern const Kernels kAvx2, kAvx512Vnni;
+#if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12)
+#define FXQ_AVX_VNNI 1
+extern const Kernels kAvxVnni;
+#endif
 #if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
 #define FXQ_AMX 1
 extern const Kernels kAmxInt8;
@@ -153,7 +157,7 @@ bool run_attention(AttentionCall call, int64_t batch, int32_t threads);
 bool parallel(int64_t count, int32_t threads, void (*task)(void *, int64_t), void *context);
 
 // This thread's scratch memory number `slot`, at least `bytes` long, 64-byte aligned; throws std::bad_alloc.
-enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kChain, kSlots };
+enum Slot { kPanel, kLeft, kSums, kScores, kSecondPanel, kWidened, kExtra, kChain, kSlots };
 void *scratch(Slot slot, size_t bytes);
 
 }  // namespace fxq

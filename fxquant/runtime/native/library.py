@@ -14,7 +14,7 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 7
+ABI = 8
 MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS, MAX_CODES = 3, 32768, 3, 8, 256, 32
 UNIFORM, REGIONS, LOG2, ROW_LOG, CODEBOOK = range(5)
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
@@ -83,6 +83,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_abi": ([], _INT),
     "fxq_message": ([_INT], c_char_p),
     "fxq_best": ([], _INT),
+    "fxq_runs": ([_INT], _INT),
     "fxq_name": ([_INT], c_char_p),
     "fxq_select": ([_INT], _INT),
     "fxq_selected": ([], _INT),
@@ -154,7 +155,15 @@ def why_absent() -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets that this CPU can run, best last."""
-    return tuple(library().fxq_name(index).decode() for index in range(library().fxq_best() + 1))
+    return tuple(_sets())
+
+
+def _sets() -> dict[str, int]:
+    """Numbers of the instruction sets that this CPU can run, by name, best last."""
+    kernels = library()
+    return {
+        kernels.fxq_name(index).decode(): index for index in range(kernels.fxq_best() + 1) if kernels.fxq_runs(index)
+    }
 
 
 def instruction_set() -> str:
@@ -164,10 +173,10 @@ def instruction_set() -> str:
 
 def select_instruction_set(name: str | None = None) -> None:
     """Use this instruction set from now on, in the whole process; None: the best. Raises BackendError for others."""
-    known = instruction_sets()
+    known = _sets()
     if name is not None and name not in known:
         raise BackendError(f"this CPU cannot run {name!r} kernels; it can run {', '.join(known)}")
-    call("select", -1 if name is None else known.index(name))
+    call("select", -1 if name is None else known[name])
 
 
 def call(function: str, *arguments: Any) -> None:

@@ -2,7 +2,7 @@
 
 // Tiles of `bits`-bit codes, as signed numbers: 8 groups of 64 each.
 template <int bits>
-static void unpack_tiles(const uint8_t *__restrict packed, int64_t tiles, Right *__restrict out) {
+static void unpack_tiles(const uint8_t *__restrict packed, int64_t tiles, int8_t *__restrict out) {
     constexpr int middle = 1 << (bits - 1);
     for (int64_t t = 0; t < tiles; ++t, packed += 64 * bits, out += kGroups * kGroupBytes) {
         if (bits == 8) {
@@ -23,7 +23,7 @@ static void unpack_tiles(const uint8_t *__restrict packed, int64_t tiles, Right 
     }
 }
 
-static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, Right *out) {
+static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, int8_t *out) {
     switch (bits) {
         case 2: return unpack_tiles<2>(packed, tiles, out);
         case 3: return unpack_tiles<3>(packed, tiles, out);
@@ -35,37 +35,46 @@ static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, Right *ou
     }
 }
 
-// Rows of bytes as rows of one digit each, padded with zeros to whole groups: (rows, padded).
-static void expand(const FxqLevels &levels, int digit, const uint8_t *codes, int64_t stride, int64_t rows, int64_t inner,
-                   int64_t padded, Left *__restrict out) {
+// Rows of bytes as rows of one digit each, less `low`, padded to whole groups, whose weights are zero: (rows, padded).
+template <class Number>
+static void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_t *codes, int64_t stride, int64_t rows,
+                   int64_t inner, int64_t padded, Number *__restrict out) {
+    uint8_t *bytes = nullptr;
+    if constexpr (sizeof(Number) != 1) bytes = static_cast<uint8_t *>(scratch(kWidened, size_t(padded)));
     for (int64_t r = 0; r < rows; ++r, codes += stride, out += padded) {
+        if constexpr (sizeof(Number) == 1) bytes = out;
         if (levels.identity)
-            for (int64_t k = 0; k < inner; ++k) out[k] = codes[k];
+            for (int64_t k = 0; k < inner; ++k) bytes[k] = static_cast<uint8_t>(codes[k] - low);
         else
-            look_up(levels.digit[digit], codes, inner, out);
-        for (int64_t k = inner; k < padded; ++k) out[k] = 0;
+            look_up(levels.digit[digit], codes, inner, bytes);
+        for (int64_t k = inner; k < padded; ++k) bytes[k] = 0;
+        if constexpr (sizeof(Number) != 1) widen_left(bytes, padded, out);
     }
 }
 
-template <Sum sum, class Row>
-static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+// low: what the loop takes off the bytes, and the zero-point in `call` has lost already.
+template <Sum sum, class Row, class Loop>
+static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     [[maybe_unused]] const Session session;
+    using Left = typename Loop::Left;
+    using Right = typename Loop::Right;
+    static_assert(sizeof(Left) == 1 && sizeof(Right) == 1, "weights are bytes");
     const FxqLinear &spec = *call.spec;
     const int64_t inner = spec.in_features, padded = round_up(inner, kInnerStep), tiles = call.places.tiles;
     const int64_t unit_bytes = tiles * 64 * spec.weight_bits;
     const int digits = spec.input.count;
     // Bytes are used where they lie if they are digits already, rows are whole groups and tiles are whole.
-    const bool is_direct = sizeof(Left) == 1 && spec.input.identity && inner == padded;
+    const bool is_direct = spec.input.identity && low == 0 && inner == padded;
     const int64_t last = is_direct ? rows / kWholeRows * kWholeRows : 0, others = rows - last;
     Left *copied = nullptr;  // the rows from `last` on
     if (others) {
         const int64_t room = round_up(others, kWholeRows);
         copied = static_cast<Left *>(scratch(kLeft, size_t((digits - 1) * others + room) * size_t(padded) * sizeof(Left)));
         for (int d = 0; d < digits; ++d)
-            expand(spec.input, d, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
+            expand(spec.input, d, low, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
     }
     const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
-    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded;
+    const bool is_plain = spec.weight_bits == 8 && inner == padded && !loop.limit;
     // Inputs in chunks whose panel stays in the first-level cache; between them, sums wait in memory.
     const int64_t chunk = padded < 2 * kMostInner ? padded : kMostInner, chunks = (padded + chunk - 1) / chunk;
     const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(chunk, kTileInputs) * kUnit;
@@ -93,6 +102,7 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
             const int64_t count_tiles = (tiles - first_tile) * kTileInputs < inputs ? tiles - first_tile : (inputs + kTileInputs - 1) / kTileInputs;
             for (int v = 0; v < vectors && !is_plain; ++v)
                 unpack(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
+            for (int v = 0; v < vectors && loop.limit; ++v) loop.split(v, panel + v * unit_elements, inputs / 4);
             const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
             int32_t *memory = waiting;
             for (int64_t r = 0; r < rows; memory += digits * kTile) {
@@ -102,7 +112,7 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
                 const bool is_last = c + 1 == chunks;
                 for (int d = 0; d < digits; ++d) {
                     const int32_t *begin = c ? memory + d * kTile : d == 0 && sum != kWide ? kind->columns.begin : nullptr;
-                    tile(count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4, begin,
+                    tile(loop, count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4, begin,
                          c ? kTileColumns : 0, is_last ? sums[current] + d * kTile : memory + d * kTile, kTileColumns, before);
                 }
                 before.some(before.task(), kTileRows);
@@ -115,16 +125,16 @@ static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64
     before.some(before.task(), kTileRows);
 }
 
-template <Sum sum>
-static void linear_with(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+template <Sum sum, class Loop, class... Arguments>
+static void linear_by_epilogue(const Loop &loop, int32_t low, const LinearCall &call, Arguments... part) {
     const FxqLinear &spec = *call.spec;
-    if (spec.epilogue == FXQ_FLOAT) linear_with<sum, FloatRow<sum, false>>(call, row, rows, unit, units);
-    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<sum, FloatRow<sum, true>>(call, row, rows, unit, units);
-    else if (spec.epilogue == FXQ_CODES) linear_with<sum, CodesRow<sum>>(call, row, rows, unit, units);
-    else if (spec.epilogue == FXQ_TABLE_CODES) linear_with<sum, TableRow<sum>>(call, row, rows, unit, units);
+    if (spec.epilogue == FXQ_FLOAT) linear_with<sum, FloatRow<sum, false>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<sum, FloatRow<sum, true>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_CODES) linear_with<sum, CodesRow<sum>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_TABLE_CODES) linear_with<sum, TableRow<sum>>(loop, low, call, part...);
     else
         with_bytes(spec.output[0], [&](const auto &bytes) {
-            linear_with<sum, GeluRow<sum, std::decay_t<decltype(bytes)>>>(call, row, rows, unit, units);
+            linear_with<sum, GeluRow<sum, std::decay_t<decltype(bytes)>>>(loop, low, call, part...);
         });
 }
 
@@ -143,10 +153,16 @@ static void snap_columns(const LinearCall &call, int64_t row, int64_t rows, int6
 
 static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     const FxqLinear &spec = *call.spec;
-    switch (sum_kind(spec.input, spec.in_features, 1 << (spec.weight_bits - 1))) {
-        case kOneDigit: linear_with<kOneDigit>(call, row, rows, unit, units); break;
-        case kNarrow: linear_with<kNarrow>(call, row, rows, unit, units); break;
-        default: linear_with<kWide>(call, row, rows, unit, units);
+    const int32_t most_weight = 1 << (spec.weight_bits - 1);
+    const LeftReach reach = left_reach(spec.input, call.codes + row * spec.in_features, spec.in_features, rows, spec.in_features);
+    FxqLinear moved;
+    LinearCall less = call;
+    if (reach.low) moved = spec, moved.input.zero -= reach.low, less.spec = &moved;
+    const auto loop = loop_for_weights(reach.most, most_weight, rows);
+    switch (sum_kind(spec.input, spec.in_features, most_weight)) {
+        case kOneDigit: linear_by_epilogue<kOneDigit>(loop, reach.low, less, row, rows, unit, units); break;
+        case kNarrow: linear_by_epilogue<kNarrow>(loop, reach.low, less, row, rows, unit, units); break;
+        default: linear_by_epilogue<kWide>(loop, reach.low, less, row, rows, unit, units);
     }
     snap_columns(call, row, rows, unit, units);
 }

@@ -5,8 +5,8 @@
 namespace fxq {
 namespace {
 
-using Left = uint8_t;
-using Right = int8_t;
+#include "one_loop.inl"
+
 constexpr int kMaxVectors = 1, kTileRows = 4, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 constexpr bool kBegins = false;  // all sums begin at zero
@@ -19,7 +19,7 @@ int rows_for(int) { return 4; }
 
 // sums[r][c] = sum over groups g and i < 4 of left[r][4 g + i] right[c / 16][g][c % 16][i].
 template <class Work>
-void tile(int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
+void tile(const ByteLoop &, int rows, int, const Left *left, int64_t left_stride, const Right *right, int64_t, int64_t groups,
           const int32_t *, int64_t, int32_t *sums, int64_t sum_stride, Work &) {
     for (int r = 0; r < rows; ++r) {
         int32_t row[16] = {};
@@ -31,8 +31,10 @@ void tile(int rows, int, const Left *left, int64_t left_stride, const Right *rig
 }
 
 #include "portable.inl"
+#include "lanes.inl"
 #include "elementwise.inl"
 #include "epilogue.inl"
+#include "reach.inl"
 #include "linear.inl"
 #include "attention.inl"
 

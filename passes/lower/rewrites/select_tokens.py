@@ -1,4 +1,4 @@
-"""Take the token that a head reads before the layers that treat every token alike, instead of after them.
+"""SelectTokens: take the token that a head reads before the layers that treat every token alike, instead of after them.
 
 A Vision Transformer that classifies by one token computes the last block's projection, MLP and norm for all of them and
 throws the others away. `x[:, i]` moves up through such layers, to the last attention and the residual stream beside it;
@@ -8,32 +8,44 @@ each layer then runs on one token, with the same result, bit for bit.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxquant.graph.facts import Fact
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
 from passes.lower.integer_plan import only_reader, shape_of
+from passes.lower.rewrite import REQUIRES
+from passes.pipeline.contract import PassContext
 
 
-def select_tokens(graph_module: GraphModule) -> int:
-    """Move selections of one token up, in place; returns past how many layers."""
-    moved = 0
-    for node in list(graph_module.graph.nodes):
-        token = _selected(node)
-        if token is None or not _moves_up(graph_module, node.args[0], node):
-            continue
-        one = _selection(node.args[0], token)
-        node.args = (one, (slice(None), 0))
-        waiting = [one]
-        while waiting:
-            found = waiting.pop()
-            if found.users and _moves_up(graph_module, found.args[0], found):
-                waiting += _move_up(graph_module, found, token)
-                moved += 1
-    return moved
+@dataclass(frozen=True)
+class SelectTokens:
+    """Move selections of one token up."""
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Move in place; returns past how many layers."""
+        moved = 0
+        for node in list(graph_module.graph.nodes):
+            token = _selected(node)
+            if token is None or not _moves_up(graph_module, node.args[0], node):
+                continue
+            one = _selection(node.args[0], token)
+            node.args = (one, (slice(None), 0))
+            waiting = [one]
+            while waiting:
+                found = waiting.pop()
+                if found.users and _moves_up(graph_module, found.args[0], found):
+                    waiting += _move_up(graph_module, found, token)
+                    moved += 1
+        return moved
 
 
 def _selected(node: Node) -> int | None:

@@ -15,6 +15,8 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import TRACED, facts_of
 from fxquant.graph.printer import format_graph
 
+pytestmark = pytest.mark.quick
+
 IMAGES_BCHW = torch.rand(2, 3, 8, 8)
 
 

@@ -13,6 +13,8 @@ from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, declare, verify
 from fxquant.graph.printer import describe
 from fxquant.graph.structure.roles import find_roles
 
+pytestmark = pytest.mark.quick
+
 IMAGES_BCHW = torch.rand(1, 3, 8, 8)
 
 

@@ -25,6 +25,8 @@ from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
 from tests.models import images, traced, vit
 
+pytestmark = pytest.mark.quick
+
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
 
@@ -104,11 +106,13 @@ def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: py
     """Four images; the third changes its prediction from right to wrong, the fourth from wrong to right."""
     exact = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]]).log_softmax(1)
     moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).log_softmax(1)
-    monkeypatch.setattr(Divergence, "log_probabilities", lambda _, bits: moved if bits else exact)
+    monkeypatch.setattr(Divergence, "outputs", lambda _, bits: (moved if bits else exact,))
     nodes = nodes_with_role(searched, *LAMPQ_ROLES)
 
     def drop(**options: Any) -> float:
-        (found,) = set(TypeAwareFisher(mu=1, **options).drops(searched, nodes, CONTEXT).values())
+        (found,) = set(
+            TypeAwareFisher(mu=1, **options).drops(searched, nodes, replace(CONTEXT, cache=Cache())).values()
+        )
         return found
 
     assert drop(drop="disagreement") == 0.5

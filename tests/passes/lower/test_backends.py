@@ -20,11 +20,12 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from tests.assertions import exact
 from tests.lowering import lower, needs_kernels, needs_vnni, note_bits, quantized
+from tests.models import embedded_compiled
 
 
 @pytest.fixture(scope="module")
 def compiled() -> fxquant.Compiled:
-    return fxquant.compile(embedded.load_model(), "W4A4", calibration=embedded.calibration_images(8))
+    return embedded_compiled()
 
 
 @needs_kernels
@@ -77,7 +78,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's int8 products run on a CPU too, so all but the place can be tested there."""
     if torch.cuda.is_available():
         return
-    monkeypatch.setattr("passes.lower.lower._GPU", "cpu")
+    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
@@ -97,7 +98,7 @@ def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
 
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_cuda_leaves_models_alone_that_have_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.lower.lower._GPU", "meta")
+    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "meta")
     graph_module = quantized("vit")
     for module in graph_module.modules():
         if isinstance(module, simulated.QuantizedLinear):

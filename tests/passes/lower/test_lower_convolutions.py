@@ -16,6 +16,8 @@ from passes.pipeline.pipeline import Pipeline
 from tests.lowering import needs_kernels
 from tests.quantized_by_hand import quantize_by_hand
 
+pytestmark = pytest.mark.quick
+
 GEOMETRIES: dict[str, tuple[dict[str, Any], bool]] = {
     "plain": ({"kernel_size": 3}, True),
     "stride and padding that differ": ({"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}, True),

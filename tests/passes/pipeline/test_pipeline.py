@@ -64,6 +64,7 @@ def graph() -> GraphModule:
     return trace(vit(depth=1), images(2))
 
 
+@pytest.mark.quick
 class TestBuilding:
     def test_a_misplaced_pass_is_named_with_what_it_lacks(self) -> None:
         with pytest.raises(PipelineError) as caught:
@@ -90,6 +91,7 @@ class TestBuilding:
         assert mptq_vit("W4A4") != mptq_vit("W4A5")
 
 
+@pytest.mark.quick
 class TestEditing:
     def test_recipe(self) -> None:
         assert kinds(mptq_vit(4)) == [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache, signature
 from fxquant.artefact.container import write_file
@@ -27,7 +28,6 @@ from passes.search.search_cache import run_prefix, split
 from tests.models import ARCHITECTURES, images, vit
 
 IMAGES = images(4)
-TRACED = trace(vit(depth=1), IMAGES[:2])
 FEW: dict[str, Any] = {"bits": (3, 4, 8)}
 PIPELINES = {
     "best, fully quantized": lambda: recipe("best")("W4A4", fully_quantized=True, **FEW),
@@ -39,6 +39,11 @@ PIPELINES = {
     "trained": lambda: recipe("best_thorough")("W4A4", **FEW).changed(Distil, steps=4, checks=2),
 }
 LATE = ("corrected", "reconstructed", "trained")  # what is before bits are allocated, others show
+
+
+@pytest.fixture(scope="module")
+def traced() -> GraphModule:
+    return trace(vit(depth=1), IMAGES[:2])
 
 
 class Killed(BaseException):
@@ -64,11 +69,11 @@ def _every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "save", lambda self, state, *, last=False: save(self, state, last=True))
 
 
-def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
+def outcome(pipeline: Pipeline, traced: GraphModule, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
     """Tensors of the quantized model; its code, and the journal without times."""
     context = PassContext(IMAGES, batch_size=2, cache=cache, journal=Journal())
     prefix, rest = split(pipeline)
-    quantized = rest.run(run_prefix(prefix, TRACED, context), context)
+    quantized = rest.run(run_prefix(prefix, traced, context), context)
     timed = {"recalled": None, "proof": None}
     notes = [(entry.step, entry.nodes_changed, entry.notes | timed) for entry in context.journal.entries]
     return quantized.state_dict(), [quantized.code, *notes]
@@ -77,17 +82,17 @@ def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[A
 @pytest.mark.usefixtures("_every_state_is_kept")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_killed_again_and_again_ends_in_the_same_model(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, traced: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = PIPELINES[name]()
-    tensors, told = outcome(pipeline, Cache())
+    tensors, told = outcome(pipeline, traced, Cache())
     if name in LATE:
-        run_prefix(split(pipeline)[0], TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+        run_prefix(split(pipeline)[0], traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
     kills = 0
     while True:
         dies(monkeypatch, left=2 if name in LATE else 8)
         try:
-            found, told_again = outcome(pipeline, Cache(tmp_path))
+            found, told_again = outcome(pipeline, traced, Cache(tmp_path))
             break
         except Killed:
             kills += 1
@@ -99,7 +104,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_model(
 
 @pytest.mark.usefixtures("_every_state_is_kept")
 def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[str] = []
 
@@ -112,7 +117,7 @@ def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
     for _ in range(99):
         dies(monkeypatch, left=1)
         try:
-            run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+            run_prefix(prefix, traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
             break
         except Killed:
             suffixes = [file.suffix for file in tmp_path.iterdir()]
@@ -123,7 +128,7 @@ def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
     (whole,) = tmp_path.glob("*.safetensors")
     whole.unlink()
     dies(monkeypatch, left=0)
-    run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+    run_prefix(prefix, traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
     assert [file.name for file in tmp_path.iterdir()] == [whole.name]
 
 

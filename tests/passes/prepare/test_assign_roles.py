@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -12,6 +13,8 @@ from fxquant.graph.printer import format_graph
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 from tests.assertions import assert_rewrites
+
+pytestmark = pytest.mark.quick
 
 
 def assigned(batch_size: int = 2):

@@ -102,6 +102,7 @@ def test_different_means_are_allocated_free() -> None:
         ({"metric": NoiseRatio(), "tied": False}, NoiseRatio(), Milp(), UpdateBits(tied=False)),
     ],
 )
+@pytest.mark.quick
 def test_each_idea_is_a_switch(options: Any, metric: Any, allocator: Any, update: Any) -> None:
     steps = list(lampq("W3A3", base=tsptq_vit, **options))
     assert [s.metric for s in steps if isinstance(s, ScoreLayers)] == [metric]
@@ -110,6 +111,7 @@ def test_each_idea_is_a_switch(options: Any, metric: Any, allocator: Any, update
 
 
 @pytest.mark.parametrize("base", [mptq_vit, best, tsptq_vit, naive_min_max])
+@pytest.mark.quick
 def test_it_composes_with_every_recipe(base: Any) -> None:
     """The steps of the base stay; only the allocation changes."""
     plain, mixed = [type(s) for s in base("W3A3")], [type(s) for s in lampq("W3A3", base=base)]

@@ -21,6 +21,8 @@ from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers, chosen
 from tests.models import images, traced, vit
 
+pytestmark = pytest.mark.quick
+
 BITS = (3, 4, 5, 6, 8)
 
 QUANTIZED = """\

@@ -16,6 +16,8 @@ from fxquant.runtime.integer.row_order import ReorderRows
 from fxquant.runtime.native import library
 from tests.lowering import needs_kernels
 
+pytestmark = pytest.mark.quick
+
 
 @needs_kernels
 @pytest.mark.parametrize(("count", "tokens"), [(12, 5), (1, 301)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fxquant.runtime.integer.row_order import ReorderRows
+
+pytestmark = pytest.mark.quick
 
 
 def test_an_order_is_undone_by_its_inverse_only() -> None:

@@ -34,7 +34,7 @@ from fxquant.runtime.native import library, operators
 from fxquant.runtime.simulated import QuantizedLinear
 from tests.lowering import needs_kernels
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.quick]
 
 CODE = byte_code(UniformQuantizer(8, 0.05))
 assert CODE is not None

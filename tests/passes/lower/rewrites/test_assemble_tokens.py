@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxquant.graph.printer import format_graph
-from passes.lower.rewrites.assemble_tokens import assemble_tokens
+from passes.lower.rewrites.assemble_tokens import AssembleTokens
+from passes.pipeline.contract import PassContext
 from tests.lowering import lower, needs_kernels, quantized
 from tests.models import ARCHITECTURES, images
 
@@ -21,7 +22,7 @@ def test_tokens_are_assembled_in_one_step(architecture: str, monkeypatch: pytest
     graph_module, x = quantized(architecture), images(5, ARCHITECTURES[architecture]()[1], seed=5)
     low = lower(copy.deepcopy(graph_module))
     assert format_graph(low).count("AssembleTokens") == (architecture != "swin")
-    monkeypatch.setattr("passes.lower.lower.assemble_tokens", lambda graph_module: None)
+    monkeypatch.setattr(AssembleTokens, "apply", lambda *_: 0)
     with torch.inference_mode():
         assert torch.equal(low(x), lower(graph_module)(x))
 
@@ -53,6 +54,6 @@ def test_what_only_looks_like_tokens_computes_the_same(kind: str) -> None:
     ShapeProp(graph_module).propagate(x)
     with torch.inference_mode():
         expected = model(x)
-        assemble_tokens(graph_module)
+        AssembleTokens().apply(graph_module, PassContext())
         graph_module.recompile()
         assert torch.equal(graph_module(x), expected)

@@ -33,7 +33,7 @@ def test_attentions_of_one_scope_do_not_replace_each_other(simulated: torch.fx.G
         wanted = simulated(x)
         assert (low(x) - wanted).square().mean() < 1e-4 * wanted.square().mean()
     targets = [n.target for n in low.graph.nodes if "integer_attention" in str(n.target)]
-    assert targets == ([] if chains else ["qkv.integer_attention", "qkv.integer_attention_1"])
+    assert targets == ([] if chains else ["integer_attention", "integer_attention_1"])
 
 
 @needs_kernels

@@ -1,4 +1,4 @@
-"""Fuse runs of lowered layers into chains: whole blocks in one call, on a few images at a time, in the cache.
+"""FuseChains: runs of lowered layers become chains, whole blocks in one call, a few images at a time, in the cache.
 
 Layers are layer norms that give codes, linear layers and attention. A chain sees rows of channels, so views that keep
 rows in their order are nothing to it, and where a run begins with a permutation of rows
@@ -9,16 +9,20 @@ rows are written back to their places. What else a graph has between layers ends
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
 from fxquant.runtime.integer.chain import ChainLayer, IntegerChain, RowOrder, Step
 from fxquant.runtime.integer.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.integer.row_order import ReorderRows
-from passes.lower.batch_shapes import BatchShapes
+from passes.lower.batch_shapes import by_image, copy_batch_values, has_batch_shapes, note_batch_shapes
 from passes.lower.integer_plan import module_of, shape_of
+from passes.lower.rewrite import REQUIRES
+from passes.pipeline.contract import PassContext
 
 _FEWEST = 2
 _VIEWS = ("view", "reshape", "flatten", "contiguous")
@@ -52,20 +56,30 @@ class _Run:
         return all(inside.issuperset(node.users) for node in (*first, *self.nodes[:-1]))
 
 
-def fuse_chains(graph_module: GraphModule, shapes: BatchShapes) -> None:
+@dataclass(frozen=True)
+class FuseChains:
     """Replace every run of at least two layers that only pass results on to each other."""
-    nodes = list(graph_module.graph.nodes)
-    position = 0
-    while position < len(nodes):
-        run = _longest(graph_module, nodes[position:], shapes)
-        position += 1
-        if run is not None:
-            shapes.copy(_replace(graph_module, run), like=run.nodes[-1])
-            position = nodes.index(run.nodes[-1]) + 1
-    graph_module.graph.eliminate_dead_code()
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Fuse in place; returns how many chains there are."""
+        nodes = list(graph_module.graph.nodes)
+        position = made = 0
+        while position < len(nodes):
+            run = _longest(graph_module, nodes[position:])
+            position += 1
+            if run is not None:
+                copy_batch_values(_replace(graph_module, run), like=run.nodes[-1])
+                position = nodes.index(run.nodes[-1]) + 1
+                made += 1
+        graph_module.graph.eliminate_dead_code()
+        return made
 
 
-def _longest(graph_module: GraphModule, nodes: list[Node], shapes: BatchShapes) -> _Run | None:
+def _longest(graph_module: GraphModule, nodes: list[Node]) -> _Run | None:
     """The longest closed run that begins with the first of these nodes, a layer norm or a permutation of its rows."""
     run = _begun(graph_module, nodes[0])
     if run is None:
@@ -79,7 +93,7 @@ def _longest(graph_module: GraphModule, nodes: list[Node], shapes: BatchShapes) 
             break
     found = (run.upto(count) for count in range(len(run.nodes), 0, -1))
     closed = (part for part in found if part.is_closed() and len(part.layers) >= _FEWEST)
-    return next((part for part in closed if _is_plain(part) or _is_by_image(part, shapes)), None)
+    return next((part for part in closed if _is_plain(part) or _is_by_image(graph_module, part)), None)
 
 
 def _is_plain(run: _Run) -> bool:
@@ -88,9 +102,11 @@ def _is_plain(run: _Run) -> bool:
     return run.gather is None and len(first) == len(result) == 3 and first[:2] == result[:2]
 
 
-def _is_by_image(run: _Run, shapes: BatchShapes) -> bool:
+def _is_by_image(graph_module: GraphModule, run: _Run) -> bool:
     """Whether images lie one after the other in what the run reads and gives, so that it can be given that shape."""
-    return None not in (shapes.by_image(run.source), shapes.by_image(run.nodes[-1]))
+    if not has_batch_shapes(graph_module):
+        note_batch_shapes(graph_module)
+    return None not in (by_image(run.source), by_image(run.nodes[-1]))
 
 
 def _begun(graph_module: GraphModule, node: Node) -> _Run | None:

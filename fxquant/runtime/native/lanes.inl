@@ -1,0 +1,79 @@
+// What sets with the compiler's own vectors share: sums of floats in the order that all sets keep, codebooks.
+
+// Sixteen partial sums, and their sum in the order that all sets keep.
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+static FXQ_INLINE float sum_of(const Lanes &lanes) {
+    float total[8];
+    for (int i = 0; i < 8; ++i) total[i] = lanes[i] + lanes[i + 8];
+    for (int i = 0; i < 4; ++i) total[i] += total[i + 4];
+    return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+// Of 32 partial sums.
+static FXQ_INLINE float sum_of(const Vec *sums) {
+    const float *lanes = reinterpret_cast<const float *>(sums);
+    return sum_of(*reinterpret_cast<const Lanes *>(lanes) + *reinterpret_cast<const Lanes *>(lanes + 16));
+}
+
+// Sum of (x - center)^power.
+template <int power>
+static float sum(const float *x, int64_t count, float center) {
+    Lanes sums[4] = {};
+    int64_t i = 0;
+    const auto add = [&](Lanes *to, int64_t at) {
+        const Lanes difference = *reinterpret_cast<const Lanes *>(x + at) - center;
+        *to += power == 2 ? difference * difference : difference;
+    };
+    for (; i + 64 <= count; i += 64)
+        for (int part = 0; part < 4; ++part) add(sums + part, i + part * 16);
+    for (; i + 16 <= count; i += 16) add(sums, i);
+    if (i < count) {
+        float rest[16];
+        for (int lane = 0; lane < 16; ++lane) rest[lane] = i + lane < count ? x[i + lane] : center;
+        x = rest, add(sums, 0);
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// The codes of a codebook, vectors at a time: the first, plus what every threshold below a byte adds. Bytes are compared
+// less 128, as signed ones.
+typedef int8_t SignedBytes __attribute__((vector_size(kRegisterBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kRegisterBytes)));
+
+struct Codebook {
+    SignedBytes below[FXQ_MAX_CODES - 1];
+    Bytes rise[FXQ_MAX_CODES - 1], first;
+    int steps;
+    explicit Codebook(const FxqQuantizer &q) : first(Bytes{} + q.code[0]), steps(q.codes - 1) {
+        for (int k = 0; k < steps; ++k) {
+            below[k] = SignedBytes{} + static_cast<int8_t>(q.below[k] ^ 128);
+            rise[k] = Bytes{} + static_cast<uint8_t>(q.code[k + 1] - q.code[k]);
+        }
+    }
+    template <int vectors>
+    FXQ_INLINE void snap_vectors(uint8_t *bytes) const {
+        SignedBytes x[vectors];
+        Bytes sum[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            __builtin_memcpy(&x[v], bytes + v * kRegisterBytes, kRegisterBytes);
+            x[v] ^= static_cast<int8_t>(-128), sum[v] = first;
+        }
+        for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[v] += reinterpret_cast<Bytes>(x[v] > below[k]) & rise[k];
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) __builtin_memcpy(bytes + v * kRegisterBytes, &sum[v], kRegisterBytes);
+    }
+    void snap(uint8_t *bytes, int64_t count) const {
+        for (; count >= 4 * kRegisterBytes; bytes += 4 * kRegisterBytes, count -= 4 * kRegisterBytes) snap_vectors<4>(bytes);
+        for (; count >= kRegisterBytes; bytes += kRegisterBytes, count -= kRegisterBytes) snap_vectors<1>(bytes);
+        if (count == 0) return;
+        uint8_t rest[kRegisterBytes] = {};
+        __builtin_memcpy(rest, bytes, static_cast<size_t>(count));
+        snap_vectors<1>(rest);
+        __builtin_memcpy(bytes, rest, static_cast<size_t>(count));
+    }
+};

@@ -1,0 +1,30 @@
+"""One module a backend, which ends in `BACKEND = Backend(...)`; whoever asks for names, help or values asks here.
+
+A backend is added by adding its module. Names are those of the modules, so that the command line can list them without
+importing any.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from passes.lower.backend import Backend
+
+AUTO = "auto"
+
+
+def backend_names() -> tuple[str, ...]:
+    """All names that a user can write, "auto" first."""
+    return AUTO, *(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """All backends by name, in the order of `backend_names`; "auto" is none of them."""
+    names = backend_names()[1:]
+    modules = (importlib.import_module(f"{__name__}.{name.replace('-', '_')}") for name in names)
+    return dict(zip(names, (module.BACKEND for module in modules), strict=True))
