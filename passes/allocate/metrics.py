@@ -173,7 +173,9 @@ class TypeAwareFisher(FisherTrace):
         if self.drop == "disagreement":
             return float((before != after).double().mean())
         if len(self.labels) != len(before):
-            raise SensitivityError(f"{len(self.labels)} labels for {len(before)} images")
+            raise SensitivityError(
+                f"there are {len(self.labels)} labels for {len(before)} images: give one label for each image"
+            )
         labels = torch.tensor(self.labels)
         return max(float(((before == labels).double() - (after == labels).double()).mean()), 0.0)
 

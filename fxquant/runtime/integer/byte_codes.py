@@ -78,6 +78,21 @@ class ByteCode:
         return self.kind in (UNIFORM, CODEBOOK)
 
     @property
+    def bytes_given(self) -> tuple[int, ...]:
+        """The bytes that the quantizer gives, ascending."""
+        if self.codes:
+            return self.codes
+        return tuple(range(self.low, self.high + 1)) if self.kind == UNIFORM else tuple(range(2**self.bits))
+
+    @property
+    def reach(self) -> int:
+        """How far the numbers that are multiplied lie apart: of bytes, or the largest digit."""
+        if self.identity:
+            return self.bytes_given[-1] - self.bytes_given[0]
+        spec = self.levels_spec()
+        return max(int(number) for digit in range(spec.count) for number in spec.digit[digit])
+
+    @property
     def has_zero(self) -> bool:
         """Whether the byte `zero` is made of zero; a codebook may be without it."""
         return self.kind == UNIFORM or self.zero in self.codes

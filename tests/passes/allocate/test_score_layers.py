@@ -140,9 +140,9 @@ def test_nuclear_norm_weighs_the_weights_noise(searched: GraphModule) -> None:
 def test_noise_ratio_and_predicted_loss_come_from_the_candidates(searched: GraphModule) -> None:
     layers, _ = scored(searched, NoiseRatio(), roles=None)
     fc1, qk = layers["blocks.0.mlp.fc1"], layers["blocks.0.attn.qk"]
-    assert fc1.operands[0].scores[2] == fc1.weight_candidates[2].noise / fc1.weight_candidates[2].signal
-    left, right = (group[1].noise / group[1].signal for group in input_candidates(qk))
-    assert qk.activation_sensitivity[1] == pytest.approx((left + right) / 2)
+    assert fc1.operands[0].scores[2] == weight_candidates(fc1)[2].noise_ratio
+    left, right = (group[1].noise_ratio for group in input_candidates(qk))
+    assert total(qk)[1] == pytest.approx((left + right) / 2)
     layers, _ = scored(searched, PredictedLoss(), roles=None)
     assert layers["head"].operands[0].scores == tuple(c.loss for c in weight_candidates(layers["head"]))
     graph_module = copy.deepcopy(searched)
@@ -151,8 +151,7 @@ def test_noise_ratio_and_predicted_loss_come_from_the_candidates(searched: Graph
     plain = COST_TABLE.of(graph_module)
     ScoreLayers(PredictedLoss(), roles=None).apply(graph_module, CONTEXT)
     allocate.apply(graph_module, CONTEXT)
-    assert (plain.weight_cost == COST_TABLE.of(graph_module).weight_cost).all()
-    assert (plain.activation_cost == COST_TABLE.of(graph_module).activation_cost).all()
+    assert (plain.cost == COST_TABLE.of(graph_module).cost).all()
 
 
 @dataclass(frozen=True)

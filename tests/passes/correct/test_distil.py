@@ -225,7 +225,7 @@ def test_the_better_of_what_is_there_and_its_running_mean_is_kept(allocated: Gra
 
     def told(wanted: Outputs, scores: Outputs) -> Tensor:
         if len(wanted[0]) == held and torch.equal(wanted[0], training.reference[0].float()):
-            return torch.tensor(next(found) * held)
+            return torch.tensor(next(found) * held, dtype=torch.float64)
         return CLASSES.divergence(wanted, scores)
 
     training.objective = replace(CLASSES, divergence=told)
