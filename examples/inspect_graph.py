@@ -50,6 +50,7 @@ print(f"\n{len(format_graph(quantized.graph_module).splitlines())} lines in all;
 # networkx: which matmuls multiply attention's operands in fewer than five bits?
 graph = quantized.to_networkx()
 nodes = {node.name: annotation_of(node) for node in quantized.graph_module.graph.nodes}
-narrow = [name for name in graph if nodes[name].role in (Role.QK, Role.AV) and (nodes[name].activation_bits or 0) < 5]
+products = [name for name in graph if nodes[name].role in (Role.QK, Role.AV)]
+narrow = [name for name in products if min(operand.bits or 0 for operand in nodes[name].inputs) < 5]
 print(f"{len(narrow)} of {6 * 2} attention matmuls have fewer than 5 bits, such as {narrow[:2]}")
 quantized.draw("graph.dot")
