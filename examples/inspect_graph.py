@@ -11,6 +11,7 @@ import fxquant
 from fxquant.data import embedded
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, verify
+from fxquant.graph.notes import COVERAGE
 from fxquant.graph.printer import describe, format_graph
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -22,7 +23,7 @@ model, images = embedded.load_model(), embedded.calibration_images(32)
 # A trace is a torch.fx GraphModule; AssignRoles finds out what its nodes do.
 context = PassContext()
 graph_module = Pipeline([AssignRoles()]).run(fxquant.trace(model, images[:2]), context)
-print(f"coverage: {graph_module.meta['coverage']:.0%} of all weight elements are visible")
+print(f"coverage: {COVERAGE.of(graph_module):.0%} of all weight elements are visible")
 print("not matched:", context.journal.entries[0].notes["unmatched"])
 
 macs: Counter[Role] = Counter()

@@ -48,8 +48,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
             graph.
 
-    The result is `TRACED`, has `meta["coverage"]` (share of weight elements seen) and
-    `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
+    The result is `TRACED`. It has the notes COVERAGE (share of weight elements seen) and IMAGE_SHAPE (C, H, W), see
+    `fxquant.graph.notes`, and `tensor_meta` on every node that holds a tensor. Parameters do not require
     gradients; its state is independent of the model's.
 
     Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not

@@ -40,3 +40,11 @@ def register(backend: Backend) -> None:
         raise BackendError(f"a backend is called {backend.name!r} already: give this one another name")
     backends()[backend.name] = backend
     _REGISTERED.append(backend.name)
+
+
+def forget(name: str) -> None:
+    """Take back what `register` did. Raises BackendError for a name that was not registered."""
+    if name not in _REGISTERED:
+        raise BackendError(f"no backend called {name!r} was registered")
+    _REGISTERED.remove(name)
+    del backends()[name]
