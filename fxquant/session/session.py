@@ -16,7 +16,7 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
@@ -37,6 +37,7 @@ from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import AUTO, Objective
+from fxquant.session.calibration_images import gathered
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.protocol_card import layer_rows, protocol_card
@@ -68,6 +69,7 @@ class Session:
         cache: folder that keeps the calibrated and searched model for other processes.
         card: entries to add to the protocol card.
         objective: see `compile`.
+        inputs: see `compile`.
         options: of the recipe (overrides, first_last_bits, fully_quantized, ...).
 
     What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
@@ -77,7 +79,7 @@ class Session:
     def __init__(
         self,
         model: nn.Module,
-        calibration: Tensor | Synthesis | None = None,
+        calibration: Tensor | Iterable[Any] | Synthesis | None = None,
         *,
         recipe: str | Pipeline = "best",
         seed: int = 0,
@@ -86,6 +88,7 @@ class Session:
         cache: str | PathLike[str] | None = None,
         card: Mapping[str, Any] | None = None,
         objective: str | Objective = AUTO,
+        inputs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
@@ -93,13 +96,15 @@ class Session:
         Raises CalibrationError, ModelError, PipelineError.
         """
         self.model, self.card = model, json_values("card", card or {}, OptionError)
-        if isinstance(calibration, Tensor):
+        if calibration is not None and not isinstance(calibration, Synthesis):
+            calibration = gathered(calibration)
             check_images(calibration)
         self._recipe, self._options = recipe, options
         if isinstance(recipe, Pipeline):
             self._check_own(recipe)
         self._example = self.pipeline(None if isinstance(recipe, Pipeline) else "W8A8")  # refuses unknown options
-        self._source = ModelSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress), objective)
+        settings = seed, batch_size, Cache(cache), reporter_of(progress), objective, inputs
+        self._source = ModelSource(model, calibration, *settings)
 
     def _check_own(self, pipeline: Pipeline) -> None:
         """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
@@ -200,8 +205,10 @@ class Session:
         """What a pipeline has made of the traced model, with what it says of itself and its known answers."""
         source, backend = self._source, self._options.get("backend", SIMULATED)
         card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
-        answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
-        return Compiled(quantized, ALLOCATION.get(quantized), journal, layer_rows(quantized), card, answers)
+        outputs = source.model_outputs
+        answers = KnownAnswers.measured(quantized, outputs.answers, range_of(source.images))
+        allocation, rows = ALLOCATION.get(quantized), layer_rows(quantized)
+        return Compiled(quantized, allocation, journal, rows, card, answers, outputs.tree)
 
 
 @checked(OptionError, **BY_ARGUMENT)
@@ -209,7 +216,7 @@ def compile(
     model: nn.Module,
     budget: Any,
     *,
-    calibration: Tensor | Synthesis | None = None,
+    calibration: Tensor | Iterable[Any] | Synthesis | None = None,
     recipe: str | Pipeline = "best",
     allocator: Allocator | None = None,
     overrides: Mapping[str, Bits] | None = None,
@@ -223,14 +230,16 @@ def compile(
     cache: str | PathLike[str] | None = None,
     card: Mapping[str, Any] | None = None,
     objective: str | Objective = AUTO,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
         model: a Vision Transformer in inference mode; it is not modified.
         budget: what the result may use: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget.
-        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
-            Synthesis with options, makes them from the model alone.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a
+            list, DataLoader or other iterable of images or (images, labels), which is gone through once and may give
+            1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
         recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options.
         allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`.
         backend: "cpu-native", "cpu-onednn" or "auto" searches only quantizers and widths that this backend runs as
@@ -247,6 +256,8 @@ def compile(
         cache: a folder in which all that was calibrated, searched and scored is kept, so that the next budget on the
             same model, images and options only allocates, in any process. None keeps nothing.
         card: entries to add to the protocol card, for example the name of the data.
+        inputs: further arguments of the model's forward, by name, with the value that they always have, such as
+            {"interpolate_pos_encoding": False}. The result is called with images alone.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.
@@ -254,6 +265,6 @@ def compile(
     session = Session(
         model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, card=card,
         overrides=overrides, first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
-        latency=latency, objective=objective,
+        latency=latency, objective=objective, inputs=inputs,
     )  # fmt: skip
     return session.compile(budget, allocator, last=True)
