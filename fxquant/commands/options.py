@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from fxquant.synthesis.synthesize import Synthesis
 
 Json = Annotated[bool, typer.Option("--json", help="Pure JSON on stdout; everything else goes to stderr.")]
-Model = Annotated[str, typer.Argument(help='A timm architecture, or "embedded".')]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help='A timm architecture, "embedded", hf:FOLDER, torchvision:NAME, open_clip:NAME or module:factory.'
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="Local .safetensors or state dict; without it weights are random.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the model's head.")]
 ModelOption = Annotated[

@@ -1,10 +1,16 @@
-"""Models by name with weights from a local file: timm's architectures and the embedded model; nothing is downloaded."""
+"""Models by name with weights from a local file; nothing is downloaded.
+
+A name is timm's, "embedded", or has a prefix that says where the model comes from (`fxquant.data.model_sources`). Files
+of timm's architectures are read as timm reads them: where a file has other names than the model, the architecture's own
+`checkpoint_filter_fn` translates them, and a .npz of JAX goes through the model's `load_pretrained`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -20,6 +26,7 @@ from torch import Tensor, nn
 from fxquant.checks.hints import checked
 from fxquant.data import embedded
 from fxquant.data.images import EMBEDDED, Preprocessing
+from fxquant.data.model_sources import from_source, has_source
 from fxquant.errors import DataError, ModelError
 
 EMBEDDED_NAME = "embedded"
@@ -59,17 +66,26 @@ class NamedModel:
 def load_model(
     name: str, weights: str | PathLike[str] | None = None, num_classes: int | None = None, **options: Any
 ) -> NamedModel:
-    """A timm architecture, or "embedded".
+    """The model of a name, with its weights.
 
     Args:
-        name: timm's name of an architecture, or "embedded".
+        name: timm's name of an architecture, "embedded", "hf:FOLDER", "torchvision:NAME", "open_clip:NAME" or
+            "module:factory".
         weights: .safetensors, or a state dict saved by torch.save (read without running code); None leaves them random.
             They must fit exactly.
-        num_classes: for `timm.create_model`; None: as timm has it.
-        **options: further options of `timm.create_model`, such as img_size and in_chans.
+        num_classes: for whatever builds the model, such as `timm.create_model`; None: as it is there.
+        **options: further options of that, such as img_size and in_chans.
 
-    Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file.
+    Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file,
+    MissingExtraError without the package that a prefix needs.
     """
+    if has_source(name):
+        given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
+        found, preprocessing, has_weights = from_source(name, given)
+        if weights is not None:
+            load_weights(found, weights)
+        origin = name if has_weights else RANDOM
+        return NamedModel(found.eval(), name, origin if weights is None else Path(weights).name, preprocessing)
     if name == EMBEDDED_NAME:
         if num_classes is not None or options:
             raise ModelError("the embedded model is what it is: it takes no num_classes and no other options")
@@ -106,11 +122,16 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
 @checked(ModelError, file=DataError)
 def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
     """Put a file's tensors into the model, strictly. Raises DataError or ModelError naming the first five misfits."""
+    if Path(file).suffix == ".npz":
+        _load_jax(model, file)
+        return
     state = read_state(file)
     found = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if len(found) < len(state):
         raise DataError(f"weights {file} have a name twice, with 'module.' before it and without")
     expected = model.state_dict()
+    if found.keys() != expected.keys():
+        found = _translated(model, found)
     misfits = [f"{key} is missing" for key in expected if key not in found]
     misfits += [f"{key} is not in the model" for key in found if key not in expected]
     misfits += [
@@ -132,6 +153,35 @@ def load_weights(model: nn.Module, file: str | PathLike[str]) -> None:
         model.load_state_dict(found)
     except RuntimeError as error:  # modules may take states in ways of their own
         raise ModelError(f"{file} does not fit the model: {error}") from error
+
+
+def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the names that timm's architecture has for it, where it knows others; else as it is."""
+    translate = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
+    if translate is None or not type(model).__module__.startswith("timm."):
+        return state
+    try:
+        found = translate(dict(state), model)
+    except Exception:  # it is meant for states of this architecture, and this may be none
+        return state
+    is_state = isinstance(found, dict) and all(isinstance(tensor, Tensor) for tensor in found.values())
+    return dict(found) if is_state else state
+
+
+def _load_jax(model: nn.Module, file: str | PathLike[str]) -> None:
+    """Weights of JAX, by timm's own loader for them."""
+    if not os.path.isfile(file):
+        raise DataError(f"weights {file} are not there, or not a file")
+    load = getattr(model, "load_pretrained", None)
+    if load is None:
+        raise ModelError(f"{type(model).__name__} reads no .npz: convert {file} to safetensors")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        load(os.fspath(file))
+    except Exception as error:  # whatever numpy and timm raise for other files
+        raise ModelError(f"{file} does not fit the model: {_first_line(error)}; check the model's name") from error
+    if all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()):
+        raise ModelError(f"{file} has nothing that the model takes; check the model's name")
 
 
 def _kind(tensor: Tensor) -> str:

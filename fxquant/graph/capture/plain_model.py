@@ -191,11 +191,13 @@ def _own_value(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def settle_weights(root: nn.Module) -> None:
-    """Make weights that are computed in every forward plain parameters, in place; `root` is a copy, in inference mode.
+    """Make weights that are computed in every forward plain parameters, in place, and tensors that are plain attributes
+    buffers; `root` is a copy, in inference mode.
 
     Raises ModelError naming the module where that fails.
     """
     for path, module in root.named_modules():
+        _settle_attributes(module)
         try:
             _settle_parametrizations(module)
             for hook in reversed(list(module._forward_pre_hooks.values())):
@@ -206,6 +208,14 @@ def settle_weights(root: nn.Module) -> None:
                 f"be computed here: {error}. Make them plain with torch.nn.utils.parametrize.remove_parametrizations, "
                 f"remove_weight_norm, remove_spectral_norm or prune.remove"
             ) from error
+
+
+def _settle_attributes(module: nn.Module) -> None:
+    """Tensors kept as plain attributes become buffers, which tracing sees when they are read."""
+    for name, value in list(vars(module).items()):
+        if type(value) is Tensor:
+            del vars(module)[name]
+            module._buffers[name] = value
 
 
 def _settle_parametrizations(module: nn.Module) -> None:

@@ -48,6 +48,7 @@ from fxquant.graph.capture.in_place import Memory, assigned, in_place_call, shar
 from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
 from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward, written_out
+from fxquant.graph.capture.size_only import made_of_sizes
 from fxquant.graph.names import free_name
 from fxquant.graph.output_tree import flatten
 
@@ -164,6 +165,9 @@ class ShapeTracer(fx.Tracer):
             return args[0] if args else next(iter(kwargs.values()))
         if m is self.root or self._evaluating or not varies((args, kwargs)):
             return forward(*args, **kwargs)
+        # A tensor that the model has made meets the batch size behind this call, as in mask.expand(batch, -1, -1).
+        args = tuple(self._constant(a) if isinstance(a, torch.Tensor) else a for a in args)
+        kwargs = {key: self._constant(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
         path = self.path_of_module(m)
         calls = self.num_calls.get(path, 0)
         self.num_calls[path] = calls + 1
@@ -212,6 +216,8 @@ class ShapeTracer(fx.Tracer):
         first, second = (self._evaluate(kind, target, args, kwargs, index) for index in range(2))
         if _is_known(first, second):
             return first
+        if (made := made_of_sizes(target, args, kwargs, (first, second))) is not None:
+            return self._constant(made)
         if target in _CONVERSIONS and first is at_batch(args[0], 0):
             return args[0]
         for argument in proxies_in((args, kwargs)):
@@ -252,10 +258,10 @@ class ShapeTracer(fx.Tracer):
             index: which of its elements.
             value: what they get.
         """
-        parts = whole_index(index, len(target.batch_values[0].shape))
-        if isinstance(target, ConstantProxy) and not varies((value,)):
-            target.batch_values[0][parts] = at_batch(value, 0)
+        if isinstance(target, ConstantProxy) and not varies((index, value)):
+            target.batch_values[0][at_batch(index, 0)] = at_batch(value, 0)
             return
+        parts = whole_index(index, len(target.batch_values[0].shape))
         if not isinstance(target, ConstantProxy):
             self._memory.accept(target.node, target.batch_values[0][parts])
         self.write(target, assigned(target, parts, value))

@@ -1,0 +1,169 @@
+"""Models that do not come from timm, by a name with a prefix; nothing is downloaded.
+
+    hf:FOLDER               a Hugging Face folder: config.json, weights, preprocessor_config.json
+    torchvision:vit_b_16    torchvision.models
+    open_clip:ViT-B-32      the image tower of an open_clip model
+    package.module:factory  the user's own: a function that returns a model, or a model
+
+transformers and open_clip are imported when they are asked for; without them a MissingExtraError says what to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxquant.data.images import Preprocessing
+from fxquant.errors import DataError, MissingExtraError, ModelError
+
+_RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+Found = tuple[nn.Module, Preprocessing, bool]
+"""A model, how a picture becomes its input, and whether it has its weights already."""
+
+
+def has_source(name: str) -> bool:
+    """Whether a model's name has a prefix, which no name of timm has."""
+    return ":" in name
+
+
+def from_source(name: str, options: Mapping[str, Any]) -> Found:
+    """The model behind a name with a prefix.
+
+    Args:
+        name: see the module.
+        options: for the function that builds it.
+
+    Raises ModelError where there is no such model or it takes other options, DataError for a folder that cannot be
+    read, MissingExtraError without the package.
+    """
+    prefix, _, rest = name.partition(":")
+    torch.manual_seed(0)
+    try:
+        return _SOURCES.get(prefix, _own)(name if prefix not in _SOURCES else rest, dict(options))
+    except (DataError, ModelError, MissingExtraError):
+        raise
+    except Exception as error:  # whatever a constructor raises for an option it does not take
+        shown = f" with {dict(options)}" if options else ""
+        raise ModelError(
+            f"{name} cannot be built{shown}: {type(error).__name__}: {error}; check its options"
+        ) from error
+
+
+def _needed(module: str, package: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(f"{what} needs {package}: pip install {package}") from error
+
+
+def _hugging_face(folder: str, options: dict[str, Any]) -> Found:
+    if not os.path.isfile(Path(folder) / "config.json"):
+        raise DataError(f"{folder} is no Hugging Face folder, it has no config.json: save one with save_pretrained")
+    transformers: Any = _needed("transformers", "transformers", f"hf:{folder}")
+    local = {"local_files_only": True, "trust_remote_code": False, **options}
+    kind = transformers.AutoModelForImageClassification
+    architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
+    if "ForImageClassification" not in architectures[0]:
+        kind = transformers.AutoModel
+    model: nn.Module = kind.from_pretrained(folder, **local)
+    return model.float(), _processing_of(Path(folder)), True
+
+
+def _processing_of(folder: Path) -> Preprocessing:
+    """What the folder's image processor does, as far as it is resizing, cropping and normalizing."""
+    file = folder / "preprocessor_config.json"
+    try:
+        said = json.loads(file.read_text())
+        size = said.get("size", 224)
+        sides = size if isinstance(size, dict) else {"height": size, "width": size}
+        crop = said.get("crop_size", sides) if said.get("do_center_crop") else sides
+        crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+        height, width = (int(crop[side] if side in crop else crop["shortest_edge"]) for side in ("height", "width"))
+        resized = sides.get("shortest_edge", sides.get("height", height))
+        is_normalized = said.get("do_normalize", True)
+        return Preprocessing(
+            input_size=(3, height, width),
+            crop_pct=min(height / int(resized), 1.0),
+            mean=tuple(said.get("image_mean", (0.5,) * 3)) if is_normalized else (0.0,) * 3,
+            std=tuple(said.get("image_std", (0.5,) * 3)) if is_normalized else (1.0,) * 3,
+            interpolation=_RESAMPLE[said.get("resample", 2)],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} does not say how images are prepared ({type(error).__name__}: {error}): save it beside the model, "
+            f"AutoImageProcessor.from_pretrained(...).save_pretrained({str(folder)!r})"
+        ) from error
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> Found:
+    models: Any = _needed("torchvision.models", "torchvision", f"torchvision:{name}")
+    if name not in models.list_models():
+        raise ModelError(f"no torchvision model is called {name!r}: torchvision.models.list_models() has their names")
+    given = {key: value for key, value in options.items() if key != "num_classes" or value is not None}
+    model = models.get_model(name, weights=None, **{"weights_backbone": None, **given} if "rcnn" in name else given)
+    return model, _preset(models, name, model), False
+
+
+def _preset(models: Any, name: str, model: nn.Module) -> Preprocessing:
+    """What torchvision's best weights of this model were evaluated with; the weights themselves are not looked for."""
+    try:
+        preset = models.get_model_weights(name).DEFAULT.transforms()
+        side = getattr(model, "image_size", None) or preset.crop_size[0]
+        share = min(preset.crop_size[0] / preset.resize_size[0], 1.0)
+        mean, std = tuple(preset.mean), tuple(preset.std)
+        return Preprocessing((3, side, side), share, mean, std, preset.interpolation.value)
+    except (AttributeError, ValueError, TypeError):  # weights of another task say nothing of crops
+        return Preprocessing.of(model)
+
+
+def _open_clip(name: str, options: dict[str, Any]) -> Found:
+    open_clip: Any = _needed("open_clip", "open_clip_torch", f"open_clip:{name}")
+    model = open_clip.create_model(name, pretrained=None, **options).visual
+    said = getattr(model, "preprocess_cfg", {})
+    size = said.get("size", getattr(model, "image_size", 224))
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = said.get("std") or open_clip.OPENAI_DATASET_STD
+    interpolation = said.get("interpolation", "bicubic")
+    return model, Preprocessing((3, height, width), 1.0, tuple(mean), tuple(std), interpolation), False
+
+
+def _own(name: str, options: dict[str, Any]) -> Found:
+    """module:factory; the module is looked for in the present folder, too."""
+    module_name, _, attribute = name.partition(":")
+    added = os.getcwd() not in sys.path
+    if added:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(
+            f"{module_name} cannot be imported ({error}): a model's name is one of timm's, hf:FOLDER, "
+            f"torchvision:NAME, open_clip:NAME, or module:factory of your own"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(os.getcwd())
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ModelError(f"{module_name} has no {attribute!r}: name a function in it that returns the model")
+    model = factory if isinstance(factory, nn.Module) else factory(**options)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returns a {type(model).__name__}, not a torch.nn.Module: let it return the model")
+    return model, Preprocessing.of(model), True
+
+
+_SOURCES: dict[str, Callable[[str, dict[str, Any]], Found]] = {
+    "hf": _hugging_face,
+    "torchvision": _torchvision,
+    "open_clip": _open_clip,
+}

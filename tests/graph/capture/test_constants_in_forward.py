@@ -1,0 +1,81 @@
+"""What a forward computes from sizes and constants alone becomes a constant of the graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+
+from fxquant.graph.annotation import Role, annotation_of
+from fxquant.graph.capture.tracing import trace
+from tests.models import images, scrambled, traced
+
+pytestmark = pytest.mark.quick
+
+IMAGES = images(2, 4)
+
+
+class Adds(nn.Module):
+    """A linear layer, and a function of its output (B, 4)."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(48, 4), function
+        self.plain, self.inner = torch.arange(4.0)[None], Expands()
+
+    def forward(self, image):
+        return self.function(self, self.layer(image.flatten(1)))
+
+
+class Expands(nn.Module):
+    """Expands what it is given by the batch, as Hugging Face's Swin does with its mask."""
+
+    def forward(self, x, mask):
+        return x + mask.expand(x.shape[0], -1)
+
+
+def assigned(m, x):
+    mask = x.new_zeros((1, x.shape[1]))
+    mask[:, 1:3] = 3
+    mask[mask == 0] = x.shape[1]
+    return x + mask
+
+
+def batched(m, x):
+    mask = torch.zeros((x.shape[0], 4))
+    mask[:, 2] = -5.0
+    return x + mask
+
+
+FUNCTIONS = {
+    "assigned": assigned,
+    "assigned, as long as the batch": batched,
+    "an attribute expanded": lambda m, x: x + m.plain.expand(x.shape[0], -1),
+    "made here, expanded in a module": lambda m, x: m.inner(x, torch.ones(1, 4)),
+    "made here, by keyword": lambda m, x: m.inner(x=x, mask=torch.ones(1, 4)),
+    "factories of the batch": lambda m, x: x + torch.full((x.shape[0], 4), 2.0) + x.new_ones(x.shape[0], 4),
+    "arange of the batch": lambda m, x: x[torch.arange(x.shape[0])],
+    "grid": lambda m, x: x + torch.stack(torch.meshgrid(*2 * [torch.arange(2)], indexing="ij"))[0].flatten(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_graph_computes_what_the_model_does(name) -> None:
+    trace(Adds(FUNCTIONS[name]).eval(), IMAGES)
+
+
+def test_what_depends_on_sizes_alone_leaves_no_operation() -> None:
+    graph_module = trace(Adds(assigned).eval(), IMAGES)
+    assert [node.op for node in graph_module.graph.nodes if node.op == "get_attr"] == ["get_attr"]
+    assert not any("zeros" in str(node.target) or "scatter" in str(node.target) for node in graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_torchvisions_swin_has_every_role(second) -> None:
+    version = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if second else {}
+    model = SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], num_classes=7, **version)
+    graph_module = traced(scrambled(model), images(2, 28))
+    found = [annotation_of(node).role for node in graph_module.graph.nodes]
+    for role in (Role.QKV, Role.QK, Role.SOFTMAX, Role.AV, Role.PROJ, Role.FC1, Role.FC2):
+        assert found.count(role) == 4
