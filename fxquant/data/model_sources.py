@@ -82,17 +82,17 @@ def _processing_of(folder: Path) -> Preprocessing:
     """What the folder's image processor does, as far as it is resizing, cropping and normalizing."""
     file = folder / "preprocessor_config.json"
     try:
-        said = json.loads(file.read_text())
+        said: Any = json.loads(file.read_text())
         size = said.get("size", 224)
         sides = size if isinstance(size, dict) else {"height": size, "width": size}
         crop = said.get("crop_size", sides) if said.get("do_center_crop") else sides
         crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
         height, width = (int(crop[side] if side in crop else crop["shortest_edge"]) for side in ("height", "width"))
-        resized = sides.get("shortest_edge", sides.get("height", height))
+        resized = int(sides["shortest_edge"] if "shortest_edge" in sides else sides["height"])
         is_normalized = said.get("do_normalize", True)
         return Preprocessing(
             input_size=(3, height, width),
-            crop_pct=min(height / int(resized), 1.0),
+            crop_pct=min(height / resized, 1.0),
             mean=tuple(said.get("image_mean", (0.5,) * 3)) if is_normalized else (0.0,) * 3,
             std=tuple(said.get("image_std", (0.5,) * 3)) if is_normalized else (1.0,) * 3,
             interpolation=_RESAMPLE[said.get("resample", 2)],
