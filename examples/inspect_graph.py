@@ -11,6 +11,7 @@ import fxquant
 from fxquant.data import embedded
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, verify
+from fxquant.graph.notes import COVERAGE
 from fxquant.graph.printer import describe, format_graph
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -22,7 +23,7 @@ model, images = embedded.load_model(), embedded.calibration_images(32)
 # A trace is a torch.fx GraphModule; AssignRoles finds out what its nodes do.
 context = PassContext()
 graph_module = Pipeline([AssignRoles()]).run(fxquant.trace(model, images[:2]), context)
-print(f"coverage: {graph_module.meta['coverage']:.0%} of all weight elements are visible")
+print(f"coverage: {COVERAGE.of(graph_module):.0%} of all weight elements are visible")
 print("not matched:", context.journal.entries[0].notes["unmatched"])
 
 macs: Counter[Role] = Counter()
@@ -50,6 +51,7 @@ print(f"\n{len(format_graph(quantized.graph_module).splitlines())} lines in all;
 # networkx: which matmuls multiply attention's operands in fewer than five bits?
 graph = quantized.to_networkx()
 nodes = {node.name: annotation_of(node) for node in quantized.graph_module.graph.nodes}
-narrow = [name for name in graph if nodes[name].role in (Role.QK, Role.AV) and (nodes[name].activation_bits or 0) < 5]
+products = [name for name in graph if nodes[name].role in (Role.QK, Role.AV)]
+narrow = [name for name in products if min(operand.bits or 0 for operand in nodes[name].inputs) < 5]
 print(f"{len(narrow)} of {6 * 2} attention matmuls have fewer than 5 bits, such as {narrow[:2]}")
 quantized.draw("graph.dot")

@@ -191,6 +191,11 @@ class CostTable:
         """The allowed pairs of a layer; `tied` keeps those with equal bits where it has both a weight and an input.
 
         A layer with a single allowed pair keeps it: what is pinned is not tied.
+
+        Args:
+            layer: its index.
+            budget: says how means are averaged; None: by elements.
+            tied: keep only pairs of equal bits where the layer has both a weight and an input.
         """
         sides = self.sides
         grid = np.meshgrid(*(side.columns(layer) for side in sides), indexing="ij")

@@ -11,6 +11,7 @@ import typer
 
 from allocators import ALLOCATORS, allocator_named
 from fxquant.errors import ArtefactError, DataError, ModelError, OverrideError
+from passes.lower.backends import backend_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +56,8 @@ Override = Annotated[
 ]
 FirstLastBits = Annotated[int | None, typer.Option(help="Pin patch embedding and head to these bits.")]
 FullyQuantized = Annotated[bool, typer.Option("--fully-quantized", help="Quantize softmax and LayerNorm inputs too.")]
-Backend = Annotated[
-    str, typer.Option(help="Only what it runs as integers: auto, cpu-native, cpu-onednn, cuda; simulated: anything.")
-]
+BACKENDS_HELP = ", ".join(backend_names())
+Backend = Annotated[str, typer.Option(help=f"Only what it runs as integers; simulated: anything. {BACKENDS_HELP}.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw, and of which calibration images are taken.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step; bounds memory.")]
 ImageSize = Annotated[int | None, typer.Option(help="Height and width of the model's input.")]

@@ -41,9 +41,14 @@ _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latenc
 
 @dataclass(frozen=True)
 class Frontier(Document):
-    """Points by ascending budget. axis: what is limited. realised: measured losses, one a point; empty if not asked.
+    """Points by ascending budget.
 
-    realised_name: what was measured. unit: of the losses.
+    Args:
+        axis: what is limited.
+        points: the best allocation within each budget.
+        realised: measured losses, one a point; empty if not asked.
+        realised_name: what was measured.
+        unit: of the losses.
     """
 
     axis: str
@@ -138,22 +143,17 @@ def frontier(
     """The Pareto set of budget and predicted loss.
 
     Args:
-        model: as in `fxquant.compile`, and so are calibration, recipe, seed, batch_size, cache, progress and options.
-        calibration: see there.
+        model: a Vision Transformer; it is not changed.
+        calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`.
         axis: "mean_bits" (weights and activations alike) or one of "mean_weight_bits", "mean_activation_bits",
             "weight_bytes", "bit_operations", "latency_ms" (with backend="cpu-native").
         limits: budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids
             (`best`: 2 bits) are used at all limits if the lowest needs them.
-        recipe: see there.
         exact: solve the integer program at every budget, else take the convex hull.
         realised: measure every point: "divergence", mean divergence from the float model in the unit of the objective,
             or a function of the compiled model.
-        images: what the divergence is measured on, float (N, C, H, W); the calibration images if not given.
-        seed: see there.
-        batch_size: see there.
-        cache: see there.
-        progress: see there.
-        options: see there.
+        images: what the divergence is measured on, float (N, C, H, W); None: the calibration images.
+        progress: shows how far it is; None: nothing is shown.
 
     Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
     """

@@ -226,19 +226,27 @@ def compile(
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
-    budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
-    the model wants them; 32 are usual. None, or a Synthesis with options, makes them from the model alone. recipe: a
-    name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options. allocator,
-    overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. backend: "cpu-native",
-    "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
-    with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
-    budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
-    batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
-    calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
-    allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
-    the data. objective: what quantization must keep of the output: "classes" (the distribution over classes),
-    "features" (every tensor), "embeddings" (directions of vectors), an Objective of your own, or "auto": classes where
-    the model gives class scores, features where it gives anything else.
+    Args:
+        model: a Vision Transformer in inference mode; it is not modified.
+        budget: what the result may use: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
+            Synthesis with options, makes them from the model alone.
+        recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options.
+        allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`.
+        backend: "cpu-native", "cpu-onednn" or "auto" searches only quantizers and widths that this backend runs as
+            integers. The result is simulated all the same, and its report says how many layers will run so when it is
+            loaded with the backend.
+        latency: the batch size and the threads that a budget in ms holds for; None means one image on one thread. It
+            needs backend="cpu-native".
+        objective: what quantization must keep of the output: "classes" (the distribution over classes), "features"
+            (every tensor), "embeddings" (directions of vectors), an Objective of your own, or "auto": classes where the
+            model gives class scores, features where it gives anything else.
+        seed: seeds every random draw.
+        batch_size: how many images a forward takes where outputs are compared. It bounds memory.
+        progress: shows how far it is; None: nothing is shown.
+        cache: a folder in which all that was calibrated, searched and scored is kept, so that the next budget on the
+            same model, images and options only allocates, in any process. None keeps nothing.
+        card: entries to add to the protocol card, for example the name of the data.
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
     BackendError or PipelineError.

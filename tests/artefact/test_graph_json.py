@@ -15,6 +15,7 @@ from fxquant.artefact.graph_json import graph_to_json
 from fxquant.artefact.module_settings import CLASSES
 from fxquant.graph.annotation import Annotation, Operand, Role, Source, annotate, annotation_of
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, facts_of
+from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
 from fxquant.quantizers.families import families_named
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
@@ -33,8 +34,8 @@ def test_names_arguments_and_outputs_survive(small):
 def test_annotations_facts_and_shapes_survive(small):
     loaded = round_trip(small)
     assert facts_of(loaded) == {TRACED, ROLES_ASSIGNED, QUANTIZED}
-    assert loaded.meta["image_shape"] == (3, 8, 8)
-    assert loaded.meta["coverage"] == small.meta["coverage"]
+    assert IMAGE_SHAPE.of(loaded) == (3, 8, 8)
+    assert COVERAGE.of(loaded) == COVERAGE.of(small)
     for ours, theirs in zip(loaded.graph.nodes, small.graph.nodes, strict=True):
         assert annotation_of(ours) == annotation_of(theirs)
         if "tensor_meta" in theirs.meta:

@@ -59,7 +59,7 @@ HOSTILE = {
     "a listed method of a text": (before_output(call("n", "split", "a b", op="call_method")), "called on a str"),
     "text arithmetic": (before_output(call("n", "operator.mod", "%9999999999d", 1)), "a text or a dict"),
     "a repeated sequence": (before_output(call("n", "operator.mul", {"tuple": [1]}, 10**9)), "a sequence is repeated"),
-    "a power": (before_output(call("n", "operator.pow", 9, 10**9)), "a power of more than"),
+    "a power": (before_output(call("n", "operator.pow", 9, 10**9)), "the exponent of a power is more than"),
     "a whole number that grows": (
         before_output(call("n", "operator.mul", 2**62, 2**62)),
         "does not fit 64 bits",

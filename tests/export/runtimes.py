@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
+from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput
 
@@ -20,7 +21,7 @@ def side_by_side(quantizers: list[Quantizer], channels: int) -> GraphModule:
         results.append(graph.call_module(f"q{index}", (x,)))
     graph.output(graph.call_function(torch.cat, (results, 1)))
     graph_module = GraphModule(root.eval(), graph).eval()
-    graph_module.meta["image_shape"] = (1, 1, channels)
+    IMAGE_SHAPE.write(graph_module, (1, 1, channels))
     return graph_module
 
 

@@ -11,6 +11,7 @@ from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import QdqMatmul
 from fxquant.export.qdq_values import Codes, quantized
+from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -89,7 +90,7 @@ def test_row_log_products_are_int8_and_divided_by_the_row() -> None:
     x = graph.placeholder("x")
     graph.output(graph.call_module("av", (graph.call_module("softmax", (x,)), x)))
     graph_module = GraphModule(root.eval(), graph).eval()
-    graph_module.meta["image_shape"] = (1, 12, 12)
+    IMAGE_SHAPE.write(graph_module, (1, 12, 12))
     images = torch.randn(9, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2
     expected = graph_module(images)
     content = to_onnx(graph_module).content

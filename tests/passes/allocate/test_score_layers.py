@@ -26,8 +26,6 @@ from passes.search.search_scales import SearchScales
 from tests.models import images, traced, vit
 from tests.operands import input_candidates, weight_candidates
 
-pytestmark = pytest.mark.quick
-
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
 
@@ -192,6 +190,7 @@ def test_scores_are_kept_until_what_they_depend_on_changes(searched: GraphModule
     assert run(CONTEXT, weight) == 7
 
 
+@pytest.mark.quick
 def test_bad_scores_are_refused(searched: GraphModule) -> None:
     @dataclass(frozen=True)
     class Negative:

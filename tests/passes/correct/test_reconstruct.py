@@ -114,11 +114,11 @@ def test_substitution_finds_exactly_what_was_learned(small: GraphModule, step: P
     assert checked == 6
 
 
-def test_scales_are_learned_and_only_at_the_allocated_width(small: GraphModule) -> None:
-    result = rewritten(small, replace(QUICK, steps=12, checks=6), SMALL)
-    moved = [a != b for a, b in zip(scales(small), scales(result), strict=True)]
+def test_scales_are_learned_and_only_at_the_allocated_width(allocated: GraphModule) -> None:
+    result = rewritten(allocated, replace(QUICK, steps=12, checks=6))
+    moved = [a != b for a, b in zip(scales(allocated), scales(result), strict=True)]
     assert sum(moved) > len(moved) // 2
-    for before, after in zip(nodes_with_role(small), nodes_with_role(result), strict=True):
+    for before, after in zip(nodes_with_role(allocated), nodes_with_role(result), strict=True):
         for was, operand in zip(annotation_of(before).inputs, annotation_of(after).inputs, strict=True):
             for old, new in zip(was.candidates, operand.candidates, strict=True):
                 assert old.bits == was.bits or torch.equal(old.quantizer.scale, new.quantizer.scale)

@@ -296,6 +296,24 @@ def test_recipes_refuse_unknown_families_when_built() -> None:
         mptq_vit(4).replace(PlanOperands, PlanOperands(other="nope"))
 
 
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_images_are_gathered_in_order_a_few_at_a_time_whatever_the_batch_size(
+    graph: GraphModule, together: int
+) -> None:
+    class Nothing:
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def restore(self, state: dict[str, torch.Tensor]) -> None:
+            raise AssertionError("nothing was kept")
+
+    for batch_size in (1, 8):
+        context = PassContext(images(5), batch_size=batch_size)
+        found = list(context.gather("looking", Nothing(), graph, together=together))
+        assert [first for first, _ in found] == list(range(0, 5, together))
+        assert torch.equal(torch.cat([batch for _, batch in found]), context.images)
+
+
 def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:
     graph_module = trace(vit(depth=1), images(2))
     pipeline = Pipeline([AssignRoles()])

@@ -14,8 +14,6 @@ from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 from tests.assertions import assert_rewrites
 
-pytestmark = pytest.mark.quick
-
 
 def assigned(batch_size: int = 2):
     torch.manual_seed(0)
@@ -52,6 +50,7 @@ def test_costs_are_per_image() -> None:
     assert costs[0] == costs[1] == costs[2]
 
 
+@pytest.mark.quick
 def test_idempotent() -> None:
     graph_module, changed, _ = assigned()
     before = [annotation_of(node) for node in graph_module.graph.nodes]

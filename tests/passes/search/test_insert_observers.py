@@ -17,8 +17,6 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 from tests.assertions import assert_rewrites
 from tests.models import SWIN, images, timm_model, traced, vit
 
-pytestmark = pytest.mark.quick
-
 FULLY = PlanOperands(softmax_input="symmetric", layer_norm_input="o-2sf")
 
 ATTENTION_AND_MLP = """\
@@ -65,18 +63,26 @@ def insert(graph_module: torch.fx.GraphModule, plan: PlanOperands = PlanOperands
     return graph_module
 
 
-def observed(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
-    return insert(traced(vit(depth=1), images(2)), plan)
-
-
-def test_norms_and_softmax_in_float() -> None:
+def planned(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
     graph_module = traced(vit(depth=1), images(2))
+    plan.apply(graph_module, PassContext())
+    return graph_module
+
+
+def observed(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
+    return insert(planned(plan), plan)
+
+
+@pytest.mark.quick
+def test_norms_and_softmax_in_float() -> None:
+    graph_module = planned()
     assert_rewrites(graph_module, InsertObservers(), ATTENTION_AND_MLP)
     text = format_graph(graph_module)
     assert "%observer_patch_embed_proj_0 = Observer(%x)\n%patch_embed_proj = patch_embed(%observer_patch" in text
     assert text.count("Observer(") == 10
 
 
+@pytest.mark.quick
 def test_fully_quantized() -> None:
     expected = ATTENTION_AND_MLP
     for layer, name, source in [
@@ -86,8 +92,8 @@ def test_fully_quantized() -> None:
     ]:
         inserted = f"%observer_{name}_0 = Observer(%{source})\n%{name} = {layer}(%observer_{name}_0)"
         expected = expected.replace(f"%{name} = {layer}(%{source})", inserted)
-    graph_module = traced(vit(depth=1), images(2))
-    assert_rewrites(graph_module, FULLY, expected)
+    graph_module = planned(FULLY)
+    assert_rewrites(graph_module, InsertObservers(), expected)
     assert format_graph(graph_module).count("Observer(") == 14
 
 
