@@ -23,7 +23,7 @@ Status = Literal["optimal", "feasible", "heuristic"]
 class Allocation:
     """Bits by layer; equality ignores the time it took.
 
-    Attributes:
+    Args:
         weight_bits: bits of the layers that have quantized weights.
         activation_bits: bits of the layers whose input is quantized; the inputs of a product that have widths of their
             own have names of their own, "<layer>.left" and "<layer>.right".
@@ -60,7 +60,17 @@ class Allocation:
         solver: str,
         seconds: float,
     ) -> Self:
-        """The allocation that an assignment of `table` stands for."""
+        """The allocation that an assignment of `table` stands for.
+
+        Args:
+            table: the problem.
+            assignment: int64 [2, L], the chosen columns.
+            budget: what was asked.
+            status: "optimal", "feasible" or "heuristic".
+            gap: how far the objective can be from the best, proven; None where no bound is known.
+            solver: what found it.
+            seconds: wall time, s.
+        """
         widths, is_weight = table.widths(assignment), table.is_weight
         weights, activations = (
             {

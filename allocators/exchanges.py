@@ -23,7 +23,7 @@ from allocators.problem.cost_table import Assignment, CostTable
 class Step(NamedTuple):
     """One layer one width up (direction 1) or down (-1).
 
-    Attributes:
+    Args:
         layer: its index.
         direction: 1 or -1.
         columns: of its first and second operand afterwards; -1 where it has none.
@@ -39,7 +39,12 @@ class Step(NamedTuple):
 def steps(table: CostTable, assignment: Assignment, layers: Sequence[int], budget: Budget, *, tied: bool) -> list[Step]:
     """All single steps of these layers to the next allowed widths, in order of layers, up before down.
 
-    tied: a weight and its input step together, and only together; otherwise each operand steps alone.
+    Args:
+        table: the problem.
+        assignment: int64 [2, L], where the steps start.
+        layers: indices of the layers that may step.
+        budget: says how means are averaged.
+        tied: a weight and its input step together, and only together; otherwise each operand steps alone.
     """
     limited = [QUANTITIES.index(quantity) for quantity in budget.limits]
     meter = table.meter(budget)
@@ -72,8 +77,13 @@ def exchanges(
 ) -> Iterator[tuple[float, list[Step]]]:
     """Exchanges that promise to lower the error and keep the budget, best first: (net, steps).
 
-    change: float64 [S]: what each offered step adds to the error. size: layers that take part, 1 to 3; at least one
-    steps up, none twice.
+    Args:
+        table: the problem.
+        assignment: int64 [2, L], where the steps start.
+        budget: what an exchange has to keep.
+        offered: S single steps.
+        change: float64 [S]: what each offered step adds to the error.
+        size: layers that take part, 1 to 3; at least one steps up, none twice.
     """
     limits = np.array(list(budget.limits.values())) * (1 + TOLERANCE)
     room = limits - np.array([table.usage(assignment, budget)[quantity] for quantity in budget.limits])

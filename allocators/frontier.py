@@ -38,7 +38,7 @@ _STEP_BITS: Final = 0.1
 class FrontierPoint:
     """The best allocation within one budget.
 
-    Attributes:
+    Args:
         limit: the budget, in units of the axis.
         allocation: bits, predicted loss, usage, and by which solver: "hull" where no integer program was solved.
         step: one step of budget, in units of the axis: what 0.1 bit is.
@@ -61,7 +61,7 @@ class FrontierPoint:
 class Hull(NamedTuple):
     """Vertices of the lower convex hull, by ascending usage: float64 [V] each, and V assignments made on demand.
 
-    Attributes:
+    Args:
         usage: in units of the axis.
         loss: predicted loss.
         assignment: the columns, int64 [2, L], of a vertex.
@@ -75,7 +75,10 @@ class Hull(NamedTuple):
 def hull(table: CostTable, quantity: str, budget: Budget | None = None) -> Hull:
     """The hull along one quantity; operands that do not use it have their cheapest width, the narrowest of equal ones.
 
-    budget: says how means are averaged.
+    Args:
+        table: the problem.
+        quantity: one of QUANTITIES, what is limited.
+        budget: says how means are averaged.
 
     Raises:
         BudgetError: the quantity is not one of QUANTITIES.

@@ -175,7 +175,7 @@ class Milp:
 class _Layer(NamedTuple):
     """The pairs of one layer, or the widths of one of its operands, that can be part of a better answer.
 
-    Attributes:
+    Args:
         layer: its index.
         rows: the rows of an assignment it decides: both operands, or one.
         columns: int64 [2, P].
@@ -195,7 +195,7 @@ class _Layer(NamedTuple):
 class _Program(NamedTuple):
     """The scaled integer program: objective = floor + excess * scaled objective.
 
-    Attributes:
+    Args:
         floor: sum of each layer's least cost.
         excess: the known answer's objective above the floor.
         layers: one entry per layer.

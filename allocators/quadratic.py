@@ -39,7 +39,12 @@ _HEADROOM: Final = 1 - 2e-6
 
 @dataclass(frozen=True)
 class Interaction:
-    """Correlation, -1 to 1, between what the errors of two operands do to the output."""
+    """Correlation, -1 to 1, between what the errors of two operands do to the output.
+
+    Args:
+        first, second: the two operands.
+        correlation: from -1 to 1.
+    """
 
     first: OperandName
     second: OperandName
@@ -56,9 +61,11 @@ class Interaction:
 class Quadratic:
     """Bits that minimise cost with interactions within a budget, by CBC; never worse in it than `Milp`'s bits.
 
-    interactions: pairs that interact. time_limit_s: wall time given to the solver, s. relative_gap: stop within it. The
-    allocation's objective remains the table's sum of costs, so that it compares with other allocators'; status is
-    "optimal" where the solver proved the interacting one.
+    Args:
+        interactions: pairs that interact.
+        time_limit_s: wall time given to the solver, s.
+        relative_gap: stop within it. The allocation's objective remains the table's sum of costs, so that it compares
+            with other allocators'; status is "optimal" where the solver proved the interacting one.
     """
 
     interactions: tuple[Interaction, ...]

@@ -39,6 +39,7 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
@@ -84,10 +85,11 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 20) -> f
 
 def fc1_inputs(model: nn.Module, calibration: Tensor, bits: int, fold: FoldSqb) -> nn.Module:
     """Table 6: only the inputs of fc1 quantized, min-max scales (weights of fc1 at 8 bits)."""
-    insert = InsertObservers(image=None, roles=(Role.FC1,))
+    plan = PlanOperands(image=None, roles=(Role.FC1,))
     allocate = AllocateBits(Budget(mean_activation_bits=8), Uniform(), (("fc1", (8, bits)),))
     search = SearchScales(criterion="min-max")
-    steps = [AssignRoles(), fold, insert, Calibrate(gradient=False), search, allocate, SubstituteQuantizers()]
+    steps = [AssignRoles(), plan, fold, InsertObservers(), Calibrate(gradient=False)]
+    steps += [search, allocate, SubstituteQuantizers()]
     return Pipeline(steps).run(trace(model, calibration[:2]), PassContext(calibration))
 
 

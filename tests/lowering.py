@@ -19,8 +19,9 @@ from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from tests.models import ARCHITECTURES, images, traced
+from tests.operands import operands
 
 needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN needs AVX512-VNNI to be exact")
@@ -43,7 +44,7 @@ def quantized(
         budget: mean bits, as `Budget.parse` reads them; every layer gets the same.
         bits: widths that are searched.
         fully: softmax and LayerNorm inputs are quantized too.
-        families: options of `InsertObservers` that differ from the recipe's.
+        families: options of `PlanOperands` that differ from the recipe's.
     """
     return copy.deepcopy(_quantized(architecture, recipe, budget, bits, fully, tuple(families.items())))
 
@@ -62,7 +63,7 @@ def _quantized(
     options: dict[str, Any] = {"fully_quantized": True} if fully else {}
     pipeline = RECIPES[recipe](budget, bits=bits, allocator=Uniform(), **options)
     if families:
-        pipeline = pipeline.changed(InsertObservers, **dict(families))
+        pipeline = pipeline.changed(PlanOperands, **dict(families))
     return pipeline.run(traced(model, calibration), PassContext(calibration))
 
 
@@ -76,5 +77,5 @@ def note_bits(graph_module: GraphModule) -> None:
     for node in nodes_with_role(graph_module):
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, simulated.QuantizedLinear):
-            weight_bits, (bits,) = module.operand_bits()
-            annotate(node, weight_bits=weight_bits, activation_bits=bits)
+            weight_bits, inputs = module.operand_bits()
+            annotate(node, operands=operands(weight_bits, *inputs))

@@ -13,6 +13,7 @@ from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
+from tests.operands import operands
 
 
 def quantize_by_hand(
@@ -30,15 +31,15 @@ def quantize_by_hand(
                 node.name, QuantizedMatmul(Log2Quantizer(low, 1.0), UniformQuantizer(low, 0.1, 3))
             )
             node.op, node.target = "call_module", node.name
-            annotate(node, role=Role.QK, layer=node.name, macs=7, activation_bits=low)
+            annotate(node, role=Role.QK, layer=node.name, macs=7, operands=operands(low, low, weight=False))
         elif node.op == "call_module":
             module = graph_module.get_submodule(node.target)
             replacement = quantized_module(module, bits, low)
             if replacement is not None:
                 graph_module.add_submodule(node.target, replacement)
                 has_weight = isinstance(replacement, QuantizedLinear | QuantizedConv2d)
-                weight_bits = bits if has_weight else None
-                annotate(node, role=Role.QKV, layer=node.target, block=0, weight_bits=weight_bits, activation_bits=low)
+                found = operands(bits, low) if has_weight else operands(low, weight=False)
+                annotate(node, role=Role.QKV, layer=node.target, block=0, operands=found)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     declare(graph_module, frozenset({ROLES_ASSIGNED, QUANTIZED}))

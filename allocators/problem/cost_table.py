@@ -11,7 +11,7 @@ Deliberately not done: costs that couple two operands.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self
 
@@ -191,6 +191,11 @@ class CostTable:
         """The allowed pairs of a layer; `tied` keeps those with equal bits where it has both a weight and an input.
 
         A layer with a single allowed pair keeps it: what is pinned is not tied.
+
+        Args:
+            layer: its index.
+            budget: says how means are averaged; None: by elements.
+            tied: keep only pairs of equal bits where the layer has both a weight and an input.
         """
         sides = self.sides
         grid = np.meshgrid(*(side.columns(layer) for side in sides), indexing="ij")
@@ -258,10 +263,18 @@ class CostTable:
         """
         return replace(self, allowed=np.stack(restrict(self.layers, self.roles, self.sides, patterns)))
 
-    def at_least(self, minimum_bits: int) -> CostTable:
-        """A new table without the widths below `minimum_bits`, except where a layer is allowed nothing else."""
+    def at_least(self, minimum_bits: int, spared: Sequence[str] = ()) -> CostTable:
+        """A new table without the widths below `minimum_bits`, except where an operand is allowed nothing else.
+
+        spared: operands that stay as they are, by role and place, such as "av.left".
+        """
         kept = self.allowed & (np.array(self.bits) >= minimum_bits)
-        return replace(self, allowed=np.where(kept.any(axis=2, keepdims=True), kept, self.allowed))
+        is_spared = [
+            [f"{role}.{place}" in spared for role, place in zip(self.roles, side.places, strict=True)]
+            for side in self.sides
+        ]
+        as_it_is = ~kept.any(axis=2) | np.array(is_spared)
+        return replace(self, allowed=np.where(as_it_is[..., None], self.allowed, kept))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as lists, ready for JSON."""

@@ -21,7 +21,14 @@ _NAMED = 5  # layers at most
 
 
 def infeasibility(table: CostTable, budget: Budget, exceeded: list[str], *, tied: bool) -> str:
-    """The message for a `budget` whose `exceeded` quantities are out of reach."""
+    """The message for a `budget` whose `exceeded` quantities are out of reach.
+
+    Args:
+        table: the problem.
+        budget: what was asked.
+        exceeded: the quantities out of reach.
+        tied: whether a layer's weight and its input have to share a width.
+    """
     minimum = table.minimum_usage(budget, tied=tied)
     parts = []
     for quantity in exceeded:

@@ -22,7 +22,7 @@ NANOSECONDS_PER_MS = 1e6
 class Latency(NamedTuple):
     """Times in whole nanoseconds, so that sums are exact.
 
-    Attributes:
+    Args:
         nanoseconds: float64 [L, C, C].
         column: int64 [bits + 1]: the column of a width; 0 bits, an absent operand, take the first.
     """
@@ -37,7 +37,12 @@ class Latency(NamedTuple):
         return cls(np.rint(latency_ms * NANOSECONDS_PER_MS), column)
 
     def at(self, layer: int | slice, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
-        """Nanoseconds of a layer (or a slice of them) at the widths of its operands; the bits broadcast."""
+        """Nanoseconds of a layer (or a slice of them) at the widths of its operands; the bits broadcast.
+
+        Args:
+            layer: the index of a layer, or a slice.
+            first_bits, second_bits: widths of the first and of the second operand, int64.
+        """
         layers = np.arange(len(self.nanoseconds))[layer]
         found: FloatArray = self.nanoseconds[layers, self.column[first_bits], self.column[second_bits]]
         return found

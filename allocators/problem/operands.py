@@ -20,7 +20,7 @@ ROWS: dict[str, int] = {"weight": 0, "left": 0, "activation": 1, "right": 1}
 class Side(NamedTuple):
     """One operand of every layer: the first (a weight, or a product's left input) or the second.
 
-    Attributes:
+    Args:
         places: L of `Place`.
         bits: int64 [C]: the candidate widths, ascending.
         elements: int64 [L]: 0 where the layer has no such operand, or where it stays float.
@@ -48,7 +48,7 @@ class Side(NamedTuple):
 class Choices(NamedTuple):
     """The allowed pairs of widths of one layer, as arrays of length P (0 bits and column -1: none).
 
-    Attributes:
+    Args:
         columns: int64 [2, P]: columns of the table, of the first and the second operand.
         bits: int64 [2, P]: their widths.
         cost: float64 [P]: both operands' costs.

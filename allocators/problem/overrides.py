@@ -31,6 +31,12 @@ def restrict(
 ) -> list[BoolArray]:
     """The `allowed` masks of both operands after every override, in order.
 
+    Args:
+        layers: names.
+        roles: of these layers.
+        sides: the first operands and the second ones.
+        patterns: see `CostTable.override`.
+
     Raises:
         OverrideError: a pattern matches nothing, or a width is not a candidate.
     """

@@ -24,7 +24,7 @@ FLOAT_BITS = 32
 class Meter(NamedTuple):
     """Turns bits into usage; 0 bits stand for an operand that is absent or stays float.
 
-    Attributes:
+    Args:
         shares: float64 [2, 2, L], whole numbers: by operand and layer, what one bit adds to the mean of weight bits
             (first) and to that of activation bits.
         weight_elements: int64 [L].
@@ -56,6 +56,15 @@ class Meter(NamedTuple):
     ) -> Meter:
         """The meter of a table, averaging as `budget` asks (by elements without one); see CostTable.
 
+        Args:
+            elements: int64 [2, L], see CostTable.
+            is_weight: bool [2, L], which operands are weights.
+            macs: int64 [L], multiply-accumulates per image.
+            tied: bool [L], products whose two inputs share one width.
+            fixed_bits: int64 [2, L], bits of operands outside the allocation.
+            budget: says how means are averaged; None: by elements.
+            latency: times at every pair of widths; None: not known.
+
         Raises BudgetError for a budget of latency without a table of it.
         """
         if budget is not None and budget.latency_ms is not None and latency is None:
@@ -76,7 +85,12 @@ class Meter(NamedTuple):
         return cls(shares, weight_elements, macs, divisors, tied, fixed_bits, latency)
 
     def use(self, layer: int | slice, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
-        """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast."""
+        """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast.
+
+        Args:
+            layer: the index of a layer, or a slice.
+            first_bits, second_bits: widths of the first and of the second operand, int64.
+        """
         return self._raw(layer, first_bits, second_bits) / self.divisors.reshape(-1, 1)
 
     def sums(self, first_bits: IntArray, second_bits: IntArray) -> FloatArray:

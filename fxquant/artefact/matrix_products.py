@@ -49,7 +49,7 @@ def product(left: Tensor, right: Tensor, reserve: Reserve) -> Tensor:
     if min(left.ndim, right.ndim) < 2:
         if left.ndim == right.ndim == 1 and len(left) == len(right) and left.dtype == right.dtype:
             return left.new_zeros(())
-        raise ArtefactError(f"a product of shapes {tuple(left.shape)} and {tuple(right.shape)}")
+        raise ArtefactError(f"shapes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
     if left.shape[-1] != right.shape[-2] or left.dtype != right.dtype:
         raise ArtefactError(f"{left.dtype} {tuple(left.shape)} times {right.dtype} {tuple(right.shape)} has no value")
     try:

@@ -88,10 +88,10 @@ def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options
     if any(isinstance(value, str | dict) for value in values):
         raise ArtefactError(f"{function.__name__} is given a text or a dict: it computes with numbers and tensors")
     if function in (operator.mul, operator.imul) and any(isinstance(value, tuple | list) for value in values):
-        raise ArtefactError("a sequence is repeated")
+        raise ArtefactError("a sequence is repeated, which graphs in files may not do")
     is_power = function in (operator.pow, math.pow) and not any(isinstance(value, Tensor) for value in values)
     if is_power and any(abs(value) > _LARGEST_POWER for value in values[1:]):
-        raise ArtefactError(f"a power of more than {_LARGEST_POWER}")
+        raise ArtefactError(f"the exponent of a power is more than {_LARGEST_POWER}")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

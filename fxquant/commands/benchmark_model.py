@@ -13,9 +13,7 @@ from fxquant.graph.notes import IMAGE_SHAPE
 
 def benchmark_model(
     artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
-    backend: Annotated[
-        list[str] | None, typer.Option(help="auto, cpu-native, cpu-onednn, cuda, openvino or simulated. Repeatable.")
-    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"{o.BACKENDS_HELP}. Repeatable.")] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, max=65_536, help="Repeatable; 1 and 32 by default.")
     ] = None,
@@ -34,7 +32,9 @@ def benchmark_model(
     from fxquant.measure.timing import Timing, Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress
+    from fxquant.runtime.native import library
     from fxquant.session.compiled import load
+    from passes.lower.lower import resolved
 
     o.check_output(plot)
     if plot is not None:
@@ -63,6 +63,8 @@ def benchmark_model(
         return
     for name, text in execution.items():
         show(f"{name:<18} {text}")
+    if "cpu-native" in map(resolved, execution):
+        show(f"{'':<18} {library.speed_of_widths()}")
     show(f"\n{'':<18} {'batch':>5} {'ms':>10} {'images/s':>10} {'speed-up':>9} {'by CPU time':>12}")
     for t in timings:
         numbers = f"{t.latency_ms:>10.2f} {t.images_per_second:>10.1f} {t.speedup:>8.2f}x {t.cpu_speedup:>11.2f}x"

@@ -16,9 +16,8 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import parse_bits, parse_overrides
+from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_overrides
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_SEED, SessionOptions
-from passes.lower.backends import backend_names
 from passes.options import words
 
 
@@ -38,7 +37,7 @@ class Compiling:
     first_last_bits: Annotated[int | None, typer.Option(help=_says("first_last_bits"))] = None
     fully_quantized: Annotated[bool, typer.Option("--fully-quantized", help=_says("fully_quantized"))] = False
     bits: Annotated[str | None, typer.Option(help=_says("bits", "With commas: 3,4,8."))] = None
-    backend: Annotated[str, typer.Option(help=_says("backend", f"{', '.join(backend_names())}."))] = "simulated"
+    backend: Annotated[str, typer.Option(help=_says("backend", f"{BACKENDS_HELP}."))] = "simulated"
     latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1
     latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1
     objective: Annotated[str, typer.Option(help=_says("objective"))] = DEFAULT_OBJECTIVE

@@ -11,6 +11,7 @@ import typer
 
 from allocators import ALLOCATORS, allocator_named
 from fxquant.errors import ArtefactError, DataError, ModelError, OptionError, OverrideError
+from passes.lower.backends import backend_names
 from passes.options import RECIPE_NAMES
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ RECIPE_HELP = f"{', '.join(RECIPE_NAMES)}."
 Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
 ALLOCATOR_HELP = f"{', '.join(ALLOCATORS)}; else the recipe's own."
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help=ALLOCATOR_HELP)]
+BACKENDS_HELP = ", ".join(backend_names())
 Seed = Annotated[int, typer.Option(help="Of every random draw, and of which calibration images are taken.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step; bounds memory.")]
 ImageSize = Annotated[int | None, typer.Option(help="Height and width of the model's input.")]

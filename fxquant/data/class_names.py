@@ -138,7 +138,7 @@ def read_labels(file: str | PathLike[str]) -> list[tuple[str, str]]:
         if len(row) != 2 or not all(part.strip() for part in row):
             raise DataError(f"{file}, line {number}: expected an image and its class, found {', '.join(row)[:80]!r}")
     if not found:
-        raise DataError(f"{file} has no labels: write 'path label' a line")
+        raise DataError(f"{file} has no labels: write one line for each image, 'path label'")
     return [(row[0].strip(), row[1].strip()) for _, row in found]
 
 

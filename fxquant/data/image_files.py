@@ -140,7 +140,9 @@ def labels_of(place: Path, labels: np.ndarray, count: int) -> Tensor:
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> np.ndarray:
     """One array. Raises ValueError where it cannot be what the header says."""
     if entry.file_size > limit:
-        raise ValueError(f"{entry.filename} would have {entry.file_size:,} bytes, over {limit:,} from such a file")
+        raise ValueError(
+            f"{entry.filename} would have {entry.file_size:,} bytes, more than the {limit:,} that such a file may give"
+        )
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):

@@ -201,7 +201,9 @@ class ImageData:
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer."""
         if not 1 <= whole("count", count, DataError) <= self.count:
-            raise DataError(f"{self.name} has {self.count} images, and {count} are asked for: --images, or count")
+            raise DataError(
+                f"{self.name} has {self.count} images, and {count} are asked for: ask for fewer, by --images or count"
+            )
         draw = torch.Generator().manual_seed(whole("seed", seed, DataError, least=0, most=2**32 - 1))
         order = torch.randperm(self.count, generator=draw)
         return torch.stack([self.read(index) for index in order[:count].tolist()])

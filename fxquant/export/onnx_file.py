@@ -143,5 +143,8 @@ def _serialized(model: Any) -> bytes:
 
     content: bytes = onnx_ir.to_proto(model).SerializeToString()
     if len(content) > _LARGEST_BYTES:
-        raise ExportError(f"the model has {len(content)} bytes, one ONNX file holds {_LARGEST_BYTES}")
+        raise ExportError(
+            f"the exported model has {len(content)} bytes, and one ONNX file holds at most {_LARGEST_BYTES}: "
+            "export a smaller model"
+        )
     return content

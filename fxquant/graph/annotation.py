@@ -101,7 +101,19 @@ class Allowed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One tensor that a node multiplies or reads. Each field is written by one pass, named beside it."""
+    """One tensor that a node multiplies or reads. Each field is written by one pass, named beside it.
+
+    Args:
+        argument: index in node.args; None: the weight. Written by PlanOperands.
+        source: what flows here. Written by PlanOperands.
+        elements: of one image; of a weight, its own. Written by PlanOperands.
+        families: what its quantizer may be; empty: it stays float. Written by PlanOperands.
+        tied: whether it is an input of a product that shares its width with the other one. Written by PlanOperands.
+        candidates: quantizers found, ascending by bits. Written by SearchScales; Reconstruct and Distil replace some.
+        scores: one per candidate; empty: the candidates' losses count. Written by ScoreLayers.
+        bits: the width it was given; None: it stays float. Written by AllocateBits.
+        pinned: whether its bits were fixed by an override or a policy. Written by AllocateBits.
+    """
 
     argument: int | None  # PlanOperands: index in node.args; None: the weight
     source: Source  # PlanOperands
@@ -121,7 +133,15 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """Everything passes know about one node. Each field is written by one pass, named beside it."""
+    """Everything passes know about one node. Each field is written by one pass, named beside it.
+
+    Args:
+        role: what the node does. Written by AssignRoles.
+        layer: the public name, such as "blocks.3.mlp.fc1" or "blocks.3.attn.qk". Written by AssignRoles.
+        block: index of the transformer block, in graph order; None outside. Written by AssignRoles.
+        macs: multiply-accumulates for one image. Written by AssignRoles.
+        operands: a weight and its input, a left and a right input, or the only input. Written by PlanOperands.
+    """
 
     role: Role | None = None  # AssignRoles
     layer: str = ""  # AssignRoles: the public name, e.g. "blocks.3.mlp.fc1", "blocks.3.attn.qk"

@@ -108,5 +108,8 @@ def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:
 def _scores(output: Any) -> torch.Tensor:
     scores = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        raise ModelError("accuracy needs class scores (B, classes), and the model's output is something else")
+        raise ModelError(
+            "accuracy needs class scores (B, classes), and the model's output is something else: evaluate a "
+            "model that has a head"
+        )
     return scores

@@ -18,9 +18,11 @@ _WIDEST, _STEP = 8, 2
 class Action:
     """Raise one layer's bits, or one operand's.
 
-    layer: its name; of inputs with widths of their own, with ".left" or ".right". bits: for all operands that it names,
-    or (weight bits, activation bits). loss_share: the layer's share of the summed predicted
-    loss. extra_bytes, extra_bit_operations: what the change costs, before the allocator saves it elsewhere.
+    Args:
+        layer: its name; of inputs with widths of their own, with ".left" or ".right".
+        bits: for all operands that it names, or (weight bits, activation bits).
+        loss_share: the layer's share of the summed predicted loss.
+        extra_bytes, extra_bit_operations: what the change costs, before the allocator saves it elsewhere.
     """
 
     layer: str
@@ -54,7 +56,13 @@ class Action:
 
 
 def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count: int = 3) -> list[Action]:
-    """The layers with the largest predicted loss that can still be raised, worst first, each raised by two bits."""
+    """The layers with the largest predicted loss that can still be raised, worst first, each raised by two bits.
+
+    Args:
+        layers: one row per quantized layer.
+        allocation: None for pipelines that allocate nothing.
+        count: how many layers at most.
+    """
     total = sum(row.predicted_loss for row in layers)
     found: list[Action] = []
     for row in sorted(layers, key=lambda row: -row.predicted_loss):

@@ -15,7 +15,12 @@ from fxquant.runtime.layer_row import LayerRow
 class Tile:
     """One layer in the grid: its name, where it stands, and of each operand its bits (None where float) and elements.
 
-    weight: None where the layer has none.
+    Args:
+        layer: its public name.
+        role: its column.
+        block: its row; None outside blocks.
+        weight: bits (None where float) and elements; None where the layer has none.
+        inputs: the same of each input.
     """
 
     layer: str
@@ -64,7 +69,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles by (block, role); several where a block has several layers of a role; `outside`: layers of no block."""
+    """Tiles by (block, role); several where a block has several layers of a role; `outside`: layers of no block.
+
+    Args:
+        blocks: indices of the blocks, one row each.
+        roles: of the layers in blocks, one column each.
+        tiles: by block and role; several where a block has several layers of a role.
+        outside: layers of no block.
+    """
 
     blocks: tuple[int, ...]
     roles: tuple[str, ...]

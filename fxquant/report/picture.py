@@ -30,6 +30,11 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def write_picture(path: str | PathLike[str], source: GraphModule | Sequence[LayerRow], title: str = "") -> None:
     """Write `.svg` or `.dot`, as the suffix says, in one step.
 
+    Args:
+        path: of the file; its suffix says what it becomes.
+        source: an annotated graph, or the rows of a report, of which no DOT can be made.
+        title: above the picture.
+
     Raises ArtefactError for another suffix, for DOT without a graph, and where the file cannot be written.
     """
     if check_picture(path) == ".svg":

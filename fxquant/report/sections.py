@@ -13,6 +13,7 @@ from fxquant.report.grid import Tile, grid_of, tiles_of
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares
+from passes.lower.rewrite import MISSES, reported_misses
 from passes.pipeline.contract import Journal
 
 EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
@@ -28,7 +29,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in columns; `left` are the indices of columns aligned left."""
+    """Cells in columns; `left` are the indices of columns aligned left.
+
+    Args:
+        title: above the table.
+        columns: their headings.
+        rows: cells of each row.
+        left: indices of the columns that are aligned left.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -45,7 +53,13 @@ class Lines:
 
 
 def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -> Lines:
-    """What was compiled, how, within which budget, and how it executes."""
+    """What was compiled, how, within which budget, and how it executes.
+
+    Args:
+        model: its name.
+        allocation: None for pipelines that allocate nothing.
+        card: the protocol.
+    """
     lines = [("model", model), ("recipe", _recipe(card)), *_budget_lines(allocation)]
     if card.get("weights") == "random":
         lines.insert(1, ("weights", "RANDOM: not trained, accuracy means nothing"))
@@ -179,6 +193,16 @@ def actions(found: Sequence[Action]) -> Lines:
         lines.append(("", f"    {action.python}"))
         lines.append(("", f"    {action.command}"))
     return Lines("What to do", tuple(lines))
+
+
+def misses(journal: Journal) -> Lines | None:
+    """What a backend does not run as integers, or not in one kernel, and why; None where there is nothing to say."""
+    found = next((reported_misses(entry.notes) for entry in reversed(journal.entries) if MISSES in entry.notes), {})
+    lines = []
+    for (outcome, reason), layers in found.items():
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        lines.append((outcome, f"{', '.join(layers[:3])}{more}: {reason}"))
+    return Lines("What could run faster", tuple(lines)) if lines else None
 
 
 def protocol(card: Mapping[str, Any]) -> Lines:

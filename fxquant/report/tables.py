@@ -41,8 +41,12 @@ _CARD: dict[str, Rule] = {
 class Report(Document):
     """Tables per layer and in total.
 
-    layers: one row per quantized layer. allocation: None for pipelines that allocate nothing. card: the protocol.
-    show_layers: whether the printed report has the table of all layers.
+    Args:
+        layers: one row per quantized layer.
+        allocation: None for pipelines that allocate nothing.
+        journal: one entry per pass.
+        card: the protocol.
+        show_layers: whether the printed report has the table of all layers.
     """
 
     def __init__(
@@ -53,12 +57,13 @@ class Report(Document):
         card: Mapping[str, Any],
         show_layers: bool = True,
     ) -> None:
-        """Compute totals and actions. Raises ArtefactError for a card of the wrong shape."""
+        """Compute totals and actions. Raises ArtefactError for a card, or notes of a lowering, of the wrong shape."""
         _check(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
         self.actions = actions_for(self.layers, allocation)
+        self.missed = sections.misses(journal)
 
     @classmethod
     def of_texts(cls, found: LoadedTexts, where: str) -> Report:
@@ -86,7 +91,8 @@ class Report(Document):
         ]
         if self.show_layers:
             found.append(sections.layer_table(self.layers, self.totals))
-        found += [sections.actions(self.actions), sections.protocol(self.card), sections.journal_table(self.journal)]
+        found += [sections.actions(self.actions), *([] if self.missed is None else [self.missed])]
+        found += [sections.protocol(self.card), sections.journal_table(self.journal)]
         return found
 
     def brief(self) -> Report:
@@ -99,6 +105,7 @@ class Report(Document):
         layers = [
             {
                 **row.to_dict(),
+                **{name: getattr(row, name) for name in _ALSO},
                 "weight_bytes": row.weight_bytes if row.weight_bits is not None else 0.0,
                 "loss_share": row.predicted_loss / loss,
                 "bytes_share": row.weight_bytes / weight_bytes if row.weight_bits is not None else 0.0,
@@ -115,6 +122,10 @@ class Report(Document):
             "card": dict(self.card),
             "journal": [asdict(entry) for entry in self.journal.entries],
         }
+
+
+_ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", "pinned")
+"""Of a layer's operands together, beside each of them."""
 
 
 def _check(card: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, OBJECT, TEXT, choice, either, listed, record, whole
-from fxquant.graph.annotation import Role, Source, input_label
+from fxquant.graph.annotation import Role, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,16 @@ class LayerRow:
         return tuple(operand.bits for operand in self.inputs)
 
     @property
+    def activation_bits(self) -> int | None:
+        """Width of the inputs, of two that differ the narrower; None where they stay float."""
+        return min((bits for bits in self.input_bits if bits is not None), default=None)
+
+    @property
+    def activation_elements(self) -> int:
+        """Elements of all inputs, of one image."""
+        return sum(operand.elements for operand in self.inputs)
+
+    @property
     def parameters(self) -> int:
         """Elements of the weight."""
         return 0 if self.weight is None else self.weight.elements
@@ -86,12 +96,6 @@ class LayerRow:
     def weight_bytes(self) -> float:
         """Bytes of the packed weight, scales not counted; 4 per element where it stays float."""
         return self.parameters * (self.weight_bits or 32) / 8
-
-    @property
-    def label(self) -> str:
-        """`4/5` for bits of the weight and the input, `2x4` for two inputs that differ, `-` for what is not there."""
-        weight = "-" if self.weight_bits is None else str(self.weight_bits)
-        return f"{weight}/{input_label(self.input_bits)}"
 
     @property
     def input_sqnr_db(self) -> float | None:

@@ -96,7 +96,9 @@ def _label_gradients(
     """Gradients of the cross-entropy by these tensors for the labels of a batch whose first image is `first`."""
     (scores,) = outputs
     if len(labels_n) < first + len(scores):
-        raise CalibrationError(f"{len(labels_n)} labels for at least {first + len(scores)} images")
+        raise CalibrationError(
+            f"there are {len(labels_n)} labels for at least {first + len(scores)} images: give one label for each image"
+        )
     cotangent = label_gradients(scores.detach().softmax(1), labels_n[first : first + len(scores)])[0]
     return torch.autograd.grad(scores, tensors, cotangent.to(scores.dtype), allow_unused=True)
 

@@ -71,7 +71,10 @@ class Divergence:
         self._live = self._inputs()
         self._wanted = [self._doubled(self._runner.finish(0, live, {})) for live in self._live]
         if not all(bool(torch.isfinite(tensor).all()) for wanted in self._wanted for tensor in wanted):
-            raise SensitivityError("the float model's output is not finite on the images given")
+            raise SensitivityError(
+                "the float model's output is not finite on the images given: check its weights, and how the "
+                "images were preprocessed"
+            )
 
     def of(self, assignment: Assignment) -> float:
         """The divergence of one assignment; fast when first nodes are asked for in graph order.

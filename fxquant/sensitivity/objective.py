@@ -130,7 +130,10 @@ class Objective:
                 f"{needed_by} needs {self.needs} as the model's output; this model gives something else: {self.remedy}"
             )
         if finite and not all(bool(torch.isfinite(tensor).all()) for tensor in found):
-            raise CalibrationError("the model's output on a calibration batch is not finite")
+            raise CalibrationError(
+                "the model's output on a calibration batch is not finite: check its weights, and how the "
+                "images were preprocessed"
+            )
         return found
 
     def gradients(

@@ -43,9 +43,14 @@ _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latenc
 
 @dataclass(frozen=True)
 class Frontier(Document):
-    """Points by ascending budget. axis: what is limited. realised: measured losses, one a point; empty if not asked.
+    """Points by ascending budget.
 
-    realised_name: what was measured. unit: of the losses.
+    Args:
+        axis: what is limited.
+        points: the best allocation within each budget.
+        realised: measured losses, one a point; empty if not asked.
+        realised_name: what was measured.
+        unit: of the losses.
     """
 
     axis: str

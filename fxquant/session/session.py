@@ -17,7 +17,6 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Unpack
 
 import torch
@@ -81,8 +80,8 @@ class Session:
         self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
         if isinstance(self._recipe, Pipeline):
             self._check_own(self._recipe)
-        # Refuses options that do not fit.
-        self._example = self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")
+        self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
+        self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
         self._source = ModelSource(
             model,
             calibration,
@@ -158,13 +157,13 @@ class Session:
         pipeline = self.pipeline(budget, allocator)
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
-        if last and "_searched" not in self.__dict__:
+        if last and not self._searched:
             context = replace(self._source.context, journal=Journal())
             is_kept = context.cache.folder is not None  # as what differs from the traced model
             traced = self._source.traced if is_kept else self._source.given_up()
             searched = run_prefix(prefix, traced, context, in_place=not is_kept)
             return self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
-        searched, context = self._searched, self._after_search()
+        searched, context = self._after_search(prefix)
         return self._compiled(pipeline, rest.run(searched, context), context.journal)
 
     @torch.inference_mode(False)
@@ -176,21 +175,23 @@ class Session:
         that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
         """
         pipeline = self.pipeline(budget)
-        _, rest = split(pipeline)
-        found = rest[: rest.position(AllocateBits)].run(self._searched, self._after_search())
+        prefix, rest = split(pipeline)
+        searched, context = self._after_search(prefix)
+        found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
 
-    @cached_property
-    def _searched(self) -> GraphModule:
-        """The graph as it is before bits are allocated; no budget has any say in it."""
-        prefix, _ = split(self._example)
-        return run_prefix(prefix, self._source.traced, self._source.context)
+    def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
+        """The graph after the passes before bits are allocated, and a context whose journal tells of them.
 
-    def _after_search(self) -> PassContext:
-        """The context of one point: its journal begins with what led to `_searched`."""
-        context = self._source.context
-        return replace(context, journal=Journal(list(context.journal.entries)))
+        No budget has a say in these passes of our recipes; where one has, in a recipe of the caller's, they run for it.
+        """
+        key = tuple(map(repr, prefix))
+        if key not in self._searched:
+            context = replace(self._source.context, journal=Journal())
+            self._searched[key] = run_prefix(prefix, self._source.traced, context), context.journal
+        searched, journal = self._searched[key]
+        return searched, replace(self._source.context, journal=Journal(list(journal.entries)))
 
     def _compiled(self, pipeline: Pipeline, quantized: GraphModule, journal: Journal) -> Compiled:
         """What a pipeline has made of the traced model, with what it says of itself and its known answers."""

@@ -78,9 +78,16 @@ def sweep(
 ) -> Sweep:
     """Compile and measure every recipe at every budget with every allocator; what `results` has is not done again.
 
-    sessions: by recipe. allocators: None for the recipe's own. measure: accuracy of a model, shown under a label.
-    settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
-    before anything is calibrated. Raises as `fxquant.compile` does.
+    Args:
+        sessions: by recipe.
+        budgets: each is compiled with every recipe.
+        allocators: None for the recipe's own.
+        measure: accuracy of a model, shown under a label.
+        results: keeps the points, so that a sweep that was stopped goes on.
+        settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
+            before anything is calibrated.
+
+    Raises as `fxquant.compile` does.
     """
     if not sessions or not budgets or not allocators:
         raise OptionError("a sweep needs at least one recipe, one budget and one allocator (None for the recipe's own)")

@@ -49,15 +49,15 @@ class Synthesis:
     """How calibration images are made.
 
     Args:
-        count: images.
-        steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on accuracy
-            after quantization rises by no more than its standard error (docs/methods.md).
-        learning_rate: of Adam on normalised pixels; 0.25 is the paper's for Swin.
+        count: how many images are made.
+        steps: how many steps each of the two stages takes. The paper takes 500 (`Synthesis.thorough()`); from the
+            default on, accuracy after quantization rises by no more than its standard error (docs/methods.md).
+        learning_rate: Adam's rate on normalised pixels; the paper takes 0.25 for Swin.
         variation: the range V* is drawn from at 224 x 224, in units of the picture's range.
         jitter: largest shift in the second stage, as a share of the image's side.
         image_shape: (channels, height, width), where the model does not say.
         mean, std: of the model's normalisation, per channel, where the model does not say.
-        checkpoint_steps: how often unfinished work is kept where there is a cache.
+        checkpoint_steps: after how many steps unfinished work is kept, where there is a cache.
     """
 
     count: int = 32
@@ -85,7 +85,9 @@ class Synthesis:
         for name in ("count", "steps", "checkpoint_steps"):
             whole(name, getattr(self, name), CalibrationError, least=1, most=1_000_000)
         if self.image_shape is not None and not 1 <= min(self.image_shape) <= max(self.image_shape) <= _LARGEST_SIDE:
-            raise CalibrationError(f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}: {self}")
+            raise CalibrationError(
+                f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}, found {self}"
+            )
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
             raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
 

@@ -62,8 +62,9 @@ class AllocateBits:
             ViT papers do.
         image_bits: width of the patch embedding's input where it is quantized at all; images come in 8 bits, so it is
             not counted in the mean activation bits.
-        role_bits: pins whole roles, or one input of a product ("av.left"), where the model has them, before overrides.
+        role_bits: pins whole roles, where the model has them, before overrides.
         narrowest: widths below are used only where the budget cannot be met without them.
+        spared: inputs of products by role, "av.left", that may be narrower than that all the same.
     """
 
     budget: Budget
@@ -71,8 +72,9 @@ class AllocateBits:
     overrides: tuple[tuple[str, Bits], ...] = ()
     first_last_bits: int | None = None
     image_bits: int = 8
-    role_bits: tuple[tuple[str, Bits], ...] = ()
+    role_bits: tuple[tuple[Role, Bits], ...] = ()
     narrowest: int = 2
+    spared: tuple[str, ...] = ()
 
     provides: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
@@ -144,7 +146,7 @@ class AllocateBits:
 
     def without_narrow(self, table: CostTable, budget: Budget | None) -> CostTable:
         """The table without widths below `narrowest`, where the budget can be met without them; None: in any case."""
-        wide = table.at_least(self.narrowest)
+        wide = table.at_least(self.narrowest, self.spared)
         if budget is None:
             return wide
         budget = in_numbers(budget, table)
@@ -168,7 +170,7 @@ class AllocateBits:
         pins: dict[str, Bits] = {str(role): pin for role, pin in self.role_bits}
         if self.first_last_bits is not None:
             pins |= dict.fromkeys((str(Role.PATCH_EMBED), str(Role.HEAD)), self.first_last_bits)
-        known = {role: pin for role, pin in pins.items() if role.partition(".")[0] in roles}
+        known = {role: pin for role, pin in pins.items() if role in roles}
         pinned = table.override({**known, **dict(self.overrides)})
         refuse_too_wide(pinned, table)
         return pinned

@@ -3,7 +3,8 @@
     latency = rest + sum_l (t_l(b_0l, b_1l) - min t_l)    (of the widths of layer l's two operands)
 
 t_l is the time of layer l's kernel alone, measured once for each distinct shape, weight width and number of digits of
-the input's codes (`runtime.byte_codes`: OPT-m and twin scales at 8 bits have two, and take two products). `rest` is
+the input's codes (`runtime.byte_codes`: OPT-m and twin scales at 8 bits have two, and take two products). On AVX2,
+whose loops depend on how large codes are, also for each of their widths (`kernel_times.time_key`). `rest` is
 measured once on the whole lowered model, at the widest widths, less what these add: layer norm, softmax, GELU,
 attention's first product, whatever runs simulated. So only differences between widths rest on kernels run alone.
 
@@ -34,7 +35,8 @@ from fxquant.graph.facts import Fact, missing
 from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import Note
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
-from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms
+from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
+from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d
 from passes.lower.exact_codes import integer_nodes
 from passes.lower.integer_plan import shape_of
@@ -89,7 +91,8 @@ class MeasureLatency:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Write the times into the graph's meta; returns how many layers have times of their own.
 
-        Notes the machine, `rest_ms` and the latency measured at the widest widths. Raises BackendError without kernels.
+        Notes the machine, what widths do to speed there, `rest_ms` and the latency at the widest widths. Raises
+        BackendError without kernels.
         """
         found = machine()
         nodes = planned_nodes(graph_module)
@@ -109,7 +112,7 @@ class MeasureLatency:
         rest = max(whole - reference, 0.0)
         layers = {layer: times.tolist() for layer, times in extra.items()}
         LATENCY.write(graph_module, {"rest_ms": rest, "layers": layers})
-        context.note(machine=found, rest_ms=rest, widest_ms=whole, timed=len(extra))
+        context.note(machine=found, widths=library.speed_of_widths(), rest_ms=rest, widest_ms=whole, timed=len(extra))
         return len(extra)
 
     def _times(self, graph_module: GraphModule, node: Node, widest: GraphModule, context: PassContext) -> FloatArray:
@@ -152,10 +155,10 @@ class MeasureLatency:
     ) -> FloatArray:
         """Times at every weight width with inputs of these codes, float64 (W,); (1,) without weights."""
         shapes = [_times_batch(shape_of(source), graph_module, self.batch_size) for source in node.all_input_nodes]
-        digits = [code.levels_spec().count for code in codes]
+        keys = [time_key(code) for code in codes]
         weight = annotation_of(node).weight
         bits = [] if weight is None else [candidate.bits for candidate in weight.candidates]
-        key: list[Any] = [digits, self.threads]
+        key: list[Any] = [keys, self.threads]
         if not bits:
             left, right = shapes
             sizes = (math.prod(left[:-2]), left[-2], left[-1], right[-1])

@@ -36,8 +36,10 @@ from passes.pipeline.contract import PassContext
 class FisherTrace:
     """gamma^-b tr(F).
 
-    gamma: what one bit divides the score by; 4 is that of uniform quantization noise. draws: random cotangents per
-    image. labels: class of every calibration image, for the empirical Fisher matrix; none needed.
+    Args:
+        gamma: what one bit divides the score by; 4 is that of uniform quantization noise.
+        draws: random cotangents per image.
+        labels: class of every calibration image, for the empirical Fisher matrix; none needed.
     """
 
     gamma: float = 4.0
@@ -51,13 +53,22 @@ class FisherTrace:
             raise SensitivityError(f"gamma > 1 and draws >= 1 are needed, found {self}")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of the nodes that have a weight. Notes `fisher_trace` by layer."""
+        """Scores of the nodes that have a weight. Notes `fisher_trace` by layer.
+
+        Args: see `Metric.score`.
+        """
         traces = self.traces(graph_module, nodes, context)
         scores = {layer: [trace * self.gamma**-b for b in _widths(nodes)] for layer, trace in traces.items()}
         return Scores.shared(scores, {"fisher_trace": traces})
 
     def traces(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
-        """tr(F) by layer."""
+        """tr(F) by layer.
+
+        Args:
+            graph_module: with candidates on the nodes.
+            nodes: the nodes to score.
+            context: with the calibration images.
+        """
         sums, weighted = Sums(), _weighted(nodes)
         settings = [self.draws, self.labels, [node.name for node in weighted]]
         found = fisher_traces(
@@ -77,10 +88,12 @@ class FisherTrace:
 class TypeAwareFisher(FisherTrace):
     """gamma^(beta-b) alpha_t tr(F), with alpha_t = mean drop / mean tr(F) over sampled layers of each type.
 
-    mu: layers sampled of each type; the same blocks for all types that every block has. beta: width of a sampled layer,
-    weights and inputs, while the others stay float; the nearest candidate where it is none, the narrower of two. drop:
-    "divergence" from the float model's output, in the objective's unit; "disagreement", the share of images whose
-    predicted class changes; "accuracy", the share of correct predictions lost, which needs labels.
+    Args:
+        mu: layers sampled of each type; the same blocks for all types that every block has.
+        beta: width of a sampled layer, weights and inputs, while the others stay float; the nearest candidate where it
+            is none, the narrower of two.
+        drop: "divergence" from the float model's output, in the objective's unit; "disagreement", the share of images
+            whose predicted class changes; "accuracy", the share of correct predictions lost, which needs labels.
     """
 
     mu: int = 4
@@ -94,7 +107,10 @@ class TypeAwareFisher(FisherTrace):
             raise SensitivityError(f'mu >= 1 is needed, and labels for drop="accuracy"; found {self}')
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`."""
+        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`.
+
+        Args: see `Metric.score`.
+        """
         widths, beta = _widths(nodes), self._width(nodes)
         traces = self.traces(graph_module, nodes, context)
         drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
@@ -111,7 +127,13 @@ class TypeAwareFisher(FisherTrace):
         return min(_widths(nodes), key=lambda bits: (abs(bits - self.beta), bits))
 
     def drops(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
-        """The drop of each sampled layer at beta bits, in graph order."""
+        """The drop of each sampled layer at beta bits, in graph order.
+
+        Args:
+            graph_module: with candidates on the nodes.
+            nodes: the nodes to score.
+            context: with the calibration images.
+        """
         beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)
         objective = context.objective if self.drop == "divergence" else CLASSES
@@ -151,7 +173,9 @@ class TypeAwareFisher(FisherTrace):
         if self.drop == "disagreement":
             return float((before != after).double().mean())
         if len(self.labels) != len(before):
-            raise SensitivityError(f"{len(self.labels)} labels for {len(before)} images")
+            raise SensitivityError(
+                f"there are {len(self.labels)} labels for {len(before)} images: give one label for each image"
+            )
         labels = torch.tensor(self.labels)
         return max(float(((before == labels).double() - (after == labels).double()).mean()), 0.0)
 
@@ -165,7 +189,10 @@ class NuclearNorm:
     """
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer."""
+        """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer.
+
+        Args: see `Metric.score`.
+        """
         sums = Sums()
         batches = (batch for _, batch in context.gather("nuclear norms", sums, graph_module))
         norms = nuclear_norms(graph_module, batches, sums)
@@ -187,7 +214,10 @@ class NoiseRatio:
     """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over inputs that share a width."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of all nodes."""
+        """Scores of all nodes.
+
+        Args: see `Metric.score`.
+        """
         found = {}
         for node in nodes:
             annotation = annotation_of(node)
@@ -204,7 +234,10 @@ class PredictedLoss:
     """The losses that the scale search predicted: what AllocateBits takes without ScoreLayers."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of all nodes."""
+        """Scores of all nodes.
+
+        Args: see `Metric.score`.
+        """
         annotations = [annotation_of(node) for node in nodes]
         return Scores({a.layer: [[c.loss for c in operand.candidates] for operand in a.operands] for a in annotations})
 

@@ -36,10 +36,12 @@ LayerScores = dict[str, list[list[float]]]
 class RelevanceSensitivity:
     """Importance times sensitivity, or one of them.
 
-    importance, sensitivity: "none" leaves it out. operands: "separate" measures weights and inputs of a layer each for
-    itself; "together" measures both at one width and gives either half, for allocators that tie them. baseline_bits:
-    width of all other layers while one is measured; None leaves them float. Scores of layers without relevance (softmax
-    and LayerNorm inputs under the fully quantized protocol) count as the mean layer.
+    Args:
+        importance, sensitivity: "none" leaves it out.
+        operands: "separate" measures weights and inputs of a layer each for itself; "together" measures both at one
+            width and gives either half, for allocators that tie them.
+        baseline_bits: width of all other layers while one is measured; None leaves them float. Scores of layers without
+            relevance (softmax and LayerNorm inputs under the fully quantized protocol) count as the mean layer.
     """
 
     importance: Literal["relevance", "none"] = "relevance"
@@ -56,7 +58,10 @@ class RelevanceSensitivity:
             raise SensitivityError("importance and sensitivity are both left out: keep one, or leave out ScoreLayers")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of these nodes. Notes `importance` (sums to 1) and `sensitivity` by layer."""
+        """Scores of these nodes. Notes `importance` (sums to 1) and `sensitivity` by layer.
+
+        Args: see `Metric.score`.
+        """
         layers = [annotation_of(node).layer for node in nodes]
         notes: dict[str, Any] = {}
         factor = dict.fromkeys(layers, 1.0)

@@ -58,6 +58,11 @@ class Metric(Protocol):
         """Scores of these nodes, whose operands have candidates, in graph order; it may leave some out.
 
         Reads the graph and its annotations, changes nothing. Raises SensitivityError where it cannot score.
+
+        Args:
+            graph_module: with candidates on the nodes; it is only read.
+            nodes: the nodes to score, in graph order.
+            context: with the calibration images and the seed; a metric may leave notes in the journal.
         """
 
 

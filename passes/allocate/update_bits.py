@@ -40,13 +40,19 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 class UpdateBits:
     """Exchange bits between layers while that helps. Deterministic; not idempotent, since it goes on where it stopped.
 
-    estimate: errors at neighbouring widths "measured", or "expected" from the current one by Lemma 3's ratios for
-    normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
-    the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
-    score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
-    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
-    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
-    weights and inputs step together. roles: of the layers that exchange bits.
+    Args:
+        estimate: where errors at neighbouring widths come from: "measured"; or "expected" from the error at the current
+            width by Lemma 3's ratios for normal data, as the paper does it, which needs tied widths.
+        held_out: share of the calibration images that only the score sees; the errors are measured on the others. At 0
+            both see all of them.
+        patience: how many exchanges in a row may fail to lower the score; the paper takes 1. None takes every exchange
+            that promises something, and only records the score.
+        size: how many layers take part in an exchange, 1 to 3.
+        weighted: whether an error counts so much that it is the layer's cost in the table at the start, which keeps the
+            metric's view of the layers. The paper counts all errors alike.
+        rounds: how many exchanges are tried at most.
+        tied: whether a layer's weights and inputs step together.
+        roles: which layers exchange bits.
     """
 
     estimate: Literal["measured", "expected"] = "measured"
@@ -67,7 +73,9 @@ class UpdateBits:
         check_fields(self, PipelineError)
         in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
         if not in_range or (self.patience is not None and self.patience < 1):
-            raise PipelineError(f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed: {self}")
+            raise PipelineError(
+                f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed, found {self}"
+            )
         if self.estimate == "expected" and not self.tied:
             raise PipelineError('estimate="expected" is derived for equal widths of weights and inputs: use tied=True')
 

@@ -22,9 +22,10 @@ class Augment:
     """What is done to the images of a batch, drawn anew for each.
 
     Args:
-        crop: least share of a side that a crop keeps; 1: images whole.
-        mixed: probability that an image is a mixture, half of these blended, half pasted.
-        colour: strength of changes of brightness, contrast and saturation, 0 for none. Half of the images are mirrored.
+        crop: least share of each side that a crop keeps; 1 leaves images whole.
+        mixed: probability that an image is mixed with another. Half of the mixtures are blended, half are pasted.
+        colour: how far brightness, contrast and saturation move at most; 0 leaves them. Half of the images are
+            mirrored.
     """
 
     crop: float = 0.4
@@ -35,7 +36,7 @@ class Augment:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if not (0 < self.crop <= 1 and 0 <= self.mixed <= 1 and 0 <= self.colour < 1):
-            raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1: {self}")
+            raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1, found {self}")
 
     def __call__(self, images_bchw: Tensor, generator: torch.Generator) -> Tensor:
         """Float (B, C, H, W), on the CPU, to as many others."""

@@ -55,7 +55,7 @@ class CompensateWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.dampening < 0 or self.block < 1:
-            raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
+            raise CalibrationError(f"dampening is not negative, and a block has at least one column, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place and let go of Gram matrices; returns how many layers.
@@ -74,7 +74,10 @@ class CompensateWeights:
         for node, observer, quantizer in work:
             module = graph_module.get_submodule(str(node.target))
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
-                raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
+                raise CalibrationError(
+                    f"{node.name}: only uniform weights of linear layers and convolutions can be compensated: "
+                    "leave CompensateWeights out"
+                )
             rows, gram = module.weight.detach().flatten(1), observer.released_gram()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
             kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))

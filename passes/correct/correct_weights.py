@@ -69,11 +69,11 @@ class CorrectWeights:
     """Correct the weights of every linear layer and ungrouped convolution that has weight bits.
 
     Args:
-        ridges: values of lambda to choose from, relative to the mean diagonal; empty: no correction, only the rounding.
-        rounding: "nearest", or "gptq" (CompensateWeights' columns, on plain quantized inputs).
-        dampening: GPTQ's, relative.
-        folds: of images in cross-validation; fewer images than folds: as many as there are images.
-        robust: weigh tokens.
+        ridges: values of lambda to choose from, relative to the mean diagonal. With none, weights are only rounded.
+        rounding: "nearest", or "gptq": column by column as CompensateWeights does it, on plain quantized inputs.
+        dampening: what GPTQ adds to the diagonal, relative to its mean.
+        folds: how many parts the images are cut into for cross-validation; with fewer images, each is a part.
+        robust: whether a massive token counts no more than a usual one.
 
     Not idempotent: the float targets are those of the weights it finds.
     """
@@ -93,7 +93,7 @@ class CorrectWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:
-            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed: {self}")
+            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights and biases in place; returns how many layers. Notes each layer's ridge and error."""

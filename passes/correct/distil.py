@@ -50,16 +50,18 @@ class Distil:
     """Train the quantized network.
 
     Args:
-        steps: of the optimizer.
-        images: per step.
-        weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their grid; of the logarithms of scales; of
-            biases and norms. Rates rise over the first twentieth of the steps and fall by a cosine. All hold where
-            weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
-        features: weight of the blocks' outputs in the loss.
+        steps: how many steps the optimizer takes, where weights have 3 bits on average. At b bits it takes 3 / b of
+            them.
+        images: how many images each step sees.
+        weight_rate, scale_rate, rest_rate: Adam's rates for weights, in steps of their grid; for the logarithms of
+            scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
+            They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
+        features: how much the blocks' outputs count in the loss, beside the model's output.
         augment: what both networks see of the images.
-        closed_form: where weights start; None: at their nearest rounding.
-        checks: of the held-out divergence.
-        device: for example "cuda"; None: a GPU where there is one, else where the model is.
+        closed_form: what gives the weights that training starts from; None starts from their nearest rounding.
+        checks: how often the held-out divergence is measured, to keep the best state.
+        device: where training runs, for example "cuda"; None takes a GPU where there is one, else the place where the
+            model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
@@ -85,9 +87,9 @@ class Distil:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
-            raise CalibrationError(f"steps, images and checks are at least 1: {self}")
+            raise CalibrationError(f"steps, images and checks are at least 1, found {self}")
         if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
-            raise CalibrationError(f"rates and the weight of features are not negative: {self}")
+            raise CalibrationError(f"rates and the weight of features are not negative, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.

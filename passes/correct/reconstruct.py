@@ -52,18 +52,20 @@ class Reconstruct:
     """Reconstruct every block.
 
     Args:
-        steps: gradient steps per block.
-        images: per step.
-        rounding_rate, scale_rate, bias_rate: Adam's, of logits, of the logarithm of activation scales and of biases;
-            the latter two fall by a cosine; 0 leaves them as they are.
-        drop: 0 to 1, QDrop's.
-        penalty: of soft weights between grid points, relative to the error; from `warm_up` (a share of the steps) on.
+        steps: how many gradient steps each block takes.
+        images: how many images each step sees.
+        rounding_rate, scale_rate, bias_rate: Adam's rates for the logits of rounding, for the logarithm of activation
+            scales, and for biases. The latter two fall by a cosine; a rate of 0 leaves what it is for as it is.
+        drop: probability, 0 to 1, that an activation stays float in a step (QDrop).
+        penalty: how much soft weights between two points of the grid cost, relative to the error, once `warm_up` is
+            over.
         warm_up: share of the steps before the penalty counts, 0 to 1.
-        loss: "mse", or "fisher" of rank `rank`.
+        loss: "mse", the mean squared error; or "fisher", weighted by the Fisher information of rank `rank`.
         rank: outer products per image of the Fisher-weighted loss.
-        closed_form: where weights start.
-        checks: how many of the held-out error.
-        device: for example "cuda"; None: a GPU where there is one, else where the model is.
+        closed_form: what gives the weights that the steps start from; None starts from the float weights.
+        checks: how often the held-out error is measured, to keep the best state.
+        device: where the blocks are trained, for example "cuda"; None takes a GPU where there is one, else the place
+            where the model is.
     """
 
     steps: int = 100
@@ -89,10 +91,12 @@ class Reconstruct:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
-            raise CalibrationError(f"steps, images, rank and checks are at least 1, drop is between 0 and 1: {self}")
+            raise CalibrationError(
+                f"steps, images, rank and checks are at least 1, drop is between 0 and 1, found {self}"
+            )
         rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
         if min(rates) < 0 or not 0 <= self.warm_up <= 1:
-            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1: {self}")
+            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases and activation candidates in place; returns how many layers.

@@ -38,7 +38,10 @@ SUMS = (operator.add, operator.iadd, torch.add, "add")
 class Planned:
     """A node that will run as integers.
 
-    codes: of its inputs. epilogue: what happens to its result. layers: public names of the layers that it runs.
+    Args:
+        codes: of its inputs.
+        layers: public names of the layers that it runs.
+        epilogue: what happens to its result.
     """
 
     codes: tuple[ByteCode, ...]
@@ -94,6 +97,15 @@ def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
 
 
+def operation_of(graph_module: GraphModule, node: Node | None) -> str:
+    """What a node does, for a person: the class of the module that it calls, or the name of the function."""
+    if node is None:
+        return "nothing"
+    module = module_of(graph_module, node)
+    name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return f"'{name}'"
+
+
 def readers(node: Node) -> list[Node]:
     """Users of a node that read its numbers, not only its shape."""
     return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]
@@ -126,7 +138,13 @@ def set_dtype(node: Node, dtype: torch.dtype) -> None:
 
 
 def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
-    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it."""
+    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it.
+
+    Args:
+        node: the node.
+        shape: of the tensor that it holds.
+        like: a node whose dtype is taken where nothing was known of this one.
+    """
     metadata = node.meta.get("tensor_meta", like.meta["tensor_meta"])
     node.meta["tensor_meta"] = metadata._replace(shape=torch.Size(shape))
 

@@ -70,7 +70,13 @@ class Lower:
         return sum(kernel != SIMULATED for kernel in execution.values())
 
     def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
-        """How far the lowered graph is from the simulated one, see `prove_lowering`; None: nothing was lowered."""
+        """How far the lowered graph is from the simulated one, see `prove_lowering`; None: nothing was lowered.
+
+        Args:
+            simulated: the graph before it was lowered.
+            lowered: the same graph, lowered.
+            context: what the pass was given.
+        """
         if resolved(self.backend) == SIMULATED or LOWERED in facts_of(simulated):
             return None
         return prove_lowering(simulated, lowered, self, replace(self, chains=False), context.answers)

@@ -53,6 +53,11 @@ def run_moves(path: Sequence[Node], x: Any, size_of: Callable[[Node], Any]) -> A
 def size_with(node: Node, noted: int, count: int) -> Any:
     """The number or the shape that a node holds where tensors whose first size is `noted` have `count` instead.
 
+    Args:
+        node: a node whose value follows from shapes alone.
+        noted: the first size that the graph was noted with.
+        count: the first size that takes its place.
+
     Raises LookupError where it depends on anything but shapes.
     """
     source = input_of(node)

@@ -13,17 +13,18 @@ from where the report takes them; their reasons are for a person who wants the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fxquant.checks.untrusted import TEXT, checked, listed, mapped, record
 from fxquant.graph.facts import QUANTIZED
 from passes.pipeline.contract import PassContext
 
 REQUIRES = frozenset({QUANTIZED})
 """What every rewrite requires: it knows quantized nodes by the modules they call."""
 
-MISSES = "misses"
+MISSES = "lowering_misses"
 """Among the notes of a journal entry: what `note_misses` wrote."""
 
 
@@ -39,10 +40,33 @@ class Named(Protocol):
     """Anything with a class."""
 
 
-def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss]) -> None:
-    """Add misses to the notes of the running pass, each with the name of the rewrite that missed."""
+def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss], outcome: str = "") -> None:
+    """Add misses to the notes of the running pass.
+
+    Args:
+        context: of the running pass.
+        rewrite: what missed; its name is noted.
+        misses: where and why.
+        outcome: how the layers run instead, for the report; "" where nobody needs to know.
+    """
     name = type(rewrite).__name__
     noted: list[Any] = list(context.journal.pending.get(MISSES, []))
-    noted += [{"rewrite": name, "layer": miss.layer, "reason": miss.reason} for miss in misses]
+    noted += [{"rewrite": name, "layer": m.layer, "reason": m.reason, "outcome": outcome} for m in misses]
     if noted:
         context.note(**{MISSES: noted})
+
+
+def reported_misses(notes: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """By outcome and reason, the layers of a journal entry's misses that have an outcome.
+
+    Raises ArtefactError for notes that are not as `note_misses` writes them.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for miss in checked(notes.get(MISSES, []), listed(mapped(TEXT)), "the notes on misses"):
+        known = record(miss, _NOTE, "a note on a miss")
+        if known["outcome"]:
+            found.setdefault((known["outcome"], known["reason"]), []).append(known["layer"])
+    return found
+
+
+_NOTE = dict.fromkeys(("rewrite", "layer", "reason", "outcome"), TEXT)

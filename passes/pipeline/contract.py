@@ -179,10 +179,13 @@ class PassContext:
         """The calibration images; raises CalibrationError when the context has none."""
         if self.images_bchw is None:
             raise CalibrationError(
-                "this pass needs calibration images and the context has none: PassContext(images_bchw=...)"
+                "this pass needs calibration images and the context has none: give it some, "
+                "PassContext(images_bchw=...)"
             )
         if len(self.images_bchw) == 0:
-            raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
+            raise CalibrationError(
+                "this pass needs calibration images and the context has 0: give it some; 32 are usual"
+            )
         return self.images_bchw
 
     def gather(
@@ -294,7 +297,9 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
         raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found shape {tuple(images.shape)}")
     if images.device.type != "cpu" or images.layout is not torch.strided or images.is_quantized:
         found = f"on {images.device}" if images.device.type != "cpu" else str(images.layout)
-        raise CalibrationError(f"calibration images must be a plain tensor on the CPU, found {found}: images.cpu()")
+        raise CalibrationError(
+            f"calibration images must be a plain tensor on the CPU, found {found}: give images.cpu()"
+        )
     if not images.is_floating_point():
         raise CalibrationError(
             f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
@@ -302,7 +307,11 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
     if len(images) and not images.numel():
         raise CalibrationError(f"calibration images have no pixels: their shape is {tuple(images.shape)}")
     if len(images) < minimum:
-        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
+        raise CalibrationError(
+            f"there are {len(images)} calibration images, and at least {minimum} are needed; 32 are usual"
+        )
     bad = ~torch.isfinite(images).flatten(1).all(1)
     if bool(bad.any()):
-        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")
+        raise CalibrationError(
+            f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels: leave it out, or read it again"
+        )

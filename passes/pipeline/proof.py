@@ -157,7 +157,10 @@ class Proof:
         run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
         expected = run.output if self._expected is None else self._expected
         if not bool(torch.isfinite(expected).all()):
-            raise CalibrationError("the model's output on the first calibration images is not finite")
+            raise CalibrationError(
+                "the model's output on the first calibration images is not finite: check its weights, and "
+                "how the images were preprocessed"
+            )
         found, allowed = difference(run.output, expected), tolerance(expected)
         self._cpu_s += time.process_time() - started
         if not found <= allowed:

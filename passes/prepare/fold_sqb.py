@@ -40,14 +40,14 @@ class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
     Args:
-        eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at least 1, t by grid search on the
-            quantized layer output) or "none".
-        mu: "mean", "midrange" or "none".
-        strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
-            into the weights.
-        percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few outliers do
+        eps: what gives the scale: "sq-b", the formula above; "outlier-suppression+", max|Y - mu| / t but at least 1,
+            with t from a grid search on the quantized layer's output; or "none".
+        mu: what gives the shift of a channel: its "mean", the "midrange" of its values, or "none".
+        strength: the exponent alpha of eps = reach^alpha / max|W|^(1-alpha). The paper takes 0.5; a larger one moves
+            more of the difficulty into the weights.
+        percentile: at which percentile of its values a channel's range is cut, at both ends, so that a few outliers do
             not set it; 100 takes all.
-        search_bits: width at which "outlier-suppression+" searches t; unused otherwise.
+        search_bits: the width at which "outlier-suppression+" searches t; otherwise it is not used.
 
     Applying it twice is harmless but not idempotent: the second time balances what the first has left.
     """
@@ -71,7 +71,7 @@ class FoldSqb:
                 f"a channel's range is cut at a percentile above 50, up to 100; not {self.percentile}"
             )
         if not 0 <= self.strength <= 1 or not 2 <= self.search_bits <= 8:
-            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8: {self}")
+            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""

@@ -16,7 +16,7 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
-from passes.recipes.assembly import CANDIDATE_BITS, Options, checked_recipe, with_options
+from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
@@ -26,7 +26,7 @@ from passes.substitute.tabulate_gelu import TabulateGelu
 
 NEGLIGIBLE = 3e-5  # in the unit of the objective; such a difference is not worth a second product, or a lookup
 NARROWEST = 3  # below, tensors cost more than any prediction says
-SOFTMAX_BITS = ((3.5, 2), (5.0, 3))  # below a mean of activation bits: of attention probabilities (row-log)
+PROBABILITIES = ("av.left",)  # of which row-log loses as little at 2 bits as others do at 4
 BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
@@ -36,8 +36,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
-    fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which get
-    2 or 3 where activations are narrow. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
+    fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which have
+    widths of their own. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
     scales wherever these cost next to nothing, after GELU OPT-m elsewhere. GELU itself takes 14-bit codes.
     thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
     quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
@@ -46,15 +46,14 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     """
     parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
-    probabilities = _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))
     plan: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
-    plan["tied"] = (Role.QK, Role.AV) if probabilities is None else (Role.QK,)
+    plan["tied"] = (Role.QK,)
     allocate = AllocateBits(
         parsed,
         Milp(),
         # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
         narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
-        role_bits=() if probabilities is None else (("av.left", probabilities),),
+        spared=PROBABILITIES,
     )
     return with_options(options, _trained(plan, allocate) if thorough else _rounded(plan, allocate))
 
@@ -92,12 +91,6 @@ def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         SubstituteQuantizers(),
         TabulateGelu(),
     ]
-
-
-def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:
-    """Bits of attention probabilities where activations have to be narrow; None: what the values have."""
-    least = next((width for limit, width in SOFTMAX_BITS if mean < limit), 8)
-    return min((width for width in bits if least <= width < mean), default=None)
 
 
 @checked_recipe

@@ -51,11 +51,19 @@ def lampq(
 ) -> Pipeline:
     """LampQ on the quantizers of another recipe.
 
-    budget: anything `Budget.parse` takes. layer_wise (I1): bits by layer, from the integer program; else by module,
-    from the Pareto frontier, and never updated. type_aware (I2): alpha_t tr(F); else tr(F). update (I3): None leaves it
-    out. metric: another one than these two. tied: weights and inputs of a layer share their bits; None ties them unless
-    the budget gives the two different means. outside_bits: of all layers outside the four, bits or (weight bits,
-    activation bits). Raises BudgetError where it is needed, because the budget has no mean bits.
+    Args:
+        budget: anything `Budget.parse` takes.
+        base: the recipe whose quantizers are used.
+        layer_wise: I1; bits by layer, from the integer program; else by module, from the Pareto frontier, and never
+            updated.
+        type_aware: I2; alpha_t tr(F); else tr(F).
+        update: I3; None leaves it out.
+        metric: another one than these two.
+        tied: weights and inputs of a layer share their bits; None ties them unless the budget gives the two different
+            means.
+        outside_bits: of all layers outside the four, bits or (weight bits, activation bits).
+
+    Raises BudgetError where it is needed, because the budget has no mean bits.
     """
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied
@@ -73,7 +81,8 @@ def vt_ptq(
 ) -> Pipeline:
     """VT-PTQ's allocation (Liu et al. 2021): nuclear norms, bits by module, Pareto frontier; weights and inputs tied.
 
-    budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
+    Args:
+        budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
     """
     return _mixed(Budget.parse(budget), base, ModuleFrontier(), ScoreLayers(NuclearNorm()), outside_bits, options)
 

@@ -77,13 +77,14 @@ class Calibrate:
     """Gather statistics in every observer.
 
     Args:
-        gradient: also gather the Hessian-guided weights, at the price of a backward pass.
+        gradient: whether the Hessian-guided weights are gathered too, at the price of a backward pass.
         fisher: the cotangent to start from: random "signs"; or, of class scores only, "sampled" (a label drawn from the
             model's output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
-        draws: backward passes per image, averaged: more draws, less variance of the Fisher estimate.
+        draws: how many backward passes each image gets. Their squared gradients are averaged; the more there are, the
+            less the estimate of the Fisher information varies.
         output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
             outputs alike.
-        images: only the first so many; None: all.
+        images: how many of the calibration images are used, the first ones; None uses all.
     """
 
     gradient: bool = True
@@ -146,7 +147,7 @@ class Calibrate:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
-            raise CalibrationError(f"at least one draw and one image are needed: {self}")
+            raise CalibrationError(f"at least one draw and one image are needed, found {self}")
 
     def _squared_gradients(
         self, output: Any, recorder: Recorder, context: PassContext, first: int
@@ -202,7 +203,10 @@ def _update(
     for index, observer in found:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
             layer = annotation_of(node).layer
-            raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
+            raise CalibrationError(
+                f"the input of {layer} has NaN or infinite values on a calibration batch: check the model's "
+                "weights, and how the images were preprocessed"
+            )
         weight = None if squared is None else input_weight(module, inputs, index, squared)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:

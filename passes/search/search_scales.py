@@ -54,12 +54,12 @@ class SearchScales:
     """Search scales at all candidate widths.
 
     Args:
-        bits: ascending candidate widths, 2 to 8.
-        criterion: see the module.
-        keep_grams: keep the Gram matrices of weights' inputs, for CompensateWeights; everything else that observers
-            have gathered is released.
-        negligible: of an edge's families the first named is taken whose predicted loss is above the least by at most
-            this (nats per image).
+        bits: candidate widths, 2 to 8, ascending.
+        criterion: what the search minimises: "hessian", "mse" or "min-max"; see the module.
+        keep_grams: whether the Gram matrices of weights' inputs are kept, which CompensateWeights needs. All else that
+            observers have gathered is released.
+        negligible: a difference of predicted losses, in the unit of the objective, that does not count: of an operand's
+            families the first named is taken that loses at most so much more than the best.
         weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
@@ -136,7 +136,8 @@ class SearchScales:
         weighted = self.criterion == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered neither'
+                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered '
+                "neither: run Calibrate(gradient=True), or Calibrate(output_error=True)"
             )
         named = observer.families
         if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:

@@ -105,7 +105,7 @@ def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation) ->
         return QuantizedConv2d(module.weight, module.bias, weight_quantizer, inputs.get(0), geometry)
     if 0 in inputs:
         return QuantizedInput(module, inputs[0])
-    raise PatternError(f"node {node.name} has bits but no quantizer fits a {type(module).__name__}")
+    raise PatternError(f"node {node.name} has bits, and there is no quantizer for a {type(module).__name__}")
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:

@@ -20,16 +20,17 @@ def random_table(
     bits: tuple[int, ...] = (2, 4, 8),
     decades: float = 3.0,
     masked: bool = True,
+    tied: float = 0.5,
 ) -> CostTable:
     """A table with products, tied and not, weightless layers, a float input and masks; costs span `decades` and mostly
     fall.
 
-    Times have plateaus, as digits of activation codes make them.
+    Times have plateaus, as digits of activation codes make them. tied: share of products whose inputs have one width.
     """
     generator = np.random.default_rng(seed)
     roles = [ROLES[index % len(ROLES)] for index in range(count)]
     is_absent = np.isin(roles, ("qk", "softmax", "av")) & ~(
-        np.isin(roles, ("qk", "av")) & (generator.random(count) < 0.5)
+        np.isin(roles, ("qk", "av")) & (generator.random(count) >= tied)
     )
     scale = 10 ** generator.uniform(0, decades, count)
     allowed = generator.random((2, count, len(bits))) < (0.7 if masked else 2.0)

@@ -109,7 +109,7 @@ def test_zero_costs_are_no_division():
 
 
 def large_table():
-    return random_table(7, count=96, bits=(2, 3, 4, 5, 6, 7, 8), decades=6, masked=False)
+    return random_table(7, count=96, bits=(2, 3, 4, 5, 6, 7, 8), decades=6, masked=False, tied=1.0)
 
 
 def test_96_layers_are_quick_quiet_and_deterministic(capfd):

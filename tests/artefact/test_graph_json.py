@@ -13,8 +13,9 @@ from torch.fx import Graph, GraphModule
 
 from fxquant.artefact.graph_json import graph_to_json
 from fxquant.artefact.module_settings import CLASSES
-from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
+from fxquant.graph.annotation import Annotation, Operand, Role, Source, annotate, annotation_of
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, facts_of
+from fxquant.quantizers.families import families_named
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 from tests.artefact.small_graphs import one_call, one_module, round_trip
@@ -44,8 +45,9 @@ def test_annotations_facts_and_shapes_survive(small):
 def test_every_annotation_but_candidates_survives():
     graph_module = one_call("call_method", "contiguous")
     node = list(graph_module.graph.nodes)[1]
-    values = {"role": Role.FC1, "layer": "a.b", "block": 0, "parameters": 1, "macs": 2, "activation_elements": 3}
-    values |= {"weight_bits": 4, "activation_bits": 5, "pinned": True}
+    weight = Operand(None, Source.WEIGHT, 1, families_named("symmetric"), bits=4, pinned=True)
+    x = Operand(0, Source.POST_SOFTMAX, 3, families_named("log2<=4|twin-softmax"), tied=True, bits=5)
+    values = {"role": Role.FC1, "layer": "a.b", "block": 0, "macs": 2, "operands": (weight, x)}
     annotate(node, **values)
     loaded = list(round_trip(graph_module).graph.nodes)[1]
     assert annotation_of(loaded) == Annotation(**values)

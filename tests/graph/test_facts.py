@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 import passes
 from fxquant.errors import VerificationError
-from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import (
     QUANTIZED,
@@ -102,14 +102,15 @@ class NineBits:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         nodes = nodes_with_role(graph_module, self.role)
         for node in nodes:
-            annotate(node, weight_bits=9, activation_bits=9)
+            annotate_operands(node, bits=[9] * len(annotation_of(node).operands))
         return len(nodes)
 
 
 @pytest.mark.parametrize("role", [Role.FC1, Role.QK, Role.GELU])
 def test_a_width_without_a_candidate_raises(allocated: GraphModule, role: Role) -> None:
     raised = Pipeline([NineBits(role)], assumes=[BITS_ALLOCATED]).run(allocated, PassContext())
-    with pytest.raises(VerificationError, match=r"'bits allocated' does not hold: at .*, 9 \w+ bits are not"):
+    message = r"'bits allocated' does not hold: at .*, 9 bits of its \w+ operand are not"
+    with pytest.raises(VerificationError, match=message):
         Pipeline([SubstituteQuantizers()], assumes=[BITS_ALLOCATED]).run(raised, PassContext())
     with pytest.raises(VerificationError, match=r"layer 'blocks.0.* has 9 bits, and .*SearchScales"):
         SubstituteQuantizers().apply(raised, PassContext())
@@ -119,7 +120,7 @@ def test_a_required_fact_that_was_undone_is_found_before_the_pass_runs(allocated
     """The declaration is still there, the candidates are not."""
     graph_module = copy.deepcopy(allocated)
     for node in nodes_with_role(graph_module):
-        annotate(node, weight_bits=None, activation_bits=None)
+        annotate_operands(node, bits=[None] * len(annotation_of(node).operands))
     with pytest.raises(VerificationError, match="'bits allocated' does not hold"):
         Pipeline([SubstituteQuantizers()], assumes=[BITS_ALLOCATED]).run(graph_module, PassContext())
 

@@ -7,27 +7,20 @@ from typing import Any
 from allocators.allocation import Allocation
 from allocators.problem.budget import Budget
 from fxquant.report.tables import Report
-from fxquant.runtime.layer_row import LayerRow
+from fxquant.runtime.layer_row import LayerRow, OperandRow
 from passes.pipeline.contract import Journal, JournalEntry
 
 
 def row(
     layer: str, role: str, block: int | None, w: int | None, a: int | None, parameters: int, loss: float, **other: Any
 ) -> LayerRow:
-    values: dict[str, Any] = {
-        "macs": 1_000_000,
-        "activation_elements": 100,
-        "weight_sqnr_db": None if w is None else 20.0,
-        "activation_sqnr_db": 18.5,
-        "weight_quantizer": None if w is None else "uniform",
-        "activation_quantizer": "uniform",
-        "execution": "simulated",
-        "pinned": False,
-    }
-    return LayerRow(
-        layer=layer, role=role, block=block, weight_bits=w, activation_bits=a, parameters=parameters,
-        predicted_loss=loss, **{**values, **other},
-    )  # fmt: skip
+    """A row whose input has 100 elements, a product's two 50 each."""
+    pinned, count = other.pop("pinned", False), 2 if role in ("qk", "av") else 1
+    weight = [OperandRow("weight", parameters, w, None if w is None else 20.0, w and "uniform", pinned)]
+    inputs = [OperandRow("other", 100 // count, a, 18.5, "uniform", pinned)] * count
+    operands = (*(weight if count == 1 else []), *inputs)
+    values: dict[str, Any] = {"macs": 1_000_000, "execution": "simulated", **other}
+    return LayerRow(layer=layer, role=role, block=block, operands=operands, predicted_loss=loss, **values)
 
 
 ROWS = [

@@ -27,27 +27,29 @@ class TestCompiled:
         assert len(rows) == 1 + 2 * 6 + 1
         for row in rows.values():
             assert (row.weight_bits is None) == (row.role in ("qk", "av"))
-            assert (row.weight_sqnr_db is None) == (row.weight_bits is None)
-            assert row.activation_bits in (2, 3, 4, 5, 6, 7, 8)
+            assert all(operand.bits in range(2, 9) and operand.sqnr_db is not None for operand in row.operands)
             assert row.macs > 0
             assert row.predicted_loss >= 0
             assert row.execution == "simulated"
             assert not row.pinned
-        assert rows["blocks.0.mlp.fc2"].activation_quantizer == "codebook"
-        assert rows["blocks.0.attn.av"].activation_quantizer == "row-log x codebook"
+        assert rows["blocks.0.mlp.fc2"].input_quantizers == "codebook"
+        assert rows["blocks.0.attn.av"].operands[0].quantizer == "row-log"
         assert rows["patch_embed.proj"].activation_bits == 8
         weights = [row for row in rows.values() if row.weight_bits]
         total = sum(row.parameters for row in weights)
         assert sum(row.parameters * row.weight_bits for row in weights) <= 4 * total
         counted = [row for row in rows.values() if row.role != "patch_embed"]
-        elements = sum(row.activation_elements for row in counted)
-        assert sum(row.activation_elements * row.activation_bits for row in counted) <= 5 * elements
+        inputs = [operand for row in counted for operand in row.inputs]
+        assert sum(o.elements * o.bits for o in inputs) <= 5 * sum(o.elements for o in inputs)
 
     def test_allocation_and_rows_agree(self, small: Compiled) -> None:
         for row in small.layers:
             assert small.allocation.weight_bits.get(row.layer) == row.weight_bits
             if row.role != "patch_embed":
-                assert small.allocation.activation_bits[row.layer] == row.activation_bits
+                names = (
+                    [f"{row.layer}.left", f"{row.layer}.right"] if row.role == "av" else [row.layer] * len(row.inputs)
+                )
+                assert tuple(small.allocation.activation_bits[name] for name in names) == row.input_bits
 
     def test_card_and_journal(self, small: Compiled) -> None:
         assert small.card["calibration_images"] == 6

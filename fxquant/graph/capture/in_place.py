@@ -90,7 +90,7 @@ def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> 
         return torch.select_scatter(target, assigned(region, rest, value, axis), axis, part)
     size = target.shape[axis]
     if not isinstance(size, int):
-        raise TraceError("assignment into a part of the batch: every image has to be computed alike")
+        raise TraceError("a part of the batch is assigned to, and every image has to be computed alike")
     start, stop, step = part.indices(size)
     return torch.slice_scatter(target, assigned(region, rest, value, axis + 1), axis, start, stop, step)
 
@@ -102,7 +102,7 @@ def whole_index(index: Any, rank: int) -> tuple[Any, ...]:
         place = next(place for place, part in enumerate(parts) if part is Ellipsis)
         parts = (*parts[:place], *[slice(None)] * (rank - len(parts) + 1), *parts[place + 1 :])
     if not all(isinstance(part, slice | int) and not isinstance(part, bool) for part in parts):
-        raise TraceError("assignment into a tensor is traced for slices and integers only")
+        raise TraceError("assignment into a tensor can be traced where its index is made of slices and integers only")
     return parts
 
 

@@ -91,6 +91,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         module._compiled_call_impl = None  # set by module.compile()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which has zeros for padded tokens, where others compute them
     return copied.eval().requires_grad_(False)
 
 

@@ -43,9 +43,11 @@ from fxquant.graph.capture.batch_proxy import (
     proxies_in,
     varies,
 )
+from fxquant.graph.capture.einops_backend import register_proxies
 from fxquant.graph.capture.in_place import Memory, assigned, in_place_call, share_memory, whole_index
 from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
+from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward, written_out
 from fxquant.graph.names import free_name
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
@@ -54,6 +56,7 @@ _IMAGE = "x"
 _CONVERSIONS = frozenset({"to", "float", "double", "type", "type_as"})
 _FORMS: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: scaled_dot_product_attention,
+    functional.multi_head_attention_forward: multi_head_attention_forward,
     torch.einsum: functools.partial(contractions.einsum, is_constant),
     torch.tensordot: functools.partial(contractions.tensordot, is_constant),
     torch.inner: functools.partial(contractions.inner, is_constant),
@@ -102,8 +105,9 @@ class ShapeTracer(fx.Tracer):
             module.inplace = False
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._path_of_tensor[id(tensor)] = path
+        register_proxies()
         # The flag is this thread's own: functions compiled by torch.compile refuse proxies by it.
-        with intercepted(root, self), _is_fx_tracing_context(True):
+        with written_out(root), intercepted(root, self), _is_fx_tracing_context(True):
             result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
         for proxy in proxies_in((result,)):
             self._memory.check(proxy, "output", ())

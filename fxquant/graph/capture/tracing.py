@@ -17,7 +17,6 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional
 
 from fxquant.checks.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
@@ -187,13 +186,12 @@ def _where(error: BaseException) -> str:
 
 def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float) -> float:
     """Share of weight elements that are visible; weights inside composite leaves are hidden."""
-    hidden = _hidden_in_functions(graph_module)
+    hidden: dict[str, int] = {}
     seen = sum(p.numel() for p in root.parameters() if p.ndim >= 2 and id(p) in tracer.read_tensors)
-    seen -= sum(hidden.values())
     for path in {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}:
         module = graph_module.get_submodule(path)
         elements = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-        if list(module.children()) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        if list(module.children()) or isinstance(module, nn.RNNBase):
             hidden[path] = elements
         else:
             seen += elements
@@ -210,18 +208,6 @@ def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer
             f"pipeline on fxquant.trace(model, images, minimum_coverage={int(seen / total * 100) / 100})"
         )
     return seen / total
-
-
-def _hidden_in_functions(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Weight elements that go into a function which is a layer and more, by the module that holds them."""
-    hidden: dict[str, int] = {}
-    for node in graph_module.graph.find_nodes(op="call_function", target=functional.multi_head_attention_forward):
-        for source in node.all_input_nodes:
-            owner, _, name = str(source.target).rpartition(".")
-            tensor = getattr(graph_module.get_submodule(owner), name) if source.op == "get_attr" else None
-            if tensor is not None and tensor.ndim >= 2:
-                hidden[owner] = hidden.get(owner, 0) + tensor.numel()
-    return hidden
 
 
 def _propagate_shapes(graph_module: fx.GraphModule, example_bchw: torch.Tensor) -> None:

@@ -43,8 +43,8 @@ class Bfloat16Histogram:
             mass: how often each value counts in the plain moments, same shape; None: once.
         """
         flat = x.detach().reshape(-1)
-        keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
-        values, count = flat.double(), torch.bincount(keys, minlength=BUCKETS)
+        keys = flat.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
+        values, count = flat.double(), _sums(keys, torch.ones(1, dtype=torch.float64).expand(len(keys)))
         self._make_room(count)
         if mass is None:
             self._moments[0] += count[self._keys]
@@ -56,7 +56,7 @@ class Bfloat16Histogram:
             self._add(3, keys, *_times_powers(weight, values))
 
     def _make_room(self, count: Tensor) -> None:
-        """Let every bucket that is counted in, int64 (65536,), have a column of the moments."""
+        """Let every bucket that is counted in, float64 (65536,), have a column of the moments."""
         occupied = count > 0
         occupied[self._keys] = True
         keys = occupied.nonzero()[:, 0]
@@ -68,7 +68,7 @@ class Bfloat16Histogram:
     def _add(self, row: int, keys: Tensor, *summands: Tensor) -> None:
         """Add sums over the values of each bucket to rows of the moments, from `row` on."""
         for offset, summand in enumerate(summands):
-            self._moments[row + offset] += torch.bincount(keys, weights=summand, minlength=BUCKETS)[self._keys]
+            self._moments[row + offset] += _sums(keys, summand)[self._keys]
 
     def state(self) -> dict[str, Tensor]:
         """The buckets that hold values, int64 (K,), their moments, float64 (6, K), and whether there are weights."""
@@ -85,6 +85,12 @@ class Bfloat16Histogram:
         used = np.flatnonzero(moments[0])
         used = used[np.argsort(moments[1, used] / moments[0, used])]
         return SortedMoments(np.ascontiguousarray(moments[:, used]), self.weighted)
+
+
+def _sums(keys: Tensor, summand: Tensor) -> Tensor:
+    """Of each bucket, float64 (65536,). keys: int64 (n,); summand: float64 (n,)."""
+    # torch.bincount gives the same, and first looks for the least and the largest key.
+    return torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, keys, summand)
 
 
 def _times_powers(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

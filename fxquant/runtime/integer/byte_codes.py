@@ -43,9 +43,20 @@ class ByteCode:
     """How one quantizer's codes are bytes.
 
     kind, scale (row-log: base), zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them.
-    levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur, where `identity` does not say
-    it. unit: value of level 1. codes: of a codebook, ascending; none for other kinds. Equal codes compare equal, so
-    readers of one edge can share them.
+
+    Args:
+        kind: as `QuantizerSpec` has it: which rule gives the bytes.
+        scale: as `QuantizerSpec` has it; of row-log codes the base.
+        zero: as `QuantizerSpec` has it: the byte of the value 0.
+        low, high: as `QuantizerSpec` has them: the least and the largest byte.
+        bits: width of the codes.
+        shift_small, shift_large: as `QuantizerSpec` has them: powers of two between the scales of regions.
+        negative: whether there are codes of negative values.
+        levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur, where `identity` does not
+            say it.
+        unit: value of level 1.
+        codes: of a codebook, ascending; none for other kinds. Equal codes compare equal, so readers of one edge can
+            share them.
     """
 
     kind: int
@@ -65,6 +76,21 @@ class ByteCode:
     def identity(self) -> bool:
         """Whether a byte less `zero` is its level."""
         return self.kind in (UNIFORM, CODEBOOK)
+
+    @property
+    def bytes_given(self) -> tuple[int, ...]:
+        """The bytes that the quantizer gives, ascending."""
+        if self.codes:
+            return self.codes
+        return tuple(range(self.low, self.high + 1)) if self.kind == UNIFORM else tuple(range(2**self.bits))
+
+    @property
+    def reach(self) -> int:
+        """How far the numbers that are multiplied lie apart: of bytes, or the largest digit."""
+        if self.identity:
+            return self.bytes_given[-1] - self.bytes_given[0]
+        spec = self.levels_spec()
+        return max(int(number) for digit in range(spec.count) for number in spec.digit[digit])
 
     @property
     def has_zero(self) -> bool:

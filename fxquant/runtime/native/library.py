@@ -161,9 +161,8 @@ def instruction_sets() -> tuple[str, ...]:
 def _sets() -> dict[str, int]:
     """Numbers of the instruction sets that this CPU can run, by name, best last."""
     kernels = library()
-    return {
-        kernels.fxq_name(index).decode(): index for index in range(kernels.fxq_best() + 1) if kernels.fxq_runs(index)
-    }
+    numbers = [number for number in range(kernels.fxq_best() + 1) if kernels.fxq_runs(number)]
+    return {kernels.fxq_name(number).decode(): number for number in numbers}
 
 
 def instruction_set() -> str:
@@ -177,6 +176,22 @@ def select_instruction_set(name: str | None = None) -> None:
     if name is not None and name not in known:
         raise BackendError(f"this CPU cannot run {name!r} kernels; it can run {', '.join(known)}")
     call("select", -1 if name is None else known[name])
+
+
+def loop_depends_on_widths() -> bool:
+    """Whether products of narrow weights and codes are faster than of wide ones on the instruction set in use."""
+    return instruction_set() == "avx2"
+
+
+def speed_of_widths() -> str:
+    """One sentence: what widths do to speed on the instruction set in use. Raises BackendError without kernels."""
+    name = instruction_set()
+    if not loop_depends_on_widths():
+        return f"products take as long at all widths on {name}"
+    return (
+        f"on {name} weights of 7 bits and less run one and a half times as fast as of 8 bits, "
+        f"weights and activations of 4 bits about twice as fast"
+    )
 
 
 def call(function: str, *arguments: Any) -> None:

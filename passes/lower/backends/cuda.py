@@ -19,7 +19,6 @@ from passes.lower.rewrite import REQUIRES
 from passes.lower.rewrites.exchange_linears import UNIFORM_INSTEAD, ExchangeLinears, uniform_linears
 from passes.pipeline.contract import PassContext
 
-_GPU = "cuda"
 _KERNEL = "linear cuda"
 _INT8_CORES = (7, 5)  # compute capability
 
@@ -32,7 +31,12 @@ def _why_absent() -> BackendError | None:
 
 @dataclass(frozen=True)
 class MoveToGpu:
-    """Move the model to the GPU, where a layer runs as integers; images and scores stay where the caller has images."""
+    """Move the model to the GPU, where a layer runs as integers; images and scores stay where the caller has images.
+
+    device: where torch has the GPU; products of bytes run on its CPU, too, which tests use.
+    """
+
+    device: str = "cuda"
 
     requires: ClassVar[frozenset[Fact]] = REQUIRES
     provides: ClassVar[frozenset[Fact]] = frozenset()
@@ -43,11 +47,11 @@ class MoveToGpu:
         graph = graph_module.graph
         image, output = image_of(graph_module), graph.output_node()
         before = len(graph.nodes)
-        if _KERNEL not in (EXECUTION.get(graph_module) or {}).values() or _is_moved(graph_module):
+        if _KERNEL not in (EXECUTION.get(graph_module) or {}).values() or self._is_moved(graph_module):
             return 0
-        graph_module.to(_GPU)
+        graph_module.to(self.device)
         with graph.inserting_after(image):
-            there = graph.call_method("to", (image, _GPU))
+            there = graph.call_method("to", (image, self.device))
         there.meta.update(image.meta)
         image.replace_all_uses_with(there, delete_user_cb=lambda user: user is not there)
         with graph.inserting_before(output):
@@ -55,9 +59,8 @@ class MoveToGpu:
             output.args = torch.fx.node.map_arg(output.args, lambda scores: graph.call_method("to", (scores, home)))
         return len(graph.nodes) - before
 
-
-def _is_moved(graph_module: GraphModule) -> bool:
-    return any(user.target == "to" and user.args[1:] == (_GPU,) for user in image_of(graph_module).users)
+    def _is_moved(self, graph_module: GraphModule) -> bool:
+        return any(user.target == "to" and user.args[1:] == (self.device,) for user in image_of(graph_module).users)
 
 
 BACKEND = Backend(

@@ -36,7 +36,7 @@ class ExchangeLinears:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Exchange in place; returns how many layers."""
-        note_misses(context, self, _misses(graph_module))
+        note_misses(context, self, _misses(graph_module), outcome="simulated")
         found = uniform_linears(graph_module)
         for node, code in found.items():
             module = module_of(graph_module, node)

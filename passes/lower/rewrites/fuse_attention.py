@@ -32,6 +32,7 @@ from passes.lower.integer_plan import (
     moves,
     note_kernel,
     only_reader,
+    operation_of,
     planned_nodes,
     planned_of,
     shape_of,
@@ -78,7 +79,7 @@ class FuseAttention:
                 continue
             _rewrite(graph_module, av, found)
             fused += 1
-        note_misses(context, self, misses)
+        note_misses(context, self, misses, outcome="attention in parts")
         return fused
 
 
@@ -104,15 +105,14 @@ def _scores(graph_module: GraphModule, weights: Node | None, softmax: Node | Non
     """The product and the bias under the softmax whose bytes `av` reads; else why there is none."""
     module = module_of(graph_module, softmax)
     if weights is None or code_of(graph_module, weights) is None:
-        return "probabilities do not run as bytes"
+        return "its probabilities do not run as bytes"
     if not isinstance(module, nn.Softmax):
-        found = "nothing" if softmax is None else f"'{softmax.name}'"
-        return f"what multiplies the values is not a softmax but {found}, which may mix or scale probabilities"
+        return f"what multiplies the values comes from {operation_of(graph_module, softmax)}, not from the softmax"
     if only_reader(weights) is not av or only_reader(softmax) is not weights:
-        return "several nodes read the probabilities"
+        return "several nodes read its probabilities"
     shape = shape_of(softmax)
     if shape is None or module.dim not in (-1, len(shape) - 1):
-        return "the softmax is not over the last dimension"
+        return "its softmax is not over the last dimension"
     return _product(graph_module, input_of(softmax), shape)
 
 
@@ -120,14 +120,15 @@ def _product(graph_module: GraphModule, node: Node | None, shape: tuple[int, ...
     bias = None
     while node is not None and planned_of(node) is None:
         if only_reader(node) is None:
-            return f"several nodes read the scores '{node.name}'"
+            return "several nodes read its scores"
         if node.target in SUMS:
             full = _added(graph_module, node, shape)
             if isinstance(full, str):
                 return full
             bias = full if bias is None else bias + full
         elif not moves(node) or node.target not in ("view", "reshape"):
-            return f"scores go through '{node.name}' before the softmax: only a constant may be added to them"
+            how = operation_of(graph_module, node)
+            return f"its scores go through {how} before the softmax, and the kernel only adds a constant to them"
         node = input_of(node)
     if node is None or annotation_of(node).role is not Role.QK or only_reader(node) is None:
         return "scores are not a product of queries and keys on bytes that only the softmax reads"
@@ -139,7 +140,7 @@ def _added(graph_module: GraphModule, node: Node, scores: tuple[int, ...]) -> Te
     (groups, heads, N, M); else why there is none."""
     constant = constant_of(graph_module, node.args[1]) if len(node.args) == 2 and not node.kwargs else None
     if constant is None:
-        return f"'{node.name}' adds what depends on the image to the scores: the kernel adds a constant"
+        return "what is added to its scores depends on the image, and the kernel adds a constant"
     full: tuple[int, ...]
     shape, rows = shape_of(node) or (), scores[-2:]
     if len(scores) == 4 and len(shape) == 5 and shape[2:] == scores[1:]:
@@ -147,13 +148,13 @@ def _added(graph_module: GraphModule, node: Node, scores: tuple[int, ...]) -> Te
     elif shape == scores:
         full = (1, *scores[1:])
     else:
-        return f"'{node.name}' adds to scores of another shape"
+        return "something is added to its scores in another shape"
     while constant.ndim > len(full) and len(constant) == 1:
         constant = constant[0]
     try:
         expanded = constant.float().broadcast_to(full)
     except RuntimeError:
-        return f"'{node.name}' adds a constant {tuple(constant.shape)} that is not the same for every image"
+        return f"a constant {tuple(constant.shape)} is added to its scores, which is not the same for every image"
     return expanded.reshape(full[0], math.prod(full[1:-2]), *rows)
 
 
@@ -170,8 +171,10 @@ def _codes(
     if probabilities.kind == library.CODEBOOK:
         return "the kernel knows no codebook for probabilities: take row-log, as the recipe best does"
     if result is None:
-        reader = "several nodes read it" if output is None else f"'{output.name}' reads it"
-        return f"the kernel gives bytes, and its result is wanted in float: {reader}"
+        while output is not None and moves(output):
+            output = only_reader(output)
+        reader = "several nodes" if output is None else operation_of(graph_module, output)
+        return f"the kernel gives bytes, and its result is read in float, by {reader}"
     return AttentionCodes((query, key, value), probabilities, result)
 
 

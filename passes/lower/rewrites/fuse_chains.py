@@ -120,31 +120,38 @@ def _begun(graph_module: GraphModule, node: Node) -> _Run | None:
 
 def _joins(graph_module: GraphModule, run: _Run, node: Node, first: tuple[int, ...]) -> bool:
     """Add a node that reads nothing but the run's values, if it fits. first: shape of the first layer's input."""
-    layer, reordering = _layer(graph_module, node), _reordering(graph_module, node)
-    sources = _reads(node)
-    are_back = {source in run.is_back for source in sources}
+    are_back = {source in run.is_back for source in _reads(node)}
     if len(are_back) != 1:
-        return False
+        return False  # a sum of rows in two orders
     is_back = are_back.pop()
-    if layer is not None:
-        groups = len(first) == 3 and (shape_of(node) or ())[1:2] == first[1:2] and not is_back
-        if isinstance(layer, IntegerAttention) and not groups:
-            return False
+    source = _reads(node)[0]
+    if _is_layer_for(graph_module, node, first, is_back):
         run.layers.append(node)
         run.values[node] = len(run.layers)
-    elif reordering is not None and run.gather is not None and not is_back:
-        start = _reordering(graph_module, run.gather)
-        if start is None or not start.undone_by(reordering):
-            return False
-        run.values[node], is_back = run.values[sources[0]], True
-    elif _is_view(node) and run.values[sources[0]]:
-        run.values[node] = run.values[sources[0]]
+    elif _goes_back(graph_module, run, node, is_back):
+        run.values[node], is_back = run.values[source], True
+    elif _is_view(node) and run.values[source]:
+        run.values[node] = run.values[source]
     else:
         return False
     run.nodes.append(node)
     if is_back:
         run.is_back.add(node)
     return True
+
+
+def _is_layer_for(graph_module: GraphModule, node: Node, first: tuple[int, ...], is_back: bool) -> bool:
+    """Whether a node is a layer that a chain runs; attention, where tokens are together as in the chain's input."""
+    layer = _layer(graph_module, node)
+    if not isinstance(layer, IntegerAttention):
+        return layer is not None
+    return len(first) == 3 and (shape_of(node) or ())[1:2] == first[1:2] and not is_back
+
+
+def _goes_back(graph_module: GraphModule, run: _Run, node: Node, is_back: bool) -> bool:
+    """Whether a node puts rows back to where the run has taken them from."""
+    there, back = _reordering(graph_module, run.gather), _reordering(graph_module, node)
+    return there is not None and back is not None and not is_back and there.undone_by(back)
 
 
 def _reads(node: Node) -> list[Node]:
@@ -163,7 +170,7 @@ def _is_view(node: Node) -> bool:
     return node.target in _VIEWS and None not in shapes and shapes[0][-1] == shapes[1][-1]  # type: ignore[index]
 
 
-def _reordering(graph_module: GraphModule, node: Node) -> ReorderRows | None:
+def _reordering(graph_module: GraphModule, node: Node | None) -> ReorderRows | None:
     module = module_of(graph_module, node)
     return module if isinstance(module, ReorderRows) else None
 

@@ -26,6 +26,7 @@ from passes.lower.integer_plan import (
     layer_of,
     module_of,
     only_reader,
+    operation_of,
     planned_nodes,
     planned_of,
     set_epilogue,
@@ -94,7 +95,7 @@ def _match(graph_module: GraphModule, node: Node) -> _Codes | _Residual | Miss:
         return _after_factor(graph_module, node, follower)
     if follower.target in SUMS:
         return _residual(node, follower)
-    return Miss(layer_of(node), f"the kernel does not do what '{follower.name}' does with its result")
+    return Miss(layer_of(node), f"the kernel does not do what {operation_of(graph_module, follower)} does behind it")
 
 
 def _codes_behind(graph_module: GraphModule, node: Node) -> tuple[Node, ByteCode] | None:
@@ -129,11 +130,11 @@ def _after_factor(graph_module: GraphModule, node: Node, follower: Node) -> _Cod
 
 def _residual(node: Node, total: Node) -> _Residual | Miss:
     if len(total.args) != 2 or total.kwargs:
-        return Miss(layer_of(node), f"the sum '{total.name}' has a factor")
+        return Miss(layer_of(node), "the sum behind it has a factor")
     left, right = total.args
     residual = right if left is node else left
     if residual is node or not isinstance(residual, Node) or shape_of(residual) != shape_of(node):
-        return Miss(layer_of(node), f"what '{total.name}' adds has another shape, or is the layer's own result")
+        return Miss(layer_of(node), "what is added to it has another shape, or is its own result")
     if len(node.users) != 1:
         return Miss(layer_of(node), "somebody asks for its shape, perhaps before the residual is there")
     return _Residual(total, residual)

@@ -33,6 +33,7 @@ from passes.lower.integer_plan import (
     module_of,
     moves,
     only_reader,
+    operation_of,
     planned_of,
     readers,
     set_dtype,
@@ -117,7 +118,7 @@ def _operand(graph_module: GraphModule, attention: Node, index: int) -> _Operand
         own = factor_of(node)
         factor *= 1.0 if own is None else own
         if own is None and code_of(graph_module, node) is None and not parts(node):
-            return f"'{node.name}' computes something between the linear layer and the attention"
+            return f"{operation_of(graph_module, node)} is between the linear layer and the attention"
         path.append(node)
         node = input_of(node)
     if node is None or not isinstance(module_of(graph_module, node), QuantizedLinear):

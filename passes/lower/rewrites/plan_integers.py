@@ -41,7 +41,7 @@ class PlanIntegers:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Plan in place; returns how many nodes will run as integers."""
-        note_misses(context, self, simulated_layers(graph_module))
+        note_misses(context, self, simulated_layers(graph_module), outcome="simulated")
         planned = integer_nodes(graph_module)
         made = []
         for node, codes in planned.items():

@@ -6,8 +6,8 @@ import pytest
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
-from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError, SensitivityError
-from tests.allocators.tables import plain_table, random_table
+from fxquant.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OverrideError, SensitivityError
+from tests.allocators.tables import plain_table, random_table, untied_table
 
 pytestmark = pytest.mark.quick
 
@@ -203,3 +203,82 @@ def test_from_dict_names_missing_and_unknown_fields():
     values["mac"] = values.pop("macs")
     with pytest.raises(ArtefactError, match=r"\['mac', 'macs'\]"):
         CostTable.from_dict(values)
+
+
+class TestProductsOfTwoWidths:
+    """`untied_table`: the product has 60 left and 90 right elements and 20 multiply-accumulates."""
+
+    def test_bit_operations_are_macs_times_both_widths(self):
+        table = untied_table()
+        assignment = np.array([[1, 0, 1], [1, 2, 1]])
+        usage = table.usage(assignment)
+        assert usage["bit_operations"] == 10 * 4 * 4 + 20 * 2 * 8 + 30 * 4 * 4
+        assert usage["mean_activation_bits"] == (50 * 4 + 60 * 2 + 90 * 8 + 200 * 4) / 400
+        assert usage["mean_weight_bits"] == 4
+        assert usage["weight_bytes"] == 200
+
+    def test_equal_widths_use_what_tied_ones_use(self):
+        free, tied = untied_table(), plain_table()
+        assert free.usage(free.uniform(4, 8)) == tied.usage(tied.uniform(4, 8))
+        assert free.objective(free.uniform(4, 8)) == tied.objective(tied.uniform(4, 8))
+
+    def test_names_of_operands(self):
+        table = untied_table()
+        assert [table.operand(row, 1) for row in (0, 1)] == ["blocks.0.qk.left", "blocks.0.qk.right"]
+        assert [table.operand(row, 0) for row in (0, 1)] == ["blocks.0.fc1", "blocks.0.fc1"]
+        assert plain_table().operand(1, 1) == "blocks.0.qk"
+        allocation = Milp().allocate(table, Budget.parse("W8A4"))
+        assert set(allocation.activation_bits) == {"blocks.0.fc1", "blocks.0.qk.left", "blocks.0.qk.right", "head"}
+        assert table.objective(allocation.assignment(table)) == allocation.objective
+
+    @pytest.mark.parametrize(
+        ("patterns", "expected"),
+        [
+            ({"blocks.0.qk": 8}, [8, 8]),
+            ({"qk": (None, 4)}, [4, 4]),
+            ({"blocks.0.qk.left": 4}, [4, 2]),
+            ({"qk.right": 8}, [2, 8]),
+            ({"*.qk.left": 8, "qk.right": 4}, [8, 4]),
+            ({"qk": 8, "qk.left": 4}, [4, 8]),
+        ],
+    )
+    def test_override(self, patterns, expected):
+        restricted = untied_table().override(patterns)
+        assert restricted.widths(restricted.lowest())[:, 1].tolist() == expected
+
+    @pytest.mark.parametrize(
+        ("patterns", "message"),
+        [
+            ({"qk.left": 5}, r"asks for 5 left bits; the candidates are \[2, 4, 8\]"),
+            ({"qk.left": (4, 4)}, "names one operand and must give one width"),
+            ({"head.left": 4}, "'head', which has no width of its own"),
+            ({"qk.middle": 4}, "matches no layer, role or glob; close names: .*qk.*left"),
+            ({"qk": (4, None)}, "no matched layer has weights"),
+        ],
+    )
+    def test_override_errors(self, patterns, message):
+        with pytest.raises(OverrideError, match=message):
+            untied_table().override(patterns)
+
+    def test_a_tied_product_has_no_left_width(self):
+        with pytest.raises(OverrideError, match=r"'blocks\.0\.qk', which has no width of its own"):
+            plain_table().override({"qk.left": 4})
+
+    def test_spared_operands_may_be_narrower(self):
+        table = untied_table().at_least(4, ("qk.left",))
+        assert table.widths(table.lowest()).tolist() == [[4, 2, 4], [4, 4, 4]]
+
+    def test_weights_and_activations_are_tied_in_layers_with_weights_only(self):
+        table = untied_table()
+        assert len(table.choices(1, tied=True).cost) == 9
+        assert len(table.choices(0, tied=True).cost) == 3
+
+    def test_refusals_name_both_widths(self):
+        with pytest.raises(InfeasibleBudgetError, match=r"pinned by blocks\.0\.qk \(L8R4, \+"):
+            untied_table().override({"qk.left": 8, "qk.right": 4}).check_feasible(Budget(mean_activation_bits=2.1))
+
+
+def test_a_width_that_is_no_candidate_is_refused():
+    allocation = Milp().allocate(plain_table(), Budget.parse("W8A8"))
+    with pytest.raises(BudgetError, match=r"'blocks.0.fc1' is given 8 bits; candidates are \(2, 3, 4\)"):
+        allocation.assignment(plain_table(bits=(2, 3, 4)))

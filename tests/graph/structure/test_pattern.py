@@ -12,6 +12,7 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, declare, verify
 from fxquant.graph.printer import describe
 from fxquant.graph.structure.roles import find_roles
+from tests.operands import operands
 
 pytestmark = pytest.mark.quick
 
@@ -88,12 +89,13 @@ def test_verifier_names_the_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "text"), [({}, "head"), ({"weight_bits": 4}, "head[w4]"), ({"activation_bits": 8}, "head[a8]")]
+    ("bits", "text"),
+    [((None, None), "head"), ((4, None), "head[w4]"), ((None, 8), "head[a8]"), ((4, 8), "head[w4a8]")],
 )
-def test_description_shows_bits(bits: dict[str, int], text: str) -> None:
+def test_description_shows_bits(bits: tuple[int | None, ...], text: str) -> None:
     graph_module = trace(Body(lambda m, x: m.a(x)), IMAGES_BCHW)
     node = next(n for n in graph_module.graph.nodes if n.name == "head")
-    annotate(node, role=Role.HEAD, **bits)
+    annotate(node, role=Role.HEAD, operands=operands(*bits))
     assert describe(node) == f"%head = {text}(%mean)"
     assert nodes_with_role(graph_module, Role.HEAD) == [node]
     assert annotation_of(node).role is Role.HEAD

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from allocators.problem.budget import Budget
 from fxquant.errors import BudgetError, InfeasibleBudgetError, PipelineError
 from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.integer.byte_codes import ByteCode
+from fxquant.runtime.native import library
 from fxquant.session.session import Session
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
@@ -31,13 +33,22 @@ NOT_FOR_KERNELS = ("adalog", "repq_vit", "lampq", "vt_ptq", "naive_min_max", "be
 """Recipes of quantizers that have no byte codes, or have one digit at every width wherever that costs nothing."""
 
 
+needs_avx2 = pytest.mark.skipif(
+    library.why_absent() is not None or "avx2" not in library.instruction_sets(), reason="no AVX2"
+)
+
+
 def digits(code: ByteCode) -> int:
     return int(code.levels_spec().count)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Times made up: a product takes as many ms as its input has digits. Returns what was asked for."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Times made up: a product takes as many ms as its input has digits. Returns what was asked for.
+
+    Of a set on which digits are all that matters.
+    """
+    library.select_instruction_set("scalar")
     asked: list[tuple[Any, ...]] = []
 
     def linear_ms(rows: int, inner: int, out: int, bits: int, code: ByteCode, threads: int) -> float:
@@ -52,7 +63,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(measure_latency, "linear_ms", linear_ms)
     monkeypatch.setattr(measure_latency, "matmul_ms", matmul_ms)
     monkeypatch.setattr(measure_latency, "least_ms", lambda run, threads, seconds: (run(), WHOLE_MS)[1])
-    return asked
+    yield asked
+    library.select_instruction_set()
 
 
 def test_the_widest_model_takes_what_was_measured_and_digits_are_what_narrowing_saves(
@@ -74,6 +86,14 @@ def test_each_shape_is_timed_once(calls: list[tuple[Any, ...]]) -> None:
     assert ("linear", 4, 3 * 16 * 16, 24, 8, 1, 1) in calls, "patch embedding: a row for each patch"
     assert ("matmul", 3, 5, 5, 8, 2, 1) in calls, "av: three heads"
     assert len(table.layers) > len({call[:4] for call in calls})
+
+
+@needs_avx2
+def test_on_avx2_each_width_of_codes_is_timed(calls: list[tuple[Any, ...]]) -> None:
+    library.select_instruction_set("avx2")
+    Session(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
+    qkv = [call for call in calls if call[:5] == ("linear", 5, 24, 72, 8)]
+    assert qkv == [("linear", 5, 24, 72, 8, 1, 1)] * len(BITS)
 
 
 def test_batch_size_and_threads(calls: list[tuple[Any, ...]]) -> None:

@@ -43,7 +43,7 @@ def updated(allocated: GraphModule, cache: Cache | None = None, **options: Any) 
 
 def bits(graph_module: GraphModule) -> dict[str, tuple[int | None, int | None]]:
     found = [annotation_of(node) for node in nodes_with_role(graph_module)]
-    return {a.layer: (a.weight_bits, a.activation_bits) for a in found if a.weight_bits or a.activation_bits}
+    return {a.layer: (a.weight_bits, a.input_bits[-1]) for a in found if a.has_bits}
 
 
 def divergence(graph_module: GraphModule) -> float:

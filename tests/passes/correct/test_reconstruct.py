@@ -75,8 +75,8 @@ def scales(graph_module: GraphModule) -> list[float]:
     return [
         float(candidate.quantizer.scale.sum())
         for node in nodes_with_role(graph_module)
-        for group in annotation_of(node).activation_candidates
-        if (candidate := chosen(group, annotation_of(node).activation_bits, "")) is not None
+        for operand in annotation_of(node).inputs
+        if (candidate := chosen(operand, "")) is not None
     ]
 
 
@@ -119,12 +119,9 @@ def test_scales_are_learned_and_only_at_the_allocated_width(small: GraphModule) 
     moved = [a != b for a, b in zip(scales(small), scales(result), strict=True)]
     assert sum(moved) > len(moved) // 2
     for before, after in zip(nodes_with_role(small), nodes_with_role(result), strict=True):
-        bits = annotation_of(before).activation_bits
-        groups = zip(
-            annotation_of(before).activation_candidates, annotation_of(after).activation_candidates, strict=True
-        )
-        for old, new in ((o, n) for group in groups for o, n in zip(*group, strict=True) if o.bits != bits):
-            assert torch.equal(old.quantizer.scale, new.quantizer.scale)
+        for was, operand in zip(annotation_of(before).inputs, annotation_of(after).inputs, strict=True):
+            for old, new in zip(was.candidates, operand.candidates, strict=True):
+                assert old.bits == was.bits or torch.equal(old.quantizer.scale, new.quantizer.scale)
 
 
 def test_same_seed_same_result_and_another_seed_another(small: GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.printer import format_graph
 from fxquant.runtime import simulated
 from fxquant.runtime.native import library
+from passes.lower.backends import backends
+from passes.lower.backends.cuda import BACKEND, MoveToGpu
 from passes.lower.lower import Lower, execution_of, execution_summary, resolved
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -73,18 +76,16 @@ def test_onednn_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
         assert torch.equal(copy.deepcopy(low)(x), found)
 
 
-@pytest.fixture
-def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def move_to(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's int8 products run on a CPU too, so all but the place can be tested there."""
-    if torch.cuda.is_available():
-        return
-    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    steps = tuple(replace(step, device=device) if isinstance(step, MoveToGpu) else step for step in BACKEND.pipeline)
+    there = replace(BACKEND, pipeline=steps, why_absent=lambda: None)
+    monkeypatch.setitem(backends(), BACKEND.name, there)
 
 
-@pytest.mark.usefixtures("cpu_as_gpu")
-def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
+def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        move_to("cpu", monkeypatch)
     low = compiled.lowered("cuda")
     assert {row.execution for row in low.layers} == {"simulated", "linear cuda"}
     for x in (embedded.test_images()[0][:100], embedded.test_images()[0][:1]):
@@ -96,9 +97,8 @@ def test_cuda_runs_the_linear_layers(compiled: fxquant.Compiled) -> None:
     assert format_graph(again) == format_graph(low.graph_module)
 
 
-@pytest.mark.usefixtures("cpu_as_gpu")
 def test_cuda_leaves_models_alone_that_have_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passes.lower.backends.cuda._GPU", "meta")
+    move_to("meta", monkeypatch)
     graph_module = quantized("vit")
     for module in graph_module.modules():
         if isinstance(module, simulated.QuantizedLinear):

@@ -24,7 +24,7 @@ from passes.lower.lower import Lower, execution_of, execution_summary
 from passes.lower.rewrite import Miss
 from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from tests.assertions import assert_rewrites, exact
 from tests.lowering import lower, needs_kernels, note_bits, quantized
 from tests.models import ARCHITECTURES, images, traced, vit
@@ -81,7 +81,7 @@ def test_every_layer_gives_the_same_codes_and_outputs(simulated_graph: tuple[Gra
         scale = float(values[node].abs().max())
         torch.testing.assert_close(integer(*made), values[node], rtol=1e-5, atol=2e-6 * scale)
         seen += 1
-    assert seen == sum(annotation_of(n).activation_bits is not None for n in graph_module.graph.nodes)
+    assert seen == sum(any(annotation_of(n).input_bits) for n in graph_module.graph.nodes)
 
 
 @needs_kernels
@@ -193,7 +193,7 @@ def test_patterns_that_do_not_match_run_unfused(post_softmax: str) -> None:
     graph_module = traced(model, images(2))
     # The attention's weights are also an output of sorts: a second reader of the softmax.
     pipeline = RECIPES["mptq_vit"]("W4A6", bits=(4, 6), allocator=Uniform())
-    pipeline = pipeline.changed(InsertObservers, post_softmax=post_softmax)
+    pipeline = pipeline.changed(PlanOperands, post_softmax=post_softmax)
     quantized_graph = pipeline.run(graph_module, PassContext(images(4)))
     nodes = {node.name: node for node in quantized_graph.graph.nodes}
     softmax = nodes["blocks_0_attn_softmax"]

@@ -19,7 +19,7 @@ from fxquant.errors import (
     PatternError,
     PipelineError,
 )
-from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import ROLES_ASSIGNED, Fact, facts_of
 from fxquant.graph.printer import format_graph
@@ -31,6 +31,7 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES, best, mptq_vit, naive_min_max, recipe
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import OBSERVED, InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED, SubstituteQuantizers
 from tests.models import images, vit
@@ -50,7 +51,8 @@ class KeepHigh:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         nodes = nodes_with_role(graph_module, self.role)
         for node in nodes:
-            annotate(node, weight_bits=self.bits, pinned=True)
+            _, x = annotation_of(node).operands
+            annotate_operands(node, bits=(self.bits, x.bits), pinned=(True, x.pinned))
         context.note(role=str(self.role))
         return len(nodes)
 
@@ -75,8 +77,9 @@ class TestBuilding:
         )
 
     def test_facts_that_a_pass_breaks_are_gone(self) -> None:
-        with pytest.raises(PipelineError, match=r"pass 5 .*requires 'calibrated'"):
-            Pipeline([AssignRoles(), InsertObservers(), Calibrate(), SearchScales(), AssignRoles(), SearchScales()])
+        observed = (AssignRoles(), PlanOperands(), InsertObservers())
+        with pytest.raises(PipelineError, match=r"pass 6 .*requires 'calibrated'"):
+            Pipeline([*observed, Calibrate(), SearchScales(), AssignRoles(), SearchScales()])
 
     def test_nothing_assumed(self) -> None:
         with pytest.raises(PipelineError, match="known there: nothing"):
@@ -95,8 +98,8 @@ class TestBuilding:
 class TestEditing:
     def test_recipe(self) -> None:
         assert kinds(mptq_vit(4)) == [
-            "AssignRoles", "CheckBudget", "FoldSqb", "InsertObservers", "Calibrate", "SearchScales", "AllocateBits",
-            "SubstituteQuantizers",
+            "AssignRoles", "PlanOperands", "CheckBudget", "FoldSqb", "InsertObservers", "Calibrate", "SearchScales",
+            "AllocateBits", "SubstituteQuantizers",
         ]  # fmt: skip
         assert len(mptq_vit(4)) == 8
 
@@ -260,7 +263,7 @@ class TestBeforeAnyImage:
 def test_a_slice_without_the_allocation_checks_nothing(graph: GraphModule) -> None:
     context = PassContext()
     mptq_vit("W1.5A4")[:2].run(graph, context)
-    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", "CheckBudget()"]
+    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", repr(PlanOperands()), "CheckBudget()"]
 
 
 @pytest.mark.parametrize(("budget", "least"), [("W3A3", 3), ("W2.5A3", 2), ("W3A2.5", 2)])
@@ -269,7 +272,7 @@ def test_narrow_widths_only_where_the_budget_needs_them(graph: GraphModule, budg
     allocate = AllocateBits(Budget.parse(budget), image_bits=4, narrowest=3)
     allocated = pipeline.replace(AllocateBits, allocate).run(graph, PassContext(images(2)))
     found = [annotation_of(node) for node in nodes_with_role(allocated)]
-    widths = [bits for a in found for bits in (a.weight_bits, a.activation_bits) if bits is not None]
+    widths = [bits for a in found for bits in a.bits if bits is not None]
     assert min(widths) == least
 
 
@@ -290,7 +293,25 @@ def test_recipes_by_name() -> None:
 
 def test_recipes_refuse_unknown_families_when_built() -> None:
     with pytest.raises(PatternError):
-        mptq_vit(4).replace(InsertObservers, InsertObservers(other="nope"))
+        mptq_vit(4).replace(PlanOperands, PlanOperands(other="nope"))
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_images_are_gathered_in_order_a_few_at_a_time_whatever_the_batch_size(
+    graph: GraphModule, together: int
+) -> None:
+    class Nothing:
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def restore(self, state: dict[str, torch.Tensor]) -> None:
+            raise AssertionError("nothing was kept")
+
+    for batch_size in (1, 8):
+        context = PassContext(images(5), batch_size=batch_size)
+        found = list(context.gather("looking", Nothing(), graph, together=together))
+        assert [first for first, _ in found] == list(range(0, 5, together))
+        assert torch.equal(torch.cat([batch for _, batch in found]), context.images)
 
 
 def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:

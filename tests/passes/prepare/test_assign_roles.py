@@ -14,8 +14,6 @@ from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 from tests.assertions import assert_rewrites
 
-pytestmark = pytest.mark.quick
-
 
 def assigned(batch_size: int = 2):
     torch.manual_seed(0)
@@ -40,12 +38,10 @@ def test_layers_blocks_and_costs() -> None:
 
     tokens, heads, width, channels = 5, 2, 6, 12
     qkv, scores = annotations["blocks.1.attn.qkv"], annotations["blocks.1.attn.qk"]
-    assert (qkv.parameters, qkv.macs, qkv.activation_elements) == (36 * 12, tokens * 36 * 12, tokens * channels)
-    assert (scores.macs, scores.activation_elements) == (heads * tokens**2 * width, 2 * tokens * channels)
-    product = annotations["blocks.0.attn.av"]
-    assert product.activation_elements == heads * tokens**2 + tokens * channels
+    assert qkv.macs == tokens * 36 * channels
+    assert scores.macs == heads * tokens**2 * width
     assert annotations["patch_embed.proj"].macs == 4 * 12 * 3 * 4 * 4
-    assert annotations["head"].macs == annotations["head"].parameters == 60
+    assert annotations["head"].macs == 60
     assert context.journal.pending == {"unmatched": []}
 
 
@@ -54,6 +50,7 @@ def test_costs_are_per_image() -> None:
     assert costs[0] == costs[1] == costs[2]
 
 
+@pytest.mark.quick
 def test_idempotent() -> None:
     graph_module, changed, _ = assigned()
     before = [annotation_of(node) for node in graph_module.graph.nodes]

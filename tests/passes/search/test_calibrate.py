@@ -18,17 +18,18 @@ from fxquant.quantizers.statistics.histogram import BUCKETS
 from fxquant.sensitivity.logit_gradients import logit_gradients
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers, observers_of
+from passes.search.insert_observers import observers_of
 from tests.models import VIT, images, timm_model, traced, vit
+from tests.operands import plan_and_observe
 
-FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
+FULLY = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
 
 
 @pytest.fixture(scope="module")
 def observed() -> GraphModule:
     """One block, fully quantized protocol; copy before use."""
     graph_module = traced(vit(depth=1), images(2))
-    FULLY.apply(graph_module, PassContext())
+    plan_and_observe(graph_module, **FULLY)
     return graph_module
 
 
@@ -182,7 +183,7 @@ class TestErrors:
 
         torch.manual_seed(0)
         graph_module = traced(Tokens().eval(), images(2, 16))
-        InsertObservers().apply(graph_module, PassContext())
+        plan_and_observe(graph_module)
         with pytest.raises(CalibrationError, match="class scores"):
             Calibrate().apply(graph_module, PassContext(images(2, 16)))
         Calibrate(gradient=False).apply(graph_module, PassContext(images(2, 16)))
@@ -234,7 +235,7 @@ def test_attention_pool_with_a_constant_query() -> None:
     """SigLIP's pool multiplies a query that no image reaches; its edges are calibrated all the same."""
     model = timm_model("vit_base_patch16_siglip_224", **{**VIT, "depth": 1})
     graph_module = traced(model, images(2))
-    InsertObservers().apply(graph_module, PassContext())
+    plan_and_observe(graph_module)
     Calibrate().apply(graph_module, PassContext(images()))
     assert all(observer.images for observer in observers(graph_module).values())
     assert any(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from passes.search.calibrate import Calibrate
 from passes.search.search_cache import split
 from passes.search.search_scales import SearchScales
 from tests.models import SWIN, images, timm_model, vit
+from tests.operands import input_candidates, weight_candidates
 
 FEW: dict[str, Any] = {"bits": (2, 3, 4, 8)}
 
@@ -223,10 +224,12 @@ def test_every_annotation_field_survives() -> None:
     assert again.code == searched.code, "signatures of what is scored and timed depend on it"
     for before, after in zip(searched.graph.nodes, again.graph.nodes, strict=True):
         one, other = annotation_of(before), annotation_of(after)
-        for field in ("role", "layer", "block", "parameters", "macs", "activation_elements", "weight_sensitivity"):
+        for field in ("role", "layer", "block", "macs"):
             assert getattr(one, field) == getattr(other, field)
-        groups = zip((one.weight_candidates, *one.activation_candidates),
-                     (other.weight_candidates, *other.activation_candidates), strict=True)  # fmt: skip
+        for o, p in zip(one.operands, other.operands, strict=True):
+            assert replace(o, candidates=()) == replace(p, candidates=())
+        groups = zip((weight_candidates(one), *input_candidates(one)),
+                     (weight_candidates(other), *input_candidates(other)), strict=True)  # fmt: skip
         for first, second in groups:
             for c, d in zip(first, second, strict=True):
                 assert (c.bits, c.loss, c.noise, c.signal) == (d.bits, d.loss, d.noise, d.signal)
@@ -234,6 +237,6 @@ def test_every_annotation_field_survives() -> None:
                 states = c.quantizer.state_dict(), d.quantizer.state_dict()
                 assert states[0].keys() == states[1].keys()
                 assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert sum(len(annotation_of(node).weight_candidates) for node in again.graph.nodes) == 6 * len(FEW["bits"])
+    assert sum(len(weight_candidates(annotation_of(node))) for node in again.graph.nodes) == 6 * len(FEW["bits"])
     assert "blocks.0.attn.qkv.weight" in tensors, "folding has changed it"
     assert "blocks.0.attn.proj.weight" not in tensors, "what the traced model has is not written again"
