@@ -43,7 +43,7 @@ def test_the_call_lists_its_options() -> None:
         assert f"{name}: {words(SessionOptions, name)}" in listed
 
 
-def test_names_of_recipes_are_known_without_importing_them() -> None:
+def test_the_command_line_knows_all_names_without_importing_torch() -> None:
     assert tuple(RECIPES) == RECIPE_NAMES
     lines = (
         "import sys, passes.options, fxquant.session.options, fxquant.commands.compiling; print('torch' in sys.modules)"
