@@ -232,6 +232,7 @@ void widen_right(const int8_t *bytes, int64_t groups, int16_t *out) {
 #include "epilogue.inl"
 #include "reach.inl"
 #include "linear.inl"
+#include "product.inl"
 #include "attention.inl"
 
 }  // namespace
