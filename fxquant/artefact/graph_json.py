@@ -48,6 +48,7 @@ from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, declare, facts_of
 from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
+from fxquant.graph.output_tree import TENSOR, TREE, Tree, leaves
 
 _FACTS = {fact.name: fact for fact in (TRACED, ROLES_ASSIGNED, QUANTIZED)}
 """What a graph in a file can be said to be. Other facts are of candidates, observers and notes, which are not kept."""
@@ -69,7 +70,10 @@ _GRAPH = {
     "modules": OBJECT,
     "nodes": listed(OBJECT, longest=10_000),
 }
-_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}  # earlier versions wrote it; nothing reads it
+_GRAPH_OPTIONS = {
+    "folds": listed(TEXT, longest=100),  # earlier versions wrote it; nothing reads it
+    "output": OBJECT,  # how the tensors that the graph returns are arranged; without it, it returns one
+}
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
 _ANY = Rule("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
@@ -103,6 +107,7 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
         "image_shape": list(IMAGE_SHAPE.get(graph_module) or ()),
         "modules": modules,
         "nodes": [_node_to_json(node, index) for node in nodes],
+        **({} if (tree := TREE.get(graph_module)) is None else {"output": tree}),
     }
     return document, tensors
 
@@ -129,7 +134,19 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     declare(graph_module, [_FACTS[name] for name in read["facts"] if name in _FACTS])
     COVERAGE.write(graph_module, float(read["coverage"]))
     IMAGE_SHAPE.write(graph_module, tuple(read["image_shape"]))
+    tree = _checked_tree(read.get("output", {TENSOR: 0}), nodes[-1].args[0])
+    if not tree.is_bare:
+        TREE.write(graph_module, tree.to_json())
     return graph_module.eval()
+
+
+def _checked_tree(document: Any, returned: Any) -> Tree:
+    """The output's tree, which has a place for every tensor that the graph returns."""
+    tree = Tree.from_json(document)
+    places, count = len(tree.names), len(leaves(returned))
+    if places != count or tree.is_bare == isinstance(returned, tuple | list):
+        raise ArtefactError(f"the graph returns {count} tensors, and its output has places for {places}")
+    return tree
 
 
 def _assemble(graph: Graph, contents: dict[str, Any], class_name: str) -> GraphModule:

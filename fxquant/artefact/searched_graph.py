@@ -24,9 +24,10 @@ from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Candidate, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, declare, facts_of
 from fxquant.graph.notes import COVERAGE, FACTS, IMAGE_SHAPE
+from fxquant.graph.output_tree import TREE
 
 _OPERANDS = listed(LIST, longest=2)
-_WRITTEN_APART = (COVERAGE.key, IMAGE_SHAPE.key, FACTS.key)
+_WRITTEN_APART = (COVERAGE.key, IMAGE_SHAPE.key, TREE.key, FACTS.key)
 
 
 def searched_to_file(graph_module: GraphModule, traced: GraphModule) -> tuple[dict[str, str], dict[str, Tensor]]:

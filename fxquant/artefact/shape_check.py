@@ -31,6 +31,7 @@ from fxquant.artefact.operation_sizes import check_numbers, predicted_elements, 
 from fxquant.checks.untrusted import FLOATS
 from fxquant.errors import ArtefactError
 from fxquant.graph.notes import IMAGE_SHAPE
+from fxquant.graph.output_tree import leaves
 
 _IMAGES = 2
 _MOST_ITEMS = 2**16  # of a tuple that a node gives
@@ -215,8 +216,11 @@ def _name(node: Node) -> str:
 
 
 def _checked_output(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        raise ArtefactError(f"the graph gives a {type(value).__name__}, not one tensor")
+    """One tensor, or a tuple of them."""
+    if not isinstance(value, Tensor | tuple | list) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
+        raise ArtefactError(f"the graph gives a {type(value).__name__}, not tensors")
+    if len(leaves(value)) == 0:
+        raise ArtefactError("the graph gives no tensor")
     return value
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import ExportError, MissingExtraError
+from fxquant.graph.output_tree import Output
 from fxquant.runtime.known_answers import KnownAnswers
 
 
@@ -51,6 +52,7 @@ def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Ten
     return found
 
 
-def _run(session: Any, images_bchw: Tensor) -> Tensor:
+def _run(session: Any, images_bchw: Tensor) -> Output:
     (given,) = session.get_inputs()
-    return torch.from_numpy(session.run(None, {given.name: images_bchw.numpy()})[0])
+    found = tuple(torch.from_numpy(each) for each in session.run(None, {given.name: images_bchw.numpy()}))
+    return found[0] if len(found) == 1 else found

@@ -1,7 +1,9 @@
 """A simulated graph as an ONNX model, by torch's exporter: QDQ nodes, a free batch dimension, layers by their names.
 
 Every node of a layer is called `<layer>/<operator>`, for example `blocks.3.mlp.fc1/MatMul`. The card goes into the
-metadata under `fxquant`. Nothing of the machine does: the exporter's stack traces are taken out.
+metadata under `fxquant`. A model that returns several tensors has an output for each, called by its keys and positions
+("logits", "hidden_states.0"), and "output.0" where it has positions alone. Nothing of the machine goes into the file:
+the exporter's stack traces are taken out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import IMAGE_SHAPE
+from fxquant.graph.output_tree import TREE, Tree
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")
@@ -40,7 +43,8 @@ class OnnxModel:
 def to_onnx(
     graph_module: GraphModule, *, weight_type: str = "int8", card: Mapping[str, Any] | None = None
 ) -> OnnxModel:
-    """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores".
+    """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores",
+    or the names of `output_names` for a tree of tensors.
 
     Args:
         graph_module: a simulated graph; it is not changed.
@@ -61,11 +65,11 @@ def to_onnx(
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
     }
     written, layers = with_qdq(graph_module)
-    images = torch.zeros(2, *IMAGE_SHAPE.of(graph_module))
+    images, names = torch.zeros(2, *IMAGE_SHAPE.of(graph_module)), output_names(graph_module)
     try:
         with torch.no_grad():
             program: Any = torch.onnx.export(
-                written, (images,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+                written, (images,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
             )  # fmt: skip
     except Exception as error:  # whatever the exporter raises for an operation it does not know
@@ -78,6 +82,21 @@ def to_onnx(
     model.metadata_props.clear()
     model.metadata_props["fxquant"] = json.dumps(dict(card or {}))
     return OnnxModel(_serialized(model), layers)
+
+
+def output_names(graph_module: GraphModule) -> list[str]:
+    """What an ONNX file calls the tensors that a graph returns, in order, each name once."""
+    document = TREE.get(graph_module)
+    if document is None:
+        return [OUTPUT]
+    taken, found = {INPUT}, []
+    for name in Tree.from_json(document).names:
+        name = f"output.{name}" if not name or name[0].isdigit() else name
+        while name in taken:
+            name = f"{name}_"
+        taken.add(name)
+        found.append(name)
+    return found
 
 
 def check_export(weight_type: str) -> None:

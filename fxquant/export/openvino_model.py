@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import BackendError, MissingExtraError
+from fxquant.graph.output_tree import Output
 
 _PRODUCTS = {"FullyConnected": "linear", "MatMul": "matmul", "Convolution": "convolution"}
 _BYTES = ("i8", "u8")
@@ -55,14 +56,15 @@ class OpenvinoModel(nn.Module):
                 raise BackendError(f"OpenVINO cannot compile the model: {reason_of(error)}") from error
         return self._compiled[1]
 
-    def forward(self, images_bchw: Tensor) -> Tensor:
-        """float32 images (B, C, H, W) on the CPU to float32 scores."""
+    def forward(self, images_bchw: Tensor) -> Output:
+        """float32 images (B, C, H, W) on the CPU to what the model returns, float32 where it is floating point."""
         if images_bchw.dtype != torch.float32 or images_bchw.device.type != "cpu":
             raise BackendError(
                 f"images are {images_bchw.dtype} on {images_bchw.device}; OpenVINO reads torch.float32 on the CPU"
             )
-        result = self.compiled()(images_bchw.detach().contiguous().numpy())[0]
-        return torch.from_numpy(np.array(result))
+        results = self.compiled()(images_bchw.detach().contiguous().numpy())
+        found = tuple(torch.from_numpy(np.array(results[place])) for place in range(len(results)))
+        return found[0] if len(found) == 1 else found
 
     def kernels(self) -> dict[str, str]:
         """By layer, for those whose product OpenVINO runs on bytes: "linear openvino", "matmul openvino", ..."""

@@ -12,7 +12,8 @@ from torch import nn
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import checked
 from fxquant.data.images import ImageData
-from fxquant.errors import DataError, FxQuantError, ModelError, OptionError
+from fxquant.errors import DataError, FxQuantError, ModelError, OptionError, TraceError
+from fxquant.graph.output_tree import flatten
 from passes.pipeline.contract import ProgressReporter, reporter_of
 
 
@@ -106,8 +107,12 @@ def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:
 
 
 def _scores(output: Any) -> torch.Tensor:
-    scores = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
+    """The first tensor of what a model returns."""
+    try:
+        scores: torch.Tensor | None = next(iter(flatten(output)[1]), None)
+    except TraceError:
+        scores = None
+    if scores is None or scores.ndim != 2:
         raise ModelError(
             "accuracy needs class scores (B, classes), and the model's output is something else: evaluate a "
             "model that has a head"

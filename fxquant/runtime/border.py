@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from fxquant.errors import InputError
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import image_of, shape_of
+from fxquant.graph.output_tree import Output, leaves
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,33 @@ class Border:
     Args:
         image_shape: (C, H, W).
         dtype: of the images.
-        result_shape: of the result of one image, None where the result's first dimension is not the batch.
-        result_dtype: of the result.
+        by_image: of every tensor of the result, whether its first dimension is the batch.
+        constant: of every tensor of the result, whether it is the same for all images.
     """
 
     image_shape: tuple[int, ...]
     dtype: torch.dtype
-    result_shape: tuple[int, ...] | None
-    result_dtype: torch.dtype
+    by_image: tuple[bool, ...]
+    constant: tuple[bool, ...]
 
     @classmethod
     def of(cls, graph_module: GraphModule) -> Border:
         """The border of a traced graph."""
         image = image_of(graph_module).meta["tensor_meta"]
-        output: Any = graph_module.graph.output_node().args[0]
-        result = output.meta.get("tensor_meta", image)
-        is_by_image = output.meta.get("tensor_meta") is not None and result.shape[:1] == image.shape[:1]
-        return cls(tuple(image.shape[1:]), image.dtype, tuple(result.shape[1:]) if is_by_image else None, result.dtype)
+        results: Any = leaves(graph_module.graph.output_node().args[0])
+        shapes = [shape_of(result) for result in results]
+        constant = tuple(result.op == "get_attr" for result in results)
+        by_image = tuple(
+            shape is not None and shape[:1] == image.shape[:1] and not same
+            for shape, same in zip(shapes, constant, strict=True)
+        )
+        return cls(tuple(image.shape[1:]), image.dtype, by_image, constant)
 
-    def run(self, model: Callable[[Tensor], Tensor], images_bchw: Any, device: torch.device | None) -> Tensor:
+    def run(self, model: Callable[[Tensor], Output], images_bchw: Any, device: torch.device | None) -> Output:
         """What the model gives for checked images; see the module for NaN and for no images.
 
         Args:
-            model: from images to a result whose first dimension is the batch.
+            model: from images to what the graph returns.
             images_bchw: (B, C, H, W), of the border's dtype; anything else is refused.
             device: where the images have to be; None: anywhere.
 
@@ -61,18 +66,33 @@ class Border:
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or isinstance(images_bchw, FakeTensor):
             return model(images_bchw)  # without numbers there is nothing to look at
         images: Tensor = images_bchw.contiguous()
-        if len(images) == 0 and self.result_shape is not None:
-            return images.new_empty((0, *self.result_shape), dtype=self.result_dtype)
+        is_whole = all(batched or same for batched, same in zip(self.by_image, self.constant, strict=True))
+        if len(images) == 0 and is_whole:
+            return self._by_image(model(images.new_zeros((1, *self.image_shape))), lambda result: result[:0])
         # One sum is finite only if all pixels are; it takes a hundredth of the time that looking at each of them does.
         if math.isfinite(float(images.detach().sum())):
             return model(images)
         is_finite = torch.isfinite(images).flatten(1).all(1)
         if bool(is_finite.all()):  # the sum was too large
             return model(images)
-        if self.result_shape is None or not self.result_dtype.is_floating_point:
-            raise InputError(f"image {int((~is_finite).nonzero()[0])} has NaN or infinite pixels")
-        scores = model(torch.where(is_finite.view(-1, 1, 1, 1), images, 0))
-        return torch.where(is_finite.view(-1, *[1] * (scores.ndim - 1)), scores, math.nan)
+        refusal = f"image {int((~is_finite).nonzero()[0])} has NaN or infinite pixels"
+        if not is_whole:
+            raise InputError(refusal)
+        output = model(torch.where(is_finite.view(-1, 1, 1, 1), images, 0))
+
+        def without(result: Tensor) -> Tensor:
+            if not result.is_floating_point():
+                raise InputError(refusal)
+            return torch.where(is_finite.view(-1, *[1] * (result.ndim - 1)), result, math.nan)
+
+        return self._by_image(output, without)
+
+    def _by_image(self, output: Output, change: Callable[[Tensor], Tensor]) -> Output:
+        """The output with what depends on the images changed."""
+        if isinstance(output, Tensor):
+            return change(output)
+        pairs = zip(output, self.constant, strict=True)
+        return tuple(result if same else change(result) for result, same in pairs)
 
     def check(self, images_bchw: Any, device: torch.device | None) -> None:
         """Raise InputError unless images are as the model takes them; values are not looked at."""

@@ -9,7 +9,8 @@ Whatever else runs the model (integer kernels, another runtime, another machine)
 
     sqrt(mean (found - expected)^2)  <=  tolerance (root mean square of expected, less its mean over classes)
 
-(of one number per image, less nothing: there is no other to compare it with).
+(of one number per image, less nothing: there is no other to compare it with). Of a model that returns several tensors,
+every tensor of floating-point numbers is held against its own answers so, and the one that is furthest off counts.
 
 Codes at the edge between two levels fall either way with the rounding of float32, and what comes after them moves with
 them. How far depends on the model: one code in 100,000 that falls the other way moves scores of a ViT at 3 bits by a
@@ -32,6 +33,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxquant.checks.untrusted import field
 from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.nodes import image_of
+from fxquant.graph.output_tree import Output, leaves
 
 SEED = 15
 COUNT = 2
@@ -92,6 +94,7 @@ class KnownAnswers:
         seed: what `answer_images` made the images from.
         rounding: how far the quantized model's outputs move, relative, where every node's output moves by JITTER.
         pixels: what the images are clamped to, None where they are not.
+        parts: how many of the n numbers are of each tensor that the model returns; empty: all are of one.
     """
 
     simulated: Tensor
@@ -99,11 +102,12 @@ class KnownAnswers:
     seed: int = SEED
     rounding: float = 0.0
     pixels: Range | None = None
+    parts: tuple[int, ...] = ()
 
     @classmethod
     @torch.no_grad()
     def measured(
-        cls, simulated: GraphModule, float_output: Tensor | None = None, pixels: Range | None = None
+        cls, simulated: GraphModule, float_output: Output | None = None, pixels: Range | None = None
     ) -> KnownAnswers:
         """Run a simulated graph on the images, where it is, once as it is and once with every node off by JITTER.
 
@@ -132,9 +136,10 @@ class KnownAnswers:
         return min(max(TOLERANCE, MARGIN * self.rounding), LOOSEST)
 
     @classmethod
-    def of(cls, simulated_output: Tensor, float_output: Tensor | None = None) -> KnownAnswers:
+    def of(cls, simulated_output: Output, float_output: Output | None = None) -> KnownAnswers:
         """From whole outputs for `answer_images()`."""
-        return cls(_kept(simulated_output), None if float_output is None else _kept(float_output))
+        simulated, parts = _kept(simulated_output)
+        return cls(simulated, None if float_output is None else _kept(float_output)[0], parts=parts)
 
     def images_for(self, graph_module: GraphModule) -> Tensor:
         """The images (2, C, H, W) in the shape and dtype that a graph takes."""
@@ -142,17 +147,15 @@ class KnownAnswers:
 
     def difference(self, output: Any) -> float:
         """How far an output for the images is from the simulated answer, relative; infinite where nothing fits."""
-        if not isinstance(output, Tensor) or output.numel() % COUNT:
+        try:
+            found, parts = _kept(output)
+        except (TypeError, ValueError):
             return math.inf
-        found = _kept(output)
-        if found.shape != self.simulated.shape:
+        if found.shape != self.simulated.shape or parts != self.parts:
             return math.inf
-        expected = self.simulated.double()
-        middle = expected.mean(1, keepdim=True) if expected.shape[1] > 1 else 0
-        spread = float((expected - middle).square().mean().sqrt())
-        spread = max(spread, 1e-4 * float(expected.abs().max()), 1e-12)  # of outputs that are all equal
-        relative = float((found.double() - expected).square().mean().sqrt()) / spread
-        return relative if math.isfinite(relative) else math.inf
+        sizes = list(parts) or [found.shape[1]]
+        pairs = zip(torch.split(found.double(), sizes, 1), torch.split(self.simulated.double(), sizes, 1), strict=True)
+        return max(_relative(*pair) for pair in pairs)
 
     def described(self, output: Any, found: float, what: str) -> str:
         """Found, expected and tolerance, in words.
@@ -162,7 +165,8 @@ class KnownAnswers:
             found: its relative difference from the known answers.
             what: the model, as the subject of the sentence.
         """
-        shown = _first(output) if isinstance(output, Tensor) else type(output).__name__
+        tensor = next((leaf for leaf in leaves(output) if isinstance(leaf, Tensor)), None)
+        shown = type(output).__name__ if tensor is None else _first(tensor)
         return (
             f"{what} does not give the model's known answers: relative difference {found:.3g}, tolerance "
             f"{self.tolerance:.3g}; for the first image it gives {shown}, expected {_first(self.simulated)}"
@@ -177,6 +181,7 @@ class KnownAnswers:
             "pixels": None if self.pixels is None else list(self.pixels),
             "simulated": self.simulated.tolist(),
             "float": known,
+            **({"parts": list(self.parts)} if self.parts else {}),
         }
 
     @classmethod
@@ -198,7 +203,12 @@ class KnownAnswers:
         known = None if given is None else _rows(given, where)
         if known is not None and known.shape != simulated.shape:
             raise ArtefactError(f"{where} of the float model have another shape than those of the simulated one")
-        return cls(simulated, known, seed, rounding, None if pixels is None else (pixels[0], pixels[1]))
+        parts = document.get("parts", [])
+        if type(parts) is not list or not all(type(part) is int and part > 0 for part in parts):
+            raise ArtefactError(f"{where} have parts that are no whole numbers over 0")
+        if parts and sum(parts) != simulated.shape[1]:
+            raise ArtefactError(f"{where} have {simulated.shape[1]} numbers, and their parts have {sum(parts)}")
+        return cls(simulated, known, seed, rounding, None if pixels is None else (pixels[0], pixels[1]), tuple(parts))
 
 
 def answer_images_for(graph_module: GraphModule, seed: int = SEED, pixels: Range | None = None) -> Tensor:
@@ -220,9 +230,32 @@ def range_of(images_bchw: Tensor) -> Range | None:
     return (least, largest) if least < largest else None
 
 
-def _kept(output: Tensor) -> Tensor:
-    rows = output.detach().cpu().float().reshape(COUNT, -1)
-    return rows[:, :: -(-rows.shape[1] // LARGEST)].contiguous() if rows.shape[1] else rows
+def _kept(output: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """The numbers that are kept, and how many are of each tensor where there are several.
+
+    Raises TypeError for what is no tensor, ValueError for tensors that are not of `COUNT` images.
+    """
+    tensors = leaves(output)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise TypeError(f"a {type(output).__name__} has no answers")
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()] or list(tensors)
+    by_image = [tensor for tensor in floats if tensor.numel() % COUNT == 0 and (tensor.numel() or len(floats) == 1)]
+    if not by_image:
+        raise ValueError(f"no tensor has as many numbers for each of {COUNT} images")
+    most = max(LARGEST // len(by_image), 1)
+    rows = [tensor.detach().cpu().float().reshape(COUNT, -1) for tensor in by_image]
+    rows = [part[:, :: -(-part.shape[1] // most)] if part.shape[1] else part for part in rows]
+    parts = tuple(part.shape[1] for part in rows) if len(tensors) > 1 else ()
+    return torch.cat(rows, 1).contiguous(), parts
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """Root mean square difference of (2, n), relative to what differs between the n numbers."""
+    middle = expected.mean(1, keepdim=True) if expected.shape[1] > 1 else 0
+    spread = float((expected - middle).square().mean().sqrt())
+    spread = max(spread, 1e-4 * float(expected.abs().max()), 1e-12)  # of outputs that are all equal
+    relative = float((found - expected).square().mean().sqrt()) / spread
+    return relative if math.isfinite(relative) else math.inf
 
 
 def _rows(values: Any, where: str) -> Tensor:

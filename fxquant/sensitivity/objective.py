@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.graph.nodes import image_of, shape_of
+from fxquant.graph.output_tree import flatten, leaves
 from fxquant.graph.structure.class_scores import why_no_class_scores
 from fxquant.sensitivity.divergence import cosine_distance, kl_divergence, power, relative_squared_error
 from fxquant.sensitivity.logit_gradients import Fisher, logit_gradients, random_signs
@@ -174,9 +174,8 @@ def check_objective(given: str | Objective) -> None:
 
 
 def _class_scores(output: Any) -> Outputs | None:
-    scores = output[0] if isinstance(output, tuple | list) and output else output
-    is_fitting = isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] >= 2
-    return (scores,) if is_fitting else None
+    scores = next(iter(flatten(output)[1]), None)
+    return (scores,) if scores is not None and scores.ndim == 2 and scores.shape[1] >= 2 else None
 
 
 def _class_cotangents(outputs: Outputs, draws: Draws) -> Outputs:
@@ -191,12 +190,15 @@ def _class_divergence(wanted: Outputs, found: Outputs) -> Tensor:
 
 
 def _float_tensors(output: Any) -> Outputs | None:
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return tuple(leaves) if leaves and all(leaf.ndim for leaf in leaves) else None
+    found = [tensor for tensor in flatten(output)[1] if tensor.is_floating_point()]
+    return tuple(found) if found and all(tensor.ndim for tensor in found) else None
 
 
 def _why_no_features(graph_module: GraphModule) -> str | None:
-    shapes = [shape_of(node) for node in _output_nodes(graph_module)]
+    results = _output_nodes(graph_module)
+    if any(result.op == "get_attr" for result in results):
+        return "one of its tensors is the same for all images"
+    shapes = [shape_of(result) for result in results]
     images = image_of(graph_module).meta["tensor_meta"].shape[0]
     other = next((shape for shape in shapes if shape is not None and (not shape or shape[0] != images)), None)
     return None if other is None else f"an output of shape {tuple(other)} does not begin with the images"
@@ -241,8 +243,8 @@ def _embedding_divergence(wanted: Outputs, found: Outputs) -> Tensor:
 
 
 def _output_nodes(graph_module: GraphModule) -> list[Node]:
-    leaves = pytree.tree_leaves(graph_module.graph.output_node().args[0])
-    return [leaf for leaf in leaves if isinstance(leaf, Node)]
+    returned: Any = graph_module.graph.output_node().args[0]
+    return [node for node in leaves(returned) if isinstance(node, Node)]
 
 
 CLASSES = Objective(

@@ -24,6 +24,7 @@ from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError,
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
+from fxquant.graph.output_tree import TREE, Tree, leaves
 from fxquant.graph.structure import pattern
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
@@ -47,6 +48,8 @@ class Compiled(nn.Module):
         layers: one row per quantized layer.
         card: the protocol (data, policies, what stays float, versions).
         answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
+        tree: how the tensors are arranged that it returns; by default as the graph says, in plain tuples, lists and
+            dicts.
 
     It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
     compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
@@ -60,8 +63,11 @@ class Compiled(nn.Module):
         layers: list[LayerRow],
         card: dict[str, Any],
         answers: KnownAnswers | None = None,
+        tree: Tree | None = None,
     ) -> None:
         super().__init__()
+        document = TREE.get(graph_module)
+        self.tree = tree or (Tree("tensor") if document is None else Tree.from_json(document))
         self.graph_module, self.answers = graph_module, answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
         self.border = Border.of(graph_module)
@@ -70,13 +76,14 @@ class Compiled(nn.Module):
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
         self.eval()
 
-    def forward(self, images_bchw: Tensor) -> Tensor:
-        """Float (B, C, H, W) images to what the original model returns for them.
+    def forward(self, images_bchw: Tensor) -> Any:
+        """Float (B, C, H, W) images to what the original model returns for them: a tensor, or tensors in the same tree.
 
         An image with a NaN or infinite pixel gives NaN, and leaves the others as they are; no images give (0, ...).
         Raises InputError for images of another shape, dtype, layout or device, a TypeError too for what is no tensor.
         """
-        return self.border.run(self.graph_module, images_bchw, self._device())
+        output = self.border.run(self.graph_module, images_bchw, self._device())
+        return output if self.tree.is_bare else self.tree.build(leaves(output))
 
     def report(self) -> Report:
         """Tables per layer and in total; print it, or take `.to_dict()`."""
@@ -110,7 +117,7 @@ class Compiled(nn.Module):
         if (in_float := shares.get("float_share", 0.0)) > 0:
             summary += f"; {in_float:.1%} of all multiply-accumulates stay in float"
         card = {**self.card, "execution": summary, "multiply_accumulates": shares}
-        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers)
+        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers, self.tree)
 
     def check_answers(self) -> float:
         """Hold this model against its known answers; returns the relative difference, 0 where it has none.

@@ -10,7 +10,7 @@ add up over tensors; the realised loss of a point is measured on the model compi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, Unpack
@@ -129,7 +129,7 @@ class Frontier(Document):
 @documented(SessionOptions)
 def frontier(
     model: nn.Module,
-    calibration: Tensor | Synthesis | None = None,
+    calibration: Tensor | Iterable[Any] | Synthesis | None = None,
     *,
     axis: str = MEAN_BITS,
     limits: Sequence[float] | None = None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.graph.capture.model_checks import check_model
 from fxquant.graph.capture.plain_model import copy_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.output_tree import Output, Tree, flat
 from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
@@ -25,10 +28,14 @@ from passes.prepare.assign_roles import AssignRoles
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the caller's own model gives: for the first two calibration images, and for those of known answers."""
+    """What the caller's own model gives: for the first two calibration images, and for those of known answers.
 
-    first: Tensor
-    answers: Tensor
+    tree: how its tensors are arranged, with the model's own containers.
+    """
+
+    first: Output
+    answers: Output
+    tree: Tree
 
 
 class ModelSource:
@@ -42,6 +49,7 @@ class ModelSource:
         cache: where results are kept.
         progress: where long steps report.
         objective: what quantization must keep of the output, or its name.
+        inputs: arguments of the model's forward besides the images, by name, which are always the same.
     """
 
     def __init__(
@@ -53,9 +61,11 @@ class ModelSource:
         cache: Cache,
         progress: ProgressReporter,
         objective: str | Objective = AUTO,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         check_objective(objective)
-        check_model(model)
+        check_model(model, inputs)
+        self._inputs = inputs
         seed, batch_size = check_draws(seed, batch_size)
         self._model, self._given = model, Synthesis() if calibration is None else calibration
         self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
@@ -70,8 +80,8 @@ class ModelSource:
     def traced(self) -> GraphModule:
         """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
         if isinstance(self._given, Synthesis):
-            return trace_without_images(self._model, self._pictures)
-        return trace(self._model, self._given[:2])
+            return trace_without_images(self._model, self._pictures, self._inputs)
+        return trace(self._model, self._given[:2], inputs=self._inputs)
 
     @cached_property
     def with_roles(self) -> GraphModule:
@@ -110,9 +120,10 @@ class ModelSource:
         """Outputs of a copy of the caller's model, with all that hangs on it, in inference mode."""
         first = self.images[torch.arange(IMAGES) % len(self.images)]
         more = answer_images_for(self.traced, pixels=range_of(self.images))
-        model = copy_of(self._model)
+        model = copy_of(self._model, self._inputs)
         with torch.no_grad():
-            return ModelOutputs(model(first.clone()), model(more))
+            tree, outputs = flat(model(first.clone()))
+            return ModelOutputs(outputs, flat(model(more))[1], tree)
 
     def given_up(self) -> GraphModule:
         """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""

@@ -27,6 +27,11 @@ class SessionOptions(SharedOptions, total=False):
         "What quantization must keep of the output: classes (the distribution over classes), features (every tensor), "
         "embeddings (the direction of vectors); auto: classes where the model gives class scores, else features.",
     ]
+    inputs: Annotated[
+        "collections.abc.Mapping[str, typing.Any] | None",
+        "Further arguments of the model's forward, by name, with the value that they always have, such as "
+        "interpolate_pos_encoding=False; the result is called with images alone.",
+    ]
     seed: Annotated["int", "Of every random draw."]
     batch_size: Annotated["int", "Images per forward where outputs are compared; bounds memory."]
     progress: Annotated["passes.pipeline.contract.ProgressReporter | None", "Where long steps report."]

@@ -16,6 +16,7 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -33,6 +34,7 @@ from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
+from fxquant.session.calibration_images import gathered
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
@@ -61,20 +63,25 @@ class Session:
     @checked(OptionError, **BY_ARGUMENT)
     @documented(SessionOptions)
     def __init__(
-        self, model: nn.Module, calibration: Tensor | Synthesis | None = None, **options: Unpack[SessionOptions]
+        self,
+        model: nn.Module,
+        calibration: Tensor | Iterable[Any] | Synthesis | None = None,
+        **options: Unpack[SessionOptions],
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
 
         Args:
             model: the caller's; it is not modified.
-            calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
-                Synthesis with options, makes them from the model alone.
+            calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
+                DataLoader or other iterable of images or (images, labels), which is gone through once and may give
+                1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
         {options}
 
         Raises CalibrationError, ModelError, OptionError, PipelineError.
         """
         self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
-        if isinstance(calibration, Tensor):
+        if calibration is not None and not isinstance(calibration, Synthesis):
+            calibration = gathered(calibration)
             check_images(calibration)
         self._recipe = options.get("recipe", DEFAULT_RECIPE)
         self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
@@ -90,6 +97,7 @@ class Session:
             Cache(options.get("cache")),
             reporter_of(options.get("progress")),
             options.get("objective", DEFAULT_OBJECTIVE),
+            options.get("inputs"),
         )
 
     def _check_own(self, pipeline: Pipeline) -> None:
@@ -197,8 +205,10 @@ class Session:
         """What a pipeline has made of the traced model, with what it says of itself and its known answers."""
         source, backend = self._source, str(self._options.get("backend", SIMULATED))
         card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
-        answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
-        return Compiled(quantized, ALLOCATION.get(quantized), journal, layer_rows(quantized), card, answers)
+        outputs = source.model_outputs
+        answers = KnownAnswers.measured(quantized, outputs.answers, range_of(source.images))
+        allocation, rows = ALLOCATION.get(quantized), layer_rows(quantized)
+        return Compiled(quantized, allocation, journal, rows, card, answers, outputs.tree)
 
 
 @checked(OptionError, **BY_ARGUMENT)
@@ -207,7 +217,7 @@ def compile(
     model: nn.Module,
     budget: Any,
     *,
-    calibration: Tensor | Synthesis | None = None,
+    calibration: Tensor | Iterable[Any] | Synthesis | None = None,
     allocator: Allocator | None = None,
     **options: Unpack[SessionOptions],
 ) -> Compiled:
@@ -216,8 +226,9 @@ def compile(
     Args:
         model: the caller's.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
-        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
-            Synthesis with options, makes them from the model alone.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
+            DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024
+            images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
         allocator: what chooses bits; None for the recipe's own.
         {options}
 

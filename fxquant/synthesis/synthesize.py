@@ -17,7 +17,7 @@ a picture can have. Not done: choosing bits of the softmax; that is the recipe's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
@@ -167,10 +167,17 @@ def synthesize(
     return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), reporter_of(progress))
 
 
-def trace_without_images(model: nn.Module, pictures: Pictures) -> GraphModule:
-    """The traced model, from noise of the right shape. Raises as `fxquant.trace`."""
+def trace_without_images(model: nn.Module, pictures: Pictures, inputs: Mapping[str, Any] | None = None) -> GraphModule:
+    """The traced model, from noise of the right shape. Raises as `fxquant.trace`.
+
+    Args:
+        model: what is traced.
+        pictures: the shape of an image.
+        inputs: see `fxquant.trace`.
+    """
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return trace(model, torch.randn(2, *pictures.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    noise = torch.randn(2, *pictures.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return trace(model, noise, inputs=inputs)
 
 
 def synthesize_for(

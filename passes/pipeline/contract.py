@@ -18,6 +18,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.facts import Fact
+from fxquant.graph.output_tree import Output
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
@@ -166,7 +167,7 @@ class PassContext:
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
     objective: Objective = CLASSES
-    expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    expected: Output | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
+from fxquant.graph.output_tree import Output, leaves
 from fxquant.graph.printer import describe
 from fxquant.runtime.known_answers import answer_images_for
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
@@ -45,7 +46,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 class Run:
     """One run of the graph on the images. output: what the graph returns. samples: by node, some of its values."""
 
-    output: Tensor
+    output: Output
     samples: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -156,12 +157,12 @@ class Proof:
         started = time.process_time()
         run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
         expected = run.output if self._expected is None else self._expected
-        if not bool(torch.isfinite(expected).all()):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in leaves(expected)):
             raise CalibrationError(
                 "the model's output on the first calibration images is not finite: check its weights, and "
                 "how the images were preprocessed"
             )
-        found, allowed = difference(run.output, expected), tolerance(expected)
+        found, allowed = furthest(run.output, expected)
         self._cpu_s += time.process_time() - started
         if not found <= allowed:
             raise VerificationError(
@@ -213,6 +214,13 @@ def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensor
     return Run(output, interpreter.samples)
 
 
+def furthest(found: Output, expected: Output) -> tuple[float, float]:
+    """Difference and tolerance of the tensor that uses most of what it is allowed, of all that a model returns."""
+    pairs = zip(leaves(found), leaves(expected), strict=True)
+    compared = [(difference(one, other), tolerance(other)) for one, other in pairs]
+    return max(compared, key=lambda pair: pair[0] / pair[1])
+
+
 def difference(found: Any, expected: Tensor) -> float:
     """Largest difference; infinite between tensors of different shapes, and where one is not a number."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
@@ -223,7 +231,8 @@ def difference(found: Any, expected: Tensor) -> float:
 
 def tolerance(expected: Tensor) -> float:
     """What outputs may differ by through the rounding of float32, see the module."""
-    return RELATIVE * float(expected.max() - expected.min()) + ABSOLUTE * max(float(expected.abs().max()), 1e-6)
+    values = expected.double() if expected.numel() else expected.new_zeros(1).double()
+    return RELATIVE * float(values.max() - values.min()) + ABSOLUTE * max(float(values.abs().max()), 1e-6)
 
 
 class _Bypass(Interpreter):

@@ -109,7 +109,7 @@ HOSTILE = {
     "classes that an image counts": (before_output(call("n", "functional.one_hot", IMAGE)), "number of classes"),
     "two outputs": (
         lambda g: g["nodes"][-1].update(args=[{"tuple": [g["nodes"][-1]["args"][0], IMAGE]}]),
-        "not one tensor",
+        "returns 2 tensors, and its output has places for 1",
     ),
     "no image": (lambda g: g.update(image_shape=[]), "no image of channels"),
     "another image": (lambda g: g.update(image_shape=[3, 9, 9]), "does not have the shape"),

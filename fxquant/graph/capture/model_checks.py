@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +16,12 @@ from fxquant.errors import CalibrationError, ModelError, TraceError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
     """Raise ModelError unless a model can be quantized: not quantized yet, with finite float32 or float64 weights.
 
-    Raises TraceError where its forward needs more than the images.
+    inputs: what its forward is given besides the images, by name.
+
+    Raises TraceError where its forward needs more than the images and these, or takes no such argument.
     """
     if not isinstance(model, nn.Module):
         hint = f": write {model.__name__}()" if isinstance(model, type) else ""
@@ -32,7 +36,7 @@ def check_model(model: nn.Module) -> None:
         _check_values(f"parameter '{name}'", tensor)
     for name, buffer in model.named_buffers():
         _check_storage(f"buffer '{name}'", buffer)
-    _check_arguments(model)
+    _check_arguments(model, inputs or {})
 
 
 def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -95,18 +99,31 @@ def _check_values(what: str, tensor: Tensor) -> None:
         )
 
 
-def _check_arguments(model: nn.Module) -> None:
-    parameters = inspect.signature(model.forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _check_arguments(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    name = type(model).__name__
+    parameters = inspect.signature(model.forward).parameters
+    image = next((p.name for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD), None)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for given in inputs:
+        if given == image:
+            raise TraceError(f"'{given}' of {name}.forward stands for the images: inputs are what comes besides them")
+        if given not in parameters and not takes_any:
+            raise TraceError(f"{name}.forward takes no '{given}'; it takes {', '.join(parameters)}")
+    required = [
+        p
+        for p in parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in inputs
+    ]
     if required and required[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise TraceError(
-            f"{type(model).__name__}.forward takes '{required[0].name}' by keyword only: wrap it in a module that "
-            f"takes images as its first argument"
+            f"{name}.forward takes '{required[0].name}' by keyword only: wrap it in a module that takes images as its "
+            f"first argument"
         )
     if len(required) > 1:
+        more = ", ".join(f"'{p.name}': ..." for p in required[1:])
         raise TraceError(
-            f"{type(model).__name__}.forward needs {len(required)} arguments ({', '.join(p.name for p in required)}): "
-            f"wrap it in a module that takes images only"
+            f"{name}.forward needs {len(required)} arguments ({', '.join(p.name for p in required)}): give those that "
+            f"are the same for all images, inputs={{{more}}}, or wrap it in a module that takes images only"
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -61,8 +61,10 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")  # what torch.compile makes
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> nn.Module:
     """A copy in inference mode without gradients, unwrapped, which shares no tensor with the model.
+
+    inputs: arguments of its forward, by name, which it is always given besides the images.
 
     Raises ModelError where it cannot be copied.
     """
@@ -93,6 +95,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         module._backward_pre_hooks.clear()
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which has zeros for padded tokens, where others compute them
+    if inputs:
+        copied.forward = functools.partial(copied.forward, **inputs)
     return copied.eval().requires_grad_(False)
 
 

@@ -49,6 +49,7 @@ from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
 from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward, written_out
 from fxquant.graph.names import free_name
+from fxquant.graph.output_tree import flatten
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
 _BATCH_SIZES = (2, 3)
@@ -109,9 +110,12 @@ class ShapeTracer(fx.Tracer):
         # The flag is this thread's own: functions compiled by torch.compile refuse proxies by it.
         with written_out(root), intercepted(root, self), _is_fx_tracing_context(True):
             result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
-        for proxy in proxies_in((result,)):
+        tree, tensors = flatten(result, lambda value: isinstance(value, (BatchProxy, torch.Tensor)))
+        for proxy in proxies_in(tensors):
             self._memory.check(proxy, "output", ())
-        self.create_node("output", "output", (self.create_arg(result),), {})
+            if not isinstance(proxy.batch_values[0], torch.Tensor):
+                raise TraceError("the model returns a number that depends on how many images there are")
+        self.create_node("output", "output", (self.create_arg(tensors[0] if tree.is_bare else tuple(tensors)),), {})
         self.submodule_paths = None
         return self.graph
 

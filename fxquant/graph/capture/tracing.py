@@ -3,13 +3,16 @@
 `trace` records a copy of the model at the size of an example image with the batch left free (`shape_tracer`), brings
 the graph to one form (`normalization`), writes every node's shape into `meta["tensor_meta"]`, and accepts the result
 only if it equals the model as it was given, with its hooks and replaced forwards, at two batch sizes. It never touches
-the caller's model, its state or the example. Not done: several inputs, several outputs, dynamic image sizes.
+the caller's model, its state or the example. Its tensors may
+stand in tuples, lists, dicts and objects (`fxquant.graph.output_tree`). Not done: several inputs that vary, dynamic
+image sizes.
 """
 
 from __future__ import annotations
 
 import operator
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from fxquant.graph.capture.shape_tracer import ShapeTracer
 from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
 from fxquant.graph.notes import CLASSES, COVERAGE, IMAGE_SHAPE
+from fxquant.graph.output_tree import TREE, Tree, flatten, leaves
 from fxquant.graph.structure.class_scores import declared_classes
 
 _RELATIVE_TOLERANCE = 1e-4
@@ -37,32 +41,42 @@ _LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: float = 0.98) -> fx.GraphModule:
+def trace(
+    model: nn.Module,
+    example_bchw: torch.Tensor,
+    *,
+    minimum_coverage: float = 0.98,
+    inputs: Mapping[str, Any] | None = None,
+) -> fx.GraphModule:
     """Trace a vision model in inference mode into a graph every pass understands.
 
     Args:
-        model: takes one image tensor, returns one tensor; it is copied, never changed. What `torch.compile` and
+        model: takes one image tensor, returns tensors; it is copied, never changed. What `torch.compile` and
             `nn.DataParallel` wrap is traced itself. Hooks and replaced forwards are part of the graph; parametrized,
             normalized and pruned weights are plain weights of the value they have.
         example_bchw: finite float (B, C, H, W) on the CPU, as is the model; the graph takes any B and this (C, H, W).
         minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
             graph.
+        inputs: further arguments of the model's forward, by name, which keep these values in the graph.
 
-    The result is `TRACED`. It has the notes COVERAGE (share of weight elements seen) and IMAGE_SHAPE (C, H, W), see
-    `fxquant.graph.notes`, and `tensor_meta` on every node that holds a tensor. Parameters do not require
-    gradients; its state is independent of the model's.
+    The result is `TRACED`. It returns one tensor or, where the model returns a tree of tensors, a tuple of them. It has
+    the notes COVERAGE (share of weight elements seen) and IMAGE_SHAPE (C, H, W), see `fxquant.graph.notes`, and TREE
+    for a tree, see `fxquant.graph.output_tree`; and `tensor_meta` on every node that holds a tensor. Parameters do not
+    require gradients; its state is independent of the model's.
 
     Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not
     on the CPU, not float32 or float64, or not finite; CalibrationError for an example of the wrong kind or a size the
     model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model that
     stands in the way.
     """
-    check_model(model)
+    fixed = dict(inputs or {})
+    check_model(model, fixed)
     check_example(example_bchw)
     if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
         raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
-    expected = _run_eagerly(copy_of(model), example_bchw)  # a copy of its own, since running it may change its state
-    root = copy_of(model)
+    # A copy of its own, since running it may change its state.
+    tree, expected = _run_eagerly(copy_of(model, fixed), example_bchw)
+    root = copy_of(model, fixed)
     settle_weights(root)
     for module in root.modules():
         if getattr(module, "fused_attn", None) is True:
@@ -77,6 +91,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     graph_module.graph.lint()
     graph_module.recompile()
     _check_equivalence(graph_module, example_bchw, expected)
+    if not tree.is_bare:
+        TREE.write(graph_module, tree.to_json())
     COVERAGE.write(graph_module, coverage)
     if (classes := declared_classes(root)) is not None:
         CLASSES.write(graph_module, classes)
@@ -91,42 +107,49 @@ def _images(example_bchw: torch.Tensor, batch_size: int) -> torch.Tensor:
     return example_bchw[:1] * factors.view(-1, 1, 1, 1)
 
 
-def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> list[torch.Tensor]:
-    """The model's own outputs for every checked batch size."""
+def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> tuple[Tree, list[list[torch.Tensor]]]:
+    """How the model's own outputs are arranged, and their tensors for every checked batch size."""
+    name = type(root).__name__
     try:
         sizes = (*_CHECKED_BATCH_SIZES, _CHECKED_BATCH_SIZES[0])
-        *outputs, again = (root(_images(example_bchw, batch_size)) for batch_size in sizes)
+        outputs = [root(_images(example_bchw, batch_size)) for batch_size in sizes]
     except Exception as error:
         size = known_image_shape(root)
         known = f"; the model takes (B, {', '.join(map(str, size))})" if size else ""
         raise CalibrationError(
-            f"{type(root).__name__} refuses an example of shape {tuple(example_bchw.shape)} and dtype "
+            f"{name} refuses an example of shape {tuple(example_bchw.shape)} and dtype "
             f"{example_bchw.dtype}{known}: {error}"
         ) from error
-    for output in outputs:
-        if not isinstance(output, torch.Tensor):
+    (tree, one), (other, several), (_, again) = (flatten(output) for output in outputs)
+    if not one:
+        raise TraceError(f"{name} returns a {type(outputs[0]).__name__} without a tensor, so nothing can be quantized")
+    if tree != other:
+        raise TraceError(
+            f"{name} returns something else for {_CHECKED_BATCH_SIZES[1]} images than for one, besides its tensors: "
+            "wrap it in a module whose forward returns the tensors to quantize for"
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*one, *several)):
+        raise CalibrationError(
+            f"{name} gives NaN or infinite numbers for the example, or for the same image darker: "
+            "preprocess images as the model wants them, and check its weights"
+        )
+    for where, single, three in zip(tree.names, one, several, strict=True):
+        is_constant = single.shape == three.shape and len(one) > 1
+        if three.numel() != single.numel() * _CHECKED_BATCH_SIZES[1] and not is_constant:
+            at = f" at {where}" if where else ""
             raise TraceError(
-                f"{type(root).__name__} returns a {type(output).__name__}, not one tensor: wrap it in a module whose "
-                "forward returns the tensor to quantize for"
+                f"{name} gives {single.numel()} numbers{at} for one image and {three.numel()} for "
+                f"{_CHECKED_BATCH_SIZES[1]}: wrap it in a module whose forward returns as much for every image of the "
+                "batch"
             )
-        if not bool(torch.isfinite(output).all()):
-            raise CalibrationError(
-                f"{type(root).__name__} gives NaN or infinite numbers for the example, or for the same image darker: "
-                "preprocess images as the model wants them, and check its weights"
+    for after, before in zip(again, one, strict=True):
+        difference = _difference(after, before)
+        if not difference <= _tolerance(before):
+            raise TraceError(
+                f"{name} differs from the model it was two calls before: the same image has outputs "
+                f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference"
             )
-    one, several = (output.numel() for output in outputs)
-    if several != one * _CHECKED_BATCH_SIZES[1]:
-        raise TraceError(
-            f"{type(root).__name__} gives {one} numbers for one image and {several} for {_CHECKED_BATCH_SIZES[1]}: "
-            "wrap it in a module whose forward returns as much for every image of the batch"
-        )
-    difference = _difference(again, outputs[0])
-    if not difference <= _tolerance(outputs[0]):
-        raise TraceError(
-            f"{type(root).__name__} differs from the model it was two calls before: the same image has outputs "
-            f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference"
-        )
-    return outputs
+    return tree, [one, several]
 
 
 def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
@@ -136,11 +159,14 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest difference of two outputs; infinite where their shapes differ."""
-    return float((output - reference).abs().max()) if output.shape == reference.shape else float("inf")
+    if output.shape != reference.shape:
+        return float("inf")
+    return float((output.double() - reference.double()).abs().max()) if output.numel() else 0.0
 
 
 def _tolerance(reference: torch.Tensor) -> float:
-    return _RELATIVE_TOLERANCE * max(float(reference.abs().max()), 1e-6)
+    largest = float(reference.double().abs().max()) if reference.numel() else 0.0
+    return _RELATIVE_TOLERANCE * max(largest, 1e-6)
 
 
 def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
@@ -231,16 +257,20 @@ def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...
         graph.call_function(torch._assert, (is_expected, message))
 
 
-def _check_equivalence(graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[torch.Tensor]) -> None:
+def _check_equivalence(
+    graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[list[torch.Tensor]]
+) -> None:
     """Raise TraceError unless the graph computes what the model did, and keeps no state."""
     before = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-    for batch_size, reference in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
+    for batch_size, references in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
         try:
             output = graph_module(_images(example_bchw, batch_size))
         except Exception as error:
             raise TraceError(f"the traced graph fails at batch size {batch_size}: {error}") from error
-        difference, tolerance = _difference(output, reference), _tolerance(reference)
-        if not difference <= tolerance:
+        for found, reference in zip(leaves(output), references, strict=True):
+            difference, tolerance = _difference(found, reference), _tolerance(reference)
+            if difference <= tolerance:
+                continue
             hooks = "hooks are registered for all modules of the process, remove them; else " * has_global_hooks()
             raise TraceError(
                 f"the traced graph differs from the model by {difference:.3g} at batch size {batch_size} "

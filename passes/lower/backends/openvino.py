@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.errors import MissingExtraError
 from fxquant.export.onnx_file import to_onnx
@@ -13,6 +14,7 @@ from fxquant.export.openvino_model import OpenvinoModel, check_openvino
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
 from fxquant.graph.nodes import image_of
+from fxquant.graph.output_tree import leaves
 from fxquant.quantizers.families import UNIFORM_FAMILIES
 from passes.lower.backend import Backend
 from passes.lower.integer_plan import note_kernel
@@ -48,14 +50,23 @@ class CallOpenvino:
         path = add_module(graph_module, _MODULE, module)
         image, output = image_of(graph_module), graph.output_node()
         with graph.inserting_before(output):
-            scores = graph.call_module(path, (image,))
-        simulated: Any = output.args[0]
-        scores.meta.update({key: value for key, value in simulated.meta.items() if key == "tensor_meta"})
-        output.args = (scores,)
+            found = graph.call_module(path, (image,))
+            output.args = (_in_the_place_of(output.args[0], found),)
         graph.eliminate_dead_code()
         for layer, kernel in module.kernels().items():
             note_kernel(graph_module, kernel, layer)
         return 1
+
+
+def _in_the_place_of(simulated: Any, found: Node) -> Any:
+    """The node that gives what OpenVINO found, or one for each tensor, with the shapes of those they replace."""
+    is_one = isinstance(simulated, Node)
+    nodes = []
+    for place, result in enumerate(leaves(simulated)):
+        node = found if is_one else found.graph.call_function(operator.getitem, (found, place))
+        node.meta.update({key: value for key, value in result.meta.items() if key == "tensor_meta"})
+        nodes.append(result if result.op == "get_attr" else node)
+    return nodes[0] if is_one else tuple(nodes)
 
 
 BACKEND = Backend(

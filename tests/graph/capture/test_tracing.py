@@ -162,9 +162,9 @@ def test_randomness_is_refused() -> None:
 
 
 def test_hidden_weights_are_refused() -> None:
-    model = Block(lambda m, x: m.attention(x, x, x, need_weights=False)[0])
-    model.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-    with pytest.raises(CoverageError, match=r"'attention' \(MultiheadAttention, 144 elements\)"):
+    model = Block(lambda m, x: m.attention(x)[0])
+    model.attention = nn.GRU(6, 6, batch_first=True)
+    with pytest.raises(CoverageError, match=r"'attention' \(GRU, 216 elements\)"):
         trace(model, IMAGES_BCHW)
     assert COVERAGE.of(trace(model, IMAGES_BCHW, minimum_coverage=0.5)) < 0.8
 

@@ -100,16 +100,20 @@ def test_names_of_submodules_and_arguments_do_not_matter() -> None:
     assert len(linears_of(graph_module)) == 9
 
 
-def test_weights_hidden_in_attention_are_refused_with_a_remedy_that_exists(plain: nn.Module) -> None:
-    class Attention(nn.MultiheadAttention):
-        """Its own class, so that it is traced through."""
+def test_weights_hidden_in_a_recurrent_layer_are_refused_with_a_remedy_that_exists(plain: nn.Module) -> None:
+    class Recurrent(nn.Module):
+        """Its own class, so that it is traced through to a leaf with hidden weights."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.GRU(12, 12, batch_first=True)
 
         def forward(self, x, **options):
-            return super().forward(x, x, x, need_weights=False)[0]
+            return self.inner(x)[0]
 
     model = copy.deepcopy(plain)
-    model.blocks[0].attn = Attention(12, 2, batch_first=True)
-    with pytest.raises(CoverageError, match=r"'blocks\.0\.attn'.*minimum_coverage=0\.\d+\)$") as refused:
+    model.blocks[0].attn = Recurrent()
+    with pytest.raises(CoverageError, match=r"'blocks\.0\.attn\.inner'.*minimum_coverage=0\.\d+\)$") as refused:
         trace(model, IMAGES_BCHW)
     assert "lower minimum_coverage" not in str(refused.value)
     share = float(str(refused.value).rpartition("=")[2].rstrip(")"))
@@ -125,7 +129,7 @@ def test_several_arguments_are_refused_before_anything_runs() -> None:
         def forward(self, *, images):
             raise AssertionError
 
-    with pytest.raises(TraceError, match=r"Two\.forward needs 2 arguments \(images, mask\): wrap it"):
+    with pytest.raises(TraceError, match=r"Two\.forward needs 2 arguments \(images, mask\): give those"):
         trace(Two(2, 2), IMAGES_BCHW)
     with pytest.raises(TraceError, match=r"Keyword\.forward takes 'images' by keyword only: wrap it"):
         trace(Keyword(2, 2), IMAGES_BCHW)
