@@ -9,6 +9,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
+import numpy as np
+
 from allocators.problem.budget import QUANTITIES, Budget
 from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.errors import ArtefactError, BudgetError
@@ -21,9 +23,10 @@ Status = Literal["optimal", "feasible", "heuristic"]
 class Allocation:
     """Bits by layer; equality ignores the time it took.
 
-    Attributes:
+    Args:
         weight_bits: bits of the layers that have quantized weights.
-        activation_bits: bits of the layers whose input is quantized.
+        activation_bits: bits of the layers whose input is quantized; the inputs of a product that have widths of their
+            own have names of their own, "<layer>.left" and "<layer>.right".
         objective: summed predicted loss.
         usage: the QUANTITIES, averaged as the budget asks; latency_ms where times were measured.
         budget: what was asked.
@@ -57,14 +60,28 @@ class Allocation:
         solver: str,
         seconds: float,
     ) -> Self:
-        """The allocation that an assignment of `table` stands for."""
-        bits = [
-            {layer: int(width) for layer, width in zip(table.layers, row, strict=True) if width}
-            for row in table.bits(assignment)
-        ]
+        """The allocation that an assignment of `table` stands for.
+
+        Args:
+            table: the problem.
+            assignment: int64 [2, L], the chosen columns.
+            budget: what was asked.
+            status: "optimal", "feasible" or "heuristic".
+            gap: how far the objective can be from the best, proven; None where no bound is known.
+            solver: what found it.
+            seconds: wall time, s.
+        """
+        widths, is_weight = table.widths(assignment), table.is_weight
+        weights, activations = (
+            {
+                table.operand(row, layer): int(widths[row, layer])
+                for layer, row in np.argwhere((counted & (widths > 0)).T)
+            }
+            for counted in (is_weight, ~is_weight)
+        )
         return cls(
-            weight_bits=bits[0],
-            activation_bits=bits[1],
+            weight_bits=weights,
+            activation_bits=activations,
             objective=table.objective(assignment),
             usage=table.usage(assignment, budget),
             budget=budget,
@@ -74,6 +91,21 @@ class Allocation:
             solver=solver,
             seconds=seconds,
         )
+
+    def assignment(self, table: CostTable) -> Assignment:
+        """The columns of these bits in a table that has them, int64 [2, L].
+
+        Raises:
+            BudgetError: a width is none of the table's candidates.
+        """
+        columns = np.full((2, len(table.layers)), -1, dtype=np.int64)
+        for row, layer in np.argwhere(table.elements > 0).tolist():
+            bits = self.weight_bits if table.is_weight[row, layer] else self.activation_bits
+            width = bits.get(table.operand(row, layer))
+            if width is not None and width not in table.bits:
+                raise BudgetError(f"{table.operand(row, layer)!r} is given {width} bits; candidates are {table.bits}")
+            columns[row, layer] = -1 if width is None else table.bits.index(width)
+        return columns
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal allocation."""
@@ -140,7 +172,7 @@ def _binding(table: CostTable, assignment: Assignment, budget: Budget) -> tuple[
     """The budgeted quantities that some one-step upgrade would raise, and that none can raise within the limit."""
     usage = table.usage(assignment, budget)
     fits: dict[str, list[bool]] = {quantity: [] for quantity in budget.limits}
-    for row, side in enumerate(table.operands):
+    for row, side in enumerate(table.sides):
         for layer in range(len(table.layers)):
             wider = side.columns(layer)
             wider = wider[wider > assignment[row, layer]]

@@ -23,10 +23,10 @@ from allocators.problem.cost_table import Assignment, CostTable
 class Step(NamedTuple):
     """One layer one width up (direction 1) or down (-1).
 
-    Attributes:
+    Args:
         layer: its index.
         direction: 1 or -1.
-        columns: its columns afterwards, weights and activations; -1 where it has none.
+        columns: of its first and second operand afterwards; -1 where it has none.
         usage: float64 [Q]: what the step adds to each budgeted quantity.
     """
 
@@ -39,7 +39,12 @@ class Step(NamedTuple):
 def steps(table: CostTable, assignment: Assignment, layers: Sequence[int], budget: Budget, *, tied: bool) -> list[Step]:
     """All single steps of these layers to the next allowed widths, in order of layers, up before down.
 
-    tied: both operands step together, and only together; otherwise each steps alone.
+    Args:
+        table: the problem.
+        assignment: int64 [2, L], where the steps start.
+        layers: indices of the layers that may step.
+        budget: says how means are averaged.
+        tied: a weight and its input step together, and only together; otherwise each operand steps alone.
     """
     limited = [QUANTITIES.index(quantity) for quantity in budget.limits]
     meter = table.meter(budget)
@@ -48,12 +53,12 @@ def steps(table: CostTable, assignment: Assignment, layers: Sequence[int], budge
         present = [row for row in (0, 1) if assignment[row, layer] >= 0]
         for direction in (1, -1):
             ahead = {row: _next(table, row, layer, int(assignment[row, layer]), direction) for row in present}
-            for rows in [present] if tied else [[row] for row in present]:
+            for rows in [present] if tied and not table.is_product[layer] else [[row] for row in present]:
                 if not rows or any(ahead[row] is None for row in rows):
                     continue
                 columns = [ahead[row] if row in rows else int(assignment[row, layer]) for row in (0, 1)]
                 moved = np.array([[int(assignment[row, layer]), columns[row]] for row in (0, 1)])
-                bits = [side.bits_at(pair) for side, pair in zip(table.operands, moved, strict=True)]
+                bits = [side.bits_at(pair) for side, pair in zip(table.sides, moved, strict=True)]
                 used = meter.use(layer, bits[0], bits[1])
                 found.append(
                     Step(layer, direction, (int(moved[0, 1]), int(moved[1, 1])), (used[:, 1] - used[:, 0])[limited])
@@ -62,7 +67,7 @@ def steps(table: CostTable, assignment: Assignment, layers: Sequence[int], budge
 
 
 def _next(table: CostTable, row: int, layer: int, column: int, direction: int) -> int | None:
-    allowed = table.operands[row].columns(layer)
+    allowed = table.sides[row].columns(layer)
     ahead = allowed[allowed > column] if direction > 0 else allowed[allowed < column][::-1]
     return int(ahead[0]) if ahead.size else None
 
@@ -72,8 +77,13 @@ def exchanges(
 ) -> Iterator[tuple[float, list[Step]]]:
     """Exchanges that promise to lower the error and keep the budget, best first: (net, steps).
 
-    change: float64 [S]: what each offered step adds to the error. size: layers that take part, 1 to 3; at least one
-    steps up, none twice.
+    Args:
+        table: the problem.
+        assignment: int64 [2, L], where the steps start.
+        budget: what an exchange has to keep.
+        offered: S single steps.
+        change: float64 [S]: what each offered step adds to the error.
+        size: layers that take part, 1 to 3; at least one steps up, none twice.
     """
     limits = np.array(list(budget.limits.values())) * (1 + TOLERANCE)
     room = limits - np.array([table.usage(assignment, budget)[quantity] for quantity in budget.limits])

@@ -38,7 +38,7 @@ _STEP_BITS: Final = 0.1
 class FrontierPoint:
     """The best allocation within one budget.
 
-    Attributes:
+    Args:
         limit: the budget, in units of the axis.
         allocation: bits, predicted loss, usage, and by which solver: "hull" where no integer program was solved.
         step: one step of budget, in units of the axis: what 0.1 bit is.
@@ -61,7 +61,7 @@ class FrontierPoint:
 class Hull(NamedTuple):
     """Vertices of the lower convex hull, by ascending usage: float64 [V] each, and V assignments made on demand.
 
-    Attributes:
+    Args:
         usage: in units of the axis.
         loss: predicted loss.
         assignment: the columns, int64 [2, L], of a vertex.
@@ -75,7 +75,10 @@ class Hull(NamedTuple):
 def hull(table: CostTable, quantity: str, budget: Budget | None = None) -> Hull:
     """The hull along one quantity; operands that do not use it have their cheapest width, the narrowest of equal ones.
 
-    budget: says how means are averaged.
+    Args:
+        table: the problem.
+        quantity: one of QUANTITIES, what is limited.
+        budget: says how means are averaged.
 
     Raises:
         BudgetError: the quantity is not one of QUANTITIES.
@@ -148,9 +151,7 @@ def default_limits(table: CostTable, axis: str) -> list[float]:
 
     Raises BudgetError for a latency that the table does not have.
     """
-    widths = [
-        side.bits_at(columns) for side in table.operands for columns in map(side.columns, range(len(table.layers)))
-    ]
+    widths = [side.bits_at(columns) for side in table.sides for columns in map(side.columns, range(len(table.layers)))]
     span = max(int(bits.max()) for bits in widths) - min(int(bits[bits > 0].min()) for bits in widths if bits.any())
     limited = quantities_of(axis)
     table.meter(budget_at(axis, 1.0))  # refuses a latency where no times are known
@@ -176,11 +177,10 @@ def quantities_of(axis: str) -> tuple[str, ...]:
 def step_of(table: CostTable, axis: str) -> float:
     """What 0.1 bit is along an axis: of every weight in bytes; for bit operations, as large a share of their range."""
     if axis == "weight_bytes":
-        return float(table.weight_elements.sum()) * _STEP_BITS / 8
+        return float(table.elements[table.is_weight].sum()) * _STEP_BITS / 8
     if axis in ("bit_operations", "latency_ms"):
         least, most = table.minimum_usage()[axis], table.usage(table.highest())[axis]
-        bits = [side.bits.max() - side.bits.min() for side in table.operands]
-        return _STEP_BITS * (most - least) / max(float(max(bits)), 1.0)
+        return _STEP_BITS * (most - least) / max(float(table.bits[-1] - table.bits[0]), 1.0)
     return _STEP_BITS
 
 
@@ -216,7 +216,7 @@ def _on_hull(table: CostTable, budget: Budget, hulls: list[Hull]) -> Allocation:
     for found, limit in zip(hulls, budget.limits.values(), strict=True):
         within = np.flatnonzero(found.usage <= limit * (1 + TOLERANCE))
         chosen.append(found.assignment(int(within[-1])))
-    assignment = chosen[0] if len(chosen) == 1 else np.stack([chosen[0][0], chosen[1][1]])
+    assignment = chosen[0] if len(chosen) == 1 else np.where(table.is_weight, *chosen)
     return Allocation.of(table, assignment, budget, status="heuristic", gap=None, solver="hull", seconds=0.0)
 
 

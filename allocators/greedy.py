@@ -4,7 +4,8 @@
     alpha_l = SQNR_{b-1}(X_l) * log(numel(X_l))           (MPTQ-ViT, equation 10)
 
 Weights first, then activations (or the reverse), each until its quantities meet the budget; a heap keeps the largest
-alpha on top, O(widths * layers * log layers). Bytes count with the weights. Bit operations, which the paper does not
+alpha on top, O(widths * layers * log layers). Bytes count with the weights. Inputs of a product that share one width
+are one tensor. Bit operations, which the paper does not
 budget, and latency come last: whichever tensor has the largest alpha is lowered until they are met, by several widths
 where the first of them gain no time.
 Deliberately not done: looking at costs, or raising a tensor again.
@@ -21,7 +22,7 @@ from typing import Final, Literal
 import numpy as np
 
 from allocators.allocation import Allocation
-from allocators.problem.arrays import FloatArray
+from allocators.problem.arrays import BoolArray, FloatArray
 from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.checks.hints import check_fields
@@ -73,41 +74,39 @@ class Greedy:
         """The columns of the greedy bits, int64 [2, L]."""
         table = table.at_least(self.minimum_bits)
         table.check_feasible(budget)
-        descent = _Descent(table, budget, [self._alpha(table, row) for row in (0, 1)])
-        phases = [((0,), ("mean_weight_bits", "weight_bytes")), ((1,), ("mean_activation_bits",))]
+        descent = _Descent(table, budget, self._alpha(table))
+        weights, everything = table.is_weight, np.ones((2, len(table.layers)), dtype=bool)
+        phases = [(weights, ("mean_weight_bits", "weight_bytes")), (~weights, ("mean_activation_bits",))]
         if self.order == "activations-first":
             phases.reverse()
-        for rows, quantities in [*phases, ((0, 1), ("bit_operations",)), ((0, 1), ("latency_ms",))]:
-            descent.lower(rows, quantities)
+        for tensors, quantities in [*phases, (everything, ("bit_operations",)), (everything, ("latency_ms",))]:
+            descent.lower(tensors, quantities)
         # Both operands of a layer may have to fall together before it is any faster.
         is_met = not budget.exceeded(table.usage(descent.assignment, budget))
         return descent.assignment if is_met else table.lowest()
 
-    def _alpha(self, table: CostTable, row: int) -> FloatArray:
-        """Alpha of moving to each column, float64 [L, C]."""
-        side = table.operands[row]
-        sqnr_db = np.clip(side.sqnr_db, -_LARGEST_SQNR_DB, _LARGEST_SQNR_DB)
-        return sqnr_db * np.log(np.maximum(side.elements, 1))[:, None] if self.metric == "sqnr-numel" else sqnr_db
+    def _alpha(self, table: CostTable) -> FloatArray:
+        """Alpha of moving to each column, float64 [2, L, C]."""
+        sqnr_db = np.clip(table.sqnr_db, -_LARGEST_SQNR_DB, _LARGEST_SQNR_DB)
+        return sqnr_db * np.log(np.maximum(table.elements, 1))[..., None] if self.metric == "sqnr-numel" else sqnr_db
 
 
 class _Descent:
     """An assignment on its way down, with its usage kept up to date."""
 
-    def __init__(self, table: CostTable, budget: Budget, alphas: list[FloatArray]) -> None:
+    def __init__(self, table: CostTable, budget: Budget, alpha: FloatArray) -> None:
         self.assignment = table.highest()
-        self._operands = table.operands
-        self._columns = [
-            [side.columns(layer).tolist() for layer in range(len(table.layers))] for side in self._operands
-        ]
-        self._alphas = alphas
+        self._sides = table.sides
+        self._columns = [[side.columns(layer).tolist() for layer in range(len(table.layers))] for side in self._sides]
+        self._alpha = alpha
         self._meter = table.meter(budget)
         self._limits = np.array([budget.limits.get(quantity, np.inf) for quantity in QUANTITIES]) * (1 + TOLERANCE)
-        self._usage = self._meter.sums(*table.bits(self.assignment))
+        self._usage = self._meter.sums(*table.widths(self.assignment))
 
-    def lower(self, rows: Iterable[int], quantities: Iterable[str]) -> None:
-        """Lower the tensors of `rows`, largest alpha first, until all `quantities` are within their limits."""
+    def lower(self, tensors: BoolArray, quantities: Iterable[str]) -> None:
+        """Lower these tensors, bool [2, L], largest alpha first, until all `quantities` are within their limits."""
         watched = [QUANTITIES.index(quantity) for quantity in quantities]
-        heap = [entry for row in rows for layer in range(len(self._columns[row])) for entry in self._next(row, layer)]
+        heap = [entry for row, layer in np.argwhere(tensors).tolist() for entry in self._next(row, layer)]
         heapq.heapify(heap)
         while heap and (self._usage[watched] > self._limits[watched]).any():
             _, row, layer, column = heapq.heappop(heap)
@@ -129,8 +128,11 @@ class _Descent:
         if place == 0:
             return []
         column = columns[place - 1]
-        return [(-float(self._alphas[row][layer, column]), row, layer, column)]
+        return [(-float(self._alpha[row, layer, column]), row, layer, column)]
 
     def _use(self, layer: int) -> FloatArray:
-        bits = [side.bits_at(self.assignment[row, layer : layer + 1]) for row, side in enumerate(self._operands)]
+        bits = [side.bits_at(self.assignment[row, layer : layer + 1]) for row, side in enumerate(self._sides)]
         return self._meter.use(layer, bits[0], bits[1])[:, 0]
+
+
+ALLOCATOR = Greedy()

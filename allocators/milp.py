@@ -1,4 +1,4 @@
-"""The optimal allocation by integer programming: one binary variable per layer and (W bits, A bits) pair.
+"""The optimal allocation by integer programming: one binary variable per layer and pair of widths of its operands.
 
     minimise  sum_lp cost_lp x_lp
     so that   sum_p x_lp = 1 for every layer l,    sum_lp usage_qlp x_lp <= budget_q for every budgeted quantity q
@@ -7,7 +7,7 @@ LampQ's integer program ("Iterative bit update"), in one-hot form. Pairs of widt
 What the solver sees is small and well scaled: costs count from each layer's minimum in units of the start's excess,
 usage from each layer's minimum in units of the headroom; a pair that alone exceeds either, or that another pair beats
 in every respect, is left out. Without a budget of bit operations or latency, and untied, nothing couples a layer's
-weights to its activations: then each operand gets its own one-hot, W + A variables a layer instead of W A.
+operands: then each gets its own one-hot, 2 C variables a layer instead of C^2.
 Deliberately not done: interactions between layers (a quadratic objective).
 """
 
@@ -57,7 +57,7 @@ class Milp:
             is depends on how busy the machine is, so `node_limit` is meant to end the search first.
         relative_gap: stop when the objective is proven within this fraction of the optimum; costs are estimates, so
             the default is far below their own error.
-        tie_weights_and_activations: give both operands of a layer the same bits.
+        tie_weights_and_activations: give a layer's weight and its input the same bits.
         threads: solver threads; more than one may make the choice among equal optima vary.
         seed: the solver's seed.
         node_limit: nodes of the search tree in each run of the solver; a few seconds of work for the table
@@ -175,7 +175,7 @@ class Milp:
 class _Layer(NamedTuple):
     """The pairs of one layer, or the widths of one of its operands, that can be part of a better answer.
 
-    Attributes:
+    Args:
         layer: its index.
         rows: the rows of an assignment it decides: both operands, or one.
         columns: int64 [2, P].
@@ -195,7 +195,7 @@ class _Layer(NamedTuple):
 class _Program(NamedTuple):
     """The scaled integer program: objective = floor + excess * scaled objective.
 
-    Attributes:
+    Args:
         floor: sum of each layer's least cost.
         excess: the known answer's objective above the floor.
         layers: one entry per layer.
@@ -229,7 +229,7 @@ class _Program(NamedTuple):
 
 def _part(table: CostTable, budget: Budget, layer: int, rows: slice) -> Choices:
     """The widths of one operand of a layer; the other operand counts nothing."""
-    side = table.operands[rows.start]
+    side = table.sides[rows.start]
     chosen = side.columns(layer)
     columns = np.full((2, len(chosen)), -1)
     columns[rows] = chosen
@@ -281,10 +281,13 @@ def _weighted(picks: list[list[mip.Var]], weights: Iterable[FloatArray]) -> mip.
 
 def _tied(table: CostTable, assignment: Assignment) -> Assignment:
     """The widest tied pair of every layer that is no wider than `assignment`, or else its lowest tied pair."""
-    bits = table.bits(assignment)
+    bits = table.widths(assignment)
     chosen = []
     for layer in range(len(table.layers)):
         pairs = table.choices(layer, tied=True)
         within = np.flatnonzero((pairs.bits <= bits[:, [layer]]).all(axis=0))
         chosen.append(pairs.columns[:, within[-1] if within.size else 0])
     return np.stack(chosen, axis=1)
+
+
+ALLOCATOR = Milp()

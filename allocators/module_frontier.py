@@ -5,7 +5,7 @@
 Configurations are built module by module; of those with equal usage only the cheapest can be part of a better answer,
 and, where a single quantity is budgeted, of those that use no more. So the cheapest configuration within the budget is
 found without listing them all. A module is one half of a block: MSA (qkv, proj) or MLP (fc1, fc2), all its weights and
-inputs at one width; every other layer is a module of its own.
+inputs at one width; every other layer is a module of its own, whose operands may differ where it is a product.
 The frontier can grow without limit where modules differ in size: beyond `states` only the cheapest configuration of
 each cell of a grid over usage is kept, and the answer is a heuristic.
 Deliberately not done: testing configurations of the frontier on images, which takes VT-PTQ its hours.
@@ -31,12 +31,12 @@ HALVES = {"qkv": "msa", "proj": "msa", "fc1": "mlp", "fc2": "mlp"}
 
 
 @dataclass(frozen=True)
-class Pareto:
+class ModuleFrontier:
     """The cheapest configuration within the budget, module by module.
 
     Args:
         module_wise: one width for all layers of a module; otherwise every layer is a module.
-        tie_weights_and_activations: one width for both operands of a module; otherwise one for each.
+        tie_weights_and_activations: one width for the weights and the inputs of a module; otherwise one for each.
         states: configurations kept at most.
 
     Raises:
@@ -63,7 +63,7 @@ class Pareto:
         started_s = time.perf_counter()
         tied = self.tie_weights_and_activations
         table.check_feasible(budget, tied=tied)
-        modules = [self._choices(table, budget, layers) for layers in self.modules(table)]
+        modules = [self._offered(table, budget, layers) for layers in self.modules(table)]
         frontier = _Frontier(modules, budget, table, self.states)
         return Allocation.of(
             table,
@@ -85,23 +85,27 @@ class Pareto:
             found.setdefault((name.rpartition(".")[0], half or "") if shared else (name, role), []).append(layer)
         return list(found.values())
 
-    def _choices(self, table: CostTable, budget: Budget, layers: list[int]) -> _Module:
+    def _offered(self, table: CostTable, budget: Budget, layers: list[int]) -> _Module:
         """The widths that all layers of a module allow, with what they cost and use together."""
         choices = [table.choices(layer, budget, tied=self.tie_weights_and_activations) for layer in layers]
-        offered = [{self._widths(pair): index for index, pair in enumerate(each.bits.T)} for each in choices]
-        common = [widths for widths in offered[0] if all(widths in other for other in offered)]
+        if len(layers) == 1:
+            return _Module(layers, choices[0].columns[None], choices[0].cost, choices[0].usage)
+        by_widths = [{self._agreed(pair): index for index, pair in enumerate(each.bits.T)} for each in choices]
+        common = [widths for widths in by_widths[0] if all(widths in other for other in by_widths)]
         if not common:
             names = ", ".join(table.layers[layer] for layer in layers)
             raise OverrideError(f"{names} share a width in a module-wise allocation, and no width is allowed for all")
-        picked = [np.array([by_widths[widths] for widths in common]) for by_widths in offered]
+        picked = [
+            each.taken([index[widths] for widths in common]) for each, index in zip(choices, by_widths, strict=True)
+        ]
         return _Module(
             layers,
-            np.stack([each.columns[:, pick] for each, pick in zip(choices, picked, strict=True)]),
-            np.sum([each.cost[pick] for each, pick in zip(choices, picked, strict=True)], axis=0),
-            np.sum([each.usage[:, pick] for each, pick in zip(choices, picked, strict=True)], axis=0),
+            np.stack([each.columns for each in picked]),
+            np.sum([each.cost for each in picked], axis=0),
+            np.sum([each.usage for each in picked], axis=0),
         )
 
-    def _widths(self, pair: IntArray) -> tuple[int, ...]:
+    def _agreed(self, pair: IntArray) -> tuple[int, ...]:
         """What the layers of a module must agree on: one width, or one for each operand."""
         return (int(pair.max()),) if self.tie_weights_and_activations else tuple(int(bits) for bits in pair)
 

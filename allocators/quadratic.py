@@ -1,6 +1,6 @@
 """Bits under interactions between layers: Mix-QViT's integer quadratic program, linearised.
 
-    minimise   sum_i c_i(b_i) + sum_ij 2 r_ij sqrt(c_i(b_i) c_j(b_j))    over operands i (a layer's weights or inputs)
+    minimise   sum_i c_i(b_i) + sum_ij 2 r_ij sqrt(c_i(b_i) c_j(b_j))    over operands i of layers
 
 The second term is how errors of two operands add up in a loss that is quadratic in them: r_ij is the correlation of
 what they do to the output, measured on a sample of pairs (`fxquant.sensitivity.interactions`); 0 elsewhere. A product
@@ -23,11 +23,11 @@ from allocators.milp import Milp
 from allocators.problem.arrays import FloatArray
 from allocators.problem.budget import QUANTITIES, Budget
 from allocators.problem.cost_table import Assignment, CostTable
-from allocators.problem.operands import Choices
+from allocators.problem.operands import ROWS, Choices, Place
 from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError, SensitivityError
 
-OperandName = tuple[str, Literal["weight", "activation"]]
+OperandName = tuple[str, Place]
 """A layer and which of its operands."""
 
 _OBJECTIVE_SCALE: Final = 1e3
@@ -39,7 +39,12 @@ _HEADROOM: Final = 1 - 2e-6
 
 @dataclass(frozen=True)
 class Interaction:
-    """Correlation, -1 to 1, between what the errors of two operands do to the output."""
+    """Correlation, -1 to 1, between what the errors of two operands do to the output.
+
+    Args:
+        first, second: the two operands.
+        correlation: from -1 to 1.
+    """
 
     first: OperandName
     second: OperandName
@@ -56,9 +61,11 @@ class Interaction:
 class Quadratic:
     """Bits that minimise cost with interactions within a budget, by CBC; never worse in it than `Milp`'s bits.
 
-    interactions: pairs that interact. time_limit_s: wall time given to the solver, s. relative_gap: stop within it. The
-    allocation's objective remains the table's sum of costs, so that it compares with other allocators'; status is
-    "optimal" where the solver proved the interacting one.
+    Args:
+        interactions: pairs that interact.
+        time_limit_s: wall time given to the solver, s.
+        relative_gap: stop within it. The allocation's objective remains the table's sum of costs, so that it compares
+            with other allocators'; status is "optimal" where the solver proved the interacting one.
     """
 
     interactions: tuple[Interaction, ...]
@@ -74,14 +81,15 @@ class Quadratic:
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The bits of every layer.
 
-        Raises InfeasibleBudgetError, or BudgetError where an interaction names no layer of the table.
+        Raises InfeasibleBudgetError, or BudgetError where an interaction names no operand of the table.
         """
         started_s = time.perf_counter()
-        unknown = {name for pair in self.interactions for name, _ in (pair.first, pair.second)} - set(table.layers)
+        known = {operand for side in table.sides for operand in zip(table.layers, side.places, strict=True)}
+        unknown = {operand for pair in self.interactions for operand in (pair.first, pair.second)} - known
         if unknown:
-            raise BudgetError(f"interactions name layers that the table does not have: {sorted(unknown)}")
+            raise BudgetError(f"interactions name operands that the table does not have: {sorted(unknown)}")
         additive = Milp(time_limit_s=self.time_limit_s / 4).allocate(table, budget)
-        best, proven = _assignment(table, additive), False
+        best, proven = additive.assignment(table), False
         found, optimal = self._solve(table, budget, best)
         if found is not None and not budget.exceeded(table.usage(found, budget)):
             proven = optimal
@@ -155,12 +163,12 @@ def _margin(
     table: CostTable, operand: OperandName, picks: Sequence[Sequence[mip.Var]], choices: Sequence[Choices]
 ) -> Mapping[int, tuple[mip.LinExpr, float]]:
     """By column of an operand: the sum of the picks that take it, and its cost; empty where it is not allocated."""
-    layer, row = table.layers.index(operand[0]), ("weight", "activation").index(operand[1])
+    layer, row = table.layers.index(operand[0]), ROWS[operand[1]]
     columns = choices[layer].columns[row]
     return {
         int(column): (
             mip.xsum(pick for pick, taken in zip(picks[layer], columns, strict=True) if taken == column),
-            float(table.operands[row].cost[layer, column]),
+            float(table.cost[row, layer, column]),
         )
         for column in np.unique(columns)
         if column >= 0
@@ -168,19 +176,9 @@ def _margin(
 
 
 def _cost(table: CostTable, operand: OperandName, assignment: Assignment) -> float:
-    layer, row = table.layers.index(operand[0]), ("weight", "activation").index(operand[1])
+    layer, row = table.layers.index(operand[0]), ROWS[operand[1]]
     column = int(assignment[row, layer])
-    return float(table.operands[row].cost[layer, column]) if column >= 0 else 0.0
-
-
-def _assignment(table: CostTable, allocation: Allocation) -> Assignment:
-    """Columns of an allocation's bits."""
-    bits = (allocation.weight_bits, allocation.activation_bits)
-    rows = [
-        [int(np.flatnonzero(side.bits == of[layer])[0]) if of.get(layer) else -1 for layer in table.layers]
-        for side, of in zip(table.operands, bits, strict=True)
-    ]
-    return np.array(rows, dtype=np.int64)
+    return float(table.cost[row, layer, column]) if column >= 0 else 0.0
 
 
 def _weighted(picks: Sequence[Sequence[mip.Var]], weights: Sequence[FloatArray]) -> mip.LinExpr:

@@ -66,7 +66,7 @@ class Swaps:
         meter = table.meter(budget)
         assignment = table.highest()
         while budget.exceeded(table.usage(assignment, budget)):
-            used = meter.sums(*table.bits(assignment))[limited]
+            used = meter.sums(*table.widths(assignment))[limited]
             down = _steps(table, meter, assignment, limited, -1)
             freed = (np.where(used > limits, -down.usage.T, 0.0) / limits).sum(axis=1)
             useful = freed > 0
@@ -95,8 +95,8 @@ class _Steps(NamedTuple):
 def _steps(table: CostTable, meter: Meter, assignment: Assignment, limited: list[int], direction: int) -> _Steps:
     """All steps up (+1) or down (-1) to the next allowed width, in a fixed order."""
     rows, layers, columns, costs, usages = [], [], [], [], []
-    bits = table.bits(assignment)
-    for row, side in enumerate(table.operands):
+    bits = table.widths(assignment)
+    for row, side in enumerate(table.sides):
         for layer in range(len(table.layers)):
             current = assignment[row, layer]
             allowed = side.columns(layer)
@@ -128,7 +128,7 @@ def _best_trade(
     up, down = (_steps(table, meter, assignment, limited, direction) for direction in (1, -1))
     if not up.cost.size:
         return None
-    used = meter.sums(*table.bits(assignment))[limited]
+    used = meter.sums(*table.widths(assignment))[limited]
     nothing = np.zeros((len(limited), 1))
     usage = used[:, None, None] + up.usage[:, :, None] + np.concatenate([nothing, down.usage], axis=1)[:, None, :]
     gain = up.cost[:, None] + np.concatenate([[0.0], down.cost])[None, :]
@@ -147,3 +147,6 @@ def _best_trade(
         if not budget.exceeded(table.usage(trade, budget)):
             return trade
     return None
+
+
+ALLOCATOR = Swaps()

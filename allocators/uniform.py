@@ -33,8 +33,8 @@ class Uniform:
             if budget.like_uniform_bits is None:
                 raise BudgetError(f"Uniform needs mean bits, and the budget is {budget}: give one such as 'W4A4'")
             means = (budget.like_uniform_bits, budget.like_uniform_bits)
-        widest = table.weight_bits[-1], table.activation_bits[-1]
-        bits = [int(high if mean is None else min(mean, high)) for mean, high in zip(means, widest, strict=True)]
+        widest = table.bits[-1]
+        bits = [int(widest if mean is None else min(mean, widest)) for mean in means]
         return Allocation.of(
             table,
             table.uniform(*bits),
@@ -44,3 +44,6 @@ class Uniform:
             solver="uniform",
             seconds=time.perf_counter() - started_s,
         )
+
+
+ALLOCATOR = Uniform()

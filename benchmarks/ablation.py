@@ -23,6 +23,7 @@ from allocators.greedy import Greedy
 from allocators.milp import Milp
 from allocators.uniform import Uniform
 from fxquant.artefact.cache import signature
+from fxquant.graph.annotation import Role
 from fxquant.session.sweep import Results
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
@@ -36,7 +37,7 @@ from passes.recipes.best import best
 from passes.recipes.lampq import lampq
 from passes.recipes.mix_qvit import CLIPPED, mix_qvit
 from passes.recipes.mptq_vit import mptq_vit
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.substitute.tabulate_gelu import TabulateGelu
 
 RELEVANCE = ScoreLayers(RelevanceSensitivity(sensitivity="none"), roles=None)
@@ -50,13 +51,17 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
     "clipped channel-wise in place of SQ-b": lambda b: best(b, fold=CLIPPED),
     "without rotation, clipped channel-wise": lambda b: best(b, fold=CLIPPED).without(RotateResidual),
     "without codebooks (OPT-m after GELU, uniform)": lambda b: best(b).changed(
-        InsertObservers, post_gelu="asymmetric|opt-m", other="symmetric"
+        PlanOperands, post_gelu="asymmetric|opt-m", other="symmetric"
     ),
-    "codebooks after GELU only": lambda b: best(b).changed(InsertObservers, other="symmetric"),
-    "without row-log (log2, twin softmax)": lambda b: (
-        best(b).changed(InsertObservers, post_softmax="log2<=4|twin-softmax").changed(AllocateBits, softmax_bits=None)
+    "codebooks after GELU only": lambda b: best(b).changed(PlanOperands, other="symmetric"),
+    "without row-log (log2, twin softmax)": lambda b: best(b).changed(
+        PlanOperands, post_softmax="log2<=4|twin-softmax", tied=(Role.QK, Role.AV)
     ),
-    "attention probabilities with the values' bits": lambda b: best(b).changed(AllocateBits, softmax_bits=None),
+    "attention probabilities with the values' bits": lambda b: best(b).changed(PlanOperands, tied=(Role.QK, Role.AV)),
+    "attention probabilities at 2 bits, from 3.5 on at 3": lambda b: best(
+        b, overrides={"av.left": 2 if "3" in b else 3}
+    ),
+    "attention probabilities of 3 bits and more": lambda b: best(b).changed(AllocateBits, spared=()),
     "tensors of 2 bits allowed": lambda b: best(b).changed(AllocateBits, narrowest=2),
     "float GELU": lambda b: best(b).without(TabulateGelu),
     "rounded to nearest": lambda b: best(b).without(CompensateWeights),

@@ -30,7 +30,8 @@ from fxquant.data import embedded
 from fxquant.data.models import load_model
 from fxquant.graph.annotation import Role
 from fxquant.graph.capture.tracing import trace
-from fxquant.session.sweep import Prepared, Results
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -38,6 +39,7 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
@@ -83,10 +85,11 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 20) -> f
 
 def fc1_inputs(model: nn.Module, calibration: Tensor, bits: int, fold: FoldSqb) -> nn.Module:
     """Table 6: only the inputs of fc1 quantized, min-max scales (weights of fc1 at 8 bits)."""
-    insert = InsertObservers(image=None, roles=(Role.FC1,))
+    plan = PlanOperands(image=None, roles=(Role.FC1,))
     allocate = AllocateBits(Budget(mean_activation_bits=8), Uniform(), (("fc1", (8, bits)),))
-    search = SearchScales(metric="min-max")
-    steps = [AssignRoles(), fold, insert, Calibrate(gradient=False), search, allocate, SubstituteQuantizers()]
+    search = SearchScales(criterion="min-max")
+    steps = [AssignRoles(), plan, fold, InsertObservers(), Calibrate(gradient=False)]
+    steps += [search, allocate, SubstituteQuantizers()]
     return Pipeline(steps).run(trace(model, calibration[:2]), PassContext(calibration))
 
 
@@ -108,7 +111,7 @@ def main() -> None:
     results.point(
         signature(settings, "float"), lambda: {"method": "float", "top1": top1(model, images, labels), **shared}
     )
-    prepared: dict[str, Prepared] = {}
+    sessions: dict[str, Session] = {}
     for full, recipe, extra, width, allocators in points([int(b) for b in options.bits.split(",")]):
         for method, allocator in allocators.items():
             if options.methods not in method or options.protocol == ("float-norms" if full else "fully-quantized"):
@@ -119,13 +122,13 @@ def main() -> None:
             if key in results.points:
                 continue
             group = f"{recipe} {extra} {full}"
-            if group not in prepared:
-                prepared.clear()
-                prepared[group] = Prepared(
+            if group not in sessions:
+                sessions.clear()
+                sessions[group] = Session(
                     model, calibration, recipe=recipe, cache=options.cache, fully_quantized=full, **extra
                 )
             start = time.perf_counter()
-            compiled = prepared[group].compile(f"W{width}A{width}", allocator)
+            compiled = sessions[group].compile(f"W{width}A{width}", allocator)
             seconds = time.perf_counter() - start
             lowered = compiled.lowered("auto")
             usage = compiled.allocation.usage if compiled.allocation else {}

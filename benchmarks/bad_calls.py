@@ -2,7 +2,7 @@
 
     python -m benchmarks.bad_calls --count 3000 --seed 0
 
-Entry points, their arguments and the values that are no good: tests/bad_calls.py. Prints JSON and keeps it in
+Entry points, their arguments and the values that are no good: tests/checks/bad_calls/. Prints JSON and keeps it in
 benchmarks/results/bad_calls.json: typed errors by kind, and every call that raised something else or was accepted.
 """
 
@@ -21,8 +21,8 @@ from typing import NoReturn
 import torch
 
 from passes.search.calibrate import Calibrate
-from tests.bad_calls.entries import all_entries
-from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
+from tests.checks.bad_calls.entries import all_entries
+from tests.checks.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 
 
 def main() -> None:

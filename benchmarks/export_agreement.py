@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.data.images import ImageData, Preprocessing, embedded_test
+from fxquant.graph.notes import IMAGE_SHAPE
 
 
 def scores(run: Callable[[Tensor], Any], data: ImageData, limit: int | None) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     simulated = fxquant.load(options.artefact)
-    shape = simulated.graph_module.meta["image_shape"]
+    shape = IMAGE_SHAPE.of(simulated.graph_module)
     data = embedded_test() if options.data is None else ImageData.open(options.data, Preprocessing(shape))
     exact = copy.deepcopy(simulated.graph_module).double()
     with tempfile.TemporaryDirectory() as folder:

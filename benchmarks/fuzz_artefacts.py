@@ -30,7 +30,8 @@ import torch
 from torch import nn
 
 import fxquant
-from tests.artefact.mutations import Base, mutated, use
+from tests.artefact.mutations import Base, mutated
+from tests.artefact.use import use
 
 SLOW_CPU_S, STUCK_S = 5.0, 120.0
 MEMORY_FACTOR, MEMORY_FLOOR = 4, 200_000_000

@@ -17,6 +17,7 @@ import timm
 import torch
 
 import fxquant
+from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.measure.timing import bfloat16_variant, measure
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         variants[f"integer, {backend}"] = lowered = simulated.lowered(backend)
     timings = []
     for size in options.batch_size:
-        images = torch.randn(size, *simulated.graph_module.meta["image_shape"])
+        images = torch.randn(size, *IMAGE_SHAPE.of(simulated.graph_module))
         timings += measure(variants, images, threads=options.threads, seconds=options.seconds)
     result = {
         "model": options.model,

@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
 from fxquant.artefact.cache import signature
-from fxquant.session.sweep import Prepared, Results
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results
 from passes.allocate.metrics import NuclearNorm, PredictedLoss
 from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES
@@ -104,7 +106,7 @@ def point(
     recipe, options = row
     allocator = options.pop("allocator", None)
     start = time.perf_counter()
-    quantized = Prepared(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(
+    quantized = Session(model, calibration, recipe=partial(RECIPES[recipe], **options), seed=seed, cache=cache).compile(
         budget, allocator
     )
     seconds = time.perf_counter() - start

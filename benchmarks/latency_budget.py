@@ -19,7 +19,7 @@ from fxquant.data import embedded
 from fxquant.data.images import load_images
 from fxquant.data.models import load_model
 from fxquant.runtime.integer.kernel_times import least_ms, machine
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.allocate.measure_latency import MeasureLatency
 
 ANY_MS = 1e9
@@ -42,14 +42,14 @@ def main() -> None:
     if options.calibration is not None:
         images = load_images(options.calibration, options.images, named.preprocessing, 0)
     latency = MeasureLatency(options.batch_size)
-    prepared = Prepared(named.model, images, recipe=options.recipe, backend="cpu-native", latency=latency)
-    table = prepared.cost_table(f"W8A8, {ANY_MS:g}ms")
+    session = Session(named.model, images, recipe=options.recipe, backend="cpu-native", latency=latency)
+    table = session.cost_table(f"W8A8, {ANY_MS:g}ms")
     least, most = table.minimum_usage()["latency_ms"], table.usage(table.highest())["latency_ms"]
     limits = [(f"W{bits}A{bits}", ANY_MS) for bits in (8, 6, 4)]
     limits += [("W8A8", least + part * (most - least)) for part in (0.75, 0.5, 0.25, 0.05)]
     rows = []
     for means, limit in limits:
-        compiled = prepared.compile(f"{means}, {limit:.4g}ms")
+        compiled = session.compile(f"{means}, {limit:.4g}ms")
         assert compiled.allocation is not None
         lowered, batch = compiled.lowered("cpu-native"), images[: options.batch_size]
         with torch.inference_mode():

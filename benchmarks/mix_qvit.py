@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from accuracy import RESULTS, arguments, load
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from allocators.milp import Milp
 from allocators.quadratic import Interaction, Quadratic
 from allocators.uniform import Uniform
 from fxquant.artefact.cache import Cache, signature
-from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.annotation import Source, annotation_of, planned_nodes
 from fxquant.graph.capture.tracing import trace
 from fxquant.report.progress import RichProgress
-from fxquant.sensitivity.interactions import Operand, correlations
+from fxquant.sensitivity.interactions import Place, correlations
 from fxquant.sensitivity.measured import Divergence
 from fxquant.session.sweep import Results
-from passes.allocate.allocate_bits import AllocateBits, allocation_of, image_readers
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.score_layers import ScoreLayers
 from passes.pipeline.contract import PassContext
 from passes.recipes.mix_qvit import OPTIMISATIONS, mix_qvit
@@ -68,15 +68,27 @@ def compiled(searched: GraphModule, context: PassContext, method: str, budget: s
     return pipeline[pipeline.position(ScoreLayers if scored else AllocateBits) :].run(searched, context)
 
 
+def is_free(node: Node, group: tuple[int, ...]) -> bool:
+    """Whether the width that these operands share is a choice."""
+    return any(o.candidates and o.source is not Source.IMAGE for o in (annotation_of(node).operands[i] for i in group))
+
+
+def named(place: Place) -> tuple[str, str]:
+    """The layer, and which of its operands, as the allocator calls them."""
+    annotation = annotation_of(place[0])
+    row = annotation.groups.index(place[1])
+    is_split = annotation.weight is None and all(annotation.groups)
+    return annotation.layer, (("weight", "activation"), ("left", "right"))[is_split][row]
+
+
 def interactions(searched: GraphModule, context: PassContext) -> tuple[Interaction, ...]:
     """Correlations of all pairs among the operands that cost most, kept in the cache."""
 
     def found() -> list[Any]:
-        nodes = [n for n in nodes_with_role(searched) if annotation_of(n).activation_candidates]
-        operands: list[Operand] = [(n, "activation") for n in nodes if n not in image_readers(searched, nodes)]
-        operands += [(n, "weight") for n in nodes if annotation_of(n).weight_candidates]
+        places = [(n, group) for n in planned_nodes(searched) for group in annotation_of(n).groups if is_free(n, group)]
         divergence = Divergence(searched, context.images, 32)
-        return correlations(divergence, operands, INTERACTION_BITS, STRONGEST)
+        pairs = correlations(divergence, places, INTERACTION_BITS, STRONGEST)
+        return [(named(first), named(second), r) for first, second, r in pairs]
 
     key = context.signature(searched, "interactions", INTERACTION_BITS, STRONGEST, "nearest")
     return tuple(Interaction(tuple(a), tuple(b), r) for a, b, r in context.cache.recall(key, found))
@@ -121,7 +133,7 @@ def measure(model: nn.Module, calibration: Tensor, images: Tensor, labels: Tenso
                     start = time.perf_counter()
                     quantized = compiled(searched, context, method, f"MP{bits}", optimise)
                     seconds = time.perf_counter() - start
-                    allocation = allocation_of(quantized)
+                    allocation = ALLOCATION.get(quantized)
                     assert allocation is not None
                     point = {
                         "method": method,

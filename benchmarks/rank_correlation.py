@@ -85,7 +85,7 @@ def compared(
     annotations: list[Annotation] = [annotation_of(node) for node in nodes]
     layers = [annotation.layer for annotation in annotations]
     types = np.array([str(annotation.role) for annotation in annotations])
-    columns = {c.bits: index for index, c in enumerate(annotations[0].weight_candidates)}
+    columns = {c.bits: index for index, c in enumerate(annotations[0].operands[0].candidates)}
     divergence = Divergence(searched, unseen)
     measured = {b: np.array(divergence.of_each([{node: (b, b)} for node in nodes])) for b in bits}
     rows: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def compared(
     for name, metric in METRICS.items():
         found = metric.score(searched, nodes, PassContext(calibration, seed=seed))
         for b in bits:
-            predicted = np.array([found.weight[la][columns[b]] + found.activation[la][columns[b]] for la in layers])
+            predicted = np.array([sum(scores[columns[b]] for scores in found.layers[la]) for la in layers])
             rows.setdefault(name, {})[str(b)] = correlations(predicted, measured[b], types)
             if b == bits[0]:
                 panels[name] = dict(zip(layers, predicted.tolist(), strict=True))

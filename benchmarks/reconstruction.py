@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.artefact.cache import signature
-from fxquant.graph.annotation import facts_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
 from fxquant.session.sweep import Results
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.augment import Augment

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fxquant.quantizers.families import Statistics, adalog_gelu
+from fxquant.quantizers.adalog import adalog_gelu
+from fxquant.quantizers.family import Statistics
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 
 

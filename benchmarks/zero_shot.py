@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ import fxquant
 from allocators.swaps import Swaps
 from fxquant.artefact.cache import signature
 from fxquant.data import embedded
-from fxquant.session.sweep import Prepared, Results
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results
 from fxquant.synthesis.synthesize import Pictures, Synthesis
+from passes.recipes import RECIPES
 
 COUNT = 32
 PICTURES: dict[str, dict[str, Any]] = {"embedded": {"mean": (embedded.MEAN,), "std": (embedded.STD,)}}
@@ -57,16 +60,16 @@ def main() -> None:
     results.point(signature(settings, "float"), lambda: {"images": "float", "top1": top1(model, images, labels)})
     for seed in range(given.seeds):
         for source in sources:
-            prepared: Prepared | None = None
+            session: Session | None = None
             for budget in given.budgets.split(","):
                 key = signature(settings, source, seed, budget)
                 if key in results.points:
                     continue
-                if prepared is None:
+                if session is None:
                     pixels, cpu_s = calibration(model, real, source, seed, PICTURES.get(given.model, {}))
                     own = OWN.get(given.recipe, {})
-                    prepared = Prepared(model, pixels, recipe=given.recipe, seed=seed, **own)
-                quantized = prepared.compile(budget, Swaps() if given.recipe in OWN else None)
+                    session = Session(model, pixels, recipe=partial(RECIPES[given.recipe], **own), seed=seed)
+                quantized = session.compile(budget, Swaps() if given.recipe in OWN else None)
                 point = {
                     "images": source if isinstance(source, str) else f"2 x {source} steps",
                     "seed": seed,

@@ -5,15 +5,15 @@ python examples/budgets_and_overrides.py
 
 from allocators.greedy import Greedy
 from allocators.problem.budget import Budget
+from fxquant import Session
 from fxquant.data import embedded
 from fxquant.errors import InfeasibleBudgetError, OverrideError
-from fxquant.session.sweep import Prepared
 
 model, images = embedded.load_model(), embedded.calibration_images(32)
 
 # Overrides: a layer's name, a role or a glob; bits, or (weight bits, activation bits); later ones win.
 overrides = {"fc2": (None, 5), "blocks.0.*": (5, None), "head": 8}
-prepared = Prepared(model, images, overrides=overrides)
+session = Session(model, images, overrides=overrides)
 
 # Calibration and search run once, at the first of these; each further budget takes a moment.
 BUDGETS = [
@@ -24,7 +24,7 @@ BUDGETS = [
 ]
 print(f"{'budget':<20}{'W bits':>8}{'A bits':>8}{'weights MB':>12}{'BOPs G':>8}  binding")
 for budget in BUDGETS:
-    allocation = prepared.compile(budget).allocation
+    allocation = session.compile(budget).allocation
     assert allocation is not None
     used = allocation.usage
     print(
@@ -33,7 +33,7 @@ for budget in BUDGETS:
     )
 
 # The allocators read the same table of costs, so their answers can be compared.
-milp, greedy = (prepared.compile("W4A4", allocator).allocation for allocator in (None, Greedy()))
+milp, greedy = (session.compile("W4A4", allocator).allocation for allocator in (None, Greedy()))
 assert milp is not None
 assert greedy is not None
 print(f"predicted loss at W4A4: integer program {milp.objective:.3g} ({milp.status}), greedy {greedy.objective:.3g}")
@@ -41,6 +41,6 @@ print(f"predicted loss at W4A4: integer program {milp.objective:.3g} ({milp.stat
 # What cannot be met is refused before any image is touched, with the least that can.
 for wrong in ({"budget": "W1.5A4"}, {"budget": "W4A4", "overrides": {"blocks.9.*": 8}}):
     try:
-        Prepared(model, images, overrides=wrong.get("overrides")).check(wrong["budget"])
+        Session(model, images, overrides=wrong.get("overrides")).check(wrong["budget"])
     except (InfeasibleBudgetError, OverrideError) as error:
         print(f"refused: {error}")

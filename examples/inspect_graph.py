@@ -9,19 +9,21 @@ from collections import Counter
 
 import fxquant
 from fxquant.data import embedded
-from fxquant.graph.annotation import Fact, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, verify
+from fxquant.graph.notes import COVERAGE
 from fxquant.graph.printer import describe, format_graph
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 model, images = embedded.load_model(), embedded.calibration_images(32)
 
 # A trace is a torch.fx GraphModule; AssignRoles finds out what its nodes do.
 context = PassContext()
 graph_module = Pipeline([AssignRoles()]).run(fxquant.trace(model, images[:2]), context)
-print(f"coverage: {graph_module.meta['coverage']:.0%} of all weight elements are visible")
+print(f"coverage: {COVERAGE.of(graph_module):.0%} of all weight elements are visible")
 print("not matched:", context.journal.entries[0].notes["unmatched"])
 
 macs: Counter[Role] = Counter()
@@ -42,13 +44,14 @@ print("\nBlock 0 after:")
 for node in quantized.graph_module.graph.nodes:
     if annotation_of(node).block == 0:
         print("  ", describe(node))
-for fact in (Fact.TRACED, Fact.ROLES_ASSIGNED, Fact.BITS_ALLOCATED, Fact.QUANTIZED):
+for fact in (TRACED, ROLES_ASSIGNED, BITS_ALLOCATED, QUANTIZED):
     verify(quantized.graph_module, fact)
 print(f"\n{len(format_graph(quantized.graph_module).splitlines())} lines in all; every fact holds")
 
 # networkx: which matmuls multiply attention's operands in fewer than five bits?
 graph = quantized.to_networkx()
 nodes = {node.name: annotation_of(node) for node in quantized.graph_module.graph.nodes}
-narrow = [name for name in graph if nodes[name].role in (Role.QK, Role.AV) and (nodes[name].activation_bits or 0) < 5]
+products = [name for name in graph if nodes[name].role in (Role.QK, Role.AV)]
+narrow = [name for name in products if min(operand.bits or 0 for operand in nodes[name].inputs) < 5]
 print(f"{len(narrow)} of {6 * 2} attention matmuls have fewer than 5 bits, such as {narrow[:2]}")
 quantized.draw("graph.dot")

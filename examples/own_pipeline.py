@@ -14,13 +14,15 @@ import fxquant
 from allocators.greedy import Greedy
 from fxquant.data import embedded
 from fxquant.errors import PipelineError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate_operands, annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import mptq_vit
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class KeepHigh:
     role: Role
     bits: int = 8
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -38,12 +40,9 @@ class KeepHigh:
         changed = 0
         for node in nodes_with_role(graph_module, self.role):
             annotation = annotation_of(node)
-            raised = [
-                None if bits is None else max(bits, self.bits)
-                for bits in (annotation.weight_bits, annotation.activation_bits)
-            ]
-            changed += raised != [annotation.weight_bits, annotation.activation_bits]
-            annotate(node, weight_bits=raised[0], activation_bits=raised[1], pinned=True)
+            raised = [None if bits is None else max(bits, self.bits) for bits in annotation.bits]
+            changed += raised != list(annotation.bits)
+            annotate_operands(node, bits=raised, pinned=[True] * len(raised))
         return changed
 
 
@@ -63,7 +62,7 @@ with_mine = pipeline[middle:].run(searched, context)
 without_mine = pipeline[middle:].without(KeepHigh).run(searched, context)
 for node, other in zip(nodes_with_role(with_mine, Role.PROJ), nodes_with_role(without_mine, Role.PROJ), strict=True):
     mine, theirs = annotation_of(node), annotation_of(other)
-    print(f"{mine.layer}: {theirs.weight_bits}/{theirs.activation_bits} -> {mine.weight_bits}/{mine.activation_bits}")
+    print(f"{mine.layer}: {theirs.bits} -> {mine.bits}")
 
 # Or let the one call run it; the pipeline brings the budget.
 quantized = fxquant.compile(model, None, calibration=images, recipe=pipeline)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.problem.budget import Budget
+    from fxquant.data import embedded
     from fxquant.graph.capture.tracing import trace
     from fxquant.session.compiled import Compiled, load
     from fxquant.session.model_frontier import frontier
-    from fxquant.session.session import compile
+    from fxquant.session.session import Session, compile
     from fxquant.synthesis.synthesize import Synthesis, synthesize
     from passes.pipeline.contract import PassContext
     from passes.pipeline.pipeline import Pipeline
@@ -26,8 +27,10 @@ __all__ = [
     "Compiled",
     "PassContext",
     "Pipeline",
+    "Session",
     "Synthesis",
     "compile",
+    "embedded",
     "frontier",
     "load",
     "synthesize",
@@ -39,8 +42,10 @@ _HOMES = {
     "Compiled": "fxquant.session.compiled",
     "PassContext": "passes.pipeline.contract",
     "Pipeline": "passes.pipeline.pipeline",
+    "Session": "fxquant.session.session",
     "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.session.session",
+    "embedded": "fxquant.data.embedded",
     "frontier": "fxquant.session.model_frontier",
     "load": "fxquant.session.compiled",
     "synthesize": "fxquant.synthesis.synthesize",
@@ -73,7 +78,8 @@ _refuse_shadowed_packages()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "embedded" else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -1,10 +1,15 @@
 """All tests run on one thread: small models run fastest so, most of all where cores are shared."""
 
+import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+import fxquant
+from fxquant.data import embedded
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +27,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
     os.environ.pop("XDG_CACHE_HOME") if before is None else os.environ.update(XDG_CACHE_HOME=before)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for pages and examples, which begin alike."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def few_images(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages and examples get 4 calibration images at most, and calibrate and search what another has not yet."""
+    whole = embedded.calibration_images
+    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
+    for name in ("compile", "Session"):
+        monkeypatch.setattr(fxquant, name, functools.partial(getattr(fxquant, name), cache=kept))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """README and docs: every Python block runs, every doctest holds, every command and link exists.
 
 The Python blocks of one page share their names, as a reader's session would. A block is left out where the line
-`<!-- not run: reason -->` stands before it. Pages ask for 32 calibration images and get 4.
+`<!-- not run: reason -->` stands before it. Pages ask for 32 calibration images and get 4, and what one page has
+calibrated and searched is kept for the next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from fxquant.cli import app
-from fxquant.data import embedded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
@@ -34,10 +34,9 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text) if not match[1]]
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = embedded.calibration_images
-    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # dataclasses look their module up

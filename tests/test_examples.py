@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.data import embedded
-
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 PRINTS = {
     "one_call": ["bit operations G", "loaded gives the same outputs: True", "quantized 9"],
     "inspect_graph": ["coverage: 100%", "%blocks_0_attn_qkv = qkv(%blocks_0_norm1)", "%blocks_0_attn_qkv = qkv[w"],
-    "own_pipeline": ["7 KeepHigh", "blocks.5.attn.proj: ", "refused: pass 1 KeepHigh(role=<Role.PROJ"],
+    "own_pipeline": ["8 KeepHigh", "blocks.5.attn.proj: ", "refused: pass 1 KeepHigh(role=<Role.PROJ"],
     "budgets_and_overrides": ["W4A5, 700MBOPs", "integer program", "refused: override 'blocks.9.*' matches no layer"],
 }
 WRITES = {"one_call": ["bits.svg", "model.fxq"], "inspect_graph": ["graph.dot"]}
@@ -24,10 +22,9 @@ def test_all_are_tested() -> None:
     assert {path.stem for path in EXAMPLES} == set(PRINTS)
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = embedded.calibration_images
-    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
     printed = capsys.readouterr().out

@@ -11,16 +11,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from allocators.problem.arrays import IntArray
 from allocators.problem.budget import QUANTITIES, Budget
 
 if TYPE_CHECKING:
     from allocators.problem.cost_table import CostTable
 
-_NAMED_LAYERS = 5
+_NAMED = 5  # layers at most
 
 
 def infeasibility(table: CostTable, budget: Budget, exceeded: list[str], *, tied: bool) -> str:
-    """The message for a `budget` whose `exceeded` quantities are out of reach."""
+    """The message for a `budget` whose `exceeded` quantities are out of reach.
+
+    Args:
+        table: the problem.
+        budget: what was asked.
+        exceeded: the quantities out of reach.
+        tied: whether a layer's weight and its input have to share a width.
+    """
     minimum = table.minimum_usage(budget, tied=tied)
     parts = []
     for quantity in exceeded:
@@ -35,23 +43,21 @@ def infeasibility(table: CostTable, budget: Budget, exceeded: list[str], *, tied
 def _pins(table: CostTable, budget: Budget, quantity: str, *, tied: bool) -> str:
     """The layers above the lowest candidate, largest contribution to `quantity` first."""
     meter = table.meter(budget)
-    held = table.bits(table.lowest(tied=tied))
-    free = np.where(held > 0, [[table.weight_bits[0]], [table.activation_bits[0]]], 0)
+    held = table.widths(table.lowest(tied=tied))
+    free = np.where(held > 0, table.bits[0], 0)
     everything = slice(None)
     row = QUANTITIES.index(quantity)
     hold = (meter.use(everything, held[0], held[1]) - meter.use(everything, free[0], free[1]))[row]
     order = [layer for layer in np.argsort(-hold, kind="stable") if hold[layer] > 0]
     if not order:
-        lowest = f"W{table.weight_bits[0]}A{table.activation_bits[0]}"
-        return f"with every layer at the lowest candidates ({lowest})"
-    named = [
-        f"{table.layers[layer]} ({_widths(held[0, layer], held[1, layer])}, +{hold[layer]:.4g})"
-        for layer in order[:_NAMED_LAYERS]
-    ]
-    rest = f" and {len(order) - _NAMED_LAYERS} more" if len(order) > _NAMED_LAYERS else ""
+        return f"with every layer at the lowest candidates (W{table.bits[0]}A{table.bits[0]})"
+    named = [f"{table.layers[layer]} ({_widths(table, layer, held)}, +{hold[layer]:.4g})" for layer in order[:_NAMED]]
+    rest = f" and {len(order) - _NAMED} more" if len(order) > _NAMED else ""
     return f"pinned by {', '.join(named)}{rest}"
 
 
-def _widths(weight_bits: int, activation_bits: int) -> str:
-    """Such as W8A4, leaving out an absent operand."""
-    return (f"W{weight_bits}" if weight_bits else "") + (f"A{activation_bits}" if activation_bits else "")
+def _widths(table: CostTable, layer: int, bits: IntArray) -> str:
+    """Such as W8A4, L2R4 of a product's left and right input, leaving out an absent operand. bits: int64 [2, L]."""
+    places = (side.places[layer] for side in table.sides)
+    pairs = zip(places, bits[:, layer].tolist(), strict=True)
+    return "".join(f"{place[0].upper()}{width}" for place, width in pairs if width)

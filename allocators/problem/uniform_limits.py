@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from fxquant.errors import OverrideError
@@ -26,11 +24,9 @@ def in_numbers(budget: Budget, table: CostTable) -> Budget:
     width = budget.like_uniform_bits
     if width is None:
         return budget
-    if width not in table.weight_bits or width not in table.activation_bits:
-        raise OverrideError(f"MP{width} asks for a uniform model of {width} bits; candidates are {table.weight_bits}")
-    narrowed = np.asarray(table.left_bits)
-    uniform = replace(table, left_bits=np.where(narrowed > 0, np.maximum(narrowed, width), 0))
-    usage = uniform.usage(uniform.uniform(width, width))
+    if width not in table.bits:
+        raise OverrideError(f"MP{width} asks for a uniform model of {width} bits; candidates are {table.bits}")
+    usage = table.usage(table.uniform(width, width))
     weight_bytes, bit_operations = usage["weight_bytes"], usage["bit_operations"]
     return replace(
         budget,

@@ -1,8 +1,8 @@
 """What bits use: mean weight bits, mean activation bits, weight bytes, bit operations and latency, as in QUANTITIES.
 
-    BOPs = sum_l MACs_l * b_W * b_A    (the cost that Mix-QViT equalises in its "*" rows)
+    BOPs = sum_l MACs_l * b_0 * b_1    (the cost that Mix-QViT equalises in its "*" rows)
 
-An attention matmul has no weight: both its operands take the activation's bits, unless the left one has its own. An
+b_0 and b_1 are the widths of a layer's two operands; tied inputs of a product both have the one that they share. An
 operand that is not allocated counts 32 bits, as float does, or what the table says of it (an image comes in 8 bits).
 Deliberately not done: the bytes of scales and zero-points, and the cost of layers without MACs.
 """
@@ -24,35 +24,46 @@ FLOAT_BITS = 32
 class Meter(NamedTuple):
     """Turns bits into usage; 0 bits stand for an operand that is absent or stays float.
 
-    Attributes:
-        rates: float64 [4, L], whole numbers: what one bit of a layer adds (one bit squared for bit operations).
+    Args:
+        shares: float64 [2, 2, L], whole numbers: by operand and layer, what one bit adds to the mean of weight bits
+            (first) and to that of activation bits.
+        weight_elements: int64 [L].
+        macs: int64 [L].
         divisors: float64 [5]: usage = sum of rate * bits / divisor; of nanoseconds / divisor for the latency.
-        matmul: bool [L]: both operands are activations.
-        fixed_bits: int64 [L]: bits of an activation that is not allocated.
-        left_bits: int64 [L]: bits of the left operand of a matmul where they are its own, else 0.
+        tied: bool [L]: both operands have the width of the second.
+        fixed_bits: int64 [2, L]: bits of an operand that is not allocated.
         latency: None where it is not known, and counts nothing.
     """
 
-    rates: FloatArray
+    shares: FloatArray
+    weight_elements: IntArray
+    macs: IntArray
     divisors: FloatArray
-    matmul: BoolArray
+    tied: BoolArray
     fixed_bits: IntArray
-    left_bits: IntArray
     latency: Latency | None
 
     @classmethod
     def of(
         cls,
-        weight_elements: IntArray,
-        activation_elements: IntArray,
+        elements: IntArray,
+        is_weight: BoolArray,
         macs: IntArray,
-        matmul: BoolArray,
+        tied: BoolArray,
         fixed_bits: IntArray,
-        left_bits: IntArray,
         budget: Budget | None,
         latency: Latency | None,
     ) -> Meter:
-        """The meter of a table, averaging as `budget` asks (by elements without one).
+        """The meter of a table, averaging as `budget` asks (by elements without one); see CostTable.
+
+        Args:
+            elements: int64 [2, L], see CostTable.
+            is_weight: bool [2, L], which operands are weights.
+            macs: int64 [L], multiply-accumulates per image.
+            tied: bool [L], products whose two inputs share one width.
+            fixed_bits: int64 [2, L], bits of operands outside the allocation.
+            budget: says how means are averaged; None: by elements.
+            latency: times at every pair of widths; None: not known.
 
         Raises BudgetError for a budget of latency without a table of it.
         """
@@ -62,37 +73,46 @@ class Meter(NamedTuple):
                 f"before AllocateBits, as recipes do, or give CostTable its latency_ms"
             )
         means = (budget.weight_mean, budget.activation_mean) if budget else ("elements", "elements")
-        shares = [
-            np.sign(elements) if mean == "layers" else elements
-            for elements, mean in zip((weight_elements, activation_elements), means, strict=True)
-        ]
-        rates = np.stack([*shares, weight_elements, macs]).astype(np.float64)
-        divisors = np.array([max(rates[0].sum(), 1.0), max(rates[1].sum(), 1.0), 8.0, 1.0, NANOSECONDS_PER_MS])
-        return cls(rates, divisors, matmul, fixed_bits, left_bits, latency)
+        shares = np.stack(
+            [
+                np.where(counted, np.sign(elements) if mean == "layers" else elements, 0)
+                for counted, mean in zip((is_weight, ~is_weight), means, strict=True)
+            ]
+        ).astype(np.float64)
+        totals = np.maximum(shares.sum(axis=(1, 2)), 1.0)
+        divisors = np.array([*totals, 8.0, 1.0, NANOSECONDS_PER_MS])
+        weight_elements = np.where(is_weight, elements, 0)[0]
+        return cls(shares, weight_elements, macs, divisors, tied, fixed_bits, latency)
 
-    def use(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
-        """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast."""
-        return self._raw(layer, weight_bits, activation_bits) / self.divisors.reshape(-1, 1)
+    def use(self, layer: int | slice, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
+        """What a layer (or a slice of them) adds to each quantity, float64 [5, ...]; the bits broadcast.
 
-    def sums(self, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
+        Args:
+            layer: the index of a layer, or a slice.
+            first_bits, second_bits: widths of the first and of the second operand, int64.
+        """
+        return self._raw(layer, first_bits, second_bits) / self.divisors.reshape(-1, 1)
+
+    def sums(self, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
         """The usage of all layers together, float64 [5]; bits are int64 [L]; divided last, so whole bits stay whole."""
-        found: FloatArray = self._raw(slice(None), weight_bits, activation_bits).sum(axis=1) / self.divisors
+        found: FloatArray = self._raw(slice(None), first_bits, second_bits).sum(axis=1) / self.divisors
         return found
 
-    def total(self, weight_bits: IntArray, activation_bits: IntArray) -> dict[str, float]:
+    def total(self, first_bits: IntArray, second_bits: IntArray) -> dict[str, float]:
         """The same by name, without a latency that is not known."""
-        named = dict(zip(QUANTITIES, self.sums(weight_bits, activation_bits).tolist(), strict=True))
+        named = dict(zip(QUANTITIES, self.sums(first_bits, second_bits).tolist(), strict=True))
         if self.latency is None:
             del named["latency_ms"]
         return named
 
-    def _raw(self, layer: int | slice, weight_bits: IntArray, activation_bits: IntArray) -> FloatArray:
-        activation_operand = np.where(activation_bits > 0, activation_bits, self.fixed_bits[layer])
-        weight_operand = np.where(weight_bits > 0, weight_bits, FLOAT_BITS)
-        weight_operand = np.where(self.matmul[layer], activation_operand, weight_operand)
-        weight_operand = np.where(self.left_bits[layer] > 0, self.left_bits[layer], weight_operand)
-        rates = self.rates[:, layer].reshape(4, -1)
-        bits = np.stack([weight_bits, activation_bits, weight_bits, weight_operand * activation_operand])
-        raw: FloatArray = rates * bits
-        times = np.zeros_like(raw[0]) if self.latency is None else self.latency.at(layer, weight_bits, activation_bits)
-        return np.concatenate([raw, np.broadcast_to(times, raw[0].shape)[None]])
+    def _raw(self, layer: int | slice, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
+        first = np.where(first_bits > 0, first_bits, self.fixed_bits[0, layer])
+        second = np.where(second_bits > 0, second_bits, self.fixed_bits[1, layer])
+        first = np.where(self.tied[layer], second, first)
+        shares = self.shares[:, :, layer].reshape(2, 2, -1)
+        means = shares[:, 0] * first_bits + shares[:, 1] * second_bits
+        stored = self.weight_elements[layer] * first_bits.astype(np.float64)
+        operations = self.macs[layer] * (first * second).astype(np.float64)
+        times = np.zeros_like(stored) if self.latency is None else self.latency.at(layer, first_bits, second_bits)
+        raw: FloatArray = np.stack([*means, stored, operations, np.broadcast_to(times, stored.shape)])
+        return raw

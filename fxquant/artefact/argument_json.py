@@ -26,7 +26,13 @@ MOST_VALUES = 100_000
 
 
 def value_to_json(value: Any, index: Mapping[Node, int], where: str) -> Any:
-    """JSON of an argument. Raises ArtefactError, naming `where`, for what a file cannot hold."""
+    """JSON of an argument. Raises ArtefactError, naming `where`, for what a file cannot hold.
+
+    Args:
+        value: an argument of a node.
+        index: the position of every node in the graph.
+        where: the node, for the message.
+    """
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:

@@ -40,8 +40,10 @@ _TENSOR_FLOOR, _TENSOR_FACTOR = 2**25, 24
 class LoadedTexts:
     """What an artefact says.
 
-    card: protocol, data, accuracy, as saved. allocation_json: the Allocation as JSON text, None where none was saved.
-    journal: one JSON object per pass.
+    Args:
+        card: protocol, data, accuracy, as saved.
+        allocation_json: the Allocation as JSON text, None where none was saved.
+        journal: one JSON object per pass.
     """
 
     card: dict[str, Any]
@@ -72,8 +74,13 @@ def save(
 ) -> None:
     """Write one file, in one step; an existing file is replaced, and kept as it was if anything fails.
 
-    card, journal: JSON values. allocation_json: a JSON text. The model is rebuilt from what was written before the
-    file is put in place, so what was saved can be loaded.
+    Args:
+        path: of the file.
+        graph_module: simulated.
+        card, journal: JSON values.
+        allocation_json: a JSON text. The model is rebuilt from what was written before the file is put in place, so
+            what was saved can be loaded.
+        answers: what the model gives for images from a seed; None: not known.
 
     Raises ArtefactError for a folder or a missing parent folder, for values that are not JSON, and, naming the node or
     module, for what a file cannot hold.

@@ -169,6 +169,12 @@ class Cache:
         """Keep texts and tensors under this signature; returns whether they are kept.
 
         Without a folder nothing is; where it cannot be written to, the first time warns.
+
+        Args:
+            key: the signature of all that the result depends on.
+            texts: by name.
+            tensors: by name.
+            part: whether the result belongs to work that is not finished.
         """
         return self._writes and self._put(self._name(key, part), pack_file({**texts, "signature": key}, tensors))
 

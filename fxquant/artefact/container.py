@@ -7,7 +7,6 @@ from data; it does not tell who wrote the file.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import os
@@ -70,7 +69,13 @@ def compress(text: str) -> str:
 
 
 def decompress(text: str, what: str, longest: int = LONGEST_TEXT) -> str:
-    """The text that was compressed, of at most `longest` bytes. Raises ArtefactError naming `what`."""
+    """The text that was compressed, of at most `longest` bytes. Raises ArtefactError naming `what`.
+
+    Args:
+        text: base64 of a zlib stream.
+        what: how the message calls it.
+        longest: how many bytes the text may unfold to.
+    """
     try:
         stream = zlib.decompressobj()
         content = stream.decompress(base64.b64decode(text, validate=True), max(longest, 1))
@@ -164,7 +169,6 @@ def _is_left_behind(partial: Path, host: str | None, process: str | None) -> boo
     return False
 
 
-@functools.cache
 def _host() -> str:
     """A short name of where numbers of processes mean something: a machine, or a container on it, which has its own."""
     name = socket.gethostname()

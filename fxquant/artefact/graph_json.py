@@ -21,13 +21,19 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxquant.artefact.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
 from fxquant.artefact.argument_json import MOST_VALUES, value_to_json, values_from_json
 from fxquant.artefact.module_json import module_from_json, module_to_json
+from fxquant.artefact.operand_json import (
+    OPERANDS,
+    WITHOUT_OPERANDS,
+    operand_to_json,
+    operands_from_json,
+    operands_of_before,
+)
 from fxquant.checks.untrusted import (
-    FLAG,
     NUMBER,
     OBJECT,
     SHAPE,
     TEXT,
-    Kind,
+    Rule,
     check_identifier,
     check_path,
     check_variable,
@@ -39,35 +45,33 @@ from fxquant.checks.untrusted import (
     whole,
 )
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import (
-    Annotation,
-    Fact,
-    Role,
-    annotate,
-    annotation_of,
-    declare,
-    facts_of,
-    folds_of,
-    note_fold,
-)
+from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
+from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, declare, facts_of
+from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
 
-_COUNT, _BITS = whole(), whole(1, 32)
-_ANNOTATED: dict[str, Kind] = {
-    "layer": TEXT, "block": whole(0, 10**6), "parameters": _COUNT, "macs": _COUNT, "activation_elements": _COUNT,
-    "left_elements": _COUNT, "weight_bits": _BITS, "activation_bits": _BITS, "left_bits": _BITS, "pinned": FLAG,
+_FACTS = {fact.name: fact for fact in (TRACED, ROLES_ASSIGNED, QUANTIZED)}
+"""What a graph in a file can be said to be. Other facts are of candidates, observers and notes, which are not kept."""
+
+# Names that files of earlier versions list besides; nothing in a file shows whether these hold, so they are dropped.
+_FORMER_FACTS = (
+    "folded", "observed", "calibrated", "Gram matrices known", "scales searched", "scored", "latency known",
+    "bits allocated",
+)  # fmt: skip
+_ANNOTATED: dict[str, Rule] = {
+    "role": choice(*map(str, Role)), "layer": TEXT, "block": whole(0, 10**6), "macs": whole()
 }  # fmt: skip
-_NOTES = {"role": choice(*map(str, Role)), **_ANNOTATED}
+_NOTES = {**_ANNOTATED, "operands": OPERANDS, **WITHOUT_OPERANDS}
 _GRAPH = {
     "class": TEXT,
-    "facts": listed(choice(*map(str, Fact))),
+    "facts": listed(choice(*_FACTS, *_FORMER_FACTS)),
     "coverage": NUMBER,
     "image_shape": SHAPE,
     "modules": OBJECT,
     "nodes": listed(OBJECT, longest=10_000),
 }
-_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}
+_GRAPH_OPTIONS = {"folds": listed(TEXT, longest=100)}  # earlier versions wrote it; nothing reads it
 _NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
-_ANY = Kind("a value", lambda value: True)
+_ANY = Rule("a value", lambda value: True)
 _NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
 _MOST_MODULES = 10_000  # those that hold others counted in
 _CALLS = ("call_function", "call_method", "call_module")
@@ -76,7 +80,8 @@ _CALLS = ("call_function", "call_method", "call_module")
 def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and named tensors from which `graph_from_json` makes the same graph module.
 
-    Kept: computation, names, roles, bits, costs, shapes, facts. Not kept: candidates, observers, stack traces.
+    Kept: computation, names, roles, bits, costs, shapes, and whether the graph is traced, has roles and is quantized.
+    Not kept: candidates, observers, what passes know besides, stack traces.
     Raises ArtefactError, naming the node, for calls that are not allowed and values that cannot be kept.
     """
     nodes = list(graph_module.graph.nodes)
@@ -93,10 +98,9 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
             tensors[target] = getattr(graph_module.get_submodule(owner), name)
     document = {
         "class": type(graph_module).__name__,
-        "facts": sorted(facts_of(graph_module)),
-        "folds": folds_of(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", 1.0)),
-        "image_shape": list(graph_module.meta.get("image_shape", ())),
+        "facts": sorted(fact.name for fact in facts_of(graph_module) & frozenset(_FACTS.values())),
+        "coverage": 1.0 if (coverage := COVERAGE.get(graph_module)) is None else coverage,
+        "image_shape": list(IMAGE_SHAPE.get(graph_module) or ()),
         "modules": modules,
         "nodes": [_node_to_json(node, index) for node in nodes],
     }
@@ -122,11 +126,9 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
     _check_structure(nodes, read["modules"], constants)
     contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
     graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
-    declare(graph_module, frozenset(map(Fact, read["facts"])))
-    for name in read.get("folds", []):
-        note_fold(graph_module, check_identifier(name, "a fold's name"))
-    graph_module.meta["coverage"] = float(read["coverage"])
-    graph_module.meta["image_shape"] = tuple(read["image_shape"])
+    declare(graph_module, [_FACTS[name] for name in read["facts"] if name in _FACTS])
+    COVERAGE.write(graph_module, float(read["coverage"]))
+    IMAGE_SHAPE.write(graph_module, tuple(read["image_shape"]))
     return graph_module.eval()
 
 
@@ -202,8 +204,10 @@ def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
         if metadata.dtype != torch.float32:
             record["dtype"] = str(metadata.dtype).removeprefix("torch.")
     annotation, empty = annotation_of(node), Annotation()
-    notes = {key: getattr(annotation, key) for key in ("role", *_ANNOTATED)}
+    notes = {key: getattr(annotation, key) for key in _ANNOTATED}
     notes = {key: value for key, value in notes.items() if value != getattr(empty, key)}
+    if annotation.operands:
+        notes["operands"] = [operand_to_json(operand) for operand in annotation.operands]
     return record | ({"notes": notes} if notes else {})
 
 
@@ -234,15 +238,29 @@ def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node],
         stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
         node.meta["tensor_meta"] = TensorMetadata(shape, dtype, False, stride, None, False, {})
     if "notes" in read:
-        notes = record(read["notes"], {}, f"{where}: notes", _NOTES)
-        annotate(node, **notes | ({"role": Role(notes["role"])} if "role" in notes else {}))
+        _annotate(node, record(read["notes"], {}, f"{where}: notes", _NOTES), where)
     return node
+
+
+def _annotate(node: Node, notes: dict[str, Any], where: str) -> None:
+    """Write what a file says of a node, by fields of its annotation or as files said it before there were operands."""
+    kept = {name: value for name, value in notes.items() if name in _ANNOTATED}
+    role = Role(notes["role"]) if "role" in notes else None
+    if "operands" in notes:
+        operands = operands_from_json(notes["operands"], where)
+    else:
+        operands = operands_of_before(notes, role) if notes.keys() & WITHOUT_OPERANDS.keys() else ()
+    annotate(node, **{**kept, "role": role, "operands": operands})
 
 
 def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> None:
     """Raise ArtefactError, naming `where` and the target, unless a node may call or read it.
 
-    target: for functions the name in the allowlist.
+    Args:
+        op: the node's op, as torch.fx has it.
+        target: for functions the name in the allowlist.
+        args: the node's arguments.
+        where: the node, for the message.
     """
     if op == "call_function" and target not in FUNCTIONS:
         raise ArtefactError(

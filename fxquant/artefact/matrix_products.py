@@ -40,11 +40,16 @@ def stand_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], reserve: 
 
 
 def product(left: Tensor, right: Tensor, reserve: Reserve) -> Tensor:
-    """Zeros of the shape of left @ right. Raises ArtefactError where they cannot be multiplied."""
+    """Zeros of the shape of left @ right. Raises ArtefactError where they cannot be multiplied.
+
+    Args:
+        left, right: the operands of a matrix product.
+        reserve: is told how many elements the result has before it is made, and may refuse.
+    """
     if min(left.ndim, right.ndim) < 2:
         if left.ndim == right.ndim == 1 and len(left) == len(right) and left.dtype == right.dtype:
             return left.new_zeros(())
-        raise ArtefactError(f"a product of shapes {tuple(left.shape)} and {tuple(right.shape)}")
+        raise ArtefactError(f"shapes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
     if left.shape[-1] != right.shape[-2] or left.dtype != right.dtype:
         raise ArtefactError(f"{left.dtype} {tuple(left.shape)} times {right.dtype} {tuple(right.shape)} has no value")
     try:
@@ -58,7 +63,14 @@ def product(left: Tensor, right: Tensor, reserve: Reserve) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, reserve: Reserve) -> Tensor:
-    """Zeros of the shape of x W^T + b. Raises ArtefactError where they do not fit."""
+    """Zeros of the shape of x W^T + b. Raises ArtefactError where they do not fit.
+
+    Args:
+        x: input of the layer.
+        weight: (out, in).
+        bias: (out,), or None.
+        reserve: is told how many elements the result has before it is made, and may refuse.
+    """
     dtypes = {x.dtype, weight.dtype, *([] if bias is None else [bias.dtype])}
     fits = weight.ndim == 2 and x.ndim > 0 and x.shape[-1] == weight.shape[1] and x.is_floating_point()
     if not fits or len(dtypes) > 1 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):

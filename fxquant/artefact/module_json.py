@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.artefact.module_settings import BITS, BY_NAME, CLASSES, QUANTIZERS, SETTINGS, settings_of
+from fxquant.artefact.module_settings import BITS, BY_NAME, CLASSES, SETTINGS, settings_of
 from fxquant.artefact.observer_json import observer_from_json, observer_to_json
 from fxquant.artefact.packing import WIDTHS, pack, unpack
 from fxquant.checks.untrusted import (
@@ -78,6 +78,11 @@ def module_to_json(module: nn.Module, path: str) -> tuple[Spec, State]:
 
 def module_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The module, in inference mode, with its own copies of the tensors.
+
+    Args:
+        spec: the module's JSON value, as a file has it.
+        path: the module's path in the graph module; names its tensors.
+        tensors: the tensors of the file, by name.
 
     Raises ArtefactError, naming `path`, for anything that does not fit together.
     """
@@ -168,6 +173,7 @@ def quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | No
     """Settings of a quantizer and its tensors, named below `path`; None for none. Raises ArtefactError."""
     if quantizer is None:
         return None, {}
+    Quantizer.rules_of(quantizer.kind)
     _check_width(quantizer.bits, path)
     state = {f"{path}.{name}": tensor for name, tensor in quantizer.state_dict().items()}
     _check_scales(state)
@@ -175,15 +181,23 @@ def quantizer_to_json(quantizer: Quantizer | None, path: str) -> tuple[Spec | No
 
 
 def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor]) -> Quantizer | None:
-    """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together."""
+    """The quantizer that `quantizer_to_json` wrote. Raises ArtefactError for what does not fit together.
+
+    Args:
+        settings: the quantizer's JSON value, as a file has it; None: there is none.
+        path: the path that its tensors are named after.
+        tensors: the tensors of the file, by name.
+    """
     if settings is None:
         return None
     where = f"quantizer '{path}'"
     kind = field(settings, "kind", str, where)
-    if kind not in QUANTIZERS:
-        raise ArtefactError(f"{where} is of the unknown quantizer kind {kind!r:.100}; there are {sorted(QUANTIZERS)}")
+    try:
+        rules = Quantizer.rules_of(kind)
+    except ArtefactError as error:
+        raise ArtefactError(f"{where}: {error}") from error
     _check_width(field(settings, "bits", int, where), path)
-    record(settings, {"kind": TEXT, "bits": BITS, **QUANTIZERS[kind]}, where)
+    record(settings, {"kind": TEXT, "bits": BITS, **rules}, where)
     with torch.device("meta"):
         quantizer = Quantizer.from_settings(settings)
     state = quantizer.state_dict()

@@ -1,6 +1,6 @@
 """The leaf modules that a file may hold, and what their settings may be: numbers within bounds, names from lists.
 
-To allow another class, add it with its constructor's arguments; each must have a `Kind` in `SETTINGS`.
+To allow another class, add it with its constructor's arguments; each must have a `Rule` in `SETTINGS`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxquant.artefact.packing import WIDTHS
-from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, POSITIVE, Kind, choice, either, listed, whole
+from fxquant.checks.untrusted import FLAG, NOTHING, NUMBER, POSITIVE, Rule, choice, either, listed, whole
 from fxquant.runtime.integer.byte_table import BITS as TABLE_BITS
 
 _CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
@@ -71,13 +71,13 @@ _FLAGS = "bias elementwise_affine affine track_running_stats ceil_mode count_inc
 _NUMBERS = "negative_slope alpha beta threshold min_val max_val"
 
 
-def _each(size: Kind) -> Kind:
+def _each(size: Rule) -> Rule:
     """One for all dimensions, or one for each."""
     return either(size, listed(size, 6))
 
 
 # What the settings of all classes may be, by name.
-SETTINGS: dict[str, Kind] = {
+SETTINGS: dict[str, Rule] = {
     **dict.fromkeys(_COUNTS.split(), _SIZE),
     **dict.fromkeys(_FLAGS.split(), FLAG),
     **dict.fromkeys(_NUMBERS.split(), NUMBER),
@@ -90,7 +90,7 @@ SETTINGS: dict[str, Kind] = {
     "eps": POSITIVE,
     "momentum": either(NOTHING, POSITIVE),
     "approximate": choice("none", "tanh"),
-    "p": Kind("a number from 0 to 1", lambda value: NUMBER.holds(value) and 0 <= value <= 1),
+    "p": Rule("a number from 0 to 1", lambda value: NUMBER.holds(value) and 0 <= value <= 1),
     "divisor_override": either(NOTHING, _SIZE),
     "output_size": either(NOTHING, _SIZE, listed(either(NOTHING, _SIZE), 3)),
     "dim": _AXIS,
@@ -102,21 +102,9 @@ SETTINGS: dict[str, Kind] = {
     "align_corners": either(NOTHING, FLAG),
 }
 # Where a class takes what others of this setting's name do not.
-_OWN: dict[type[nn.Module], dict[str, Kind]] = {nn.RMSNorm: {"eps": either(NOTHING, POSITIVE)}}
+_OWN: dict[type[nn.Module], dict[str, Rule]] = {nn.RMSNorm: {"eps": either(NOTHING, POSITIVE)}}
 
 
-def settings_of(kind: type[nn.Module]) -> dict[str, Kind]:
+def settings_of(kind: type[nn.Module]) -> dict[str, Rule]:
     """What the settings of a class may be, by name."""
     return {name: SETTINGS[name] for name in CLASSES[kind].split()} | _OWN.get(kind, {})
-
-
-# What the settings of every kind of quantizer may be; "bits" and "kind" besides.
-QUANTIZERS: dict[str, dict[str, Kind]] = {
-    "uniform": {"symmetric": FLAG, "shape": listed(_SIZE, 4)},
-    "log2": {},
-    "log-sqrt2": {},
-    "row-log": {},
-    "codebook": {"zero": whole(0, 255), "codes": listed(whole(0, 255), 256)},
-    "adalog": {"base": whole(0, 1000), "offset": NUMBER},
-    "shifted-regions": {"shift_small": whole(), "shift_large": whole(), "negative": FLAG},
-}

@@ -39,7 +39,10 @@ _RESIZING: dict[type[nn.Module], str] = {
 def module_result(module: nn.Module, args: tuple[Any, ...], reserve: Reserve) -> Tensor:
     """Zeros of the shape and dtype of module(*args).
 
-    reserve: is told how many elements a result has before it is made, and may refuse.
+    Args:
+        module: a module of a graph from a file.
+        args: what it is called with.
+        reserve: is told how many elements a result has before it is made, and may refuse.
 
     Raises ArtefactError, or whatever torch raises, where the module does not take them.
     """

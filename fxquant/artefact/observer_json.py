@@ -10,27 +10,39 @@ from typing import Any
 
 from torch import Tensor
 
-from fxquant.checks.untrusted import FLAG, NOTHING, TEXT, choice, either, record
+from fxquant.artefact.operand_json import families_from_json
+from fxquant.checks.untrusted import FLAG, TEXT, choice, record
 from fxquant.errors import ArtefactError
-from fxquant.quantizers.observers import Edge, Observer
+from fxquant.graph.annotation import Source
+from fxquant.quantizers.families import text_of
+from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.statistics.gram import Gram
 
-_OBSERVER = {"class": TEXT, "family": either(NOTHING, TEXT), "edge": choice(*map(str, Edge)), "gram": FLAG}
+_OBSERVER = {"class": TEXT, "families": TEXT, "source": choice(*map(str, Source)), "gram": FLAG}
 
 
 def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """JSON values and tensors by name. Raises ArtefactError for an observer with other statistics than the matrix."""
     if observer.images:
         raise ArtefactError(f"observer '{path}' has statistics, which a file does not keep: release it first")
-    spec = {"class": "Observer", "family": observer.family, "edge": str(observer.edge), "gram": observer.keeps_gram}
-    return spec, {} if observer.gram is None else {f"{path}.gram": observer.gram}
+    settings = {"families": text_of(observer.families), "source": str(observer.source), "gram": observer.keeps_gram}
+    spec = {"class": "Observer", **settings}
+    return spec, {} if observer.gram is None else {f"{path}.gram": observer.gram.matrix()}
 
 
 def observer_from_json(spec: Any, path: str, tensors: Mapping[str, Tensor]) -> Observer:
-    """The observer. Raises ArtefactError for anything that does not fit together."""
+    """The observer. Raises ArtefactError for anything that does not fit together.
+
+    Args:
+        spec: the observer's JSON value, as a file has it.
+        path: the path that its tensors are named after.
+        tensors: the tensors of the file, by name.
+    """
     read = record(spec, _OBSERVER, f"observer '{path}'")
-    observer = Observer(read["family"], Edge(read["edge"]), read["gram"])
+    families = families_from_json(read["families"], f"observer '{path}'")
+    observer = Observer(families, Source(read["source"]), read["gram"])
     gram = tensors.get(f"{path}.gram")
     if gram is not None and (gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point()):
         raise ArtefactError(f"'{path}.gram' is no Gram matrix: {gram.dtype}, shape {tuple(gram.shape)}")
-    observer.gram = gram
+    observer.gram = None if gram is None else Gram.of(gram)
     return observer

@@ -56,7 +56,12 @@ _PIECES = frozenset({"chunk", "split", "unbind", "split_with_sizes"})
 
 
 def predicted_elements(name: str, args: Arguments, kwargs: Options) -> int:
-    """The most elements that a tensor given by the operation can have. Raises ArtefactError for too many pieces."""
+    """The most elements that a tensor given by the operation can have. Raises ArtefactError for too many pieces.
+
+    Args:
+        name: the name of the function or method.
+        args, kwargs: what it is called with.
+    """
     if name in _PIECES:
         _check_pieces(name, args, kwargs)
     if name in _BROADCAST:
@@ -69,7 +74,12 @@ def predicted_elements(name: str, args: Arguments, kwargs: Options) -> int:
 
 
 def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options) -> None:
-    """Raise ArtefactError for Python's own operations on texts and sequences, and for powers, that could blow up."""
+    """Raise ArtefactError for Python's own operations on texts and sequences, and for powers, that could blow up.
+
+    Args:
+        function: what is called.
+        args, kwargs: what it is called with.
+    """
     values = [*args, *kwargs.values()]
     if function in _DECIDING and any(isinstance(value, Tensor) for value in values):
         raise ArtefactError(f"{function.__name__} makes a number of a tensor: what runs must not depend on the images")
@@ -78,10 +88,10 @@ def check_numbers(function: Callable[..., Any], args: Arguments, kwargs: Options
     if any(isinstance(value, str | dict) for value in values):
         raise ArtefactError(f"{function.__name__} is given a text or a dict: it computes with numbers and tensors")
     if function in (operator.mul, operator.imul) and any(isinstance(value, tuple | list) for value in values):
-        raise ArtefactError("a sequence is repeated")
+        raise ArtefactError("a sequence is repeated, which graphs in files may not do")
     is_power = function in (operator.pow, math.pow) and not any(isinstance(value, Tensor) for value in values)
     if is_power and any(abs(value) > _LARGEST_POWER for value in values[1:]):
-        raise ArtefactError(f"a power of more than {_LARGEST_POWER}")
+        raise ArtefactError(f"the exponent of a power is more than {_LARGEST_POWER}")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -25,6 +25,11 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int, lowest: int) -> Tensor:
     """Pack integer codes of any shape, all in lowest .. lowest + 2^bits - 1, into uint8 (ceil(n bits / 8),).
 
+    Args:
+        codes: integers of any shape.
+        bits: width of the codes, 2 to 8.
+        lowest: the code that is stored as 0.
+
     Raises ArtefactError for a width outside 2 to 8 and for codes that do not fit the width.
     """
     _check_width(bits)
@@ -46,8 +51,13 @@ def pack(codes: Tensor, bits: int, lowest: int) -> Tensor:
 def unpack(packed: Tensor, count: int, bits: int, lowest: int) -> Tensor:
     """The `count` codes in a stream written by `pack`: int8 (count,), or int16 where they exceed 127.
 
-    packed: uint8 (ceil(count bits / 8),). Nothing is allocated before its length is found to fit. Raises ArtefactError
-    for a width outside 2 to 8 and a length that does not fit.
+    Args:
+        packed: uint8 (ceil(count bits / 8),). Nothing is allocated before its length is found to fit.
+        count: how many codes the stream has.
+        bits: width of the codes, 2 to 8.
+        lowest: the code that is stored as 0.
+
+    Raises ArtefactError for a width outside 2 to 8 and a length that does not fit.
     """
     _check_width(bits)
     if count < 0 or packed.dtype != torch.uint8 or tuple(packed.shape) != (packed_bytes(count, bits),):

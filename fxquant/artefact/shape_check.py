@@ -30,6 +30,7 @@ from fxquant.artefact.module_shapes import module_result
 from fxquant.artefact.operation_sizes import check_numbers, predicted_elements, tensors_in
 from fxquant.checks.untrusted import FLOATS
 from fxquant.errors import ArtefactError
+from fxquant.graph.notes import IMAGE_SHAPE
 
 _IMAGES = 2
 _MOST_ITEMS = 2**16  # of a tuple that a node gives
@@ -62,7 +63,7 @@ def check_shapes(graph_module: GraphModule, file_bytes: int) -> None:
 
     graph_module: just read from a file of `file_bytes` bytes; stays as it is.
     """
-    image_shape = graph_module.meta["image_shape"]
+    image_shape = IMAGE_SHAPE.of(graph_module)
     limits = _Limits.of(image_shape, file_bytes)
     image = next(iter(graph_module.graph.nodes))
     stated = image.meta.get("tensor_meta")

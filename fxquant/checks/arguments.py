@@ -39,7 +39,13 @@ def whole(name: str, value: Any, error: Error, least: int | None = None, most: i
 
 
 def number(name: str, value: Any, error: Error) -> float:
-    """`value` as a finite float; an int or a number of numpy is one, True is none."""
+    """`value` as a finite float; an int or a number of numpy is one, True is none.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        error: the class of the error.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error.for_type(f"{name} must be a number, found {shown(value)}")
     try:
@@ -52,14 +58,26 @@ def number(name: str, value: Any, error: Error) -> float:
 
 
 def text(name: str, value: Any, error: Error) -> str:
-    """`value`, which is a str."""
+    """`value`, which is a str.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        error: the class of the error.
+    """
     if not isinstance(value, str):
         raise error.for_type(f"{name} must be text, found {shown(value)}")
     return value
 
 
 def path(name: str, value: Any, error: Error) -> str:
-    """A path as text: a str or os.PathLike, not empty, without a null byte."""
+    """A path as text: a str or os.PathLike, not empty, without a null byte.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        error: the class of the error.
+    """
     if not isinstance(value, str | os.PathLike):
         raise error.for_type(f"{name} must be a path (text or pathlib.Path), found {shown(value)}")
     found = os.fspath(value)
@@ -71,7 +89,14 @@ def path(name: str, value: Any, error: Error) -> str:
 
 
 def methods(name: str, value: Any, protocol: type, error: Error) -> None:
-    """Raise unless `value` is an object (not a class) with the methods and properties of a Protocol."""
+    """Raise unless `value` is an object (not a class) with the methods and properties of a Protocol.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        protocol: the Protocol whose methods and properties it must have.
+        error: the class of the error.
+    """
     missing = [member for member in _members(protocol) if not hasattr(value, member)]
     if missing or isinstance(value, type):
         hint = f"write {value.__name__}()" if isinstance(value, type) else f"it has no {missing[0]!r}"
@@ -83,6 +108,11 @@ def json_values(name: str, value: Any, error: Error) -> dict[str, Any]:
     """A mapping as a dict of JSON values: text, finite numbers, True, False, None, lists and dicts with text for keys.
 
     Tuples become lists.
+
+    Args:
+        name: how the message calls the value.
+        value: what the caller gave.
+        error: the class of the error.
     """
     if not isinstance(value, Mapping):
         raise error.for_type(f"{name} must be a mapping from text to JSON values, found {shown(value)}")

@@ -1,6 +1,6 @@
 """Reading values that anybody may have written: JSON fields and tensors, each checked before it is used.
 
-A `Kind` says what a value must be; `record` holds a JSON object against kinds by name, so that whoever reads a document
+A `Rule` says what a value must be; `record` holds a JSON object against rules by name, so that whoever reads a document
 lists its fields once. JSON texts are tame from the start: whole numbers fit 64 bits, other numbers are finite, no key
 stands twice, nothing nests deeper than `DEEPEST`, and every text can be encoded.
 """
@@ -40,81 +40,93 @@ _BRIEF.maxstring, _BRIEF.maxlist = 80, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Rule:
     """What a value may be. says: in words, after "is not". holds: whether a JSON value is one."""
 
     says: str
     holds: Callable[[Any], bool]
 
 
-def whole(lowest: int = 0, highest: int = 2**53) -> Kind:
+def whole(lowest: int = 0, highest: int = 2**53) -> Rule:
     """Whole numbers in a range; true and false are none."""
-    return Kind(
+    return Rule(
         f"a whole number from {lowest} to {highest}", lambda value: type(value) is int and lowest <= value <= highest
     )
 
 
-def listed(item: Kind, longest: int = 10**6) -> Kind:
-    """Lists whose items are all of one kind."""
-    return Kind(
+def listed(item: Rule, longest: int = 10**6) -> Rule:
+    """Lists whose items all keep one rule."""
+    return Rule(
         f"a list (at most {longest}) of which each is {item.says}",
         lambda value: type(value) is list and len(value) <= longest and all(map(item.holds, value)),
     )
 
 
-def mapped(item: Kind) -> Kind:
-    """Objects whose values are all of one kind."""
-    return Kind(
+def mapped(item: Rule) -> Rule:
+    """Objects whose values all keep one rule."""
+    return Rule(
         f"an object of which each value is {item.says}",
         lambda value: type(value) is dict and all(map(item.holds, value.values())),
     )
 
 
-def choice(*values: Any) -> Kind:
+def choice(*values: Any) -> Rule:
     """One of a few values."""
-    return Kind(
+    return Rule(
         f"one of {', '.join(map(repr, values))}",
         lambda value: any(type(value) is type(v) and value == v for v in values),
     )
 
 
-def either(*kinds: Kind) -> Kind:
-    """Whatever one of the kinds allows."""
-    return Kind(" or ".join(kind.says for kind in kinds), lambda value: any(kind.holds(value) for kind in kinds))
+def either(*rules: Rule) -> Rule:
+    """Whatever one of the rules allows."""
+    return Rule(" or ".join(rule.says for rule in rules), lambda value: any(rule.holds(value) for rule in rules))
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300
 
 
-NOTHING = Kind("null", lambda value: value is None)
-FLAG = Kind("true or false", lambda value: type(value) is bool)
-TEXT = Kind("a text", lambda value: type(value) is str)
-NUMBER = Kind("a finite number", _is_number)
-POSITIVE = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0)
-OBJECT = Kind("an object", lambda value: type(value) is dict)
-LIST = Kind("a list", lambda value: type(value) is list)
+NOTHING = Rule("null", lambda value: value is None)
+FLAG = Rule("true or false", lambda value: type(value) is bool)
+TEXT = Rule("a text", lambda value: type(value) is str)
+NUMBER = Rule("a finite number", _is_number)
+POSITIVE = Rule("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+OBJECT = Rule("an object", lambda value: type(value) is dict)
+LIST = Rule("a list", lambda value: type(value) is list)
 SHAPE = listed(whole(0, 2**48), longest=16)
 
 
-def checked(value: Any, kind: Kind, what: str) -> Any:
-    """The value. Raises ArtefactError, naming `what`, where it is not of this kind."""
-    if not kind.holds(value):
-        raise ArtefactError(f"{what} is {_BRIEF.repr(value)}, not {kind.says}")
+def checked(value: Any, rule: Rule, what: str) -> Any:
+    """The value. Raises ArtefactError, naming `what`, where it breaks the rule.
+
+    Args:
+        value: what a file has.
+        rule: what it may be.
+        what: how the message calls it.
+    """
+    if not rule.holds(value):
+        raise ArtefactError(f"{what} is {_BRIEF.repr(value)}, not {rule.says}")
     return value
 
 
 def record(
-    document: Any, kinds: Mapping[str, Kind], where: str, optional: Mapping[str, Kind] | None = None
+    document: Any, rules: Mapping[str, Rule], where: str, optional: Mapping[str, Rule] | None = None
 ) -> dict[str, Any]:
-    """The fields of a JSON object that has all of `kinds`, at most `optional` besides, and each of its kind.
+    """The fields of a JSON object that has all of `rules`, at most `optional` besides, and where each keeps its rule.
+
+    Args:
+        document: what a file has.
+        rules: the fields that must be there, with what each may be.
+        where: how the message calls the object.
+        optional: fields that may be there.
 
     Raises ArtefactError naming `where` and the field.
     """
     if type(document) is not dict:
         raise ArtefactError(f"{where} is a {type(document).__name__}, not an object")
-    known = {**kinds, **(optional or {})}
-    if missing := kinds.keys() - document.keys():
+    known = {**rules, **(optional or {})}
+    if missing := rules.keys() - document.keys():
         raise ArtefactError(f"{where} has no '{min(missing)}'")
     if unknown := document.keys() - known.keys():
         raise ArtefactError(f"{where} has the unknown field '{min(unknown)!s:.100}'")
@@ -131,15 +143,21 @@ def to_json(value: Any, what: str) -> str:
     return text
 
 
-def from_json(text: str, kind: type, what: str) -> Any:
-    """The value in a JSON text, of the given type (`object`: of any). Raises ArtefactError, naming `what`."""
+def from_json(text: str, wanted: type, what: str) -> Any:
+    """The value in a JSON text, of the given type (`object`: of any). Raises ArtefactError, naming `what`.
+
+    Args:
+        text: the JSON text.
+        wanted: the type that the value must have; `object` lets any pass.
+        what: how the message calls the text.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
         _check_tame(value)
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{what} is not JSON: {error}") from error
-    if kind is not object and type(value) is not kind:
-        raise ArtefactError(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
+    if wanted is not object and type(value) is not wanted:
+        raise ArtefactError(f"{what} is a {type(value).__name__}, not a {wanted.__name__}")
     return value
 
 
@@ -185,8 +203,15 @@ def _check_text(text: str) -> None:
         raise ValueError("a text has characters that tell a terminal what to do")
 
 
-def field(document: Any, key: str, kind: Any, where: str, default: Any = ...) -> Any:
-    """A field of a JSON object, of exactly the type `kind` (bool is no int), or the default where it is absent.
+def field(document: Any, key: str, wanted: Any, where: str, default: Any = ...) -> Any:
+    """A field of a JSON object, of exactly the type `wanted` (bool is no int), or the default where it is absent.
+
+    Args:
+        document: what a file has.
+        key: the name of the field.
+        wanted: the type that the value must have, exactly; bool is no int.
+        where: how the message calls the object.
+        default: what is returned where the field is absent; without one, absence is an error.
 
     Raises ArtefactError naming `where`.
     """
@@ -197,8 +222,8 @@ def field(document: Any, key: str, kind: Any, where: str, default: Any = ...) ->
     if key not in document:
         raise ArtefactError(f"{where} has no '{key}'")
     value = document[key]
-    if type(value) is not kind:
-        raise ArtefactError(f"{where}: '{key}' is a {type(value).__name__}, not a {kind.__name__}")
+    if type(value) is not wanted:
+        raise ArtefactError(f"{where}: '{key}' is a {type(value).__name__}, not a {wanted.__name__}")
     return value
 
 
@@ -218,6 +243,11 @@ def dtype_named(name: Any, where: str) -> torch.dtype:
 
 def take(tensors: Mapping[str, Tensor], name: str, like: Tensor | None = None) -> Tensor:
     """A tensor of the file; with `like`, it must have that shape, and that dtype (any of FLOATS where it is float32).
+
+    Args:
+        tensors: the tensors of the file, by name.
+        name: the name of the one that is wanted.
+        like: a tensor whose shape and dtype it must have; any of FLOATS will do where that dtype is float32.
 
     Raises ArtefactError where it is missing or different.
     """
@@ -261,7 +291,12 @@ def check_identifier(name: Any, what: str) -> str:
 def check_variable(name: Any, what: str, taken: frozenset[str] = frozenset()) -> str:
     """Return a name that generated code may assign to: an identifier that stands for nothing else there.
 
-    taken: further names that are spoken for. Raises ArtefactError.
+    Args:
+        name: what a file has.
+        what: how the message calls it.
+        taken: further names that are spoken for.
+
+    Raises ArtefactError.
     """
     if check_identifier(name, what) in _SPOKEN_FOR | taken:
         raise ArtefactError(f"{what} {name!r} is not a name for a value: the code of a graph uses it otherwise")

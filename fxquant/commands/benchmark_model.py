@@ -12,9 +12,7 @@ from fxquant.commands import options as o
 
 def benchmark_model(
     artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
-    backend: Annotated[
-        list[str] | None, typer.Option(help="auto, cpu-native, cpu-onednn, cuda, openvino or simulated. Repeatable.")
-    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"{o.BACKENDS_HELP}. Repeatable.")] = None,
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, max=65_536, help="Repeatable; 1 and 32 by default.")
     ] = None,
@@ -30,6 +28,7 @@ def benchmark_model(
     import torch
 
     from fxquant.commands.console import emit, show
+    from fxquant.graph.notes import IMAGE_SHAPE
     from fxquant.measure.timing import Timing, Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress
@@ -51,7 +50,7 @@ def benchmark_model(
         lowered = simulated.lowered(name)
         execution[name] = str(lowered.card["execution"])
         variants[name] = lowered
-    shape = simulated.graph_module.meta["image_shape"]
+    shape = IMAGE_SHAPE.of(simulated.graph_module)
     timings: list[Timing] = []
     with RichProgress() as progress:
         for size in batch_size or [1, 32]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_named, check_output
+from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_or_none, check_output
 
 
 def demo(
@@ -35,7 +35,7 @@ def demo(
     from fxquant.session.session import compile
 
     started_s = time.perf_counter()
-    wanted, chosen = Budget.parse(budget), allocator_named(allocator)
+    wanted, chosen = Budget.parse(budget), allocator_or_none(allocator)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

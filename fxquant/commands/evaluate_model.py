@@ -25,9 +25,7 @@ def evaluate_model(
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
-    backend: Annotated[
-        str, typer.Option(help="How an artefact runs: simulated, auto, cpu-native, cpu-onednn, cuda, openvino.")
-    ] = "simulated",
+    backend: Annotated[str, typer.Option(help=f"How an artefact runs: {o.BACKENDS_HELP}.")] = "simulated",
     json: o.Json = False,
 ) -> None:
     """Measure top-1 accuracy, with the number of images and the standard error.

@@ -69,7 +69,13 @@ def as_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def indices_of(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
-    """The index of every name in the user's list of classes. Raises DataError for names that it does not have."""
+    """The index of every name in the user's list of classes. Raises DataError for names that it does not have.
+
+    Args:
+        names: names of class folders.
+        classes: the user's list, in the order of the model's outputs.
+        where: where the list comes from, for the message.
+    """
     known = {name: index for index, name in enumerate(classes)}
     missing = [name for name in names if name not in known]
     if missing:
@@ -132,7 +138,7 @@ def read_labels(file: str | PathLike[str]) -> list[tuple[str, str]]:
         if len(row) != 2 or not all(part.strip() for part in row):
             raise DataError(f"{file}, line {number}: expected an image and its class, found {', '.join(row)[:80]!r}")
     if not found:
-        raise DataError(f"{file} has no labels: write 'path label' a line")
+        raise DataError(f"{file} has no labels: write one line for each image, 'path label'")
     return [(row[0].strip(), row[1].strip()) for _, row in found]
 
 

@@ -85,6 +85,12 @@ def image_reader(
 ) -> Callable[[int], Tensor]:
     """What reads one of the images of an array, float32 (C, H, W): bytes as pictures, floats as they are.
 
+    Args:
+        place: where the array comes from, for messages.
+        images: uint8 (N, H, W) or (N, H, W, C), or float (N, C, H, W).
+        input_size: (channels, height, width) that the model takes.
+        transform: makes a picture the model's input.
+
     Raises DataError for other arrays; what it returns, for values that are not finite.
     """
     shape = images.shape
@@ -134,7 +140,9 @@ def labels_of(place: Path, labels: np.ndarray, count: int) -> Tensor:
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> np.ndarray:
     """One array. Raises ValueError where it cannot be what the header says."""
     if entry.file_size > limit:
-        raise ValueError(f"{entry.filename} would have {entry.file_size:,} bytes, over {limit:,} from such a file")
+        raise ValueError(
+            f"{entry.filename} would have {entry.file_size:,} bytes, more than the {limit:,} that such a file may give"
+        )
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):

@@ -39,7 +39,11 @@ _LARGEST_SIDE = 16_384
 class Preprocessing:
     """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
 
-    input_size: (channels, height, width). mean, std: per channel, of pixels in 0..1. interpolation: as timm names it.
+    Args:
+        input_size: (channels, height, width).
+        crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
+        mean, std: per channel, of pixels in 0..1.
+        interpolation: as timm names it.
     """
 
     input_size: tuple[int, int, int]
@@ -178,23 +182,34 @@ class ImageData:
 
     def batches(self, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Images (B, C, H, W) with labels; `limit` takes that many, evenly spread over all."""
-        size = whole("batch_size", batch_size, DataError, least=1)
-        chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
-        for start in range(0, len(chosen), size):
-            part = chosen[start : start + size]
+        for part in self._parts(batch_size, limit):
             labels = None if self.labels is None else self.labels[torch.tensor(part)]
             yield torch.stack([self.read(index) for index in part]), labels
+
+    def labelled_batches(self, batch_size: int = 64, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `batches`. Raises DataError where there are no labels."""
+        labels = self.checked_labels()
+        for part in self._parts(batch_size, limit):
+            yield torch.stack([self.read(index) for index in part]), labels[torch.tensor(part)]
+
+    def _parts(self, batch_size: int, limit: int | None) -> list[list[int]]:
+        """Indices of the images of each batch."""
+        size = whole("batch_size", batch_size, DataError, least=1)
+        chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer."""
         if not 1 <= whole("count", count, DataError) <= self.count:
-            raise DataError(f"{self.name} has {self.count} images, and {count} are asked for: --images, or count")
+            raise DataError(
+                f"{self.name} has {self.count} images, and {count} are asked for: ask for fewer, by --images or count"
+            )
         draw = torch.Generator().manual_seed(whole("seed", seed, DataError, least=0, most=2**32 - 1))
         order = torch.randperm(self.count, generator=draw)
         return torch.stack([self.read(index) for index in order[:count].tolist()])
 
-    def check_labels(self, classes: int | None = None) -> None:
-        """Raise DataError unless there are labels, all below `classes`."""
+    def checked_labels(self, classes: int | None = None) -> Tensor:
+        """The labels, int64 (count,). Raises DataError unless there are some, all below `classes`."""
         if self.labels is None:
             raise DataError(
                 f"{self.name} has no labels, and accuracy needs them: give class sub-folders, a file of labels "
@@ -203,6 +218,7 @@ class ImageData:
         highest = int(self.labels.max())
         if classes is not None and highest >= classes:
             raise DataError(f"{self.name} has label {highest}, but the model gives {classes} classes")
+        return self.labels
 
     def for_outputs(self, outputs: int) -> ImageData:
         """The same images with labels as a model of so many outputs numbers its classes; see `class_names.matched`.
@@ -210,14 +226,13 @@ class ImageData:
         Raises DataError where there are no labels, where names say nothing of the model's classes, and for labels
         beyond them.
         """
-        self.check_labels()
-        assert self.labels is not None
+        labels = self.checked_labels()
         if self.names:
             indices, how = matched(self.names, outputs, self.name)
-            return replace(self, labels=torch.tensor(indices)[self.labels], classes=outputs, names=(), matched_by=how)
+            return replace(self, labels=torch.tensor(indices)[labels], classes=outputs, names=(), matched_by=how)
         if self.matched_by == LISTED and self.classes != outputs:
             raise DataError(f"{self.classes} names of classes are given, but the model gives {outputs} classes")
-        self.check_labels(outputs)
+        self.checked_labels(outputs)
         return self
 
 
@@ -226,6 +241,12 @@ def load_images(
     path: str | PathLike[str], count: int, preprocessing: Preprocessing = EMBEDDED, seed: int = 0
 ) -> Tensor:
     """`count` images for calibration, float32 (count, C, H, W), drawn by seed from a folder or .npz; no labels needed.
+
+    Args:
+        path: a folder of pictures, or an .npz file.
+        count: how many images.
+        preprocessing: how a picture becomes the model's input.
+        seed: what the images are drawn by.
 
     Raises DataError.
     """
@@ -284,7 +305,7 @@ def _labelled(
     data = ImageData(str(place), len(files), read, torch.tensor(indices)[labels])
     if classes is None:
         return data
-    data.check_labels(len(classes))
+    data.checked_labels(len(classes))
     return replace(data, classes=len(classes), matched_by=LISTED)
 
 

@@ -30,7 +30,14 @@ _OF_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cf
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model in eval mode, where its weights come from (a file's name, "embedded" or "random") and what it eats."""
+    """A model in eval mode, where its weights come from (a file's name, "embedded" or "random") and what it eats.
+
+    Args:
+        model: in eval mode.
+        name: as the user gave it.
+        weights: where they come from: a file's name, "embedded" or "random".
+        preprocessing: how a picture becomes the model's input.
+    """
 
     model: nn.Module
     name: str
@@ -54,8 +61,12 @@ def load_model(
 ) -> NamedModel:
     """A timm architecture, or "embedded".
 
-    weights: .safetensors, or a state dict saved by torch.save (read without running code); None leaves them random.
-    num_classes, options: for `timm.create_model` (img_size, in_chans, ...). Weights must fit exactly.
+    Args:
+        name: timm's name of an architecture, or "embedded".
+        weights: .safetensors, or a state dict saved by torch.save (read without running code); None leaves them random.
+            They must fit exactly.
+        num_classes: for `timm.create_model`; None: as timm has it.
+        **options: further options of `timm.create_model`, such as img_size and in_chans.
 
     Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file.
     """

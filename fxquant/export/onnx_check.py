@@ -24,6 +24,11 @@ def check_onnxruntime() -> None:
 def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Tensor) -> float:
     """Run a file's bytes on `images_bchw`, those of the known answers; returns the relative difference.
 
+    Args:
+        content: the bytes of an ONNX file.
+        answers: what the model gave for these images.
+        images_bchw: float32 (2, C, H, W), the images of the known answers.
+
     Raises MissingExtraError without ONNX Runtime; ExportError where it cannot run the file, or gives other answers.
     """
     check_onnxruntime()

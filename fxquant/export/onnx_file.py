@@ -18,8 +18,10 @@ from torch.fx import GraphModule
 from fxquant.errors import ExportError, MissingExtraError
 from fxquant.export.qdq import with_qdq
 from fxquant.export.qdq_values import OPSET, Weight
-from fxquant.graph.annotation import Fact, annotation_of, facts_of
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.nodes import image_of
+from fxquant.graph.notes import IMAGE_SHAPE
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")
@@ -40,14 +42,17 @@ def to_onnx(
 ) -> OnnxModel:
     """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores".
 
-    weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half the
-    size, for runtimes that have it. card: JSON values for the metadata. The graph is not changed.
+    Args:
+        graph_module: a simulated graph; it is not changed.
+        weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half
+            the size, for runtimes that have it.
+        card: JSON values for the metadata.
 
     Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, one that is not float32, an
     unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.
     """
     check_export(weight_type)
-    if Fact.LOWERED in facts_of(graph_module):
+    if LOWERED in facts_of(graph_module):
         raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
     shape = image_of(graph_module).meta.get("tensor_meta")  # a graph made by hand may have none
     if (dtype := shape.dtype if shape else torch.float32) != torch.float32:
@@ -56,7 +61,7 @@ def to_onnx(
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
     }
     written, layers = with_qdq(graph_module)
-    images = torch.zeros(2, *graph_module.meta["image_shape"])
+    images = torch.zeros(2, *IMAGE_SHAPE.of(graph_module))
     try:
         with torch.no_grad():
             program: Any = torch.onnx.export(
@@ -138,5 +143,8 @@ def _serialized(model: Any) -> bytes:
 
     content: bytes = onnx_ir.to_proto(model).SerializeToString()
     if len(content) > _LARGEST_BYTES:
-        raise ExportError(f"the model has {len(content)} bytes, one ONNX file holds {_LARGEST_BYTES}")
+        raise ExportError(
+            f"the exported model has {len(content)} bytes, and one ONNX file holds at most {_LARGEST_BYTES}: "
+            "export a smaller model"
+        )
     return content

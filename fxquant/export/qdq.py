@@ -117,7 +117,7 @@ def with_qdq(graph_module: GraphModule) -> tuple[GraphModule, dict[str, str]]:
             module = _REPLACEMENTS[type(module)](module)
             found.add_submodule(str(node.target), module)
         annotation = annotation_of(node)
-        if annotation.weight_bits is not None or annotation.activation_bits is not None:
+        if annotation.has_bits:
             written[annotation.layer] = INT8 if _is_int8(module) else SIMULATED
     return found, written
 

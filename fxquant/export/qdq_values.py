@@ -38,10 +38,13 @@ def _onnx(
 class Codes(nn.Module):
     """Float to codes and back to float.
 
-    scale: float32 (). zero: int8 or uint8 (), which is the dtype of the codes. bounds: lowest and highest float; None
-    where the dtype bounds the codes by itself.
-    nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of scale.
-    book: uint8 (256,), the code that takes the place of each; None where all stay.
+    Args:
+        scale: float32 ().
+        zero: int8 or uint8 (), which is the dtype of the codes.
+        bounds: lowest and highest float; None where the dtype bounds the codes by itself.
+        nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of
+            scale.
+        book: uint8 (256,), the code that takes the place of each; None where all stay.
     """
 
     scale: Tensor
@@ -112,9 +115,14 @@ class NearestLevel(nn.Module):
 class Weight(nn.Module):
     """A weight as codes and a scale per output channel, dequantized; float where it has no uniform quantizer.
 
-    bits: of the codes, None for a float weight. transposed: (in, out), as a product wants it. is_int8: whether the
-    other side of the product has codes too; where it has none, the weight is multiplied out by plain operators, since
-    runtimes take DequantizeLinear there as a permission to quantize the other side as they like.
+    bits: of the codes, None for a float weight.
+
+    Args:
+        source: the simulated layer whose weight it is.
+        transposed: (in, out), as a product wants it.
+        is_int8: whether the other side of the product has codes too; where it has none, the weight is multiplied out by
+            plain operators, since runtimes take DequantizeLinear there as a permission to quantize the other side as
+            they like.
     """
 
     values: Tensor

@@ -1,15 +1,17 @@
-"""What passes write on graph nodes and read from them: roles, bits, quantizers; and what is true of a whole graph.
+"""What passes write on graph nodes and read from them: roles, bits, quantizers.
 
 The `Annotation` in `node.meta` is the only channel between passes that decide (roles, bits) and passes that act
 (substitution, lowering). It is frozen: `annotate` replaces it. It survives `copy.deepcopy` of the graph module, not
-pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact.
+pickling and not re-tracing; what must outlive the process goes into the Allocation and the artefact. What is true of a
+whole graph are facts (`fxquant.graph.facts`), what is known of it are notes (`fxquant.graph.notes`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.fx import GraphModule, Node
 
@@ -17,14 +19,6 @@ if TYPE_CHECKING:
     from fxquant.quantizers.quantizer import Quantizer
 
 _ANNOTATION = "fxquant"
-_FACTS = "fxquant_facts"
-_FOLDS = "fxquant_folds"
-LATENCY = "fxquant_latency"
-"""Key of a graph's meta: what MeasureLatency has measured."""
-EXECUTION = "execution"
-"""Key of a graph's meta: by layer, the kernel that runs it; Lower writes it."""
-SOFTMAX = ".softmax"
-"""Behind a layer's name: its attention probabilities, where they have bits of their own."""
 
 
 class Role(StrEnum):
@@ -60,34 +54,17 @@ WEIGHT_ROLES = frozenset(
 )
 
 
-class Fact(StrEnum):
-    """What is true of a graph; passes require, provide and break facts."""
-
-    TRACED = "traced"
-    ROLES_ASSIGNED = "roles assigned"
-    FOLDED = "folded"
-    OBSERVED = "observed"
-    CALIBRATED = "calibrated"
-    GRAMS_KNOWN = "Gram matrices known"
-    SCALES_SEARCHED = "scales searched"
-    SCORED = "scored"
-    LATENCY_KNOWN = "latency known"
-    BITS_ALLOCATED = "bits allocated"
-    QUANTIZED = "quantized"
-    LOWERED = "lowered"
-
-
-STATISTICS = frozenset({Fact.CALIBRATED, Fact.GRAMS_KNOWN})
-"""What observers have gathered: stale wherever weights or observed edges change."""
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One quantizer found for one tensor at one width.
 
-    bits: width in bits. quantizer: the module that quantizes. loss: predicted loss of the whole model when only this
-    tensor is quantized so (KL divergence per image in nats under the Hessian-guided metric, squared error under
-    plain MSE). noise: sum of squared quantization error; signal: sum of squares (both per calibration set).
+    Args:
+        bits: width in bits.
+        quantizer: the module that quantizes.
+        loss: predicted loss of the whole model when only this tensor is quantized so (KL divergence per image in nats
+            under the Hessian-guided metric, squared error under plain MSE).
+        noise: sum of squared quantization error.
+        signal: sum of squares (both per calibration set).
     """
 
     bits: int
@@ -96,45 +73,134 @@ class Candidate:
     noise: float
     signal: float
 
+    @property
+    def noise_ratio(self) -> float:
+        """Noise relative to the signal; finite where there is no signal."""
+        return self.noise / max(self.signal, 1e-30)
+
+
+class Source(StrEnum):
+    """What an operand holds; decides which family of quantizer fits."""
+
+    WEIGHT = "weight"
+    POST_GELU = "post_gelu"
+    POST_SOFTMAX = "post_softmax"
+    POST_LAYER_NORM = "post_layer_norm"
+    SOFTMAX_INPUT = "softmax_input"
+    LAYER_NORM_INPUT = "layer_norm_input"
+    IMAGE = "image"
+    OTHER = "other"
+
+
+class Allowed(NamedTuple):
+    """A quantizer family's name and the widest width, in bits, at which it may be used."""
+
+    name: str
+    widest_bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor that a node multiplies or reads. Each field is written by one pass, named beside it.
+
+    Args:
+        argument: index in node.args; None: the weight. Written by PlanOperands.
+        source: what flows here. Written by PlanOperands.
+        elements: of one image; of a weight, its own. Written by PlanOperands.
+        families: what its quantizer may be; empty: it stays float. Written by PlanOperands.
+        tied: whether it is an input of a product that shares its width with the other one. Written by PlanOperands.
+        candidates: quantizers found, ascending by bits. Written by SearchScales; Reconstruct and Distil replace some.
+        scores: one per candidate; empty: the candidates' losses count. Written by ScoreLayers.
+        bits: the width it was given; None: it stays float. Written by AllocateBits.
+        pinned: whether its bits were fixed by an override or a policy. Written by AllocateBits.
+    """
+
+    argument: int | None  # PlanOperands: index in node.args; None: the weight
+    source: Source  # PlanOperands
+    elements: int = 0  # PlanOperands: of one image; of a weight, its own
+    families: tuple[Allowed, ...] = ()  # PlanOperands: what its quantizer may be; empty: it stays float
+    tied: bool = False  # PlanOperands: an input of a product that shares its width with the other one
+    candidates: tuple[Candidate, ...] = ()  # SearchScales, Reconstruct, Distil; ascending bits
+    scores: tuple[float, ...] = ()  # ScoreLayers, one per candidate; empty: the candidates' losses count
+    bits: int | None = None  # AllocateBits
+    pinned: bool = False  # AllocateBits: its bits were fixed by an override or a policy
+
+    @property
+    def widest_bits(self) -> int:
+        """The widest width that one of its families may have; 0 where it stays float."""
+        return max((family.widest_bits for family in self.families), default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """Everything passes know about one node. Each field is written by one pass, named beside it."""
+    """Everything passes know about one node. Each field is written by one pass, named beside it.
+
+    Args:
+        role: what the node does. Written by AssignRoles.
+        layer: the public name, such as "blocks.3.mlp.fc1" or "blocks.3.attn.qk". Written by AssignRoles.
+        block: index of the transformer block, in graph order; None outside. Written by AssignRoles.
+        macs: multiply-accumulates for one image. Written by AssignRoles.
+        operands: a weight and its input, a left and a right input, or the only input. Written by PlanOperands.
+    """
 
     role: Role | None = None  # AssignRoles
     layer: str = ""  # AssignRoles: the public name, e.g. "blocks.3.mlp.fc1", "blocks.3.attn.qk"
     block: int | None = None  # AssignRoles: index of the transformer block, in graph order
-    parameters: int = 0  # AssignRoles: elements of the weight
     macs: int = 0  # AssignRoles: multiply-accumulates for one image
-    activation_elements: int = 0  # AssignRoles: elements of all quantizable inputs for one image
-    left_elements: int = 0  # AssignRoles: of these, elements of the left input of a matmul
-    weight_candidates: tuple[Candidate, ...] = ()  # SearchScales, ascending bits
-    activation_candidates: tuple[tuple[Candidate, ...], ...] = ()  # SearchScales, Reconstruct; a tuple per input
-    weight_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate; empty: the candidates' losses count
-    activation_sensitivity: tuple[float, ...] = ()  # ScoreLayers, one per candidate, all inputs together
-    weight_bits: int | None = None  # AllocateBits
-    activation_bits: int | None = None  # AllocateBits
-    left_bits: int | None = None  # AllocateBits: of a matmul's left input; None: the same as activation_bits
-    pinned: bool = False  # AllocateBits: bits were fixed by an override or the first/last policy
+    operands: tuple[Operand, ...] = ()  # PlanOperands: weight and input, left and right input, or the only input
+
+    @property
+    def weight(self) -> Operand | None:
+        """The weight; None where the node has none."""
+        return next((operand for operand in self.operands if operand.argument is None), None)
+
+    @property
+    def inputs(self) -> tuple[Operand, ...]:
+        """All operands but the weight."""
+        return tuple(operand for operand in self.operands if operand.argument is not None)
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Indices of the operands that share one width: a weight or a left input; an input, a right one or tied ones.
+
+        So every node has at most two widths to choose, in the order of a cost table's rows.
+        """
+        count = len(self.operands)
+        is_pair = count == 2 and not any(operand.tied for operand in self.operands)
+        if is_pair or self.weight is not None:
+            return tuple(range(count))[:1], tuple(range(count))[1:]
+        return (), tuple(range(count))
+
+    @property
+    def bits(self) -> tuple[int | None, ...]:
+        """The width of every operand; None where it stays float."""
+        return tuple(operand.bits for operand in self.operands)
+
+    @property
+    def weight_bits(self) -> int | None:
+        """The width of the weight; None without one, and where it stays float."""
+        return None if self.weight is None else self.weight.bits
+
+    @property
+    def input_bits(self) -> tuple[int | None, ...]:
+        """The width of every input; None where it stays float."""
+        return tuple(operand.bits for operand in self.inputs)
 
     @property
     def has_bits(self) -> bool:
         """Whether anything of the node is to compute in bits."""
-        return self.weight_bits is not None or self.activation_bits is not None
+        return any(bits is not None for bits in self.bits)
 
     @property
-    def input_bits(self) -> tuple[int | None, ...]:
-        """Bits of every input that has candidates, in the order of `activation_candidates`."""
-        bits = [self.activation_bits] * len(self.activation_candidates)
-        if self.left_bits is not None and bits:
-            bits[0] = self.left_bits
-        return tuple(bits)
+    def is_planned(self) -> bool:
+        """Whether anything of the node is to be quantized."""
+        return any(operand.families for operand in self.operands)
 
 
-def input_label(activation_bits: int | None, left_bits: int | None) -> str:
-    """Bits of inputs in short: `4`, `2x4` for a matmul's left and right input where they differ, `-` for none."""
-    left = "" if left_bits in (None, activation_bits) else f"{left_bits}x"
-    return "-" if activation_bits is None else f"{left}{activation_bits}"
+def input_label(bits: Sequence[int | None]) -> str:
+    """Widths of a node's inputs in short: `4`, `2x4` for a left and a right one that differ, `-` for none."""
+    found = list(dict.fromkeys("-" if width is None else str(width) for width in bits))
+    return "x".join(found) or "-"
 
 
 def annotation_of(node: Node) -> Annotation:
@@ -149,24 +215,16 @@ def annotate(node: Node, **changes: Any) -> Annotation:
     return annotation_of(node)
 
 
-def facts_of(graph_module: GraphModule) -> frozenset[Fact]:
-    """What passes have declared true of this graph."""
-    return frozenset(graph_module.meta.get(_FACTS, ()))
+def annotate_operands(node: Node, **changes: Sequence[Any]) -> Annotation:
+    """Replace fields of the node's operands: one value for each operand, in their order."""
+    operands = annotation_of(node).operands
+    rows = [dict(zip(changes, values, strict=True)) for values in zip(*changes.values(), strict=True)]
+    return annotate(node, operands=tuple(replace(o, **row) for o, row in zip(operands, rows, strict=True)))
 
 
-def declare(graph_module: GraphModule, provided: frozenset[Fact], broken: frozenset[Fact] = frozenset()) -> None:
-    """Record that facts hold now, and that others no longer do."""
-    graph_module.meta[_FACTS] = (facts_of(graph_module) - broken) | provided
-
-
-def folds_of(graph_module: GraphModule) -> list[str]:
-    """Names of the passes that have folded something into norms and weights, in the order they ran."""
-    return list(graph_module.meta.get(_FOLDS, ()))
-
-
-def note_fold(graph_module: GraphModule, name: str) -> None:
-    """Record that a pass of this name has folded what it can; the check of `Fact.FOLDED` asks for it."""
-    graph_module.meta[_FOLDS] = [*folds_of(graph_module), name]
+def planned_nodes(graph_module: GraphModule) -> list[Node]:
+    """Nodes of which anything is to be quantized, in graph order."""
+    return [node for node in nodes_with_role(graph_module) if annotation_of(node).is_planned]
 
 
 def nodes_with_role(graph_module: GraphModule, *roles: Role) -> list[Node]:

@@ -56,7 +56,13 @@ def free_path(graph_module: GraphModule, wanted: str) -> str:
 
 
 def add_module(graph_module: GraphModule, wanted: str, module: nn.Module) -> str:
-    """Add a module at `wanted`, or where that is taken at a path like it; returns the path."""
+    """Add a module at `wanted`, or where that is taken at a path like it; returns the path.
+
+    Args:
+        graph_module: the graph module that the module becomes part of.
+        wanted: the path that the module gets where nothing stands there.
+        module: the module.
+    """
     path = free_path(graph_module, wanted)
     graph_module.add_submodule(path, module)
     return path
@@ -66,6 +72,11 @@ def exchange_module(graph_module: GraphModule, node: Node, module: nn.Module) ->
     """Let a node call another module: in the old one's place, or beside it where another node needs the old one.
 
     Another node needs it that calls it, calls a module in it or reads a tensor of it, as tied weights are read.
+
+    Args:
+        graph_module: the graph that the node belongs to.
+        node: a call_module node.
+        module: what the node calls from now on.
     """
     path = str(node.target)
     others = (str(n.target) for n in node.graph.nodes if n is not node and n.op in ("call_module", "get_attr"))

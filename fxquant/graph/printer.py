@@ -43,10 +43,9 @@ def _operation(node: fx.Node) -> str:
 def _bits(node: fx.Node) -> str:
     """[w4a5], [a8] without weight bits, [a2x4] of two inputs, [w4] with float ones, nothing where none has bits."""
     annotation = annotation_of(node)
-    weight = "" if annotation.weight_bits is None else f"w{annotation.weight_bits}"
-    inputs = input_label(annotation.activation_bits, annotation.left_bits)
-    activation = "" if annotation.activation_bits is None else f"a{inputs}"
-    return f"[{weight}{activation}]" if weight or activation else ""
+    weight, inputs = annotation.weight_bits, annotation.input_bits
+    parts = ["" if weight is None else f"w{weight}", f"a{input_label(inputs)}" if any(inputs) else ""]
+    return f"[{''.join(parts)}]" if any(parts) else ""
 
 
 def _argument(value: Any) -> str:

@@ -18,7 +18,13 @@ from passes.pipeline.contract import ProgressReporter, reporter_of
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `count` images were classified correctly. labels: how they were matched to the model's classes."""
+    """How many of `count` images were classified correctly.
+
+    Args:
+        correct: images whose class was found.
+        count: images in all.
+        labels: how they were matched to the model's classes.
+    """
 
     correct: int
     count: int
@@ -66,14 +72,21 @@ def evaluate(
     Class folders are matched to the model's classes by `ImageData.for_outputs`. Raises DataError without labels, for
     labels beyond the model's classes and class names that say nothing of them, ModelError for a model that cannot run
     on these images and outputs that are not class scores (B, classes).
+
+    Args:
+        model: in eval mode.
+        data: images with labels.
+        batch_size: images at a time.
+        limit: how many images at most; None: all.
+        progress: shows how far it is; None: nothing is shown.
+        label: how the step is called there.
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
     total = data.count if limit is None else min(limit, data.count)
     task = reporter_of(progress).track(label, -(-total // batch_size))
     correct = count = 0
-    for images, labels in data.batches(batch_size, limit):
-        assert labels is not None  # for_outputs has seen to it
+    for images, labels in data.labelled_batches(batch_size, limit):
         scores = _scores(model(images))
         correct += int(torch.eq(scores.argmax(1), labels).sum())
         count += len(images)
@@ -95,5 +108,8 @@ def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:
 def _scores(output: Any) -> torch.Tensor:
     scores = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        raise ModelError("accuracy needs class scores (B, classes), and the model's output is something else")
+        raise ModelError(
+            "accuracy needs class scores (B, classes), and the model's output is something else: evaluate a "
+            "model that has a head"
+        )
     return scores

@@ -29,8 +29,15 @@ _FEWEST_ROUNDS = 3
 class Timing:
     """One variant at one batch size.
 
-    latency_ms: median wall time of a batch, milliseconds. cpu_ms: median processor time of all threads. speedup:
-    against the first variant, wall time; cpu_speedup: by processor time, which other programs disturb less.
+    Args:
+        variant: the name of what was timed.
+        batch_size: images in a batch.
+        threads: how many threads torch had.
+        rounds: how often it was timed.
+        latency_ms: median wall time of a batch, milliseconds.
+        cpu_ms: median processor time of all threads.
+        speedup: against the first variant, wall time.
+        cpu_speedup: by processor time, which other programs disturb less.
     """
 
     variant: str
@@ -66,6 +73,13 @@ def measure(
 
     The first variant is what the others are compared with. Each runs once before, untimed. torch's number of threads
     is restored afterwards. Raises DataError without variants, and for threads below 1.
+
+    Args:
+        variants: what to time, by name; each takes the images. The others are compared with the first.
+        images_bchw: one batch, float (B, C, H, W).
+        threads: how many threads torch has meanwhile.
+        seconds: for about how long it is repeated, all variants together.
+        progress: shows how far it is; None: nothing is shown.
     """
     if not variants or not 1 <= threads <= 1024 or seconds < 0 or images_bchw.ndim != 4 or not len(images_bchw):
         raise DataError(

@@ -10,13 +10,16 @@ A value takes the nearest level; the published code rounds its logarithm, which 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxquant.checks.untrusted import NUMBER, Rule, whole
+from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, scaled
 from fxquant.quantizers.level_table import LevelTableQuantizer
 
 DENOMINATOR = 37
@@ -25,9 +28,17 @@ GELU_SHIFT = 0.16997124254703522
 
 
 class AdaLogQuantizer(LevelTableQuantizer):
-    """Powers of 2^(-base / 37) below `scale` (float32 scalar), less `offset`. base: integer q from 10 to 138."""
+    """Powers of 2^(-base / 37) below `scale` (float32 scalar), less `offset`.
+
+    Args:
+        bits: width; the table has at most 2^bits levels.
+        scale: the largest level before the offset is taken off, a float32 scalar.
+        base: integer q from 10 to 138.
+        offset: what is subtracted from every level.
+    """
 
     kind = "adalog"
+    rules: ClassVar[Mapping[str, Rule] | None] = {"base": whole(0, 1000), "offset": NUMBER}
 
     def __init__(self, bits: int, scale: Tensor | float, base: int, offset: float = 0.0) -> None:
         super().__init__(bits, scale, offset)
@@ -55,3 +66,25 @@ def adalog_levels(bits: int, base: int) -> NDArray[np.float64]:
     whole = 4 * 2 ** (bits - 1) - 2
     mantissa = np.rint(np.exp2(-remainder / DENOMINATOR) * whole) / whole
     return np.asarray(np.exp2(-shift.astype(np.float64)) * mantissa)
+
+
+def adalog_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-Softmax: every base, below 1 (the published scale) and below the largest value seen."""
+    relative = np.stack([adalog_levels(bits, base) for base in BASES])
+    scales = np.array([statistics.largest_magnitude, 1.0])
+    return scaled(relative, scales, lambda scale, row: AdaLogQuantizer(bits, scale, BASES[row]))
+
+
+def adalog_gelu(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths."""
+    thinning = max(1, 2 ** (bits - 5))
+    bases = BASES[::thinning]
+    relative = np.stack([adalog_levels(bits, base) for base in bases])
+    scales = (max(statistics.maximum, 0.0) + GELU_SHIFT) * np.linspace(0.02, 1.0, STEPS // min(thinning, 4))
+    return scaled(relative, scales, lambda s, row: AdaLogQuantizer(bits, s, bases[row], GELU_SHIFT), GELU_SHIFT)
+
+
+FAMILIES = (
+    Family("adalog-softmax", adalog_softmax, without_zero=True),
+    Family("adalog-gelu", adalog_gelu),
+)

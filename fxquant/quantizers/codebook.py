@@ -10,15 +10,19 @@ product reads them as it reads 8-bit codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxquant.checks.untrusted import Rule, listed, whole
+from fxquant.quantizers.family import Proposals
 from fxquant.quantizers.level_table import LevelTableQuantizer
+from fxquant.quantizers.statistics.histogram import Array
 
 LARGEST = 255  # code of the grid
 
@@ -26,10 +30,18 @@ LARGEST = 255  # code of the grid
 class CodebookQuantizer(LevelTableQuantizer):
     """Nearest of at most 2^bits codes of an 8-bit grid; of two that are equally near the lower.
 
-    scale: float32 scalar s. zero: code of zero, 0 to 255. codes: ascending, 0 to 255.
+    Args:
+        bits: width; the book has at most 2^bits codes.
+        scale: float32 scalar s.
+        zero: code of zero, 0 to 255.
+        codes: ascending, 0 to 255.
     """
 
     kind = "codebook"
+    rules: ClassVar[Mapping[str, Rule] | None] = {
+        "zero": whole(0, LARGEST),
+        "codes": listed(whole(0, LARGEST), longest=LARGEST + 1),
+    }
 
     def __init__(self, bits: int, scale: Tensor | float, zero: int, codes: Sequence[int]) -> None:
         super().__init__(bits, scale)
@@ -81,3 +93,38 @@ class CodebookQuantizer(LevelTableQuantizer):
 def last_below(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of ascending codes (L,) the last code of the grid that each but the last stands for, (L-1,)."""
     return np.asarray((codes[1:] + codes[:-1]) // 2)
+
+
+@dataclass(frozen=True)
+class Book:
+    """A grid of bytes and the codes chosen of it; the value of a code c is scale (c - zero).
+
+    Args:
+        scale: what one step of the grid is worth, above 0.
+        zero: the grid's byte that stands for the value 0, from 0 to 255.
+        codes: int64 (L,), the chosen bytes of the grid, ascending.
+    """
+
+    scale: float
+    zero: int
+    codes: NDArray[np.int64]
+
+    def quantizer(self, bits: int) -> CodebookQuantizer:
+        """The quantizer that it is."""
+        return CodebookQuantizer(bits, self.scale, self.zero, self.codes.tolist())
+
+    @property
+    def levels(self) -> Array:
+        """Values of the codes."""
+        return np.asarray(self.scale * (self.codes - self.zero), dtype=np.float64)
+
+    @property
+    def thresholds(self) -> Array:
+        """Where one level gives way to the next: half a step above the last code of the lower one."""
+        return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
+
+
+def proposed(books: Sequence[Book], bits: int) -> Proposals:
+    """Books with equally many codes as the candidates of a family, each with the thresholds of its quantizer."""
+    levels, thresholds = (np.stack(tables) for tables in zip(*((b.levels, b.thresholds) for b in books), strict=True))
+    return Proposals(levels, thresholds, lambda index: books[index].quantizer(bits))

@@ -37,10 +37,14 @@ def scale_of(quantizer: Quantizer) -> Tensor | None:
 class LearnedScale(nn.Module):
     """A quantizer with a learned scale and dropped quantization.
 
-    quantizer: where learning starts. drop: probability, 0 to 1, that an element stays float. generator: of these draws,
-    on the device of the input. thinning: the factor learns from the first of so many parts of the batch, which is
-    noisier and cheaper; all values are quantized. `log_factor`: float32 (), the parameter t; scales are multiplied by
-    exp(t).
+    Args:
+        quantizer: where learning starts.
+        drop: probability, 0 to 1, that an element stays float.
+        generator: of these draws, on the device of the input.
+        thinning: the factor learns from the first of so many parts of the batch, which is noisier and cheaper; all
+            values are quantized.
+
+    Learns `log_factor`, float32 (), the parameter t; scales are multiplied by exp(t).
     """
 
     def __init__(
@@ -144,10 +148,14 @@ def _by_images(quantizer: Quantizer, x: Tensor) -> Tensor:
 class LearnedCodes(nn.Module):
     """A weight whose codes and scales learn: W^ = s exp(t) round(clamp(u)), the derivative of rounding taken as 1.
 
-    weight: float (out, ...). quantizer: uniform, its scale () or (out, 1). codes: integer (out, ...), where
-    learning starts, each leaning towards the weight as far as it stays the same code; None: the nearest to the weight.
-    Parameters: `units` u, (out, columns), in steps of the grid, so that a rate of learning means the same at every
-    width; `log_factor` t, shape of the scale.
+    Args:
+        weight: float (out, ...).
+        quantizer: uniform, its scale () or (out, 1).
+        codes: integer (out, ...), where learning starts, each leaning towards the weight as far as it stays the same
+            code; None: the nearest to the weight.
+
+    Learns `units`, u, float (out, columns), in steps of the grid, so that a rate of learning means the same at every
+    width; and `log_factor`, t, of the scale's shape.
     """
 
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
@@ -177,10 +185,13 @@ class LearnedCodes(nn.Module):
 class SoftRounding(nn.Module):
     """A weight between the two grid points around each of its entries (AdaRound).
 
-    weight: float (out, ...). quantizer: uniform, its scale () or (out, 1). codes: integer (out, ...), where
-    hard rounding starts: the other point is the neighbour towards the weight. None: the two points around the weight,
-    and the soft weight equals it wherever it lies within the grid. `logits`: the parameter a, shape of the flattened
-    weight.
+    Args:
+        weight: float (out, ...).
+        quantizer: uniform, its scale () or (out, 1).
+        codes: integer (out, ...), where hard rounding starts: the other point is the neighbour towards the weight.
+            None: the two points around the weight, and the soft weight equals it wherever it lies within the grid.
+
+    Learns `logits`, the parameter a, of the shape of the flattened weight.
     """
 
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:

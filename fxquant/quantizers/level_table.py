@@ -14,8 +14,10 @@ from fxquant.quantizers.quantizer import Quantizer, as_scale
 class LevelTableQuantizer(Quantizer):
     """Nearest of at most 2^bits ascending levels. A subclass gives `relative_levels`, the table for scale 1.
 
-    scale: float32 scalar. offset: what is subtracted from every level, so that a table of positive levels covers
-    values from -offset on.
+    Args:
+        bits: width; the table has at most 2^bits levels.
+        scale: float32 scalar.
+        offset: what is subtracted from every level, so that a table of positive levels covers values from -offset on.
     """
 
     kind = "level-table"

@@ -7,38 +7,13 @@ as the cube root of the values' weighted density (Panter and Dite), which is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from fxquant.quantizers.codebook import LARGEST, CodebookQuantizer, last_below
+from fxquant.quantizers.codebook import LARGEST, Book, proposed
+from fxquant.quantizers.family import Family, Proposals, Statistics
 from fxquant.quantizers.statistics.histogram import Array, SortedMoments
 
 ROUNDS = 40
-
-
-@dataclass(frozen=True)
-class Book:
-    """One grid of bytes and the codes chosen of it: int64 (L,), ascending; value of a code c: scale (c - zero)."""
-
-    scale: float
-    zero: int
-    codes: NDArray[np.int64]
-
-    def quantizer(self, bits: int) -> CodebookQuantizer:
-        """The quantizer that it is."""
-        return CodebookQuantizer(bits, self.scale, self.zero, self.codes.tolist())
-
-    @property
-    def levels(self) -> Array:
-        """Values of the codes."""
-        return np.asarray(self.scale * (self.codes - self.zero), dtype=np.float64)
-
-    @property
-    def thresholds(self) -> Array:
-        """Where one level gives way to the next: half a step above the last code of the lower one."""
-        return np.asarray(self.scale * (last_below(self.codes) + 0.5 - self.zero))
 
 
 def book(moments: SortedMoments, count: int) -> Book:
@@ -74,3 +49,11 @@ def _weights(moments: SortedMoments) -> Array:
     """Weight and weighted sum of every bucket, (2, buckets); counts where there are no weights."""
     has_weights = moments.weighted and bool(moments.moments[3].any())
     return moments.moments[3:5] if has_weights else moments.moments[:2]
+
+
+def codebook(statistics: Statistics, bits: int) -> Proposals:
+    """The levels of least weighted squared error, on a grid of bytes; nothing to search. See `CodebookQuantizer`."""
+    return proposed([book(statistics.moments, 2**bits)], bits)
+
+
+FAMILIES = (Family("codebook", codebook, byte_bits=5),)

@@ -6,12 +6,16 @@ of near-zero attention values of a row add up). Values are powers of two times d
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fxquant.checks.untrusted import Rule
+from fxquant.quantizers.family import Family, Proposals, Statistics, shrinking
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
 _CARRY = 0x800000 - 0x3504F3
@@ -22,6 +26,7 @@ class Log2Quantizer(Quantizer):
     """Powers of two below `scale` (float32 scalar d, the largest value represented), and zero."""
 
     kind = "log2"
+    rules: ClassVar[Mapping[str, Rule] | None] = {}
 
     def __init__(self, bits: int, scale: Tensor | float) -> None:
         super().__init__(bits)
@@ -53,3 +58,16 @@ class Log2Quantizer(Quantizer):
     def empty(cls, **arguments: Any) -> Log2Quantizer:
         """From bits."""
         return cls(int(arguments["bits"]), 1.0)
+
+
+def log2(statistics: Statistics, bits: int) -> Proposals:
+    """Powers of two below a searched largest value, and zero."""
+    scales = shrinking(statistics.largest_magnitude)
+    zero = 2**bits - 1
+    exponents = np.arange(zero - 1, -1, -1)
+    levels = np.concatenate([np.zeros((len(scales), 1)), scales[:, None] * np.exp2(-exponents)], axis=1)
+    thresholds = scales[:, None] * np.exp2(-(exponents + 0.5))
+    return Proposals(levels, thresholds, lambda index: Log2Quantizer(bits, float(scales[index])))
+
+
+FAMILIES = (Family("log2", log2, byte_bits=4),)

@@ -1,51 +1,54 @@
 """Observers: identity nodes on the edges that will be quantized, and the statistics they gather.
 
-An observer marks *that* an edge is quantized and *which family* of quantizer it gets; `Calibrate` feeds it. It keeps
-streamed statistics only, never activations.
+What is quantized, and of which families, an operand says (`fxquant.graph.annotation`); an observer gathers what these
+families ask for. `Calibrate` feeds it. It keeps streamed statistics only, never activations.
 """
 
 from __future__ import annotations
-
-from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.families import OF_ROWS, Statistics, families_named
+from fxquant.graph.annotation import Allowed, Source
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.family import Family, Statistics
+from fxquant.quantizers.statistics.gram import Gram
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
 # What an observer gathers: all that `release` forgets.
 _COUNTS = ("images", "row_length", "coherence_count")
 _NUMBERS = (*_COUNTS, "minimum", "maximum", "image_minimum_sum", "token_weight_sum", "coherence_sum")
-_TENSORS = ("channel_magnitude", "channel_factor", "gram", "output_weight")
-_HISTOGRAMS = ("histogram", "row_histogram")
-
-
-class Edge(StrEnum):
-    """What flows over an observed edge; decides which family of quantizer fits."""
-
-    POST_GELU = "post_gelu"
-    POST_SOFTMAX = "post_softmax"
-    POST_LAYER_NORM = "post_layer_norm"
-    SOFTMAX_INPUT = "softmax_input"
-    LAYER_NORM_INPUT = "layer_norm_input"
-    IMAGE = "image"
-    OTHER = "other"
+_TENSORS = ("channel_magnitude", "channel_factor", "output_weight")
+_STREAMED = ("histogram", "row_histogram", "gram")  # which have states of their own
 
 
 class Observer(nn.Module):
     """Passes its input through. `update` gathers what the quantizer families ask for.
 
-    family: key of `families.FAMILIES`, or None where the edge stays float (its linear layer still needs the Gram
-    matrix). edge: what flows here. gram: whether to gather the Gram matrix of the inputs.
+    Args:
+        families: of what will be its quantizer; none where the edge stays float (its linear layer still needs the Gram
+            matrix).
+        source: what flows here.
+        gram: whether to gather the Gram matrix of the inputs.
     """
 
-    def __init__(self, family: str | None, edge: Edge, gram: bool) -> None:
+    def __init__(self, families: tuple[Allowed, ...], source: Source, gram: bool) -> None:
         super().__init__()
-        self.family, self.edge, self.keeps_gram = family, edge, gram
+        self.families, self.source, self.keeps_gram = families, source, gram
         self.release()
+
+    def released_gram(self) -> Tensor:
+        """The Gram matrix of the inputs, float (in, in), which the observer forgets with all else.
+
+        Raises CalibrationError where it has none.
+        """
+        if self.gram is None:
+            raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
+        gram = self.gram.matrix()
+        self.release()
+        return gram
 
     def release(self, keep_gram: bool = False) -> None:
         """Forget all statistics, or all but the Gram matrix, and free their memory."""
@@ -56,19 +59,24 @@ class Observer(nn.Module):
         self.image_minimum_sum, self.images = 0.0, 0
         self.channel_magnitude: Tensor | None = None
         self.channel_factor: Tensor | None = None
-        self.gram: Tensor | None = self.gram if keep_gram else None
+        self.gram: Gram | None = self.gram if keep_gram else None
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
         self.coherence_sum, self.coherence_count = 0.0, 0
 
     @property
+    def asks_for_channels(self) -> bool:
+        """Whether channels are grouped before anything else is gathered."""
+        return bool(self.families) and all(rule.by_channel for rule in self._rules())
+
+    @property
     def asks_for_coherence(self) -> bool:
         """Whether a family has no zero, or is compared with one whose rows sum to one."""
-        names = self._names()
-        return "adalog-softmax" in names or bool(names & OF_ROWS and names - OF_ROWS)
+        rules = self._rules()
+        return any(rule.without_zero for rule in rules) or {rule.of_rows for rule in rules} == {True, False}
 
-    def _names(self) -> set[str]:
-        return set() if self.family is None else {family.name for family in families_named(self.family)}
+    def _rules(self) -> list[Family]:
+        return [FAMILIES[family.name] for family in self.families]
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity."""
@@ -93,16 +101,16 @@ class Observer(nn.Module):
         self.maximum = max(self.maximum, float(x.max()))
         self.image_minimum_sum += float(per_image.double().sum())
         self.images += len(x)
-        if self.family is None:
+        if not self.families:
             return
         if self.channel_factor is not None:
             x = x / self.channel_factor
             weight = None if weight is None else weight * self.channel_factor.square()
-        names = self._names()
-        if names - OF_ROWS:
+        of_rows = {rule.of_rows for rule in self._rules()}
+        if False in of_rows:
             self.histogram = self.histogram or Bfloat16Histogram()
             self.histogram.update(x, weight)
-        if names & OF_ROWS:
+        if True in of_rows:
             self._update_rows(x, weight)
 
     def _update_rows(self, x: Tensor, weight: Tensor | None) -> None:
@@ -118,29 +126,31 @@ class Observer(nn.Module):
         self.coherence_sum += coherence
         self.coherence_count += 1
 
-    def update_gram(self, rows_ti: Tensor, gradient_to: Tensor | None) -> None:
-        """Add one batch to G = sum a_t x_t x_t^T. rows_ti: inputs as (tokens, in); gradient_to: dL/dO (tokens, out)."""
+    def update_gram(self, rows_ti: Tensor, squared_to: Tensor | None) -> None:
+        """Add one batch to G = sum a_t x_t x_t^T.
+
+        rows_ti: inputs, float (tokens, in). squared_to: squares of dL/dO, float (tokens, out); None: all are one.
+        """
         rows = rows_ti.detach()
-        if gradient_to is None:
+        if squared_to is None:
             token_weight = torch.ones(len(rows))
         else:
-            squared = gradient_to.detach().square()
+            squared = squared_to.detach()
             token_weight = squared.mean(1)
             total = squared.sum(0).double()
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())
-        if self.gram is None:
-            self.gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
-        self.gram.addmm_((rows * token_weight[:, None]).T, rows)  # in place: the largest of all that is gathered
+        self.gram = self.gram or Gram(rows.shape[1], rows.dtype)
+        self.gram.add(rows, token_weight)
 
     def state(self) -> dict[str, Tensor]:
         """All statistics gathered so far, by name."""
         numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
         found = {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
-        for name in _HISTOGRAMS:
-            histogram = getattr(self, name)
-            if histogram is not None:
-                found |= {f"{name}.{part}": tensor for part, tensor in histogram.state().items()}
+        for name in _STREAMED:
+            streamed = getattr(self, name)
+            if streamed is not None:
+                found |= {f"{name}.{part}": tensor for part, tensor in streamed.state().items()}
         return {"numbers": numbers, **found}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -149,12 +159,12 @@ class Observer(nn.Module):
             setattr(self, name, int(value) if name in _COUNTS else value)
         for name in _TENSORS:
             setattr(self, name, state.get(name))
-        for name in _HISTOGRAMS:
+        for name in _STREAMED:
             parts = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-            histogram = Bfloat16Histogram() if parts else None
-            if histogram is not None:
-                histogram.restore(parts)
-            setattr(self, name, histogram)
+            streamed = (Gram() if name == "gram" else Bfloat16Histogram()) if parts else None
+            if streamed is not None:
+                streamed.restore(parts)
+            setattr(self, name, streamed)
 
     def channel_weight(self) -> Tensor | None:
         """b_o (out,), float32: how much more than average the loss cares for each output channel; None if unknown."""
@@ -167,9 +177,7 @@ class Observer(nn.Module):
         rows = None if self.row_histogram is None else self.row_histogram.finish()
         moments = rows if self.histogram is None else self.histogram.finish()
         if moments is None or not self.images:
-            raise CalibrationError(
-                f"an observer of edge {self.edge} has no statistics: run Calibrate before SearchScales"
-            )
+            raise CalibrationError(f"an observer of {self.source} has no statistics: run Calibrate before SearchScales")
         factor = self.channel_factor
         low, high = self.minimum, self.maximum
         if factor is not None:
@@ -180,5 +188,5 @@ class Observer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Family and edge."""
-        return f"{self.family}, {self.edge}"
+        """Families and source."""
+        return f"{'|'.join(family.name for family in self.families) or None}, {self.source}"

@@ -6,18 +6,25 @@ A quantizer is a small `nn.Module` that is not changed after it is built: its nu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fxquant.checks.untrusted import Rule
 from fxquant.errors import ArtefactError
 
 
 class Quantizer(nn.Module):
-    """Base of all quantizers: `quantize` to integer codes, `dequantize` back, `forward` does both (simulation)."""
+    """Base of all quantizers: `quantize` to integer codes, `dequantize` back, `forward` does both (simulation).
+
+    kind: the name of the class in files. rules: what a file may say for each of its `settings` besides kind and bits;
+    None: no file holds such a quantizer.
+    """
 
     kind: ClassVar[str]
+    rules: ClassVar[Mapping[str, Rule] | None] = None
     _kinds: ClassVar[dict[str, type[Quantizer]]] = {}
 
     def __init__(self, bits: int) -> None:
@@ -49,6 +56,15 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """Kind and bits."""
         return f"{self.kind}, bits={self.bits}"
+
+    @classmethod
+    def rules_of(cls, kind: str) -> Mapping[str, Rule]:
+        """What a file may say for each setting of a kind. Raises ArtefactError for a kind that no file holds."""
+        found = Quantizer._kinds[kind].rules if kind in Quantizer._kinds else None
+        if found is None:
+            known = sorted(name for name, quantizer in Quantizer._kinds.items() if quantizer.rules is not None)
+            raise ArtefactError(f"there is no quantizer of kind {kind!r:.100} in files; there are {', '.join(known)}")
+        return found
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Quantizer:

@@ -12,11 +12,16 @@ n, a whole number. FQ-ViT's log-int-softmax and AdaLog (a searched base) have ne
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.checks.untrusted import Rule
+from fxquant.quantizers.family import Family, Proposals, Statistics
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
 LARGEST = 255
@@ -29,6 +34,7 @@ class RowLogQuantizer(Quantizer):
     """
 
     kind = "row-log"
+    rules: ClassVar[Mapping[str, Rule] | None] = {}
 
     def __init__(self, bits: int, base: Tensor | float) -> None:
         super().__init__(bits)
@@ -57,3 +63,22 @@ class RowLogQuantizer(Quantizer):
     def empty(cls, **arguments: Any) -> RowLogQuantizer:
         """From bits."""
         return cls(int(arguments["bits"]), 1.0)
+
+
+def row_log(statistics: Statistics, bits: int) -> Proposals:
+    """Powers of one base below the largest of each row, and zero, in whole 255ths; see `RowLogQuantizer`.
+
+    The base follows from the widths, it is not searched: what the zero swallows has to weigh little with all keys of a
+    row together, log2(keys) powers of two below the largest and one more from 4 bits on, as far as a byte reaches.
+    A search by the predicted loss, which takes errors of a row for independent, stops one to two powers too early.
+    """
+    last = 2**bits - 1
+    reach = min(math.log2(max(statistics.row_length, 2)) + min(bits, 4) / 2 - 1, 9.5)
+    base = max(reach, 1.0) / (last - 0.5)
+    exponents = base * np.arange(last - 1, -1, -1)
+    levels = np.concatenate([[0.0], np.rint(LARGEST * np.exp2(-exponents)) / LARGEST])
+    thresholds = np.exp2(-exponents - base / 2)
+    return Proposals(levels[None], thresholds[None], lambda _: RowLogQuantizer(bits, base), of_rows=True)
+
+
+FAMILIES = (Family("row-log", row_log, byte_bits=8, of_rows=True),)

@@ -9,7 +9,9 @@ model's own output, so g g^T is the Fisher matrix and half the metric predicts t
 - A weight error d_o of output channel o costs b_o d_o^T G d_o with G = sum over tokens a_t x_t x_t^T, where
   g_to^2 is approximated by a_t b_o (token times channel). All candidates of a layer share G, of
   which they see the directions that count (`fxquant.quantizers.statistics.low_rank`): a candidate costs as much as the
-  weight is large, not as much as G is.
+  weight is large, not as much as G is. The candidates of a row are ranked by the `RANKED` strongest directions; the
+  loss of the best is of all. Against ranking by all, the losses of seven layers of a ViT-tiny move by 0.2 % in sum, by
+  1 % at most in one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
-from fxquant.quantizers.families import Family, Statistics
+from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -29,6 +31,7 @@ FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
 END_STEPS = (-0.3, -0.2, -0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
 HOPELESS = 64.0  # times the least cost of a row: it is not clipped further
 CHUNK = 1 << 17  # weights that are searched together, so that all their candidates stay in the processor's cache
+RANKED = 48  # directions of G that candidates are ranked by
 WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
 
@@ -37,12 +40,16 @@ def search_activation(
 ) -> tuple[Candidate, ...]:
     """The best quantizer of one family at each width.
 
-    weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
-    images: how many images the statistics cover; losses are per image.
+    Args:
+        statistics: what calibration learned of the tensor.
+        family: the family that proposes quantizers.
+        bits: candidate widths in bits, ascending.
+        images: how many images the statistics cover; losses are per image.
+        weighted: choose by the Hessian-guided metric (the statistics must be weighted), else by plain squared error.
     """
     found = []
     for width in bits:
-        proposals = family(statistics, width)
+        proposals = family.propose(statistics, width)
         moments, coherence = statistics.moments, statistics.coherence
         if proposals.of_rows and statistics.row_moments is not None:
             moments, coherence = statistics.row_moments, 0.0
@@ -83,12 +90,12 @@ def search_weight(
     columns = weight.shape[1]
     gram = LowRank.identity(columns) if gram_ii is None else LowRank.of(gram_ii.float())
     scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
-    signal = _energy(weight)
+    signal, ranked = _energy(weight), gram.strongest(RANKED)
     chunks = torch.split(weight, max(CHUNK // columns, 1))
     found = []
     for width in bits:
         has_zero_point = asymmetric and width <= WIDEST_ASYMMETRIC
-        best = [_best_ranges(chunk, gram, width, has_zero_point, search) for chunk in chunks]
+        best = [_best_ranges(chunk, gram, ranked, width, has_zero_point, search) for chunk in chunks]
         quantizer = _spanning(torch.cat([ranges for ranges, _ in best]), width)
         cost = torch.cat([least for _, least in best])
         loss = 0.5 * float((cost * scaling).sum(dtype=torch.float64)) / images
@@ -97,19 +104,19 @@ def search_weight(
 
 
 def _best_ranges(
-    weight: Tensor, gram: LowRank, width: int, has_zero_point: bool, search: bool
+    weight: Tensor, gram: LowRank, ranked: LowRank, width: int, has_zero_point: bool, search: bool
 ) -> tuple[Tensor, Tensor]:
     """The ranges of least cost, as `_covering` gives them, and that cost of every row, (out,)."""
     covering = _covering(weight, has_zero_point)
+    if not search:
+        return covering, _costs(weight, covering, width, gram)
     ends = covering.shape[1]
     best = torch.ones_like(covering)
-    least = _costs(weight, covering, width, gram)
-    if not search:
-        return covering, least
+    least = _costs(weight, covering, width, ranked)
 
     def attempt(ratio: Tensor, rows: Tensor | slice) -> Tensor:
         """Take what is better of these ranges, relative to the covering ones of these rows; returns their cost."""
-        cost = _costs(weight[rows], ratio * covering[rows], width, gram)
+        cost = _costs(weight[rows], ratio * covering[rows], width, ranked)
         better = cost < least[rows]
         least[rows] = torch.where(better, cost, least[rows])
         best[rows] = torch.where(better[:, None], ratio, best[rows])
@@ -128,7 +135,8 @@ def _best_ranges(
         centre = best.clone()
         for step in steps:
             attempt((centre + step * moved).clamp_min(END_STEPS[-1] / 4), slice(None))
-    return best * covering, least
+    found = best * covering
+    return found, least if ranked is gram else _costs(weight, found, width, gram)
 
 
 def _covering(weight: Tensor, has_zero_point: bool) -> Tensor:

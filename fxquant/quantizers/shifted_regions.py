@@ -13,22 +13,33 @@ one is nearer).
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fxquant.checks.untrusted import FLAG, Rule, whole
+from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, joined, midpoints
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
 
 class ShiftedRegionsQuantizer(Quantizer):
     """Three regions with scales scale, scale * 2^shift_small and scale * 2^shift_large.
 
-    scale: float32 scalar s0. `negative`: whether codes are kept for negative values (a sign bit).
+    Args:
+        bits: width of the codes, the bits that say the region and the sign included.
+        scale: float32 scalar s0.
+        shift_small: the scale of the region of small values is scale * 2^shift_small.
+        shift_large: the scale of the region of large values is scale * 2^shift_large.
+        negative: whether codes are kept for negative values, which takes a sign bit.
     """
 
     kind = "shifted-regions"
+    rules: ClassVar[Mapping[str, Rule] | None] = {"shift_small": whole(), "shift_large": whole(), "negative": FLAG}
 
     def __init__(
         self, bits: int, scale: Tensor | float, shift_small: int, shift_large: int, negative: bool = True
@@ -82,3 +93,66 @@ class ShiftedRegionsQuantizer(Quantizer):
 def magnitudes(bits: int, negative: bool) -> tuple[int, int]:
     """Largest magnitude of the small (and negative) region and of the large region, in units of their scales."""
     return 2 ** (bits - 2 if negative else bits - 1) - 1, 2 ** (bits - 1) - 1
+
+
+def opt_m(statistics: Statistics, bits: int) -> Proposals:
+    """OPT-m: m1 from the range (eq. 7), every m0 < m1 (eq. 8) with 100 base scales each, chosen jointly.
+
+    Where the largest value lies far above the 99.95th percentile (massive activations), the m1 that reaches it is tried
+    as well: eq. 7 would clip it whatever the base scale.
+    """
+    x_up = max(statistics.moments.quantile(0.9995), 1e-12)
+    small_max, large_max = magnitudes(bits, negative=True)
+    x_low = min(statistics.mean_image_minimum, -1e-12)
+    tables = []
+    for top in (x_up, statistics.largest_magnitude):
+        shift_large = min(max(round(math.log2((top / large_max) / (-x_low / max(small_max, 1)))), 1), 16)
+        # The paper's (0, 1.2 max|X| / 2^(b-1)] steps are for a scale that covers the large region; s0 is 2^m1 finer.
+        bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + shift_large) * np.arange(1, STEPS + 1) / STEPS
+        tables.append(_regions([(base, m0) for m0 in range(shift_large) for base in bases], shift_large, bits, True))
+        if statistics.largest_magnitude < 4 * x_up:
+            break
+    return joined(tables)
+
+
+def twin_gelu(statistics: Statistics, bits: int) -> Proposals:
+    """V-2SF post-GELU: a signed small region and a positive large one 2^3 coarser."""
+    bases = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1 + 3) * np.arange(1, STEPS + 1) / STEPS
+    # Small tensors of large outliers want a base scale well above the covering one divided by 8.
+    bases = np.concatenate([bases, bases * 8])
+    return _regions([(base, 0) for base in bases], 3, bits, negative=True)
+
+
+def twin_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """V-2SF post-Softmax: two unsigned regions, the large one 2^m coarser, m from 1 to 8 by search."""
+    top = statistics.largest_magnitude / (2 ** (bits - 1) - 1)
+    tables = []
+    for shift in range(1, 9):
+        bases = top / 2**shift * np.linspace(0.1, 1.2, STEPS // 4)
+        tables.append(_regions([(base, 0) for base in bases], shift, bits, negative=False))
+    return joined(tables)
+
+
+def _regions(pairs: list[tuple[float, int]], shift_large: int, bits: int, negative: bool) -> Proposals:
+    small_max, large_max = magnitudes(bits, negative)
+    bases = np.array([base for base, _ in pairs])
+    steps = np.array([2.0**small for _, small in pairs])
+    small = steps[:, None] * np.arange(0, small_max + 1)
+    large = np.broadcast_to(2.0**shift_large * np.arange(0, large_max + 1), (len(pairs), large_max + 1))
+    # Large levels below the small region's top are never used: the boundary lies above it.
+    large = np.where(large > small[:, -1:], large, small[:, -1:])
+    below = np.broadcast_to(np.arange(-small_max, 0.0), (len(pairs), small_max)) if negative else small[:, :0]
+    levels = bases[:, None] * np.concatenate([below, small, large], axis=1)
+
+    def build(index: int) -> Quantizer:
+        base, shift_small = pairs[index]
+        return ShiftedRegionsQuantizer(bits, float(base), shift_small, shift_large, negative)
+
+    return Proposals(levels, midpoints(levels), build)
+
+
+FAMILIES = (
+    Family("opt-m", opt_m, byte_bits=8),
+    Family("twin-gelu", twin_gelu, byte_bits=8),
+    Family("twin-softmax", twin_softmax, byte_bits=8),
+)

@@ -6,21 +6,29 @@ Symmetric: z = 0, codes -2^(b-1) .. 2^(b-1)-1 (MPTQ-ViT, eq. 2-3). Asymmetric: a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.checks.untrusted import FLAG, Rule, listed, whole
+from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, midpoints
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
 
 class UniformQuantizer(Quantizer):
     """Symmetric (no zero_point) or asymmetric uniform quantizer.
 
-    scale: float32, shape () or broadcastable to the input; zero_point: int32 of the same shape, or None.
+    Args:
+        bits: width of the codes.
+        scale: float32, shape () or broadcastable to the input.
+        zero_point: int32 of the same shape, or None.
     """
 
     kind = "uniform"
+    rules: ClassVar[Mapping[str, Rule] | None] = {"symmetric": FLAG, "shape": listed(whole(1, 2**24), longest=4)}
 
     def __init__(self, bits: int, scale: Tensor | float, zero_point: Tensor | int | None = None) -> None:
         super().__init__(bits)
@@ -39,6 +47,13 @@ class UniformQuantizer(Quantizer):
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
         return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+
+    @property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest step from zero that has a code, float32 () or as many as there are zero-points."""
+        zero = torch.tensor(0) if self.zero_point is None else self.zero_point.reshape(-1)
+        low, high = self.code_range
+        return (low - zero).float(), (high - zero).float()
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of x, int32."""
@@ -71,3 +86,44 @@ class UniformQuantizer(Quantizer):
         shape = [int(size) for size in arguments["shape"]]
         zero = None if arguments["symmetric"] else torch.zeros(shape, dtype=torch.int32)
         return cls(int(arguments["bits"]), torch.ones(shape), zero)
+
+
+def symmetric(statistics: Statistics, bits: int) -> Proposals:
+    """Symmetric uniform, 100 scales."""
+    scales = statistics.largest_magnitude * 1.2 / 2 ** (bits - 1) * np.arange(1, STEPS + 1) / STEPS
+    levels = scales[:, None] * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+
+    def build(index: int) -> Quantizer:
+        scale = torch.tensor(scales[index], dtype=torch.float32)
+        factor = statistics.channel_factor
+        return UniformQuantizer(bits, scale if factor is None else scale * factor)
+
+    return Proposals(levels, midpoints(levels), build)
+
+
+def symmetric_min_max(statistics: Statistics, bits: int) -> Proposals:
+    """Symmetric uniform, the scale that just covers the largest magnitude; nothing to search."""
+    scales = np.array([statistics.largest_magnitude / (2 ** (bits - 1) - 1)])
+    levels = scales[:, None] * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return Proposals(levels, midpoints(levels), lambda index: UniformQuantizer(bits, float(scales[index])))
+
+
+def asymmetric(statistics: Statistics, bits: int) -> Proposals:
+    """Asymmetric uniform with an integer zero-point: both ends of the range shrink independently, 20 x 20 pairs."""
+    shrink = np.linspace(0.05, 1.0, 20)
+    low, high = np.meshgrid(min(statistics.minimum, 0.0) * shrink, max(statistics.maximum, 0.0) * shrink)
+    top = 2**bits - 1
+    scales = np.maximum(high - low, statistics.largest_magnitude * 1e-6).ravel() / top
+    zeros = np.clip(np.rint(-low.ravel() / scales), 0, top)
+    levels = scales[:, None] * (np.arange(top + 1) - zeros[:, None])
+    return Proposals(
+        levels, midpoints(levels), lambda index: UniformQuantizer(bits, float(scales[index]), int(zeros[index]))
+    )
+
+
+FAMILIES = (
+    Family("symmetric", symmetric, byte_bits=8, is_uniform=True),
+    Family("symmetric-min-max", symmetric_min_max, byte_bits=8, is_uniform=True),
+    Family("asymmetric", asymmetric, byte_bits=8, is_uniform=True),
+    Family("o-2sf", symmetric, by_channel=True),
+)

@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from allocators.allocation import Allocation
-from fxquant.graph.annotation import SOFTMAX
+from fxquant.graph.annotation import Source
 from fxquant.report.totals import bit_operations
-from fxquant.runtime.layer_row import LayerRow
+from fxquant.runtime.layer_row import LayerRow, OperandRow
 
 _WIDEST, _STEP = 8, 2
 
 
 @dataclass(frozen=True)
 class Action:
-    """Raise one layer's bits.
+    """Raise one layer's bits, or one operand's.
 
-    bits: for both operands, or (weight bits, activation bits). loss_share: the layer's share of the summed predicted
-    loss. extra_bytes, extra_bit_operations: what the change costs, before the allocator saves it elsewhere.
+    Args:
+        layer: its name; of inputs with widths of their own, with ".left" or ".right".
+        bits: for all operands that it names, or (weight bits, activation bits).
+        loss_share: the layer's share of the summed predicted loss.
+        extra_bytes, extra_bit_operations: what the change costs, before the allocator saves it elsewhere.
     """
 
     layer: str
@@ -53,7 +56,13 @@ class Action:
 
 
 def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count: int = 3) -> list[Action]:
-    """The layers with the largest predicted loss that can still be raised, worst first, each raised by two bits."""
+    """The layers with the largest predicted loss that can still be raised, worst first, each raised by two bits.
+
+    Args:
+        layers: one row per quantized layer.
+        allocation: None for pipelines that allocate nothing.
+        count: how many layers at most.
+    """
     total = sum(row.predicted_loss for row in layers)
     found: list[Action] = []
     for row in sorted(layers, key=lambda row: -row.predicted_loss):
@@ -64,17 +73,23 @@ def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count
 
 
 def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action | None:
-    if row.left_bits is not None:
-        return _raise_softmax(row, row.left_bits, total)
-    weight = row.weight_bits if allocation is None else allocation.weight_bits.get(row.layer)
-    activation = row.activation_bits if allocation is None else allocation.activation_bits.get(row.layer)
-    raised = [None if bits is None else max(bits, min(bits + _STEP, _WIDEST)) for bits in (weight, activation)]
-    if raised == [weight, activation] or row.predicted_loss <= 0:
+    """The layer with all its widths raised; of inputs with widths of their own the narrower one alone, by its name."""
+    if row.predicted_loss <= 0:
         return None
-    present = [bits for bits in raised if bits is not None]
-    after = replace(row, weight_bits=raised[0] or row.weight_bits, activation_bits=raised[1] or row.activation_bits)
+    names = [f"{row.layer}.{place}" for place in ("left", "right")]
+    is_split = allocation is not None and names[0] in allocation.activation_bits
+    if is_split:
+        index = min((0, 1), key=lambda index: row.operands[index].bits or _WIDEST)
+        chosen, name = [index], names[index]
+    else:
+        chosen, name = [i for i, operand in enumerate(row.operands) if _is_free(row, operand, allocation)], row.layer
+    operands = [_raised(operand) if i in chosen else operand for i, operand in enumerate(row.operands)]
+    after = replace(row, operands=tuple(operands))
+    if after == row:
+        return None
+    present = [operand.bits for index, operand in enumerate(operands) if index in chosen and operand.bits is not None]
     return Action(
-        layer=row.layer,
+        layer=name,
         bits=present[0] if len(set(present)) == 1 else (present[0], present[1]),
         loss_share=row.predicted_loss / total,
         extra_bytes=after.weight_bytes - row.weight_bytes,
@@ -82,15 +97,14 @@ def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action
     )
 
 
-def _raise_softmax(row: LayerRow, bits: int, total: float) -> Action | None:
-    """The narrow side of a product of activations is the one to raise."""
-    raised = min(bits + _STEP, _WIDEST)
-    if raised <= bits or row.predicted_loss <= 0:
-        return None
-    return Action(
-        layer=row.layer + SOFTMAX,
-        bits=raised,
-        loss_share=row.predicted_loss / total,
-        extra_bytes=0,
-        extra_bit_operations=bit_operations(replace(row, left_bits=raised)) - bit_operations(row),
-    )
+def _is_free(row: LayerRow, operand: OperandRow, allocation: Allocation | None) -> bool:
+    """Whether its width is a choice: an image's is none."""
+    if allocation is None or operand.bits is None:
+        return operand.bits is not None
+    of_weight = operand.source == Source.WEIGHT
+    return row.layer in (allocation.weight_bits if of_weight else allocation.activation_bits)
+
+
+def _raised(operand: OperandRow) -> OperandRow:
+    bits = operand.bits or _WIDEST
+    return replace(operand, bits=max(bits, min(bits + _STEP, _WIDEST)))

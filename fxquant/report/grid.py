@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -13,44 +13,70 @@ from fxquant.runtime.layer_row import LayerRow
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One layer in the grid: its name, where it stands, its bits (None where float or absent) and its elements."""
+    """One layer in the grid: its name, where it stands, and of each operand its bits (None where float) and elements.
+
+    Args:
+        layer: its public name.
+        role: its column.
+        block: its row; None outside blocks.
+        weight: bits (None where float) and elements; None where the layer has none.
+        inputs: the same of each input.
+    """
 
     layer: str
     role: str
     block: int | None
-    weight_bits: int | None
-    activation_bits: int | None
-    parameters: int = 0
-    activation_elements: int = 0
-    left_bits: int | None = None
-    left_elements: int = 0
+    weight: tuple[int | None, int] | None
+    inputs: tuple[tuple[int | None, int], ...]
 
     @classmethod
     def of(cls, found: Annotation | LayerRow) -> Tile:
         """The tile of a row, or of a node's annotation."""
-        values = {item.name: getattr(found, item.name) for item in fields(cls)}
-        return cls(**values | {"role": str(found.role)})
+        weight = None if found.weight is None else (found.weight.bits, found.weight.elements)
+        inputs = tuple((operand.bits, operand.elements) for operand in found.inputs)
+        return cls(found.layer, str(found.role), found.block, weight, inputs)
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Width of the weight; None where there is none, or it stays float."""
+        return None if self.weight is None else self.weight[0]
+
+    @property
+    def input_bits(self) -> tuple[int | None, ...]:
+        """Widths of the inputs; None where one stays float."""
+        return tuple(bits for bits, _ in self.inputs)
 
     @property
     def has_bits(self) -> bool:
         """Whether anything of the layer is quantized."""
-        return self.weight_bits is not None or self.activation_bits is not None
+        return any(bits is not None for bits in (self.weight_bits, *self.input_bits))
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """Bits of the weight and of the inputs: `-` for what the layer does not have, `2x4` for inputs that differ."""
+        return "-" if self.weight_bits is None else str(self.weight_bits), input_label(self.input_bits)
 
     @property
     def label(self) -> str:
-        """`4/5` for weight and activation bits, `-` for what the layer does not have."""
-        weight = "-" if self.weight_bits is None else str(self.weight_bits)
-        return f"{weight}/{self.input_label}"
+        """Both in one: `4/5`, `-/2x4`."""
+        return "/".join(self.labels)
 
     @property
-    def input_label(self) -> str:
-        """The second half of `label`; `2x4` for a matmul's left and right input where they differ."""
-        return input_label(self.activation_bits, self.left_bits)
+    def shade(self) -> tuple[int | None, int | None]:
+        """The widths by which the weight and the inputs are coloured: the narrowest of the inputs."""
+        return self.weight_bits, min((bits for bits in self.input_bits if bits is not None), default=None)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles by (block, role); several where a block has several layers of a role; `outside`: layers of no block."""
+    """Tiles by (block, role); several where a block has several layers of a role; `outside`: layers of no block.
+
+    Args:
+        blocks: indices of the blocks, one row each.
+        roles: of the layers in blocks, one column each.
+        tiles: by block and role; several where a block has several layers of a role.
+        outside: layers of no block.
+    """
 
     blocks: tuple[int, ...]
     roles: tuple[str, ...]
@@ -88,17 +114,12 @@ def grid_of(tiles: Iterable[Tile]) -> Grid:
 
 def mean_weight_bits(tiles: Iterable[Tile]) -> float | None:
     """Mean bits per quantized weight; None without any."""
-    return _mean((tile.weight_bits, tile.parameters) for tile in tiles)
+    return _mean(tile.weight for tile in tiles if tile.weight is not None)
 
 
 def mean_activation_bits(tiles: Iterable[Tile]) -> float | None:
     """Mean bits per quantized activation, None without any; the image is not counted, it comes in 8 bits."""
-    pairs = []
-    for tile in tiles:
-        if tile.role != Role.PATCH_EMBED:
-            left = 0 if tile.left_bits is None else tile.left_elements
-            pairs += [(tile.activation_bits, tile.activation_elements - left), (tile.left_bits, left)]
-    return _mean(pairs)
+    return _mean(pair for tile in tiles if tile.role != Role.PATCH_EMBED for pair in tile.inputs)
 
 
 def _mean(pairs: Iterable[tuple[int | None, int]]) -> float | None:

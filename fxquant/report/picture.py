@@ -30,6 +30,11 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def write_picture(path: str | PathLike[str], source: GraphModule | Sequence[LayerRow], title: str = "") -> None:
     """Write `.svg` or `.dot`, as the suffix says, in one step.
 
+    Args:
+        path: of the file; its suffix says what it becomes.
+        source: an annotated graph, or the rows of a report, of which no DOT can be made.
+        title: above the picture.
+
     Raises ArtefactError for another suffix, for DOT without a graph, and where the file cannot be written.
     """
     if check_picture(path) == ".svg":
@@ -105,13 +110,12 @@ def _row(y: float, label: str, cells: list[list[Tile]]) -> list[str]:
 
 def _cell(x: float, y: float, width: float, tile: Tile) -> list[str]:
     parts = [f"<g><title>{_escaped(f'{tile.layer}: weight/activation bits {tile.label}')}</title>"]
-    for index, bits in enumerate((tile.weight_bits, tile.activation_bits)):
+    for index, (bits, label) in enumerate(zip(tile.shade, tile.labels, strict=True)):
         fill, left = colour(bits), x + index * width / 2
         parts.append(
             f'<rect x="{left:.1f}" y="{y:.1f}" width="{width / 2:.1f}" height="{_HEIGHT}" fill="{fill}" '
             f'stroke="#ffffff"/>'
         )
-        label = ("-" if bits is None else str(bits)) if index == 0 else tile.input_label
         parts.append(_text(left + width / 4, y + _HEIGHT / 2 + 4, label, anchor="middle", fill=text_colour(fill)))
     return [*parts, "</g>"]
 
@@ -189,11 +193,13 @@ def _sources(graph: networkx.DiGraph, name: str, kept: set[str]) -> list[str]:
 
 
 def _dot_node(name: str, annotation: Annotation, kind: Kind) -> str:
-    weight, activation = annotation.weight_bits, annotation.activation_bits
     if annotation.role is None:
         label = {Kind.SUM: "+", Kind.IMAGE: "image", Kind.OUTPUT: "output"}[kind]
         return f'{_quoted(name)} [label="{label}", fillcolor="#ffffff"];'
-    bits = "".join(f"{letter}{width}" for letter, width in (("w", weight), ("a", activation)) if width is not None)
+    tile = Tile.of(annotation)
+    pairs = zip("wa", tile.labels, strict=True)
+    bits = "".join(f"{letter}{label}" for letter, label in pairs if label != "-")
+    weight, activation = tile.shade
     fill = FLOAT if not bits else colour(weight if weight is not None else activation)
     label = f"{annotation.role} {bits}".strip()
     return (

@@ -18,7 +18,14 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class PlotPoint:
-    """One compiled model: its line, its mean bits over weights and activations, its top-1 (%) and standard error."""
+    """One compiled model: its line, its mean bits over weights and activations, its top-1 (%) and standard error.
+
+    Args:
+        line: which line it belongs to.
+        mean_bits: over weights and activations.
+        top1: in percent.
+        standard_error: of top1, in percent.
+    """
 
     line: str
     mean_bits: float
@@ -35,6 +42,11 @@ def check_plot(path: str | PathLike[str]) -> None:
 
 def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_top1: float | None = None) -> None:
     """Accuracy over mean bits, one line per `PlotPoint.line`, float32 as a dashed line; written in one step.
+
+    Args:
+        path: of the file.
+        points: compiled models.
+        float_top1: of the float model, in percent; None: not shown.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
@@ -61,7 +73,11 @@ def plot_sensitivity(
 ) -> None:
     """Scores of layers along the blocks, one line a role, one panel a metric (LampQ, Figure 5); logarithmic.
 
-    panels: by title, the score of each layer in graph order; scores of one panel share a unit. role_of: by layer.
+    Args:
+        path: of the file.
+        panels: by title, the score of each layer in graph order; scores of one panel share a unit.
+        role_of: by layer.
+
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written or nothing is above 0.
     """
     check_plot(path)
@@ -102,6 +118,12 @@ def plot_frontier(
     path: str | PathLike[str], axis: str, limits: Sequence[float], losses: Mapping[str, Sequence[float]]
 ) -> None:
     """Losses by name over budgets, on a logarithmic scale where all are positive; written in one step.
+
+    Args:
+        path: of the file.
+        axis: what the budget limits.
+        limits: the budgets, ascending.
+        losses: by name, one for each budget.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """

@@ -21,9 +21,13 @@ from fxquant.report.plots import check_plot, new_figure, write_figure
 def plot_importance(path: str | PathLike[str], graph_module: GraphModule, importance: Mapping[str, float]) -> None:
     """Importance as one bar a block, stacked by role; layers outside blocks have bars of their own.
 
-    importance: by layer, sums to 1, as `Relevance.importance` gives it or ScoreLayers notes it. graph_module: where
-    block and role of these layers stand. Raises MissingExtraError without matplotlib, ArtefactError where the file
-    cannot be written or no layer of the graph has an importance.
+    Args:
+        path: of the file.
+        graph_module: where block and role of these layers stand.
+        importance: by layer, sums to 1, as `Relevance.importance` gives it or ScoreLayers notes it.
+
+    Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written or no layer of the graph
+    has an importance.
     """
     check_plot(path)
     layers = [annotation_of(node) for node in nodes_with_role(graph_module)]
@@ -58,9 +62,14 @@ def _column(block: int | None, layer: str) -> str:
 def plot_relevance(path: str | PathLike[str], images_bchw: Tensor, relevance_bchw: Tensor, titles: list[str]) -> None:
     """Images above their relevance: red speaks for the predicted class, blue against it; one column an image.
 
-    images_bchw: float (B, 1 or 3, H, W), any range. relevance_bchw: float (B, C, h, w), of the patch embedding's output
-    or of the image; summed over channels, h and w divide H and W or not. titles: one an image. Raises as
-    `plot_importance`.
+    Args:
+        path: of the file.
+        images_bchw: float (B, 1 or 3, H, W), any range.
+        relevance_bchw: float (B, C, h, w), of the patch embedding's output or of the image; summed over channels, h and
+            w divide H and W or not.
+        titles: one an image.
+
+    Raises as `plot_importance`.
     """
     check_plot(path)
     count = len(images_bchw)

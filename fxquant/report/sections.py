@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from allocators.allocation import Allocation
+from fxquant.graph.annotation import input_label
 from fxquant.report.actions import Action
 from fxquant.report.grid import Tile, grid_of, tiles_of
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares
+from passes.lower.rewrite import MISSES, reported_misses
 from passes.pipeline.contract import Journal
 
 EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
@@ -27,7 +29,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in columns; `left` are the indices of columns aligned left."""
+    """Cells in columns; `left` are the indices of columns aligned left.
+
+    Args:
+        title: above the table.
+        columns: their headings.
+        rows: cells of each row.
+        left: indices of the columns that are aligned left.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -44,7 +53,13 @@ class Lines:
 
 
 def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -> Lines:
-    """What was compiled, how, within which budget, and how it executes."""
+    """What was compiled, how, within which budget, and how it executes.
+
+    Args:
+        model: its name.
+        allocation: None for pipelines that allocate nothing.
+        card: the protocol.
+    """
     lines = [("model", model), ("recipe", _recipe(card)), *_budget_lines(allocation)]
     if card.get("weights") == "random":
         lines.insert(1, ("weights", "RANDOM: not trained, accuracy means nothing"))
@@ -138,7 +153,7 @@ def _grid_cell(tiles: Sequence[Tile]) -> Cell:
     if not tiles:
         return Cell("")
     first = tiles[0]
-    return Cell(" ".join(tile.label for tile in tiles), first.weight_bits or first.activation_bits)
+    return Cell(" ".join(tile.label for tile in tiles), first.shade[0] or first.shade[1])
 
 
 def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
@@ -152,14 +167,14 @@ def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
             Cell(row.layer),
             Cell(row.role),
             Cell(_or_dash(row.weight_bits), row.weight_bits),
-            Cell(Tile.of(row).input_label, row.activation_bits),
-            Cell(_or_dash(row.weight_sqnr_db, ".1f")),
-            Cell(_or_dash(row.activation_sqnr_db, ".1f")),
+            Cell(input_label(row.input_bits), Tile.of(row).shade[1]),
+            Cell(_or_dash(row.weight and row.weight.sqnr_db, ".1f")),
+            Cell(_or_dash(row.input_sqnr_db, ".1f")),
             Cell(f"{row.predicted_loss:.2e}"),
             Cell(share(row.predicted_loss, found.predicted_loss)),
             Cell("-" if row.weight_bits is None else share(row.weight_bytes, found.weight_bytes)),
             Cell("pinned" if row.pinned else ""),
-            Cell(f"{_or_dash(row.weight_quantizer)}, {_or_dash(row.activation_quantizer)}"),
+            Cell(f"{_or_dash(row.weight and row.weight.quantizer)}, {_or_dash(row.input_quantizers)}"),
             Cell(row.execution),
         )
         for row in layers
@@ -180,6 +195,16 @@ def actions(found: Sequence[Action]) -> Lines:
     return Lines("What to do", tuple(lines))
 
 
+def misses(journal: Journal) -> Lines | None:
+    """What a backend does not run as integers, or not in one kernel, and why; None where there is nothing to say."""
+    found = next((reported_misses(entry.notes) for entry in reversed(journal.entries) if MISSES in entry.notes), {})
+    lines = []
+    for (outcome, reason), layers in found.items():
+        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+        lines.append((outcome, f"{', '.join(layers[:3])}{more}: {reason}"))
+    return Lines("What could run faster", tuple(lines)) if lines else None
+
+
 def protocol(card: Mapping[str, Any]) -> Lines:
     """How the numbers came about."""
     ends = card.get("first_last_weight_bits", {})
@@ -196,6 +221,8 @@ def protocol(card: Mapping[str, Any]) -> Lines:
     ]
     if preprocessing := card.get("preprocessing"):
         lines.insert(1, ("preprocessing", ", ".join(f"{key} {value}" for key, value in preprocessing.items())))
+    if objective := card.get("objective"):
+        lines.insert(1, ("objective", f"{objective.get('name', '?')}, in {objective.get('unit', '?')}"))
     if latency := card.get("latency"):
         lines.append(("latency of", str(latency)))
     return Lines("Protocol", tuple(lines))

@@ -15,7 +15,7 @@ from typing import Any
 
 from allocators.allocation import Allocation
 from fxquant.artefact.artefact import LoadedTexts
-from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Kind, checked, listed, mapped, whole
+from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Rule, checked, listed, mapped, whole
 from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for
@@ -25,13 +25,14 @@ from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from passes.pipeline.contract import Journal, JournalEntry
 
-# What the report reads from a card; whoever compiles may add entries of any kind.
-_CARD: dict[str, Kind] = {
+# What the report reads from a card; whoever compiles may add any entries.
+_CARD: dict[str, Rule] = {
     "first_last_weight_bits": mapped(listed(whole(1, 32))),
     "versions": mapped(TEXT),
     "preprocessing": OBJECT,
     "pipeline": listed(TEXT),
     "stays_float": listed(TEXT),
+    "objective": mapped(TEXT),
     "parameters": whole(),
     "recipe": TEXT,
 }
@@ -40,8 +41,12 @@ _CARD: dict[str, Kind] = {
 class Report(Document):
     """Tables per layer and in total.
 
-    layers: one row per quantized layer. allocation: None for pipelines that allocate nothing. card: the protocol.
-    show_layers: whether the printed report has the table of all layers.
+    Args:
+        layers: one row per quantized layer.
+        allocation: None for pipelines that allocate nothing.
+        journal: one entry per pass.
+        card: the protocol.
+        show_layers: whether the printed report has the table of all layers.
     """
 
     def __init__(
@@ -52,12 +57,13 @@ class Report(Document):
         card: Mapping[str, Any],
         show_layers: bool = True,
     ) -> None:
-        """Compute totals and actions. Raises ArtefactError for a card of the wrong shape."""
+        """Compute totals and actions. Raises ArtefactError for a card, or notes of a lowering, of the wrong shape."""
         _check(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
         self.actions = actions_for(self.layers, allocation)
+        self.missed = sections.misses(journal)
 
     @classmethod
     def of_texts(cls, found: LoadedTexts, where: str) -> Report:
@@ -85,7 +91,8 @@ class Report(Document):
         ]
         if self.show_layers:
             found.append(sections.layer_table(self.layers, self.totals))
-        found += [sections.actions(self.actions), sections.protocol(self.card), sections.journal_table(self.journal)]
+        found += [sections.actions(self.actions), *([] if self.missed is None else [self.missed])]
+        found += [sections.protocol(self.card), sections.journal_table(self.journal)]
         return found
 
     def brief(self) -> Report:
@@ -98,6 +105,7 @@ class Report(Document):
         layers = [
             {
                 **row.to_dict(),
+                **{name: getattr(row, name) for name in _ALSO},
                 "weight_bytes": row.weight_bytes if row.weight_bits is not None else 0.0,
                 "loss_share": row.predicted_loss / loss,
                 "bytes_share": row.weight_bytes / weight_bytes if row.weight_bits is not None else 0.0,
@@ -116,8 +124,12 @@ class Report(Document):
         }
 
 
+_ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", "pinned")
+"""Of a layer's operands together, beside each of them."""
+
+
 def _check(card: Mapping[str, Any]) -> None:
     """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
-    for name, kind in _CARD.items():
+    for name, rule in _CARD.items():
         if card.get(name) is not None:
-            checked(card[name], kind, f"the card's '{name}'")
+            checked(card[name], rule, f"the card's '{name}'")

@@ -1,13 +1,14 @@
 """What a whole model weighs and costs, against float32 and against 8 bits everywhere.
 
     model bytes    = sum_l n_l b_l / 8 + 4 (n - sum_l n_l)      (n_l: weight elements of layer l, n: all parameters)
-    bit operations = sum_l MACs_l * b_l * a_l                   (matmuls of activations: of both inputs)
+    bit operations = sum_l MACs_l * b_0l * b_1l                 (widths of the two operands of layer l)
 
 Scales and zero-points are not counted here; `fxquant inspect` shows what they take in a file.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,9 +24,20 @@ _FLOAT_BITS = 32
 class Totals:
     """Sums over a model.
 
-    model_bytes: packed weights plus everything that stays float32. weight_bytes: quantized weights alone.
-    mean_weight_bits, mean_activation_bits: averaged as the budget asks, by elements without a budget; None where
-    nothing is quantized. bit_operations: per image. compression: float_bytes / model_bytes. predicted_loss: summed.
+    Args:
+        parameters: elements of all tensors of the model.
+        quantized_parameters: elements of quantized weights.
+        float_bytes: the model in float32.
+        model_bytes: packed weights plus everything that stays float32.
+        weight_bytes: quantized weights alone.
+        mean_weight_bits, mean_activation_bits: averaged as the budget asks, by elements without a budget; None where
+            nothing is quantized.
+        macs: multiply-accumulates of one image, of quantized layers.
+        bit_operations: per image.
+        float_bit_operations: these at 32 times 32 bits.
+        int8_bit_operations: these at 8 times 8 bits.
+        compression: float_bytes / model_bytes.
+        predicted_loss: summed.
     """
 
     parameters: int
@@ -44,7 +56,13 @@ class Totals:
 
     @classmethod
     def of(cls, layers: Sequence[LayerRow], allocation: Allocation | None, card: Mapping[str, Any]) -> Totals:
-        """Totals of the rows; `card["parameters"]` counts what no row has (biases, norms, embeddings)."""
+        """Totals of the rows; `card["parameters"]` counts what no row has (biases, norms, embeddings).
+
+        Args:
+            layers: one row per quantized layer.
+            allocation: says how means are averaged; None: by elements.
+            card: the protocol.
+        """
         weighted = [row for row in layers if row.weight_bits is not None]
         quantized = sum(row.parameters for row in weighted)
         parameters = max(int(card.get("parameters") or 0), quantized)
@@ -76,6 +94,4 @@ class Totals:
 
 def bit_operations(row: LayerRow) -> int:
     """Bit operations of one layer for one image; 32 bits for what is not quantized."""
-    activation = row.activation_bits or _FLOAT_BITS
-    weight = row.weight_bits or _FLOAT_BITS
-    return row.macs * activation * ((row.left_bits or activation) if row.parameters == 0 else weight)
+    return row.macs * math.prod(operand.bits or _FLOAT_BITS for operand in row.operands)

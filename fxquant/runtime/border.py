@@ -26,8 +26,11 @@ from fxquant.graph.nodes import image_of
 class Border:
     """What a graph takes and gives.
 
-    image_shape: (C, H, W). dtype: of the images. result_shape: of the result of one image, None where the result's
-    first dimension is not the batch. result_dtype: of the result.
+    Args:
+        image_shape: (C, H, W).
+        dtype: of the images.
+        result_shape: of the result of one image, None where the result's first dimension is not the batch.
+        result_dtype: of the result.
     """
 
     image_shape: tuple[int, ...]
@@ -76,11 +79,13 @@ class Border:
         wanted = f"a tensor (B, {', '.join(map(str, self.image_shape))}) of {self.dtype}"
         if not isinstance(images_bchw, Tensor):
             raise InputError.for_type(
-                f"the model takes images, {wanted}, not a {type(images_bchw).__name__}: for an array, "
-                "torch.from_numpy(array)"
+                f"the model takes images, {wanted}, not a {type(images_bchw).__name__}: make a "
+                "tensor of an array with torch.from_numpy(array)"
             )
         if images_bchw.layout != torch.strided:
-            raise InputError(f"images are of layout {images_bchw.layout}; the model takes {wanted}: images.to_dense()")
+            raise InputError(
+                f"images are of layout {images_bchw.layout}; the model takes {wanted}: give images.to_dense()"
+            )
         if images_bchw.ndim != 4 or tuple(images_bchw.shape[1:]) != self.image_shape:
             one = ": add the batch, images[None]" if tuple(images_bchw.shape) == self.image_shape else ""
             resize = one or ": resize the images, or compile for this size"
@@ -91,4 +96,6 @@ class Border:
                 f"images.to({self.dtype})"
             )
         if device is not None and images_bchw.device != device:
-            raise InputError(f"images are on {images_bchw.device}, the model is on {device}: images.to('{device}')")
+            raise InputError(
+                f"images are on {images_bchw.device}, and the model is on {device}: give images.to('{device}')"
+            )

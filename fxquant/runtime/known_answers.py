@@ -86,9 +86,12 @@ class _Jittered(Interpreter):
 class KnownAnswers:
     """Outputs for `answer_images`, float32 (2, n), n at most LARGEST: of larger outputs evenly spaced numbers.
 
-    simulated: of the quantized model. float_model: of the model that was compiled; None where it is not known.
-    rounding: how far the quantized model's outputs move, relative, where every node's output moves by JITTER. pixels:
-    what the images are clamped to, None where they are not.
+    Args:
+        simulated: of the quantized model.
+        float_model: of the model that was compiled; None where it is not known.
+        seed: what `answer_images` made the images from.
+        rounding: how far the quantized model's outputs move, relative, where every node's output moves by JITTER.
+        pixels: what the images are clamped to, None where they are not.
     """
 
     simulated: Tensor
@@ -152,7 +155,13 @@ class KnownAnswers:
         return relative if math.isfinite(relative) else math.inf
 
     def described(self, output: Any, found: float, what: str) -> str:
-        """Found, expected and tolerance, in words."""
+        """Found, expected and tolerance, in words.
+
+        Args:
+            output: what the model gave for the images.
+            found: its relative difference from the known answers.
+            what: the model, as the subject of the sentence.
+        """
         shown = _first(output) if isinstance(output, Tensor) else type(output).__name__
         return (
             f"{what} does not give the model's known answers: relative difference {found:.3g}, tolerance "

@@ -19,8 +19,11 @@ from fxquant.quantizers.quantizer import Quantizer
 class QuantizedWeightModule(nn.Module):
     """Shared part of linear and convolution: weight codes, bias, input quantizer.
 
-    weight: the float weight that is quantized by `weight_quantizer`, or kept when that is None. bias: float (out,) or
-    None. input_quantizer: None where the input stays float.
+    Args:
+        weight: the float weight that is quantized by `weight_quantizer`, or kept when that is None.
+        bias: float (out,) or None.
+        weight_quantizer: quantizer of the weight; None where it stays float.
+        input_quantizer: None where the input stays float.
     """
 
     def __init__(
@@ -71,7 +74,13 @@ class QuantizedWeightModule(nn.Module):
         return bits_of(self.weight_quantizer), (bits_of(self.input_quantizer),)
 
     def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer computes of a float input with a float weight: no quantizer has any say in it."""
+        """What the layer computes of a float input with a float weight: no quantizer has any say in it.
+
+        Args:
+            x: float input of the layer.
+            weight: float weight, of the shape of the layer's own.
+            bias: float (out,), or None.
+        """
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -102,7 +111,13 @@ class QuantizedLinear(QuantizedWeightModule):
         return self.in_float(self.quantized_input(x), self.weight, self.bias)
 
     def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """y = x W^T + b."""
+        """y = x W^T + b.
+
+        Args:
+            x: float (..., in).
+            weight: float (out, in).
+            bias: float (out,), or None.
+        """
         return functional.linear(x, weight, bias)
 
     def settings(self) -> dict[str, Any]:
@@ -111,7 +126,15 @@ class QuantizedLinear(QuantizedWeightModule):
 
 
 class QuantizedConv2d(QuantizedWeightModule):
-    """Convolution of Q(x) with Q(W). geometry: stride, padding, dilation, groups of the original."""
+    """Convolution of Q(x) with Q(W).
+
+    Args:
+        weight: float (out, in / groups, height, width).
+        bias: float (out,), or None.
+        weight_quantizer: quantizer of the weight; None where it stays float.
+        input_quantizer: quantizer of the input; None where it stays float.
+        geometry: stride, padding, dilation, groups of the original.
+    """
 
     def __init__(
         self,
@@ -129,7 +152,13 @@ class QuantizedConv2d(QuantizedWeightModule):
         return self.in_float(self.quantized_input(x), self.weight, self.bias)
 
     def in_float(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution of x with W, plus b."""
+        """The convolution of x with W, plus b.
+
+        Args:
+            x: float (B, in, H, W).
+            weight: float (out, in / groups, height, width).
+            bias: float (out,), or None.
+        """
         return functional.conv2d(x, weight, bias, **self.geometry)
 
     def settings(self) -> dict[str, Any]:

@@ -44,7 +44,10 @@ def check_names(own: Iterable[str], state: Any) -> None:
 def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]) -> None:
     """Raise StateError, before anything is loaded, unless what a state has of a simulated graph fits it.
 
-    prefix: of the names of its tensors; the description stands beside them.
+    Args:
+        graph_module: the simulated graph that the state is to be loaded into.
+        prefix: of the names of its tensors; the description stands beside them.
+        state: tensors and the description by name, as `state_dict` gave them.
     """
     _check_description(graph_module, state.get(f"{prefix.removesuffix('graph_module.')}{EXTRA}"))
     for name, tensor in graph_module.state_dict(prefix=prefix).items():

@@ -15,24 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
-from fxquant.sensitivity.logit_gradients import (
-    Fisher,
-    check_class_scores,
-    class_scores,
-    label_gradients,
-    logit_gradients,
-)
+from fxquant.sensitivity.logit_gradients import Fisher, label_gradients
+from fxquant.sensitivity.objective import CLASSES, Draws, Objective, Outputs
 from fxquant.sensitivity.sums import Sums
 
 _SEEN = "images summed"  # among the sums, which else have the names of nodes
-_NEEDED_BY, _REMEDY = "the Fisher trace", "choose another metric, NuclearNorm()"
+_NEEDED_BY = "the Fisher trace"
 
 
 def fisher_traces(
@@ -44,19 +39,28 @@ def fisher_traces(
     draws: int = 4,
     seed: int = 0,
     labels_n: Tensor | None = None,
+    objective: Objective = CLASSES,
     sums: Sums | None = None,
 ) -> dict[Node, float]:
     """tr(F) of each node's weight, summed in float64.
 
-    nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
-    matrix product (grouped convolutions) are left out of the answer. batches: images, float (B, C, H, W); one batch of
-    activations is alive at a time. fisher, draws, seed: of the logit gradients. labels_n: int64, one per image of all
-    batches; then fisher, draws and seed say nothing. sums: of the batches before these, where there were any.
+    Args:
+        graph_module: the graph.
+        nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
+            matrix product (grouped convolutions) are left out of the answer.
+        batches: images, float (B, C, H, W); one batch of activations is alive at a time.
+        fisher: how cotangents of class scores are drawn.
+        draws: random cotangents of the output per image.
+        seed: of the draws.
+        labels_n: int64, one per image of all batches; then `fisher`, `draws` and `seed` say nothing.
+        objective: whose cotangents are drawn; with labels they are those of the cross-entropy of class scores.
+        sums: of the batches before these, where there were any.
 
-    Raises CalibrationError without class scores or with too few labels, SensitivityError for a trace that is not
-    finite.
+    Raises CalibrationError where the output is not what the objective takes or with too few labels, SensitivityError
+    for a trace that is not finite.
     """
-    check_class_scores(graph_module, _NEEDED_BY, _REMEDY)
+    objective = objective if labels_n is None else CLASSES
+    objective.check(graph_module, _NEEDED_BY)
     sums = Sums() if sums is None else sums
     scored = [node for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))]
     recorder = Recorder(graph_module, set(scored))
@@ -64,15 +68,20 @@ def fisher_traces(
         seen = int(sums[_SEEN])
         with torch.enable_grad():
             output = recorder.run(batch.clone().requires_grad_())
-        logits = class_scores(output, _NEEDED_BY, _REMEDY)
-        p = logits.detach().softmax(1)
+        outputs = objective.outputs(output, _NEEDED_BY)
+        differentiated = [node for node in scored if node in recorder.differentiated]
+        tensors = [recorder.differentiated[node] for node in differentiated]
+        count = draws if labels_n is None else 1
         if labels_n is None:
-            cotangents = logit_gradients(p, fisher, draws, seed, seen)
-        elif len(labels_n) < seen + len(batch):
-            raise CalibrationError(f"{len(labels_n)} labels for at least {seen + len(batch)} images")
+            drawn = objective.gradients(outputs, tensors, Draws(count, seed, seen, fisher))
         else:
-            cotangents = label_gradients(p, labels_n[seen : seen + len(batch)])
-        _add_batch(graph_module, recorder, logits, cotangents.to(logits.dtype), scored, sums)
+            drawn = iter([_label_gradients(outputs, tensors, labels_n, seen)])
+        for gradients in drawn:
+            for node, gradient in zip(differentiated, gradients, strict=True):
+                if gradient is not None:
+                    module = graph_module.get_submodule(str(node.target))
+                    squares = _squares(module, recorder.inputs[node][0].detach(), gradient, len(batch))
+                    sums.add(node.name, squares / count)
         recorder.forget()
         sums.add(_SEEN, len(batch))
     for node in scored:
@@ -81,29 +90,27 @@ def fisher_traces(
     return {node: sums[node.name] / max(sums[_SEEN], 1) for node in scored}
 
 
-def _add_batch(
-    graph_module: GraphModule,
-    recorder: Recorder,
-    logits: Tensor,
-    cotangents: Tensor,
-    scored: Sequence[Node],
-    sums: Sums,
-) -> None:
-    """Add the batch's mean over draws of the sum over images of the squared gradient norms."""
-    nodes = [node for node in scored if node in recorder.differentiated]
-    outputs = [recorder.differentiated[node] for node in nodes]
-    for draw, cotangent in enumerate(cotangents):
-        more = draw + 1 < len(cotangents)
-        gradients = torch.autograd.grad(logits, outputs, cotangent, retain_graph=more, allow_unused=True)
-        for node, gradient in zip(nodes, gradients, strict=True):
-            module = graph_module.get_submodule(str(node.target))
-            rows = weight_rows(module, recorder.inputs[node][0].detach())
-            if gradient is None or rows is None:
-                continue
-            rows_bti = rows.reshape(len(logits), -1, rows.shape[1])
-            columns = gradient_rows(module, gradient)
-            columns_bto = columns.reshape(len(logits), -1, columns.shape[1])
-            sums.add(node.name, float(squared_norms(rows_bti, columns_bto).sum()) / len(cotangents))
+def _label_gradients(
+    outputs: Outputs, tensors: Sequence[Tensor], labels_n: Tensor, first: int
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the cross-entropy by these tensors for the labels of a batch whose first image is `first`."""
+    (scores,) = outputs
+    if len(labels_n) < first + len(scores):
+        raise CalibrationError(
+            f"there are {len(labels_n)} labels for at least {first + len(scores)} images: give one label for each image"
+        )
+    cotangent = label_gradients(scores.detach().softmax(1), labels_n[first : first + len(scores)])[0]
+    return torch.autograd.grad(scores, tensors, cotangent.to(scores.dtype), allow_unused=True)
+
+
+def _squares(module: nn.Module, x: Tensor, gradient: Tensor, images: int) -> float:
+    """Sum over the images of ||dL/dW||_F^2, where the weight of a module is one matrix; else 0."""
+    rows = weight_rows(module, x)
+    if rows is None:
+        return 0.0
+    columns = gradient_rows(module, gradient)
+    rows_bti, columns_bto = (each.reshape(images, -1, each.shape[1]) for each in (rows, columns))
+    return float(squared_norms(rows_bti, columns_bto).sum())
 
 
 def squared_norms(rows_bti: Tensor, gradients_bto: Tensor) -> Tensor:
@@ -123,8 +130,9 @@ def squared_norms(rows_bti: Tensor, gradients_bto: Tensor) -> Tensor:
 def type_factors(traces: dict[str, float], drops: dict[str, float], type_of: dict[str, str]) -> dict[str, float]:
     """LampQ's alpha_t = mean drop / mean tr(F) over the sampled layers of each type (Algorithm 1, lines 3 to 7).
 
-    traces, drops: by layer; drops has the sampled layers only. type_of: by layer. A type whose sampled layers have no
-    trace at all gets 0: no loss depends on them.
+    Args:
+        traces, drops: by layer; drops has the sampled layers only.
+        type_of: by layer. A type whose sampled layers have no trace at all gets 0: no loss depends on them.
     """
     factors = {}
     for kind in dict.fromkeys(type_of[layer] for layer in drops):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,26 +22,33 @@ from torch.fx import Node
 from fxquant.graph.annotation import annotation_of
 from fxquant.sensitivity.measured import Bits, Divergence
 
-Operand = tuple[Node, Literal["weight", "activation"]]
-Correlation = tuple[tuple[str, str], tuple[str, str], float]
+Place = tuple[Node, tuple[int, ...]]
+"""A node and the indices of operands that share one width, a group of its annotation."""
+
+Correlation = tuple[Place, Place, float]
 
 
-def correlations(divergence: Divergence, operands: list[Operand], bits: int, strongest: int) -> list[Correlation]:
-    """((layer, operand), (layer, operand), r in -1 to 1) of all pairs among the operands that cost most.
+def correlations(divergence: Divergence, operands: list[Place], bits: int, strongest: int) -> list[Correlation]:
+    """(place, place, r in -1 to 1) of all pairs among the operands that cost most.
 
-    operands: those to choose from, each measured alone; of the `strongest` of them every pair is measured together.
-    bits: width while measured. Raises SensitivityError as `Divergence.of` does.
+    Args:
+        divergence: measures the network with operands at chosen widths.
+        operands: those to choose from, each measured alone; of the `strongest` of them every pair is measured together.
+        bits: width while measured.
+        strongest: how many of the operands are paired, those that cost most alone.
+
+    Raises SensitivityError as `Divergence.of` does.
     """
-    alone = divergence.of_each([{node: _bits(name, bits)} for node, name in operands])
+    alone = divergence.of_each([_quantized(bits, place) for place in operands])
     order = sorted(range(len(operands)), key=alone.__getitem__, reverse=True)
     pairs = [(i, j) for i, j in itertools.combinations(order[:strongest], 2) if alone[i] > 0 and alone[j] > 0]
-    together = divergence.of_each([_joined(operands[i], operands[j], bits) for i, j in pairs])
+    together = divergence.of_each([_quantized(bits, operands[i], operands[j]) for i, j in pairs])
     measured = torch.eye(len(operands), dtype=torch.float64)
     for (i, j), value in zip(pairs, together, strict=True):
         r = (value - alone[i] - alone[j]) / (2 * math.sqrt(alone[i] * alone[j]))
         measured[i, j] = measured[j, i] = min(max(r, -1.0), 1.0)
     possible = nearest_correlation(measured)
-    return [(_name(operands[i]), _name(operands[j]), float(possible[i, j])) for i, j in pairs]
+    return [(operands[i], operands[j], float(possible[i, j])) for i, j in pairs]
 
 
 def nearest_correlation(matrix_kk: Tensor) -> Tensor:
@@ -54,16 +60,12 @@ def nearest_correlation(matrix_kk: Tensor) -> Tensor:
     return possible
 
 
-def _bits(name: str, bits: int) -> Bits:
-    return (bits, None) if name == "weight" else (None, bits)
-
-
-def _joined(first: Operand, second: Operand, bits: int) -> dict[Node, Bits]:
-    """Both operands at this width; they may be of one node."""
-    if first[0] is second[0]:
-        return {first[0]: (bits, bits)}
-    return {node: _bits(name, bits) for node, name in (first, second)}
-
-
-def _name(operand: Operand) -> tuple[str, str]:
-    return annotation_of(operand[0]).layer, operand[1]
+def _quantized(bits: int, *places: Place) -> dict[Node, Bits]:
+    """These operands at this width; they may be of one node."""
+    chosen: dict[Node, set[int]] = {}
+    for node, indices in places:
+        chosen.setdefault(node, set()).update(indices)
+    return {
+        node: tuple(bits if index in indices else None for index in range(len(annotation_of(node).operands)))
+        for node, indices in chosen.items()
+    }

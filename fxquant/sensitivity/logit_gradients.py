@@ -9,76 +9,62 @@ Fisher matrix's.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.nn import functional
-
-from fxquant.errors import CalibrationError
-from fxquant.graph.structure.class_scores import why_no_class_scores
 
 Fisher = Literal["signs", "sampled", "arg-max"]
 """Which v; "arg-max" takes the prediction for the label: biased, vanishes for confident models."""
 
 
-NEEDS_NO_SCORES = (
-    "fxquant.compile(..., recipe='repq_vit') takes any output, and so does a pipeline that weighs errors at each "
-    "layer's own output, recipe=best('W4A4', allocator=Uniform()).changed(Calibrate, gradient=False, output_error=True)"
-)
-"""What to do with a model that gives features; part of errors."""
-
-
-def check_class_scores(graph_module: GraphModule, needed_by: str, remedy: str) -> None:
-    """Raise CalibrationError, saying what is there instead, unless a graph's output are class scores.
-
-    What counts as such: `fxquant.graph.structure.class_scores`.
-    """
-    reason = why_no_class_scores(graph_module)
-    if reason is not None:
-        raise CalibrationError(
-            f"{needed_by} needs class scores (B, classes) as the model's output, and {reason}: {remedy}; if its output "
-            f"are class scores, say so on the model, model.num_classes = <number of outputs>"
-        )
-
-
-def class_scores(output: Any, needed_by: str, remedy: str, finite: bool = True) -> Tensor:
-    """The logits (B, classes) in a model's output, at least two classes.
-
-    Raises CalibrationError where there are none, or, if `finite` is asked, where one is not finite.
-    """
-    logits = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        raise CalibrationError(
-            f"{needed_by} needs class scores (B, classes) as the model's output; this model gives something else: "
-            f"{remedy}"
-        )
-    if finite and not bool(torch.isfinite(logits).all()):
-        raise CalibrationError("the model's output on a calibration batch is not finite")
-    return logits
-
-
 def logit_gradients(probabilities_bc: Tensor, fisher: Fisher, draws: int, seed: int, first: int = 0) -> Tensor:
     """v for each draw, float32 (draws, B, classes); drawn image by image, so the batch size has no say in it.
 
-    probabilities_bc: float (B, classes). first: index of the batch's first image among all.
+    Args:
+        probabilities_bc: float (B, classes).
+        fisher: the rule that gives v, see the module.
+        draws: how many gradients each image gets.
+        seed: what they are drawn by.
+        first: index of the batch's first image among all.
     """
     classes = probabilities_bc.shape[1]
     found = []
     for index, p in enumerate(probabilities_bc, start=first):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         if fisher == "signs":
-            signs = torch.randint(0, 2, (draws, classes), generator=generator) * 2.0 - 1.0
+            signs = random_signs([(classes,)], [index], draws, seed)[0][:, 0]
             spread = p.sqrt() * signs
             found.append(spread - p * spread.sum(1, keepdim=True))
             continue
         if fisher == "sampled":
+            generator = _generator(seed, index)
             labels = torch.multinomial(p, draws, replacement=True, generator=generator)
         else:
             labels = p.argmax().expand(draws)
         found.append(p - functional.one_hot(labels, classes))
     return torch.stack(found, dim=1)
+
+
+def random_signs(shapes: Sequence[tuple[int, ...]], images: Iterable[int], draws: int, seed: int) -> tuple[Tensor, ...]:
+    """-1 or 1 at random, float32 (draws, B, *shape) for each shape.
+
+    Args:
+        shapes: of one image's tensors.
+        images: indices of the B images among all; each has random numbers of its own.
+        draws: how many.
+        seed: of all.
+    """
+    found = []
+    for index in images:
+        generator = _generator(seed, index)
+        found.append([torch.randint(0, 2, (draws, *shape), generator=generator) * 2.0 - 1.0 for shape in shapes])
+    return tuple(torch.stack(signs, dim=1) for signs in zip(*found, strict=True))
+
+
+def _generator(seed: int, image: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + image)
 
 
 def label_gradients(probabilities_bc: Tensor, labels_b: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Measured divergence: how far the model's output moves when chosen nodes are quantized and the rest is not.
 
-    D = mean over images of KL(p || q),    p = softmax(float logits), q = softmax(logits with these nodes quantized)
+    D = mean over images of d(y, y'),    y the float output, y' the output with these nodes quantized
+
+d is that of the objective (`fxquant.sensitivity.objective`): for classifiers the KL divergence between their classes.
 
 Of one layer at b bits this is Mix-QViT's quantization sensitivity S_l(b), "the performance change when layer l alone
 runs at b bits, all others at a baseline precision", with the label-free divergence for the performance.
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,58 +23,58 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.errors import CalibrationError, SensitivityError
+from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
-from fxquant.quantizers.observers import Observer
-from fxquant.sensitivity.logit_gradients import check_class_scores
+from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
 
-Bits = tuple[int | None, int | None]
-"""(weight bits, activation bits) of one node; None leaves the operand float."""
+Bits = tuple[int | None, ...]
+"""Of every operand of one node; None leaves it float."""
 
 Assignment = Mapping[Node, Bits]
 
+_NEEDED_BY = "the measured divergence"
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """Divergences of one layer, nats per image, one per candidate width; empty where it has no such operand.
-
-    weight, activation: that operand alone. together: both at the same width; the one there is, where there is one.
-    """
-
-    weight: tuple[float, ...] = ()
-    activation: tuple[float, ...] = ()
-    together: tuple[float, ...] = ()
-
-
 class Divergence:
-    """Mean KL divergence, nats per image, between the float model's output and that of an assignment of bits.
+    """Mean divergence of an image between the float model's output and that of an assignment of bits.
 
-    graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read, and
-    must stay as it is while this lives. images_bchw: float (B, C, H, W). batch_size: images per forward. baseline:
-    bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float without one; the
-    divergence is to the float output in any case.
+    Args:
+        graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read,
+            and must stay as it is while this lives.
+        images_bchw: float (B, C, H, W).
+        batch_size: images per forward.
+        baseline: bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float
+            without one; the divergence is to the float output in any case.
+        objective: what the divergence is, and its unit.
 
-    Memory: besides one batch in work, the values live at one position of the graph, and the logits, of all images.
+    Memory: besides one batch in work, the values live at one position of the graph, and the outputs, of all images.
 
-    Raises CalibrationError where the model does not return class scores (B, classes), SensitivityError where they are
-    not finite.
+    Raises CalibrationError where the output is not what the objective takes, SensitivityError where it is not finite.
     """
 
     def __init__(
-        self, graph_module: GraphModule, images_bchw: Tensor, batch_size: int = 16, baseline: Assignment | None = None
+        self,
+        graph_module: GraphModule,
+        images_bchw: Tensor,
+        batch_size: int = 16,
+        baseline: Assignment | None = None,
+        objective: Objective = CLASSES,
     ) -> None:
-        check_class_scores(graph_module, "the measured divergence", "choose another metric, NuclearNorm()")
+        objective.check(graph_module, _NEEDED_BY)
+        self.objective = objective
         self._runner = _Runner(graph_module)
         self._batches = torch.split(images_bchw, batch_size)
         self._images = len(images_bchw)
         self._baseline = {node: self._runner.quantized(node, bits) for node, bits in (baseline or {}).items()}
         self._cursor = 0
         self._live = self._inputs()
-        self._log_p = [_log_probabilities(self._runner.finish(0, live, {})) for live in self._live]
-        if not all(bool(torch.isfinite(log_p).all()) for log_p in self._log_p):
-            raise SensitivityError("the float model's output is not finite on the images given")
+        self._wanted = [self._doubled(self._runner.finish(0, live, {})) for live in self._live]
+        if not all(bool(torch.isfinite(tensor).all()) for wanted in self._wanted for tensor in wanted):
+            raise SensitivityError(
+                "the float model's output is not finite on the images given: check its weights, and how the "
+                "images were preprocessed"
+            )
 
     def of(self, assignment: Assignment) -> float:
         """The divergence of one assignment; fast when first nodes are asked for in graph order.
@@ -94,25 +95,25 @@ class Divergence:
             found[index] = self._from_here(assignments[index])
         return found
 
-    def log_probabilities(self, assignment: Assignment) -> Tensor:
-        """Log-softmax of the model's output under one assignment, float64 (N, classes). Raises as `of` does."""
+    def outputs(self, assignment: Assignment) -> Outputs:
+        """The output's tensors under one assignment for all images, float64 (N, ...) each. Raises as `of` does."""
         self._move_to(min((self._runner.position(node) for node in assignment), default=self._runner.last))
-        return torch.cat(list(self._outputs(assignment)))
+        return tuple(torch.cat(tensors) for tensors in zip(*self._outputs(assignment), strict=True))
 
-    def sensitivity(self, node: Node, *, separate: bool = True, together: bool = True) -> Sensitivity:
-        """The divergence of one layer at each of its candidate widths, all others at the baseline.
+    def sensitivity(self, node: Node, operands: Sequence[int]) -> tuple[float, ...]:
+        """The divergence with these operands of one layer at each of their candidate widths, all of them at the same.
 
-        separate: of its weights alone and its activations alone; together: of both at one width. Raises as `of` does.
+        Args:
+            node: the layer; its operands have candidates.
+            operands: indices; all other operands, and all other layers, are at the baseline.
+
+        Raises as `of` does.
         """
         annotation = annotation_of(node)
-        weights: list[Bits] = [(candidate.bits, None) for candidate in annotation.weight_candidates]
-        inputs: list[Bits] = [(None, c.bits) for c in next(iter(annotation.activation_candidates), ())]
-        both: list[Bits] = [(bits, bits) for bits, _ in weights] if inputs else []
-        groups = [weights if separate or not both else [], inputs if separate or not both else []]
-        groups.append(both if together else [])
-        found = iter(self.of_each([{node: bits} for group in groups for bits in group]))
-        weight, activation, joint = (tuple(next(found) for _ in group) for group in groups)
-        return Sensitivity(weight, activation, joint if both or not together else weight or activation)
+        widths = [candidate.bits for candidate in annotation.operands[operands[0]].candidates]
+        count = range(len(annotation.operands))
+        assignments: list[Assignment] = [{node: tuple(w if i in operands else None for i in count)} for w in widths]
+        return tuple(self.of_each(assignments))
 
     def _inputs(self) -> list[dict[Node, Any]]:
         return [{self._runner.image: batch} for batch in self._batches]
@@ -127,18 +128,22 @@ class Divergence:
 
     def _from_here(self, assignment: Assignment) -> float:
         total = 0.0
-        for log_p, log_q in zip(self._log_p, self._outputs(assignment), strict=True):
-            total += float((log_p.exp() * (log_p - log_q)).sum())
+        for wanted, found in zip(self._wanted, self._outputs(assignment), strict=True):
+            total += float(self.objective.divergence(wanted, found))
         if not total < float("inf"):
             layers = ", ".join(f"{annotation_of(node).layer} at {bits}" for node, bits in assignment.items())
             raise SensitivityError(f"the output is not finite with {layers} quantized: check the candidates there")
         return max(total / self._images, 0.0)  # rounding may leave it just below zero
 
-    def _outputs(self, assignment: Assignment) -> Iterator[Tensor]:
-        """Log-softmax of every batch, from where the cursor is."""
+    def _outputs(self, assignment: Assignment) -> Iterator[Outputs]:
+        """The output of every batch, from where the cursor is."""
         quantized = self._baseline | {node: self._runner.quantized(node, bits) for node, bits in assignment.items()}
         for live in self._live:
-            yield _log_probabilities(self._runner.finish(self._cursor, live, quantized))
+            yield self._doubled(self._runner.finish(self._cursor, live, quantized))
+
+    def _doubled(self, output: Any) -> Outputs:
+        """The tensors that count, float64: small divergences are differences of nearly equal numbers."""
+        return tuple(tensor.double() for tensor in self.objective.outputs(output, _NEEDED_BY, finite=False))
 
 
 class _Quantized:
@@ -168,19 +173,17 @@ class _Runner(Interpreter):
     def quantized(self, node: Node, bits: Bits) -> _Quantized:
         """The node's operands at these bits; raises SensitivityError where there is no such candidate."""
         self.position(node)
-        annotation = annotation_of(node)
-        weight_bits, activation_bits = bits
-        weight = None
-        if weight_bits is not None:
-            kept = self._module_of(node).weight
-            weight = _chosen(node, annotation.weight_candidates, weight_bits)(kept.flatten(1)).reshape(kept.shape)
-        if activation_bits is None:
-            return _Quantized(weight, {})
-        places = [index for index, source in enumerate(node.args) if self._is_quantized(source)]
-        groups = annotation.activation_candidates or ((),)
-        widths = [annotation.left_bits or activation_bits, *[activation_bits] * (len(groups) - 1)]
-        chosen = [_chosen(node, group, width) for group, width in zip(groups, widths, strict=True)]
-        return _Quantized(weight, dict(zip(places, chosen, strict=True)))
+        weight, inputs = None, {}
+        for operand, width in zip(annotation_of(node).operands, bits, strict=True):
+            if width is None:
+                continue
+            quantizer = _chosen(node, operand.candidates, width)
+            if operand.argument is None:
+                kept = self._module_of(node).weight
+                weight = quantizer(kept.flatten(1)).reshape(kept.shape)
+            else:
+                inputs[operand.argument] = quantizer
+        return _Quantized(weight, inputs)
 
     @torch.no_grad()
     def advance(self, start: int, stop: int, values: dict[Node, Any], active: Mapping[Node, _Quantized]) -> None:
@@ -218,10 +221,6 @@ class _Runner(Interpreter):
     def _module_of(self, node: Node) -> Any:
         return self.submodules[str(node.target)]
 
-    def _is_quantized(self, source: Any) -> bool:
-        observer = self._module_of(source) if isinstance(source, Node) and source.op == "call_module" else None
-        return isinstance(observer, Observer) and observer.family is not None
-
     def _writes(self, node: Node) -> bool:
         """Whether the node changes its first argument."""
         if node.op == "call_module":
@@ -237,11 +236,3 @@ def _chosen(node: Node, candidates: Sequence[Candidate], bits: int) -> nn.Module
             return candidate.quantizer
     found = [candidate.bits for candidate in candidates]
     raise SensitivityError(f"{annotation_of(node).layer or node} has no candidate of {bits} bits there, only {found}")
-
-
-def _log_probabilities(output: Any) -> Tensor:
-    """Log-softmax of class scores (B, classes), float64: small divergences are differences of nearly equal numbers."""
-    logits = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise CalibrationError("a divergence needs class scores (B, classes) as the model's output")
-    return logits.double().log_softmax(1)

@@ -38,7 +38,12 @@ _FEATURE_OF = {Role.SOFTMAX: Module.MSA, Role.FC2: Module.MLP}
 def nuclear_norms(
     graph_module: GraphModule, batches: Iterable[Tensor], sums: Sums | None = None
 ) -> dict[tuple[int, Module], float]:
-    """Mean nuclear norm by (block, module). batches: images, float (B, C, H, W). sums: of the batches before these.
+    """Mean nuclear norm by (block, module).
+
+    Args:
+        graph_module: traced, with roles.
+        batches: images, float (B, C, H, W).
+        sums: of the batches before these.
 
     Raises SensitivityError for a feature that is not finite.
     """

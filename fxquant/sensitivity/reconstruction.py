@@ -38,8 +38,11 @@ def reconstruction_errors(
 ) -> dict[Node, dict[Pair, float]]:
     """E of each wanted layer at each wanted pair of bits, summed in float64.
 
-    wanted: linear layers and convolutions (call_module) with candidates, one input each; an input that stays float has
-    no candidates and any activation bits. batches: images, float (B, C, H, W).
+    Args:
+        graph_module: with candidates on its nodes.
+        wanted: linear layers and convolutions (call_module) with candidates, one input each; an input that stays float
+            has no candidates and any activation bits.
+        batches: images, float (B, C, H, W).
 
     Raises SensitivityError for a width without a candidate, or an error that is not finite.
     """
@@ -73,7 +76,7 @@ class _Errors(Interpreter):
             return result
         (x, *_), _ = self.fetch_args_kwargs_from_env(node)
         module: Any = self.submodules[str(node.target)]
-        weight, annotation = module.weight, annotation_of(node)
+        weight, (of_weight, of_input) = module.weight, annotation_of(node).operands
 
         def product(weight: Tensor, x: Tensor) -> Tensor:
             """W X without the bias."""
@@ -86,14 +89,10 @@ class _Errors(Interpreter):
         inputs: dict[int, Tensor] = {}
         for pair in self.wanted[node]:
             weight_bits, activation_bits = pair
-            rows = _quantizer(node, annotation.weight_candidates, weight_bits)(weight.flatten(1))
-            if annotation.activation_candidates:
-                if activation_bits not in inputs:
-                    quantizer = _quantizer(node, annotation.activation_candidates[0], activation_bits)
-                    inputs[activation_bits] = quantizer(x)
-                x_hat = inputs[activation_bits]
-            else:
-                x_hat = x
+            rows = _quantizer(node, of_weight.candidates, weight_bits)(weight.flatten(1))
+            if of_input.candidates and activation_bits not in inputs:
+                inputs[activation_bits] = _quantizer(node, of_input.candidates, activation_bits)(x)
+            x_hat = inputs.get(activation_bits, x)
             self.noise[node, pair] += _energy(product(rows.reshape(weight.shape), x_hat).sub_(exact))
         return result
 

@@ -49,8 +49,13 @@ class Balance:
     """Where the predicted classes' logits went, each summed over the images given.
 
     logit = image + biases + constants + softmax, up to rounding, if every operation is one of the module's list.
-    image: relevance of the pixels. biases: of all biases, of LayerNorm's too. constants: of added constants (position
-    embedding, class token). softmax: of s - J x, what a softmax's linear expansion has at x = 0.
+
+    Args:
+        logit: the predicted classes' logits.
+        image: relevance of the pixels.
+        biases: of all biases, of LayerNorm's too.
+        constants: of added constants (position embedding, class token).
+        softmax: of s - J x, what a softmax's linear expansion has at x = 0.
     """
 
     logit: float
@@ -145,7 +150,10 @@ class Relevance:
             output = self._recorder.run(image)
         scores = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(scores, Tensor) or scores.ndim != 2:
-            raise CalibrationError("relevance starts from class scores (B, classes), and this model returns others")
+            raise CalibrationError(
+                "relevance starts from class scores (B, classes), and this model returns others: leave it out, "
+                'mix_qvit(budget, importance="none")'
+            )
         return scores.amax(1), image
 
 

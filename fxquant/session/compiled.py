@@ -23,7 +23,7 @@ from fxquant.checks.hints import checked
 from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.structure import pattern
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
@@ -40,9 +40,13 @@ from passes.pipeline.pipeline import Pipeline
 class Compiled(nn.Module):
     """A quantized model: call it like the original.
 
-    graph_module: the annotated graph that runs. allocation: bits by layer and how they were found. journal: one entry
-    per pass. layers: one row per quantized layer. card: the protocol (data, policies, what stays float, versions).
-    answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
+    Args:
+        graph_module: the annotated graph that runs.
+        allocation: bits by layer and how they were found.
+        journal: one entry per pass.
+        layers: one row per quantized layer.
+        card: the protocol (data, policies, what stays float, versions).
+        answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
 
     It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
     compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
@@ -61,7 +65,7 @@ class Compiled(nn.Module):
         self.graph_module, self.answers = graph_module, answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
         self.border = Border.of(graph_module)
-        self._is_lowered = Fact.LOWERED in facts_of(graph_module)
+        self._is_lowered = LOWERED in facts_of(graph_module)
         self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
         self.eval()
@@ -96,7 +100,7 @@ class Compiled(nn.Module):
         BackendError where the backend cannot run here, or computes something else, naming the first layer that differs;
         MissingExtraError without its extra.
         """
-        pipeline = Pipeline([Lower(backend)], assumes=[Fact.QUANTIZED])
+        pipeline = Pipeline([Lower(backend)], assumes=[QUANTIZED])
         journal = Journal(list(self.journal.entries))
         graph_module = pipeline.run(self.graph_module, PassContext(journal=journal, answers=self.answers))
         kernels = execution_of(graph_module)
@@ -145,7 +149,12 @@ class Compiled(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Take the numbers of a model compiled alike, with the same quantizers; report and card stay as they are.
 
-        strict: whether all of them have to be there. Raises StateError, and changes nothing, for every other state.
+        Args:
+            state_dict: as `state_dict` of a model compiled alike gave it.
+            strict: whether all of them have to be there.
+            assign: as torch has it; tensors are copied in any case.
+
+        Raises StateError, and changes nothing, for every other state.
         """
         self._refuse_lowered("takes no state dict")
         if strict or not isinstance(state_dict, Mapping):
@@ -228,10 +237,13 @@ class Compiled(nn.Module):
     ) -> dict[str, str]:
         """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
 
-        Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata. weight_type:
-        "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or "simulated" (float
-        operators); what runs as int8 is up to the runtime. check: before the file is written, ONNX Runtime runs it and
-        is held against the model's known answers.
+        Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata.
+
+        Args:
+            path: of the file.
+            weight_type: "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or
+                "simulated" (float operators); what runs as int8 is up to the runtime.
+            check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.
 
         Raises MissingExtraError without onnx and onnxscript, or, where a check is asked for, without onnxruntime;
         ExportError for a lowered model, an unknown weight_type, operations that torch cannot export, and a file that

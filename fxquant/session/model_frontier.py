@@ -1,6 +1,6 @@
 """The frontier of a model: least predicted loss over budgets, what a further 0.1 bit is worth, and what really happens.
 
-    found = fxquant.frontier(model, images, limits=[3, 4, 5, 6], realised="kl")
+    found = fxquant.frontier(model, images, limits=[3, 4, 5, 6], realised="divergence")
     print(found)                                   # a table; found.plot("frontier.png"), found.to_dict()
 
 Calibrates and searches once. `exact` solves the integer program at every budget; without it, points are vertices of
@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from allocators.allocation import Allocation
 from allocators.frontier import MEAN_BITS, FrontierPoint, budget_at, default_limits
@@ -27,29 +26,38 @@ from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
-from fxquant.errors import BY_ARGUMENT, BudgetError, ModelError, OptionError
+from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
 from fxquant.report.plots import plot_frontier
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
+from fxquant.sensitivity.objective import Objective, Outputs
 from fxquant.session.compiled import Compiled
-from fxquant.session.sweep import Prepared
+from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
+from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
-from passes.pipeline.contract import ProgressReporter, check_images, reporter_of
+from passes.options import documented
+from passes.pipeline.contract import check_images, reporter_of
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
 
 @dataclass(frozen=True)
 class Frontier(Document):
-    """Points by ascending budget. axis: what is limited. realised: measured losses, one a point; empty if not asked.
+    """Points by ascending budget.
 
-    realised_name: what was measured.
+    Args:
+        axis: what is limited.
+        points: the best allocation within each budget.
+        realised: measured losses, one a point; empty if not asked.
+        realised_name: what was measured.
+        unit: of the losses.
     """
 
     axis: str
     points: tuple[FrontierPoint, ...]
     realised: tuple[float, ...] = ()
     realised_name: str = ""
+    unit: str = ""
 
     def sections(self) -> list[Lines | Table]:
         """A table, and how to read it."""
@@ -77,7 +85,8 @@ class Frontier(Document):
             )
         cells = tuple(tuple(map(Cell, row)) for row in rows)
         last = frozenset({len(columns) - 1})
-        return [Table(f"Frontier over {self.axis.replace('_', ' ')}", columns, cells, last)]
+        title = f"Frontier over {self.axis.replace('_', ' ')}{f'; losses: {self.unit}' if self.unit else ''}"
+        return [Table(title, columns, cells, last)]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values with full precision."""
@@ -98,7 +107,13 @@ class Frontier(Document):
             for index, point in enumerate(self.points)
         ]
         step = self.points[0].step
-        return {"axis": self.axis, "step": step, "realised": self.realised_name or None, "points": points}
+        return {
+            "axis": self.axis,
+            "step": step,
+            "unit": self.unit,
+            "realised": self.realised_name or None,
+            "points": points,
+        }
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Loss over the budget as .png, .svg or .pdf. Raises MissingExtraError without matplotlib, ArtefactError."""
@@ -111,31 +126,32 @@ class Frontier(Document):
 
 
 @checked(OptionError, **BY_ARGUMENT, axis=BudgetError, limits=BudgetError, realised=BudgetError)
+@documented(SessionOptions)
 def frontier(
     model: nn.Module,
     calibration: Tensor | Synthesis | None = None,
     *,
     axis: str = MEAN_BITS,
     limits: Sequence[float] | None = None,
-    recipe: str = "best",
     exact: bool = True,
-    realised: Literal["kl"] | Callable[[nn.Module], float] | None = None,
+    realised: Literal["divergence"] | Callable[[nn.Module], float] | None = None,
     images: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    cache: str | PathLike[str] | None = None,
-    progress: ProgressReporter | None = None,
-    **options: Any,
+    **options: Unpack[SessionOptions],
 ) -> Frontier:
     """The Pareto set of budget and predicted loss.
 
-    calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`. axis: "mean_bits" (weights and
-    activations alike) or one of "mean_weight_bits", "mean_activation_bits", "weight_bytes", "bit_operations",
-    "latency_ms" (with backend="cpu-native"). limits:
-    budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids (`best`: 2
-    bits) are used at all limits if the lowest needs them. exact: solve the integer program at every
-    budget, else take the convex hull. realised: measure every point: "kl", mean KL divergence in nats from the float
-    model on `images` (float (N, C, H, W); the calibration images if not given), or a function of the compiled model.
+    Args:
+        model: the caller's; it is not modified.
+        calibration: images, float (N, C, H, W), or how to make them; see `fxquant.compile`.
+        axis: "mean_bits" (weights and activations alike) or one of "mean_weight_bits", "mean_activation_bits",
+            "weight_bytes", "bit_operations", "latency_ms" (with backend="cpu-native").
+        limits: budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids
+            (`best`: 2 bits) are used at all limits if the lowest needs them.
+        exact: solve the integer program at every budget, else take the convex hull.
+        realised: measure every point: "divergence", mean divergence from the float model in the unit of the objective,
+            or a function of the compiled model.
+        images: what the divergence is measured on, float (N, C, H, W); the calibration images if not given.
+        {options}
 
     Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
     """
@@ -143,34 +159,33 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = reporter_of(progress)
-    prepared = Prepared(
-        model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
-    )
+    progress = reporter_of(options.get("progress"))
+    session = Session(model, calibration, **options)
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:
-        prepared.check(lowest)
-    table = prepared.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
+        session.check(lowest)
+    table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
     points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
     task.close()
     if realised is None:
-        return Frontier(axis, tuple(points))
-    kl = _Divergence(model, prepared.calibration if images is None else images, batch_size)
-    measure = kl if realised == "kl" else realised
+        return Frontier(axis, tuple(points), unit=session.objective.unit)
+    batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
+    measured = session.calibration if images is None else images
+    measure = _Divergence(model, session.objective, measured, batch_size) if realised == "divergence" else realised
     task = progress.track("measuring", len(points))
     losses = []
     for point in points:
-        losses.append(number("what `realised` returns", measure(_compiled(prepared, point)), BudgetError))
+        losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
         task.advance()
     task.close()
-    name = "realised KL" if realised == "kl" else getattr(realised, "__name__", "realised")
-    return Frontier(axis, tuple(points), tuple(losses), name)
+    name = "realised divergence" if realised == "divergence" else getattr(realised, "__name__", "realised")
+    return Frontier(axis, tuple(points), tuple(losses), name, session.objective.unit)
 
 
-def _compiled(prepared: Prepared, point: FrontierPoint) -> Compiled:
-    return prepared.compile(point.allocation.budget, _Known(point.allocation))
+def _compiled(session: Session, point: FrontierPoint) -> Compiled:
+    return session.compile(point.allocation.budget, _Known(point.allocation))
 
 
 @dataclass(frozen=True)
@@ -185,30 +200,24 @@ class _Known:
 
 
 class _Divergence:
-    """Mean KL divergence of a model's class scores from the float model's, nats per image."""
+    """Mean divergence of a model's output from the float model's, in the unit of an objective."""
 
-    def __init__(self, model: nn.Module, images_bchw: Tensor, batch_size: int) -> None:
-        self._batches = torch.split(images_bchw, batch_size)
+    def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
+        self._objective, self._batches = objective, torch.split(images_bchw, batch_size)
         is_training = model.training
         model.eval()
         try:
             with torch.inference_mode():
-                self._expected = [_log_probabilities(model(batch)) for batch in self._batches]
+                self._expected = [self._doubled(model(batch)) for batch in self._batches]
         finally:
             model.train(is_training)
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
         pairs = zip(self._batches, self._expected, strict=True)
-        total = sum(
-            float(functional.kl_div(_log_probabilities(model(x)), known, reduction="sum", log_target=True))
-            for x, known in pairs
-        )
+        total = sum(float(self._objective.divergence(known, self._doubled(model(x)))) for x, known in pairs)
         return total / sum(map(len, self._batches))
 
-
-def _log_probabilities(output: Any) -> Tensor:
-    scores = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        raise ModelError("the realised KL needs class scores (B, classes): give a function as `realised` instead")
-    return scores.double().log_softmax(1)
+    def _doubled(self, output: Any) -> Outputs:
+        found = self._objective.outputs(output, "the realised divergence", finite=False)
+        return tuple(tensor.double() for tensor in found)

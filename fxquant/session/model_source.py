@@ -15,6 +15,7 @@ from fxquant.graph.capture.model_checks import check_model
 from fxquant.graph.capture.plain_model import copy_of
 from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.known_answers import answer_images_for, range_of
+from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
 from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
 from passes.pipeline.pipeline import Pipeline
@@ -30,10 +31,17 @@ class ModelOutputs:
     answers: Tensor
 
 
-class CalibrationSource:
+class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
-    calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+    Args:
+        model: the caller's.
+        calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
+        seed: of every random draw.
+        batch_size: images per forward where outputs are compared.
+        cache: where results are kept.
+        progress: where long steps report.
+        objective: what quantization must keep of the output, or its name.
     """
 
     def __init__(
@@ -44,11 +52,14 @@ class CalibrationSource:
         batch_size: int,
         cache: Cache,
         progress: ProgressReporter,
+        objective: str | Objective = AUTO,
     ) -> None:
+        check_objective(objective)
         check_model(model)
         seed, batch_size = check_draws(seed, batch_size)
         self._model, self._given = model, Synthesis() if calibration is None else calibration
         self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
+        self._objective = objective
 
     @cached_property
     def _pictures(self) -> Pictures:
@@ -69,6 +80,11 @@ class CalibrationSource:
         return Pipeline([AssignRoles()]).run(copy.deepcopy(self.traced, tensors), PassContext(), in_place=True)
 
     @cached_property
+    def objective(self) -> Objective:
+        """What quantization must keep of the output; "auto" goes by what the traced model gives."""
+        return objective_named(self._objective, self.traced)
+
+    @cached_property
     def images(self) -> Tensor:
         """The images, float (N, C, H, W). Raises CalibrationError where they cannot be made."""
         if isinstance(self._given, Synthesis):
@@ -86,6 +102,7 @@ class CalibrationSource:
             cache=self._cache,
             progress=self._progress,
             expected=self.model_outputs.first,
+            objective=self.objective,
         )
 
     @cached_property

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
-from fxquant.runtime.layer_row import LayerRow
+from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, nodes_with_role
+from fxquant.graph.notes import COVERAGE
+from fxquant.runtime.layer_row import LayerRow, OperandRow
 from fxquant.runtime.mac_shares import mac_shares
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
 from passes.pipeline.pipeline import Pipeline
@@ -26,43 +28,31 @@ def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
         annotation = annotation_of(node)
         if not annotation.has_bits:
             continue
-        layer = annotation.layer
-        weight = chosen(annotation.weight_candidates, annotation.weight_bits, layer)
-        pairs = zip(annotation.activation_candidates, annotation.input_bits, strict=True)
-        found = [chosen(candidates, bits, layer) for candidates, bits in pairs]
-        inputs = [candidate for candidate in found if candidate is not None]
-        ratio = sum(c.noise / max(c.signal, 1e-30) for c in inputs) / max(len(inputs), 1)
+        found = [chosen(operand, annotation.layer) for operand in annotation.operands]
         rows.append(
             LayerRow(
                 layer=annotation.layer,
                 role=str(annotation.role),
                 block=annotation.block,
-                weight_bits=annotation.weight_bits,
-                activation_bits=annotation.activation_bits,
-                parameters=annotation.parameters,
                 macs=annotation.macs,
-                activation_elements=annotation.activation_elements,
-                left_bits=annotation.left_bits,
-                left_elements=annotation.left_elements,
-                weight_sqnr_db=None if weight is None else _decibel(weight.noise / max(weight.signal, 1e-30)),
-                activation_sqnr_db=_decibel(ratio) if inputs else None,
-                predicted_loss=sum(c.loss for c in (*inputs, *([weight] if weight else []))),
-                weight_quantizer=None if weight is None else weight.quantizer.kind,
-                activation_quantizer=" x ".join(dict.fromkeys(c.quantizer.kind for c in inputs)) or None,
+                operands=tuple(map(_operand_row, annotation.operands, found)),
+                predicted_loss=sum(candidate.loss for candidate in found if candidate is not None),
                 execution="simulated",
-                pinned=annotation.pinned,
             )
         )
     return rows
 
 
-def _decibel(ratio: float) -> float:
-    return -10 * math.log10(max(ratio, 1e-30))
+def _operand_row(operand: Operand, found: Candidate | None) -> OperandRow:
+    row = OperandRow(str(operand.source), operand.elements, operand.bits, pinned=operand.pinned)
+    if found is None:
+        return row
+    return replace(row, sqnr_db=-10 * math.log10(max(found.noise_ratio, 1e-30)), quantizer=found.quantizer.kind)
 
 
 def protocol_card(
     model: nn.Module,
-    source: CalibrationSource,
+    source: ModelSource,
     pipeline: Pipeline,
     graph_module: GraphModule,
     backend: str = SIMULATED,
@@ -76,10 +66,11 @@ def protocol_card(
         graph_module: what came out of it.
         backend: what quantizers and widths were restricted to.
     """
-    quantized = {annotation_of(n).role for n in nodes_with_role(graph_module) if annotation_of(n).activation_bits}
+    annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]
+    quantized = {annotation.role for annotation in annotations if any(annotation.input_bits)}
     float_parts = [str(role) for role in (Role.SOFTMAX, Role.GELU, Role.LAYER_NORM) if role not in quantized]
     bits_by_role = {
-        str(role): sorted({annotation_of(n).weight_bits or 32 for n in nodes_with_role(graph_module, role)})
+        str(role): sorted({a.weight_bits or 32 for a in annotations if a.role is role})
         for role in (Role.PATCH_EMBED, Role.HEAD)
     }
     timed = next((step for step in pipeline if isinstance(step, MeasureLatency)), None)
@@ -91,6 +82,7 @@ def protocol_card(
         "image_shape": list(source.images.shape[1:]),
         "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
         "seed": source.context.seed,
+        "objective": source.context.objective.described,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],
         "first_last_weight_bits": bits_by_role,
@@ -98,6 +90,6 @@ def protocol_card(
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
         "multiply_accumulates": mac_shares(graph_module),
-        "coverage": float(graph_module.meta.get("coverage", math.nan)),
+        "coverage": math.nan if (coverage := COVERAGE.get(graph_module)) is None else coverage,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},
     }

@@ -1,135 +1,227 @@
-"""The one call: a model and a budget in, a quantized model out.
+"""The one call and what stands behind it: a model and a budget in, a quantized model out.
 
     quantized = fxquant.compile(model, "W4A4", calibration=images)
     print(quantized.report())
     quantized.save("model.fxq")
 
-Many budgets from one calibration: `fxquant.session.sweep`.
+The call is `Session(model, images).compile("W4A4")`. A session that is kept calibrates and searches once: no budget has
+any say in that, so every further budget or allocator starts from what was searched.
+
+    session = fxquant.Session(model, images)
+    for budget in ("W8A8", "W4A4"):
+        quantized = session.compile(budget)
+
+Accuracy over many budgets, kept in a file after every point: `fxquant.session.sweep`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from os import PathLike
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
-from allocators.problem.overrides import Bits
+from allocators.problem.budget import Budget
+from allocators.problem.cost_table import CostTable
 from fxquant.artefact.cache import Cache
-from fxquant.checks.arguments import json_values
+from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
-from fxquant.errors import BY_ARGUMENT, OptionError, PipelineError
-from fxquant.graph.annotation import Fact
+from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
+from fxquant.sensitivity.objective import Objective
 from fxquant.session.compiled import Compiled, load
-from fxquant.session.model_source import CalibrationSource
+from fxquant.session.model_source import ModelSource
+from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate.allocate_bits import allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
-from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED
-from passes.pipeline.contract import Journal, ProgressReporter, check_images, reporter_of
+from passes.options import SharedOptions, documented
+from passes.pipeline.contract import Journal, PassContext, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe as recipe_named
+from passes.search.search_cache import run_prefix, split
 
-__all__ = ["Compiled", "compile", "load"]
+__all__ = ["Compiled", "Session", "compile", "load"]
+
+_BROUGHT = f"budget, allocator, {', '.join(SharedOptions.__annotations__)}"
+
+
+class Session:
+    """A model with its calibration images and a recipe, to be compiled for any number of budgets and allocators.
+
+    What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
+    """
+
+    @checked(OptionError, **BY_ARGUMENT)
+    @documented(SessionOptions)
+    def __init__(
+        self, model: nn.Module, calibration: Tensor | Synthesis | None = None, **options: Unpack[SessionOptions]
+    ) -> None:
+        """Check images, recipe and options; nothing runs before `check` or `compile`.
+
+        Args:
+            model: the caller's; it is not modified.
+            calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
+                Synthesis with options, makes them from the model alone.
+        {options}
+
+        Raises CalibrationError, ModelError, OptionError, PipelineError.
+        """
+        self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
+        if isinstance(calibration, Tensor):
+            check_images(calibration)
+        self._recipe = options.get("recipe", DEFAULT_RECIPE)
+        self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
+        if isinstance(self._recipe, Pipeline):
+            self._check_own(self._recipe)
+        self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
+        self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
+        self._source = ModelSource(
+            model,
+            calibration,
+            options.get("seed", DEFAULT_SEED),
+            options.get("batch_size", DEFAULT_BATCH_SIZE),
+            Cache(options.get("cache")),
+            reporter_of(options.get("progress")),
+            options.get("objective", DEFAULT_OBJECTIVE),
+        )
+
+    def _check_own(self, pipeline: Pipeline) -> None:
+        """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
+        is_plain = all(value is None or value is False or value in ({}, SIMULATED) for value in self._options.values())
+        if not is_plain:
+            self._refuse_beside_own()
+        if QUANTIZED not in pipeline.provides:
+            raise PipelineError(
+                "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
+                "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
+            )
+
+    def _refuse_beside_own(self) -> None:
+        raise PipelineError(
+            f"a Pipeline as recipe brings its own {_BROUGHT}: set them on its passes and give None for the budget, or "
+            "name a recipe"
+        )
+
+    @property
+    def calibration(self) -> Tensor:
+        """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
+        with torch.inference_mode(False):
+            return self._source.images
+
+    @property
+    def objective(self) -> Objective:
+        """What quantization must keep of the output. Raises as `fxquant.trace` where the model cannot be traced."""
+        with torch.inference_mode(False):
+            return self._source.objective
+
+    @checked(BudgetError)
+    def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
+        """The whole pipeline of one point.
+
+        budget: anything `Budget.parse` takes; None where the recipe is a Pipeline.
+        """
+        if isinstance(self._recipe, Pipeline):
+            if budget is not None or allocator is not None:
+                self._refuse_beside_own()
+            return self._recipe
+        recipe = recipe_named(self._recipe) if isinstance(self._recipe, str) else self._recipe
+        found = recipe(budget, allocator=allocator, **self._options)
+        if not isinstance(found, Pipeline):
+            raise PipelineError.for_type(f"the recipe {recipe!r} returned {shown(found)}, not a Pipeline")
+        return found
+
+    @torch.inference_mode(False)
+    def check(self, budget: Any, allocator: Allocator | None = None) -> None:
+        """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
+        check_budget(self.pipeline(budget, allocator), self._source.with_roles)
+
+    @torch.inference_mode(False)
+    def compile(self, budget: Any, allocator: Allocator | None = None, *, last: bool = False) -> Compiled:
+        """The model quantized within one budget; calibrates and searches on the first call only.
+
+        Args:
+            budget: see `pipeline`.
+            allocator: None for the recipe's own.
+            last: nothing more will be asked of this session, so that it keeps nothing for later: the one traced model
+                becomes the quantized one where no folder keeps it, which halves the memory.
+
+        Raises as `fxquant.compile` does.
+        """
+        pipeline = self.pipeline(budget, allocator)
+        check_budget(pipeline, self._source.with_roles)
+        prefix, rest = split(pipeline)
+        if last and not self._searched:
+            context = replace(self._source.context, journal=Journal())
+            is_kept = context.cache.folder is not None  # as what differs from the traced model
+            traced = self._source.traced if is_kept else self._source.given_up()
+            searched = run_prefix(prefix, traced, context, in_place=not is_kept)
+            return self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
+        searched, context = self._after_search(prefix)
+        return self._compiled(pipeline, rest.run(searched, context), context.journal)
+
+    @torch.inference_mode(False)
+    @checked(BudgetError)
+    def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
+        """The allocation problem, with overrides and policies applied; calibrates on the first call only.
+
+        budget: of it only which quantities are limited matters: times are measured where it limits the latency. Widths
+        that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
+        """
+        pipeline = self.pipeline(budget)
+        prefix, rest = split(pipeline)
+        searched, context = self._after_search(prefix)
+        found = rest[: rest.position(AllocateBits)].run(searched, context)
+        allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
+        return allocate.without_narrow(allocate.cost_table(found), lowest)
+
+    def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
+        """The graph after the passes before bits are allocated, and a context whose journal tells of them.
+
+        No budget has a say in these passes of our recipes; where one has, in a recipe of the caller's, they run for it.
+        """
+        key = tuple(map(repr, prefix))
+        if key not in self._searched:
+            context = replace(self._source.context, journal=Journal())
+            self._searched[key] = run_prefix(prefix, self._source.traced, context), context.journal
+        searched, journal = self._searched[key]
+        return searched, replace(self._source.context, journal=Journal(list(journal.entries)))
+
+    def _compiled(self, pipeline: Pipeline, quantized: GraphModule, journal: Journal) -> Compiled:
+        """What a pipeline has made of the traced model, with what it says of itself and its known answers."""
+        source, backend = self._source, str(self._options.get("backend", SIMULATED))
+        card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
+        answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
+        return Compiled(quantized, ALLOCATION.get(quantized), journal, layer_rows(quantized), card, answers)
 
 
 @checked(OptionError, **BY_ARGUMENT)
-@torch.inference_mode(False)
+@documented(SessionOptions)
 def compile(
     model: nn.Module,
     budget: Any,
     *,
     calibration: Tensor | Synthesis | None = None,
-    recipe: str | Pipeline = "best",
     allocator: Allocator | None = None,
-    overrides: Mapping[str, Bits] | None = None,
-    first_last_bits: int | None = None,
-    fully_quantized: bool = False,
-    backend: str = SIMULATED,
-    latency: MeasureLatency | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: ProgressReporter | None = None,
-    cache: str | PathLike[str] | None = None,
-    card: Mapping[str, Any] | None = None,
+    **options: Unpack[SessionOptions],
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
-    budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget. calibration: images, float (N, C, H, W), preprocessed as
-    the model wants them; 32 are usual. None, or a Synthesis with options, makes them from the model alone. recipe: a
-    name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options. allocator,
-    overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`. backend: "cpu-native",
-    "cpu-onednn" or "auto" chooses among quantizers and widths that it runs as integers; the result is simulated, loads
-    with a backend and says in its report how many layers will run so. latency: for which batch size and threads a
-    budget in ms holds, one image on one thread if not given; it needs backend="cpu-native". seed: of every random draw.
-    batch_size: images per forward where outputs are compared, bounds memory. cache: folder in which what was
-    calibrated, searched and scored is kept, so that the next budget on the same model, images and options only
-    allocates, in any process; None keeps nothing. card: entries to add to the protocol card, for example the name of
-    the data.
-
-    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
-    BackendError or PipelineError.
-    """
-    entries = json_values("card", card or {}, OptionError)
-    if isinstance(calibration, Tensor):
-        check_images(calibration)
-    if isinstance(recipe, Pipeline):
-        is_plain = allocator is None and not overrides and first_last_bits is None and not fully_quantized
-        if budget is not None or not is_plain or backend != SIMULATED or latency is not None:
-            raise PipelineError(
-                "a Pipeline as recipe brings its own budget, allocator, overrides, first_last_bits, fully_quantized, "
-                "backend and latency: set them on its passes and give None for the budget, or name a recipe"
-            )
-        if Fact.QUANTIZED not in recipe.provides:
-            raise PipelineError(
-                "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "
-                "yourself, pipeline.run(fxquant.trace(model, example), PassContext(images))"
-            )
-        pipeline = recipe
-    else:
-        options: dict[str, Any] = {"overrides": overrides, "first_last_bits": first_last_bits, "backend": backend}
-        options |= {} if latency is None else {"latency": latency}
-        pipeline = recipe_named(recipe)(budget, allocator=allocator, fully_quantized=fully_quantized, **options)
-    source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
-    prefix, rest = split(pipeline)
-    check_budget(pipeline, source.with_roles)
-    context = source.context
-    is_kept = context.cache.folder is not None  # as what differs from the traced model
-    traced = source.traced if is_kept else source.given_up()
-    quantized = rest.run(run_prefix(prefix, traced, context, in_place=not is_kept), context, in_place=True)
-    return compiled_from(model, source, pipeline, quantized, context.journal, backend=backend, card=entries)
-
-
-def compiled_from(
-    model: nn.Module,
-    source: CalibrationSource,
-    pipeline: Pipeline,
-    quantized: GraphModule,
-    journal: Journal,
-    *,
-    backend: str = SIMULATED,
-    card: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """What a pipeline has made, with what it says of itself and its known answers.
-
     Args:
         model: the caller's.
-        source: the model as it was traced, and its images.
-        pipeline: what was run, from the traced model on.
-        quantized: what came out of it.
-        journal: of all its passes.
-        backend: what quantizers and widths were restricted to.
-        card: entries that are added to the protocol card, or replace its own.
+        budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. None, or a
+            Synthesis with options, makes them from the model alone.
+        allocator: what chooses bits; None for the recipe's own.
+        {options}
+
+    Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
+    BackendError, OptionError or PipelineError.
     """
-    protocol = protocol_card(model, source, pipeline, quantized, backend)
-    answers = KnownAnswers.measured(quantized, source.model_outputs.answers, range_of(source.images))
-    layers = layer_rows(quantized)
-    return Compiled(quantized, allocation_of(quantized), journal, layers, {**protocol, **(card or {})}, answers)
+    return Session(model, calibration, **options).compile(budget, allocator, last=True)

@@ -1,10 +1,7 @@
-"""Many budgets, one calibration: everything before AllocateBits runs once, and each point starts from a copy.
+"""Accuracy over many budgets: each recipe calibrates once, and points go into a file as they are measured.
 
-    prepared = Prepared(model, calibration)
-    for budget in ("W8A8", "W4A4"):
-        quantized = prepared.compile(budget)
-
-Accuracy over all of them, kept in a file after every point: `sweep`.
+sessions = {"best": Session(model, images)}
+found = sweep(sessions, [Budget.parse("W8A8"), Budget.parse("W4A4")], [None], measure, Results("points.json"), "")
 """
 
 from __future__ import annotations
@@ -12,114 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import nn
 
 from allocators.allocator import Allocator
 from allocators.problem.budget import Budget
-from allocators.problem.cost_table import CostTable
-from fxquant.artefact.cache import Cache, signature
+from fxquant.artefact.cache import signature
 from fxquant.artefact.container import write_file
-from fxquant.checks.arguments import json_values, shown
+from fxquant.checks.arguments import shown
 from fxquant.checks.hints import checked
-from fxquant.errors import BY_ARGUMENT, BudgetError, DataError, OptionError
-from fxquant.graph.annotation import nodes_with_role
+from fxquant.errors import BudgetError, DataError, OptionError
 from fxquant.measure.accuracy import Accuracy
-from fxquant.session.compiled import Compiled
-from fxquant.session.model_source import CalibrationSource
-from fxquant.session.session import compiled_from
-from fxquant.synthesis.synthesize import Synthesis
-from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import check_budget
-from passes.lower.lower import SIMULATED
-from passes.pipeline.contract import Journal, ProgressReporter, check_images, reporter_of
-from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
-from passes.recipes import recipe as recipe_named
-from passes.search.insert_observers import observers_of
-
-
-class Prepared:
-    """A model calibrated and searched once, to be compiled for any number of budgets and allocators.
-
-    cache: folder that keeps the calibrated and searched model for other processes. options: of the recipe (overrides,
-    first_last_bits, fully_quantized, ...). What `compile` returns equals what `fxquant.compile` returns for the same
-    budget, allocator and options.
-    """
-
-    @checked(OptionError, **BY_ARGUMENT)
-    def __init__(
-        self,
-        model: nn.Module,
-        calibration: Tensor | Synthesis | None = None,
-        *,
-        recipe: str = "best",
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: ProgressReporter | None = None,
-        cache: str | PathLike[str] | None = None,
-        card: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Check the images; nothing runs before `check` or `compile`. Raises CalibrationError, PipelineError."""
-        if isinstance(calibration, Tensor):
-            check_images(calibration)
-        self.model, self.card = model, json_values("card", card or {}, OptionError)
-        self._recipe, self._options = recipe_named(recipe), options
-        self.pipeline("W8A8")  # refuses options that the recipe does not take
-        self._source = CalibrationSource(model, calibration, seed, batch_size, Cache(cache), reporter_of(progress))
-
-    @property
-    def calibration(self) -> Tensor:
-        """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
-        return self._source.images
-
-    @checked(BudgetError)
-    def pipeline(self, budget: Any, allocator: Allocator | None = None) -> Pipeline:
-        """The whole pipeline of one point."""
-        return self._recipe(budget, allocator=allocator, **self._options)
-
-    def check(self, budget: Any, allocator: Allocator | None = None) -> None:
-        """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
-        check_budget(self.pipeline(budget, allocator), self._source.with_roles)
-
-    @cached_property
-    def _searched(self) -> GraphModule:
-        """The graph as it is before bits are allocated; no budget has any say in it."""
-        prefix, _ = split(self.pipeline("W8A8"))
-        return run_prefix(prefix, self._source.traced, self._source.context)
-
-    @checked(BudgetError)
-    def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
-        """The allocation problem, with overrides and policies applied; calibrates on the first call only.
-
-        budget: of it only which quantities are limited matters: times are measured where it limits the latency. Widths
-        that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
-        """
-        pipeline = self.pipeline(budget)
-        _, rest = split(pipeline)
-        found = rest[: rest.position(AllocateBits)].run(self._searched, self._source.context)
-        nodes = [node for node in nodes_with_role(found) if observers_of(found, node)]
-        allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
-        return allocate.without_narrow(allocate.cost_table(found, nodes), lowest)
-
-    def compile(self, budget: Any, allocator: Allocator | None = None) -> Compiled:
-        """The model quantized within one budget; calibrates on the first call only."""
-        self.check(budget, allocator)
-        pipeline = self.pipeline(budget, allocator)
-        _, rest = split(pipeline)
-        searched = self._searched
-        context = replace(self._source.context, journal=Journal(list(self._source.context.journal.entries)))
-        quantized = rest.run(searched, context)
-        backend = self._options.get("backend", SIMULATED)
-        journal = context.journal
-        return compiled_from(self.model, self._source, pipeline, quantized, journal, backend=backend, card=self.card)
+from fxquant.session.session import Session
 
 
 class Results:
@@ -163,7 +69,7 @@ class Sweep:
 
 @checked(OptionError, budgets=BudgetError, allocators=BudgetError)
 def sweep(
-    prepared: Mapping[str, Prepared],
+    sessions: Mapping[str, Session],
     budgets: Sequence[Budget],
     allocators: Sequence[Allocator | None],
     measure: Callable[[nn.Module, str], Accuracy],
@@ -172,18 +78,25 @@ def sweep(
 ) -> Sweep:
     """Compile and measure every recipe at every budget with every allocator; what `results` has is not done again.
 
-    prepared: by recipe. allocators: None for the recipe's own. measure: accuracy of a model, shown under a label.
-    settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
-    before anything is calibrated. Raises as `fxquant.compile` does.
+    Args:
+        sessions: by recipe.
+        budgets: each is compiled with every recipe.
+        allocators: None for the recipe's own.
+        measure: accuracy of a model, shown under a label.
+        results: keeps the points, so that a sweep that was stopped goes on.
+        settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
+            before anything is calibrated.
+
+    Raises as `fxquant.compile` does.
     """
-    if not prepared or not budgets or not allocators:
+    if not sessions or not budgets or not allocators:
         raise OptionError("a sweep needs at least one recipe, one budget and one allocator (None for the recipe's own)")
-    planned = [(name, each, b, a) for name, each in prepared.items() for b in budgets for a in allocators]
+    planned = [(name, each, b, a) for name, each in sessions.items() for b in budgets for a in allocators]
     keys = [signature(settings, [repr(step) for step in each.pipeline(b, a)]) for _, each, b, a in planned]
     for key, (_, each, budget, allocator) in zip(keys, planned, strict=True):
         if key not in results.points:
             each.check(budget, allocator)
-    model = next(iter(prepared.values())).model
+    model = next(iter(sessions.values())).model
     baseline = results.point(signature(settings, "float32"), lambda: {"accuracy": _measured(measure, model, "float32")})
     points = [
         results.point(key, partial(_point, name, each, budget, allocator, measure))
@@ -194,12 +107,12 @@ def sweep(
 
 def _point(
     recipe: str,
-    prepared: Prepared,
+    session: Session,
     budget: Budget,
     allocator: Allocator | None,
     measure: Callable[[nn.Module, str], Accuracy],
 ) -> dict[str, Any]:
-    compiled = prepared.compile(budget, allocator)
+    compiled = session.compile(budget, allocator)
     allocation = compiled.allocation
     totals = compiled.report().totals
     return {

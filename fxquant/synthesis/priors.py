@@ -28,9 +28,12 @@ _REACH = 4  # the grid goes on for so many bandwidths beyond the similarities -1
 def similarity_entropy(output: Tensor, prefix_tokens: int = 0, bandwidth: float = BANDWIDTH) -> Tensor:
     """H of every image or window, float (B,), in nats.
 
-    output: of an attention, float (B, heads, tokens, channels) or (B, tokens, channels), at least three tokens after
-    the first `prefix_tokens` (class token, registers) are left out. All heads' channels together describe a patch.
-    bandwidth: h.
+    Args:
+        output: of an attention, float (B, heads, tokens, channels) or (B, tokens, channels), at least three tokens
+            after the first `prefix_tokens` (class token, registers) are left out. All heads' channels together describe
+            a patch.
+        prefix_tokens: how many tokens stand before the patches and are left out: class token, registers.
+        bandwidth: h.
     """
     patches = output.transpose(1, 2).flatten(2) if output.ndim == 4 else output
     patches = functional.normalize(patches[:, prefix_tokens:].float(), dim=-1)

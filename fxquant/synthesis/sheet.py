@@ -18,6 +18,11 @@ _GAP = 2
 def write_sheet(path: Path, images_bchw: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """All images side by side in one PNG. images: float (B, 1 or 3, H, W), normalised with mean and std.
 
+    Args:
+        path: of the PNG.
+        images_bchw: float (B, 1 or 3, H, W), normalised.
+        mean, std: per channel, what the images were normalised with.
+
     Raises ArtefactError where the file cannot be written.
     """
     scale, shift = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (std, mean))

@@ -48,12 +48,16 @@ _LARGEST_SIDE = 16_384
 class Synthesis:
     """How calibration images are made.
 
-    count: images. steps: of each of the two stages; 500 is the paper's (`Synthesis.thorough()`), from the default on
-    accuracy after quantization rises by no more than its standard error (docs/methods.md). learning_rate: of Adam on
-    normalised pixels; 0.25 is the paper's for Swin. variation: the range V* is drawn from at 224 x 224, in units of the
-    picture's range. jitter: largest shift in the second stage, as a share of the image's side. image_shape (channels,
-    height, width), mean, std (of the model's normalisation, per channel): where the model does not say.
-    checkpoint_steps: how often unfinished work is kept where there is a cache.
+    Args:
+        count: how many images are made.
+        steps: how many steps each of the two stages takes. The paper takes 500 (`Synthesis.thorough()`); from the
+            default on, accuracy after quantization rises by no more than its standard error (docs/methods.md).
+        learning_rate: Adam's rate on normalised pixels; the paper takes 0.25 for Swin.
+        variation: the range V* is drawn from at 224 x 224, in units of the picture's range.
+        jitter: largest shift in the second stage, as a share of the image's side.
+        image_shape: (channels, height, width), where the model does not say.
+        mean, std: of the model's normalisation, per channel, where the model does not say.
+        checkpoint_steps: after how many steps unfinished work is kept, where there is a cache.
     """
 
     count: int = 32
@@ -81,7 +85,9 @@ class Synthesis:
         for name in ("count", "steps", "checkpoint_steps"):
             whole(name, getattr(self, name), CalibrationError, least=1, most=1_000_000)
         if self.image_shape is not None and not 1 <= min(self.image_shape) <= max(self.image_shape) <= _LARGEST_SIDE:
-            raise CalibrationError(f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}: {self}")
+            raise CalibrationError(
+                f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}, found {self}"
+            )
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
             raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
 
@@ -92,7 +98,12 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the model takes: (channels, height, width), and the mean and std that pixels of 0..1 are normalised with."""
+    """What the model takes.
+
+    Args:
+        shape: (channels, height, width) of an image.
+        mean, std: per channel, what pixels of 0..1 are normalised with.
+    """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -138,9 +149,14 @@ def synthesize(
 ) -> Tensor:
     """Calibration images for a Vision Transformer: (count, C, H, W) in the model's dtype, normalised as it wants them.
 
-    seed: of noise, labels, targets and jitter. batch_size: images at a time; bounds memory, changes results by float
-    rounding only. cache: folder that keeps finished images and the state of unfinished ones, so that a second call, or
-    one after an interruption, goes on from there.
+    Args:
+        model: a Vision Transformer; it is not changed.
+        options: how images are made.
+        seed: of noise, labels, targets and jitter.
+        batch_size: images at a time; bounds memory, changes results by float rounding only.
+        cache: folder that keeps finished images and the state of unfinished ones, so that a second call, or one after
+            an interruption, goes on from there.
+        progress: shows how far it is; None: nothing is shown.
 
     Raises CalibrationError where the image size is not known or the model has no attention over patches; ModelError,
     TraceError or CoverageError where it cannot be traced.
@@ -166,8 +182,11 @@ def synthesize_for(
     cache: Cache,
     progress: ProgressReporter,
 ) -> Tensor:
-    """`synthesize` for a model that is traced and has roles; the graph module is not changed."""
-    watched = _Watched(traced)
+    """`synthesize` for a model that is traced and has roles, and takes such pictures; the graph module is not changed.
+
+    Args: see `synthesize`.
+    """
+    watched = Watched(traced)
     settings = {key: value for key, value in asdict(options).items() if key != "checkpoint_steps"}
     key = signature(traced, traced.code, code_signature(), torch.__version__, settings, asdict(pictures), seed)
     chunks = [range(first, min(first + batch_size, options.count)) for first in range(0, options.count, batch_size)]
@@ -191,7 +210,7 @@ def synthesize_for(
     return torch.cat(finished).to(watched.dtype)
 
 
-class _Watched(Interpreter):
+class Watched(Interpreter):
     """Runs the graph and keeps the outputs of attentions over at least three patches."""
 
     def __init__(self, traced: GraphModule) -> None:
@@ -206,6 +225,7 @@ class _Watched(Interpreter):
             )
 
     def run_node(self, node: Node) -> Any:
+        """The node's value; of an attention, what its patches look like is noted."""
         result = super().run_node(node)
         if node in self.prefix:
             self.outputs.append(similarity_entropy(result, self.prefix[node]))
@@ -241,7 +261,7 @@ def _prefix(traced: GraphModule, node: Node) -> Iterator[int]:
 class _Chunk:
     """Some of the images, and where their descent stands. Every random draw follows the image's index and the step."""
 
-    def __init__(self, watched: _Watched, pictures: Pictures, options: Synthesis, seed: int, indices: range) -> None:
+    def __init__(self, watched: Watched, pictures: Pictures, options: Synthesis, seed: int, indices: range) -> None:
         self.watched, self.pictures, self.options, self.seed = watched, pictures, options, seed
         self.step = 0
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices]

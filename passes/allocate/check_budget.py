@@ -1,26 +1,25 @@
 """CheckBudget: refuse an unreachable budget or a mistaken override before any image is touched.
 
-Needs roles only: the least any allocation can use follows from element counts and the candidate widths. Only a latency
-has to wait for AllocateBits, since digits of codes are known once scales are searched.
+Needs a plan of operands only: the least any allocation can use follows from element counts and the candidate widths.
+Only a latency has to wait for AllocateBits, since digits of codes are known once scales are searched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
 from torch.fx import GraphModule
 
 from allocators.problem.uniform_limits import in_numbers
-from allocators.problem.usage import FLOAT_BITS
 from fxquant.errors import OverrideError
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
-from fxquant.quantizers.families import widest_bits
-from fxquant.quantizers.observers import Edge
+from fxquant.graph.annotation import Annotation, Source, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.facts import Fact
 from passes.allocate.allocate_bits import AllocateBits
-from passes.pipeline.contract import Pass, PassContext
-from passes.search.insert_observers import InsertObservers
+from passes.pipeline.contract import PassContext
+from passes.pipeline.pipeline import Pipeline
+from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands
 from passes.search.search_scales import SearchScales
 
 Kind = TypeVar("Kind")
@@ -28,55 +27,64 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class CheckBudget:
-    """Check the budget of the AllocateBits ahead against what InsertObservers and SearchScales will offer it.
+    """Check a budget against what is planned. Recipes write the fields, see `with_check`.
 
-    Does nothing where they are not all ahead, as in a slice of a pipeline.
+    Args:
+        allocate: the AllocateBits that follows.
+        bits: the candidate widths that SearchScales will offer it.
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    # Not shown, as what is kept of the passes up to AllocateBits is told by how they show: it holds for every budget.
+    allocate: AllocateBits = field(repr=False)
+    bits: tuple[int, ...] = field(repr=False)
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({OPERANDS_PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
-        insert, search = _first(context.ahead, InsertObservers), _first(context.ahead, SearchScales)
-        allocate = _first(context.ahead, AllocateBits)
-        if insert is not None and search is not None and allocate is not None:
-            _check(graph_module, insert, search.bits, allocate)
+        self.check([annotation_of(node) for node in planned_nodes(graph_module)])
         return 0
 
+    def check(self, planned: Sequence[Annotation]) -> None:
+        """The same, of annotations of nodes that are to be quantized."""
+        allocate, bits = self.allocate, self.bits
+        inputs = [operand for annotation in planned for operand in annotation.inputs if operand.families]
+        if allocate.image_bits not in bits and any(operand.source is Source.IMAGE for operand in inputs):
+            raise OverrideError(
+                f"image_bits={allocate.image_bits} is not among the candidate bits {bits}: choose one of these, or "
+                f"leave the image in float with PlanOperands(image=None)"
+            )
+        table = allocate.table(planned, bits)
+        budget = in_numbers(allocate.budget, table)
+        if set(budget.limits) - {"latency_ms"}:
+            table.check_feasible(replace(budget, latency_ms=None))
 
-def check_budget(pipeline: Iterable[Pass], with_roles: GraphModule) -> None:
+
+def with_check(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with a CheckBudget after PlanOperands, of the AllocateBits and the widths that it has now."""
+    check = _check_of(pipeline)
+    bare = pipeline.without(CheckBudget) if _first(pipeline, CheckBudget) else pipeline
+    return bare if check is None else bare.after(PlanOperands, check)
+
+
+def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:
     """Refuse a budget before anything long is done. with_roles: the traced model after AssignRoles; unchanged.
 
-    Raises InfeasibleBudgetError or OverrideError.
+    Does nothing where the pipeline does not plan, search and allocate. Raises InfeasibleBudgetError or OverrideError.
     """
-    CheckBudget().apply(with_roles, PassContext(ahead=tuple(pipeline)))
+    plan, check = _first(pipeline, PlanOperands), _check_of(pipeline)
+    if plan is not None and check is not None:
+        nodes = nodes_with_role(with_roles)
+        planned = [replace(annotation_of(node), operands=plan.operands(node)) for node in nodes]
+        check.check([annotation for annotation in planned if annotation.is_planned])
 
 
-def _first(passes: Sequence[Pass], kind: type[Kind]) -> Kind | None:
+def _check_of(pipeline: Pipeline) -> CheckBudget | None:
+    search, allocate = _first(pipeline, SearchScales), _first(pipeline, AllocateBits)
+    return None if search is None or allocate is None else CheckBudget(allocate, search.bits)
+
+
+def _first(passes: Pipeline, kind: type[Kind]) -> Kind | None:
     return next((step for step in passes if isinstance(step, kind)), None)
-
-
-def _check(graph_module: GraphModule, insert: InsertObservers, bits: tuple[int, ...], allocate: AllocateBits) -> None:
-    annotations, elements, fixed, widest, own = [], [], [], [], []
-    for node in nodes_with_role(graph_module):
-        planned = insert.plan(node)
-        if planned:
-            annotations.append(annotation_of(node))
-            quantized = [edge for _, edge, family in planned if family is not None]
-            own += [len(annotations) - 1] if allocate.has_own_softmax(quantized) else []
-            widest.append(min((widest_bits(f) for _, _, f in planned if f is not None), default=bits[-1]))
-            elements.append(0 if not quantized or Edge.IMAGE in quantized else annotations[-1].activation_elements)
-            fixed.append(allocate.image_bits if Edge.IMAGE in quantized else FLOAT_BITS)
-    if allocate.image_bits in fixed and allocate.image_bits not in bits:
-        raise OverrideError(
-            f"image_bits={allocate.image_bits} is not among the candidate bits {bits}: choose one of these, or leave "
-            f"the image in float with InsertObservers(image=None)"
-        )
-    nothing = [0.0] * len(bits), [0.0] * len(bits)
-    nothings = [nothing] * len(annotations)
-    table = allocate.table(annotations, elements, fixed, widest, bits, nothings, nothings, dict.fromkeys(own, nothing))
-    budget = in_numbers(allocate.budget, table)
-    if set(budget.limits) - {"latency_ms"}:
-        table.check_feasible(replace(budget, latency_ms=None))

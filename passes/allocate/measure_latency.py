@@ -1,6 +1,6 @@
 """MeasureLatency: what every layer would take at every pair of widths on the integer kernels of this machine.
 
-    latency = rest + sum_l (t_l(W_l, A_l) - min t_l)
+    latency = rest + sum_l (t_l(b_0l, b_1l) - min t_l)    (of the widths of layer l's two operands)
 
 t_l is the time of layer l's kernel alone, measured once for each distinct shape, weight width and number of digits of
 the input's codes (`runtime.byte_codes`: OPT-m and twin scales at 8 bits have two, and take two products). On AVX2,
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,21 +30,36 @@ from allocators.problem.latency_table import rising
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
-from fxquant.graph.annotation import LATENCY, Fact, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Source, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.facts import Fact, missing
 from fxquant.graph.nodes import image_of
-from fxquant.quantizers.families import widest_bits
-from fxquant.quantizers.observers import Edge
+from fxquant.graph.notes import Note
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d
-from passes.lower.integer_plan import integer_nodes, shape_of
+from passes.lower.exact_codes import integer_nodes
+from passes.lower.integer_plan import shape_of
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.search_scales import SCALES_SEARCHED
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 NOISE = 0.1
+
+LATENCY: Note[dict[str, Any]] = Note("latency", dict, "run MeasureLatency first")
+"""Times in ms, as JSON values. "layers": by layer, what each pair of widths takes beyond the fastest, as a list (W, A).
+"rest_ms": everything else in the model."""
+
+
+def _check_latency(graph_module: GraphModule) -> None:
+    """Times of layers have been noted."""
+    if not (LATENCY.get(graph_module) or {}).get("layers"):
+        raise missing("no times have been measured", "MeasureLatency")
+
+
+LATENCY_KNOWN = Fact("latency known", _check_latency, rests_on=frozenset({SCALES_SEARCHED}))
+"""The graph notes times of every layer at every pair of widths."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ class MeasureLatency:
     batch_size: int = 1
     threads: int = 1
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.OBSERVED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LATENCY_KNOWN})
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({LATENCY_KNOWN})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -79,7 +95,7 @@ class MeasureLatency:
         BackendError without kernels.
         """
         found = machine()
-        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        nodes = planned_nodes(graph_module)
         widest = _at_the_widest(graph_module, context)
         kernels = {node.name: codes for node, codes in integer_nodes(widest).items()}
         task = context.progress.track("measuring latencies", len(nodes) + 1)
@@ -94,27 +110,45 @@ class MeasureLatency:
         task.advance()
         task.close()
         rest = max(whole - reference, 0.0)
-        graph_module.meta[LATENCY] = {
-            "rest_ms": rest,
-            "layers": {layer: times.tolist() for layer, times in extra.items()},
-        }
+        layers = {layer: times.tolist() for layer, times in extra.items()}
+        LATENCY.write(graph_module, {"rest_ms": rest, "layers": layers})
         context.note(machine=found, widths=library.speed_of_widths(), rest_ms=rest, widest_ms=whole, timed=len(extra))
         return len(extra)
 
     def _times(self, graph_module: GraphModule, node: Node, widest: GraphModule, context: PassContext) -> FloatArray:
-        """Times in ms at every weight width and input width, float64 (W, A); one row for a product of activations."""
+        """Times in ms at every pair of widths of a layer's two rows in the table, float64 (1 or C, C)."""
         annotation = annotation_of(node)
-        candidates = annotation.activation_candidates
-        rows = []
-        for column in range(len(candidates[0])):
-            codes = [byte_code(group[column].quantizer) for group in candidates]
-            known = [code for code in codes if code is not None]
-            # A width that the backend does not run is not allowed, so its time does not matter.
-            rows.append(self._kernel(graph_module, node, widest, known, context) if len(known) == len(codes) else None)
-        slowest = np.max([row for row in rows if row is not None], axis=0)
-        times = np.stack([slowest if row is None else row for row in rows], axis=-1)
-        is_image = any(o.edge is Edge.IMAGE for _, o in observers_of(graph_module, node))
+        codes = [[byte_code(candidate.quantizer) for candidate in operand.candidates] for operand in annotation.inputs]
+        if annotation.weight is not None or annotation.inputs[0].tied:
+            columns = [tuple(pair) for pair in zip(*codes, strict=True)]  # inputs of one width
+            times = self._known(graph_module, node, widest, columns, context)
+        else:
+            left, right = codes
+            times = np.concatenate(
+                [
+                    self._known(graph_module, node, widest, [(first, second) for second in right], context)
+                    for first in left
+                ]
+            )
+        is_image = any(operand.source is Source.IMAGE for operand in annotation.inputs)
         return rising(np.broadcast_to(times[:, -1:], times.shape) if is_image else times)
+
+    def _known(
+        self,
+        graph_module: GraphModule,
+        node: Node,
+        widest: GraphModule,
+        columns: Sequence[tuple[ByteCode | None, ...]],
+        context: PassContext,
+    ) -> FloatArray:
+        """Times at every weight width, one row without weights, and at every column of the inputs' codes."""
+        found = [
+            None if None in codes else self._kernel(graph_module, node, widest, [c for c in codes if c], context)
+            for codes in columns
+        ]
+        # A width that the backend does not run is not allowed, so its time does not matter.
+        slowest = np.max([row for row in found if row is not None], axis=0)
+        return np.stack([slowest if row is None else row for row in found], axis=-1)
 
     def _kernel(
         self, graph_module: GraphModule, node: Node, widest: GraphModule, codes: list[ByteCode], context: PassContext
@@ -122,7 +156,8 @@ class MeasureLatency:
         """Times at every weight width with inputs of these codes, float64 (W,); (1,) without weights."""
         shapes = [_times_batch(shape_of(source), graph_module, self.batch_size) for source in node.all_input_nodes]
         keys = [time_key(code) for code in codes]
-        bits = [candidate.bits for candidate in annotation_of(node).weight_candidates]
+        weight = annotation_of(node).weight
+        bits = [] if weight is None else [candidate.bits for candidate in weight.candidates]
         key: list[Any] = [keys, self.threads]
         if not bits:
             left, right = shapes
@@ -162,17 +197,16 @@ class MeasureLatency:
 def _at_the_widest(graph_module: GraphModule, context: PassContext) -> GraphModule:
     """A copy of a searched graph, quantized at the widest widths that its families have."""
     widest = copy.deepcopy(graph_module)
-    for node in nodes_with_role(widest):
+    for node in planned_nodes(widest):
         annotation = annotation_of(node)
-        weight, inputs = annotation.weight_candidates, annotation.activation_candidates
-        if weight or inputs:
-            limit = min(widest_bits(o.family) for _, o in observers_of(widest, node) if o.family) if inputs else 0
-            allowed = [candidate.bits for candidate in inputs[0] if candidate.bits <= limit] if inputs else []
-            annotate(
-                node,
-                weight_bits=weight[-1].bits if weight else None,
-                activation_bits=max(allowed) if allowed else inputs[0][0].bits if inputs else None,
-            )
+        bits: list[int | None] = [None] * len(annotation.operands)
+        for group in annotation.groups:
+            found = [annotation.operands[index] for index in group]
+            limit = min((operand.widest_bits for operand in found if operand.candidates), default=0)
+            for index, operand in zip(group, found, strict=True):
+                allowed = [candidate.bits for candidate in operand.candidates if candidate.bits <= limit]
+                bits[index] = max(allowed, default=operand.candidates[0].bits if operand.candidates else None)
+        annotate_operands(node, bits=bits)
     SubstituteQuantizers().apply(widest, context)
     return widest
 

@@ -17,16 +17,16 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import annotation_of
+from fxquant.graph.annotation import Candidate, annotation_of
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
+from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
 from fxquant.sensitivity.sums import Sums
 from passes.allocate.score_layers import Scores, described_candidates
 from passes.pipeline.contract import PassContext
@@ -36,8 +36,10 @@ from passes.pipeline.contract import PassContext
 class FisherTrace:
     """gamma^-b tr(F).
 
-    gamma: what one bit divides the score by; 4 is that of uniform quantization noise. draws: logit gradients per image.
-    labels: class of every calibration image, for the empirical Fisher matrix; none needed.
+    Args:
+        gamma: what one bit divides the score by; 4 is that of uniform quantization noise.
+        draws: random cotangents per image.
+        labels: class of every calibration image, for the empirical Fisher matrix; none needed.
     """
 
     gamma: float = 4.0
@@ -51,13 +53,22 @@ class FisherTrace:
             raise SensitivityError(f"gamma > 1 and draws >= 1 are needed, found {self}")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of the nodes that have a weight. Notes `fisher_trace` by layer."""
+        """Scores of the nodes that have a weight. Notes `fisher_trace` by layer.
+
+        Args: see `Metric.score`.
+        """
         traces = self.traces(graph_module, nodes, context)
         scores = {layer: [trace * self.gamma**-b for b in _widths(nodes)] for layer, trace in traces.items()}
         return Scores.shared(scores, {"fisher_trace": traces})
 
     def traces(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
-        """tr(F) by layer."""
+        """tr(F) by layer.
+
+        Args:
+            graph_module: with candidates on the nodes.
+            nodes: the nodes to score.
+            context: with the calibration images.
+        """
         sums, weighted = Sums(), _weighted(nodes)
         settings = [self.draws, self.labels, [node.name for node in weighted]]
         found = fisher_traces(
@@ -66,6 +77,7 @@ class FisherTrace:
             (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
             draws=self.draws,
             seed=context.seed,
+            objective=context.objective,
             labels_n=torch.tensor(self.labels) if self.labels else None,
             sums=sums,
         )
@@ -76,15 +88,17 @@ class FisherTrace:
 class TypeAwareFisher(FisherTrace):
     """gamma^(beta-b) alpha_t tr(F), with alpha_t = mean drop / mean tr(F) over sampled layers of each type.
 
-    mu: layers sampled of each type; the same blocks for all types that every block has. beta: width of a sampled layer,
-    weights and inputs, while the others stay float; the nearest candidate where it is none, the narrower of two. drop:
-    "kl", nats per image from the float model's output; "disagreement", the share of images whose prediction changes;
-    "accuracy", the share of correct predictions lost, which needs labels.
+    Args:
+        mu: layers sampled of each type; the same blocks for all types that every block has.
+        beta: width of a sampled layer, weights and inputs, while the others stay float; the nearest candidate where it
+            is none, the narrower of two.
+        drop: "divergence" from the float model's output, in the objective's unit; "disagreement", the share of images
+            whose predicted class changes; "accuracy", the share of correct predictions lost, which needs labels.
     """
 
     mu: int = 4
     beta: int = 3
-    drop: Literal["kl", "disagreement", "accuracy"] = "kl"
+    drop: Literal["divergence", "disagreement", "accuracy"] = "divergence"
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options out of range."""
@@ -93,7 +107,10 @@ class TypeAwareFisher(FisherTrace):
             raise SensitivityError(f'mu >= 1 is needed, and labels for drop="accuracy"; found {self}')
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`."""
+        """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`.
+
+        Args: see `Metric.score`.
+        """
         widths, beta = _widths(nodes), self._width(nodes)
         traces = self.traces(graph_module, nodes, context)
         drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
@@ -110,23 +127,30 @@ class TypeAwareFisher(FisherTrace):
         return min(_widths(nodes), key=lambda bits: (abs(bits - self.beta), bits))
 
     def drops(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> dict[str, float]:
-        """The drop of each sampled layer at beta bits, in graph order."""
+        """The drop of each sampled layer at beta bits, in graph order.
+
+        Args:
+            graph_module: with candidates on the nodes.
+            nodes: the nodes to score.
+            context: with the calibration images.
+        """
         beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)
-        divergence = Divergence(graph_module, context.images, context.batch_size)
-        exact: Tensor | None = None
+        objective = context.objective if self.drop == "divergence" else CLASSES
+        divergence = Divergence(graph_module, context.images, context.batch_size, objective=objective)
+        exact: Outputs | None = None
         common = context.signature(graph_module, "layer types", self.drop, self.labels, context.batch_size)
 
         def measure(bits: dict[Node, Bits]) -> float:
             nonlocal exact
-            exact = divergence.log_probabilities({}) if exact is None else exact
-            return self._drop(exact, divergence.log_probabilities(bits))
+            exact = divergence.outputs({}) if exact is None else exact
+            return self._drop(exact, divergence.outputs(bits), objective)
 
         task = context.progress.track("measuring layer types", len(sampled))
         found = {}
         for node in sampled:
             annotation = annotation_of(node)
-            bits: dict[Node, Bits] = {node: (beta, beta if annotation.activation_candidates else None)}
+            bits: dict[Node, Bits] = {node: tuple(beta if o.candidates else None for o in annotation.operands)}
             key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
             found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
             task.advance()
@@ -141,15 +165,17 @@ class TypeAwareFisher(FisherTrace):
             chosen += [of_type[index] for index in order[: self.mu].tolist()]
         return [node for node in nodes if node in chosen]
 
-    def _drop(self, exact_nc: Tensor, quantized_nc: Tensor) -> float:
-        """The drop between two log-probabilities (N, classes)."""
-        if self.drop == "kl":
-            return max(float((exact_nc.exp() * (exact_nc - quantized_nc)).sum(1).mean()), 0.0)
-        before, after = exact_nc.argmax(1), quantized_nc.argmax(1)
+    def _drop(self, exact: Outputs, quantized: Outputs, objective: Objective) -> float:
+        """The drop between two outputs for all images."""
+        if self.drop == "divergence":
+            return max(float(objective.divergence(exact, quantized)) / len(exact[0]), 0.0)
+        before, after = exact[0].argmax(1), quantized[0].argmax(1)
         if self.drop == "disagreement":
             return float((before != after).double().mean())
         if len(self.labels) != len(before):
-            raise SensitivityError(f"{len(self.labels)} labels for {len(before)} images")
+            raise SensitivityError(
+                f"there are {len(self.labels)} labels for {len(before)} images: give one label for each image"
+            )
         labels = torch.tensor(self.labels)
         return max(float(((before == labels).double() - (after == labels).double()).mean()), 0.0)
 
@@ -163,7 +189,10 @@ class NuclearNorm:
     """
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer."""
+        """Scores of qkv, proj, fc1 and fc2. Notes `nuclear_norm` by layer.
+
+        Args: see `Metric.score`.
+        """
         sums = Sums()
         batches = (batch for _, batch in context.gather("nuclear norms", sums, graph_module))
         norms = nuclear_norms(graph_module, batches, sums)
@@ -176,24 +205,28 @@ class NuclearNorm:
             if (annotation.block, module) not in norms:
                 raise SensitivityError(f"{annotation.layer}: no {module} feature was found in block {annotation.block}")
             used[annotation.layer] = norms[annotation.block, module]
-            scores[annotation.layer] = [used[annotation.layer] * c.noise for c in annotation.weight_candidates]
+            scores[annotation.layer] = [used[annotation.layer] * c.noise for c in _weight_candidates(node)]
         return Scores.shared(scores, {"nuclear_norm": used})
 
 
 @dataclass(frozen=True)
 class NoiseRatio:
-    """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over the operands of a matmul."""
+    """Quantization noise relative to the signal, 10^(-SQNR / 10); the mean over inputs that share a width."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of all nodes."""
-        weight, activation = {}, {}
+        """Scores of all nodes.
+
+        Args: see `Metric.score`.
+        """
+        found = {}
         for node in nodes:
             annotation = annotation_of(node)
-            groups = annotation.activation_candidates
-            weight[annotation.layer] = [c.noise / max(c.signal, 1e-30) for c in annotation.weight_candidates]
-            ratios = [[c.noise / max(c.signal, 1e-30) for c in group] for group in groups]
-            activation[annotation.layer] = [sum(column) / len(groups) for column in zip(*ratios, strict=True)]
-        return Scores(weight, activation)
+            sharing = {index: len(group) for group in annotation.groups for index in group}
+            found[annotation.layer] = [
+                [candidate.noise_ratio / sharing[index] for candidate in operand.candidates]
+                for index, operand in enumerate(annotation.operands)
+            ]
+        return Scores(found)
 
 
 @dataclass(frozen=True)
@@ -201,20 +234,23 @@ class PredictedLoss:
     """The losses that the scale search predicted: what AllocateBits takes without ScoreLayers."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of all nodes."""
-        weight, activation = {}, {}
-        for node in nodes:
-            annotation = annotation_of(node)
-            losses = [[c.loss for c in group] for group in annotation.activation_candidates]
-            weight[annotation.layer] = [c.loss for c in annotation.weight_candidates]
-            activation[annotation.layer] = [sum(column) for column in zip(*losses, strict=True)]
-        return Scores(weight, activation)
+        """Scores of all nodes.
+
+        Args: see `Metric.score`.
+        """
+        annotations = [annotation_of(node) for node in nodes]
+        return Scores({a.layer: [[c.loss for c in operand.candidates] for operand in a.operands] for a in annotations})
 
 
 def _weighted(nodes: Sequence[Node]) -> list[Node]:
-    return [node for node in nodes if annotation_of(node).weight_candidates]
+    return [node for node in nodes if _weight_candidates(node)]
 
 
 def _widths(nodes: Sequence[Node]) -> list[int]:
     """The candidate widths; SearchScales gives all nodes the same."""
-    return [candidate.bits for node in _weighted(nodes)[:1] for candidate in annotation_of(node).weight_candidates]
+    return [candidate.bits for node in _weighted(nodes)[:1] for candidate in _weight_candidates(node)]
+
+
+def _weight_candidates(node: Node) -> tuple[Candidate, ...]:
+    weight = annotation_of(node).weight
+    return () if weight is None else weight.candidates

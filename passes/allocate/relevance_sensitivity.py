@@ -4,9 +4,9 @@
 
 I_l: layer-wise relevance of the predicted class (`fxquant.sensitivity.relevance`), over all scored layers summing to
 their number, so that leaving it out is I = 1. S_l(b): divergence when this layer alone runs at b bits
-(`fxquant.sensitivity.measured`), nats per image; leaving it out is S = 4^-b, the noise of uniform quantization, as in
-LRP-QViT, which has relevance only. Either is measured on the calibration images and kept in the cache: importance
-under one key, sensitivity under one a layer, so that a run that stopped goes on where it was.
+(`fxquant.sensitivity.measured`), in the unit of the objective; leaving it out is S = 4^-b, the noise of uniform
+quantization, as in LRP-QViT, which has relevance only. Either is measured on the calibration images and kept in the
+cache: importance under one key, sensitivity under one a layer, so that a run that stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from torch.fx import GraphModule, Node
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.annotation import Operand, Source, annotation_of, planned_nodes
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.relevance import Relevance
 from fxquant.sensitivity.sums import Sums
-from passes.allocate.allocate_bits import image_readers
-from passes.allocate.score_layers import Scores, described_candidates
+from passes.allocate.score_layers import Scores, described_candidates, halves
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+
+LayerScores = dict[str, list[list[float]]]
+"""By layer: of each operand, one score per candidate width."""
 
 
 @dataclass(frozen=True)
 class RelevanceSensitivity:
     """Importance times sensitivity, or one of them.
 
-    importance, sensitivity: "none" leaves it out. operands: "separate" measures weights and inputs of a layer each for
-    itself; "together" measures both at one width and gives either half, for allocators that tie them. baseline_bits:
-    width of all other layers while one is measured; None leaves them float. Scores of layers without relevance (softmax
-    and LayerNorm inputs under the fully quantized protocol) count as the mean layer.
+    Args:
+        importance, sensitivity: "none" leaves it out.
+        operands: "separate" measures weights and inputs of a layer each for itself; "together" measures both at one
+            width and gives either half, for allocators that tie them.
+        baseline_bits: width of all other layers while one is measured; None leaves them float. Scores of layers without
+            relevance (softmax and LayerNorm inputs under the fully quantized protocol) count as the mean layer.
     """
 
     importance: Literal["relevance", "none"] = "relevance"
@@ -55,7 +58,10 @@ class RelevanceSensitivity:
             raise SensitivityError("importance and sensitivity are both left out: keep one, or leave out ScoreLayers")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of these nodes. Notes `importance` (sums to 1) and `sensitivity` by layer."""
+        """Scores of these nodes. Notes `importance` (sums to 1) and `sensitivity` by layer.
+
+        Args: see `Metric.score`.
+        """
         layers = [annotation_of(node).layer for node in nodes]
         notes: dict[str, Any] = {}
         factor = dict.fromkeys(layers, 1.0)
@@ -68,30 +74,36 @@ class RelevanceSensitivity:
             scores = self._by_width(nodes)
         else:
             scores = self._measured(graph_module, nodes, context)
-            notes["sensitivity"] = {"weight": scores.weight, "activation": scores.activation}
-        return Scores(_scaled(scores.weight, factor), _scaled(scores.activation, factor), notes)
+            notes["sensitivity"] = scores
+        scaled = {
+            layer: [[factor[layer] * value for value in values] for values in operands]
+            for layer, operands in scores.items()
+        }
+        return Scores(scaled, notes)
 
-    def _by_width(self, nodes: Sequence[Node]) -> Scores:
-        annotations = {annotation_of(node).layer: annotation_of(node) for node in nodes}
-        groups = {layer: next(iter(a.activation_candidates), ()) for layer, a in annotations.items()}
-        return Scores(
-            {layer: [4.0**-c.bits for c in a.weight_candidates] for layer, a in annotations.items()},
-            {layer: [4.0**-c.bits for c in group] for layer, group in groups.items()},
-        )
+    def _by_width(self, nodes: Sequence[Node]) -> LayerScores:
+        """4^-b of every width that a layer has to choose; tied inputs have it together."""
+        found = {}
+        for annotation in map(annotation_of, nodes):
+            sharing = {index: len(group) for group in annotation.groups for index in group}
+            found[annotation.layer] = [
+                [4.0**-c.bits / sharing[index] for c in operand.candidates]
+                for index, operand in enumerate(annotation.operands)
+            ]
+        return found
 
-    def _measured(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
+    def _measured(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> LayerScores:
         baseline = self._baseline(graph_module)
         described = [described_candidates(annotation_of(node)) for node in baseline]
         common = context.signature(graph_module, "sensitivity", self.operands, self.baseline_bits, described)
         divergence: Divergence | None = None
 
-        def measure(node: Node) -> dict[str, list[float]]:
+        def measure(node: Node) -> list[list[float]]:
             nonlocal divergence
             if divergence is None:  # the first layer that is not in the cache
-                divergence = Divergence(graph_module, context.images, context.batch_size, baseline)
-            return self._layer(divergence, node, fixed_input=node in images)
+                divergence = Divergence(graph_module, context.images, context.batch_size, baseline, context.objective)
+            return self._layer(divergence, node)
 
-        images = image_readers(graph_module, nodes)
         task = context.progress.track("measuring sensitivity", len(nodes))
         found = {}
         for node in nodes:
@@ -100,33 +112,37 @@ class RelevanceSensitivity:
             found[annotation.layer] = context.cache.recall(key, partial(measure, node))
             task.advance()
         task.close()
-        return Scores(
-            {layer: row["weight"] for layer, row in found.items()},
-            {layer: row["activation"] for layer, row in found.items()},
-        )
+        return found
 
-    def _layer(self, divergence: Divergence, node: Node, *, fixed_input: bool) -> dict[str, list[float]]:
-        """Sensitivities of one layer by operand; the width of a fixed input is no choice, so it is not tied."""
-        both = bool(annotation_of(node).weight_candidates and annotation_of(node).activation_candidates)
-        if self.operands == "together" and both and not fixed_input:
-            halves = [value / 2 for value in divergence.sensitivity(node, separate=False).together]
-            return {"weight": halves, "activation": halves}
-        found = divergence.sensitivity(node, together=False)
-        return {"weight": list(found.weight), "activation": list(found.activation)}
+    def _layer(self, divergence: Divergence, node: Node) -> list[list[float]]:
+        """Sensitivities of one layer by operand; the width of an image is no choice, so it is not tied."""
+        operands = annotation_of(node).operands
+        if self.operands == "together" and len(operands) == 2 and all(map(_is_free, operands)):
+            return halves(divergence.sensitivity(node, (0, 1)))
+        found: list[list[float]] = [[] for _ in operands]
+        for group in annotation_of(node).groups:
+            measured = [index for index in group if operands[index].candidates]
+            values = divergence.sensitivity(node, measured) if measured else ()
+            for index in measured:
+                found[index] = [value / len(measured) for value in values]
+        return found
 
     def _baseline(self, graph_module: GraphModule) -> dict[Node, Bits]:
         """Bits of all observed nodes at the baseline; images at the widest candidate."""
         if self.baseline_bits is None:
             return {}
-        observed = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
-        images = image_readers(graph_module, observed)
-        found: dict[Node, Bits] = {}
-        for node in observed:
-            annotation = annotation_of(node)
-            group = next(iter(annotation.activation_candidates), ())
-            activation_bits = (group[-1].bits if node in images else self.baseline_bits) if group else None
-            found[node] = (self.baseline_bits if annotation.weight_candidates else None, activation_bits)
-        return found
+        return {
+            node: tuple(
+                None if not o.candidates else self.baseline_bits if _is_free(o) else o.candidates[-1].bits
+                for o in annotation_of(node).operands
+            )
+            for node in planned_nodes(graph_module)
+        }
+
+
+def _is_free(operand: Operand) -> bool:
+    """Whether its width is a choice: it is quantized, and no image."""
+    return bool(operand.candidates) and operand.source is not Source.IMAGE
 
 
 def _importance(graph_module: GraphModule, context: PassContext) -> dict[str, float]:
@@ -139,7 +155,3 @@ def _importance(graph_module: GraphModule, context: PassContext) -> dict[str, fl
 
     found: dict[str, float] = context.cache.recall(context.signature(graph_module, "importance"), measure)
     return found
-
-
-def _scaled(scores: dict[str, list[float]], factor: dict[str, float]) -> dict[str, list[float]]:
-    return {layer: [factor[layer] * value for value in values] for layer, values in scores.items()}

@@ -16,9 +16,11 @@ from torch.fx import GraphModule, Node
 from fxquant.checks.arguments import shown
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
-from fxquant.graph.annotation import Annotation, Candidate, Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 LAMPQ_ROLES = (Role.QKV, Role.PROJ, Role.FC1, Role.FC2)
 """The four linear layers of a block that LampQ and VT-PTQ allocate."""
@@ -28,31 +30,55 @@ LAMPQ_ROLES = (Role.QKV, Role.PROJ, Role.FC1, Role.FC2)
 class Scores:
     """What a metric found, JSON values only.
 
-    weight, activation: one score per candidate width, by layer; the two of a layer add up. notes: for the journal.
+    layers: by layer, for each of its operands one score per candidate width; scores of operands add up. An operand may
+    have none, []. notes: for the journal.
     """
 
-    weight: dict[str, list[float]]
-    activation: dict[str, list[float]]
+    layers: dict[str, list[list[float]]]
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def shared(cls, layers: dict[str, list[float]], notes: dict[str, Any]) -> Scores:
-        """Scores of whole layers, half for the weights and half for the inputs.
+        """Scores of whole layers of two operands, half for each.
 
         Where both get the same width the sum is the layer's score; where they do not, each counts alike.
         """
-        halves = {layer: [score / 2 for score in scores] for layer, scores in layers.items()}
-        return cls(halves, {layer: list(scores) for layer, scores in halves.items()}, notes)
+        return cls({layer: halves(scores) for layer, scores in layers.items()}, notes)
+
+
+def halves(scores: Sequence[float]) -> list[list[float]]:
+    """The scores of two operands together, half for each."""
+    return [[score / 2 for score in scores] for _ in range(2)]
 
 
 class Metric(Protocol):
     """A frozen dataclass whose fields are its options; its repr is part of the scores' signature."""
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
-        """Scores of these nodes, which have candidates and observers, in graph order; it may leave some out.
+        """Scores of these nodes, whose operands have candidates, in graph order; it may leave some out.
 
         Reads the graph and its annotations, changes nothing. Raises SensitivityError where it cannot score.
+
+        Args:
+            graph_module: with candidates on the nodes; it is only read.
+            nodes: the nodes to score, in graph order.
+            context: with the calibration images and the seed; a metric may leave notes in the journal.
         """
+
+
+def _check_scores(graph_module: GraphModule) -> None:
+    """Some layer has scores, and every layer that has some has one per candidate."""
+    operands = [(node, o) for node in nodes_with_role(graph_module) for o in annotation_of(node).operands]
+    if not any(operand.scores for _, operand in operands):
+        raise missing("no layer has scores", "ScoreLayers")
+    for node, operand in operands:
+        if operand.scores and len(operand.scores) != len(operand.candidates):
+            problem = f"it has {len(operand.scores)} scores for {len(operand.candidates)} candidates"
+            raise broken_at(node, problem, "run ScoreLayers after SearchScales")
+
+
+SCORED = Fact("scored", _check_scores, rests_on=frozenset({SCALES_SEARCHED}))
+"""Layers have one score per candidate, which AllocateBits minimises."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +93,9 @@ class ScoreLayers:
     metric: Metric
     roles: tuple[Role, ...] | None = LAMPQ_ROLES
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED, Fact.OBSERVED, Fact.SCALES_SEARCHED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCORED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options that do not fit."""
@@ -80,30 +106,27 @@ class ScoreLayers:
 
         Raises SensitivityError for a score that is negative or not finite, and where all are equal.
         """
-        observed = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
-        nodes = [node for node in observed if self.roles is None or annotation_of(node).role in self.roles]
-        candidates = [[annotation_of(node).layer, *described_candidates(annotation_of(node))] for node in observed]
+        planned = planned_nodes(graph_module)
+        nodes = [node for node in planned if self.roles is None or annotation_of(node).role in self.roles]
+        candidates = [[annotation_of(node).layer, *described_candidates(annotation_of(node))] for node in planned]
         key = context.signature(graph_module, "scores", repr(self), candidates)
         scores = Scores(**context.cache.recall(key, lambda: asdict(self._scores(graph_module, nodes, context))))
-        for node in observed:
-            layer = annotation_of(node).layer
-            weight, activation = scores.weight.get(layer, []), scores.activation.get(layer, [])
-            if not all(0 <= score < float("inf") for score in (*weight, *activation)):
-                raise SensitivityError(f"{self.metric!r} gives {layer} the scores {weight} and {activation}")
-            annotate(
-                node,
-                weight_sensitivity=tuple(weight) if annotation_of(node).weight_candidates else (),
-                activation_sensitivity=tuple(activation) if annotation_of(node).activation_candidates else (),
-            )
-        every = [score for found in (scores.weight, scores.activation) for values in found.values() for score in values]
+        for node in planned:
+            annotation = annotation_of(node)
+            found = scores.layers.get(annotation.layer, [[]] * len(annotation.operands))
+            if not all(0 <= score < float("inf") for values in found for score in values):
+                raise SensitivityError(f"{self.metric!r} gives the operands of {annotation.layer} the scores {found}")
+            pairs = zip(annotation.operands, found, strict=False)
+            kept = [tuple(values) if operand.candidates else () for operand, values in pairs]
+            annotate_operands(node, scores=kept)
+        every = [score for found in scores.layers.values() for values in found for score in values]
         if len(every) > 1 and min(every) == max(every):
             raise SensitivityError(
                 f"{self.metric!r} gives every layer and width the score {every[0]:g}: it says nothing of any layer; "
                 f"choose another metric, or leave ScoreLayers out, and the predicted losses of SearchScales count"
             )
-        scored = scores.weight.keys() | scores.activation.keys()
-        context.note(scored=len(scored), **scores.notes)
-        return len(scored)
+        context.note(scored=len(scores.layers), **scores.notes)
+        return len(scores.layers)
 
     def _scores(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         found = self.metric.score(graph_module, nodes, context)
@@ -114,8 +137,7 @@ class ScoreLayers:
 
 def described_candidates(annotation: Annotation) -> list[Any]:
     """JSON values that tell a node's candidates from others, for signatures: what scores and updates depend on."""
-
-    def each(candidates: tuple[Candidate, ...]) -> list[Any]:
-        return [[c.bits, c.loss, c.noise, c.quantizer.kind] for c in candidates]
-
-    return [each(annotation.weight_candidates), *(each(group) for group in annotation.activation_candidates)]
+    return [
+        [operand.tied, *([c.bits, c.loss, c.noise, c.quantizer.kind] for c in operand.candidates)]
+        for operand in annotation.operands
+    ]

@@ -20,30 +20,39 @@ from torch.fx import GraphModule, Node
 
 from allocators.allocation import Allocation
 from allocators.exchanges import Step, exchanges, steps
+from allocators.problem.arrays import IntArray
 from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import PipelineError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.facts import Fact
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.reconstruction import expected_ratio, reconstruction_errors
-from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE
 from passes.allocate.score_layers import LAMPQ_ROLES, described_candidates
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
 class UpdateBits:
     """Exchange bits between layers while that helps. Deterministic; not idempotent, since it goes on where it stopped.
 
-    estimate: errors at neighbouring widths "measured", or "expected" from the current one by Lemma 3's ratios for
-    normal data, as the paper does (tied widths only). held_out: share of the calibration images kept for the score,
-    the errors taking the others; 0 lets both see all of them. patience: exchanges in a row that may fail to lower the
-    score, 1 in the paper; None takes every exchange with a promise and only records the score. size: layers in an
-    exchange. weighted: an error counts as much as makes it the layer's cost in the table at the start, so that the
-    metric's view of the layers stays; the paper counts all alike. rounds: exchanges tried at most. tied: a layer's
-    weights and inputs step together. roles: of the layers that exchange bits.
+    Args:
+        estimate: where errors at neighbouring widths come from: "measured"; or "expected" from the error at the current
+            width by Lemma 3's ratios for normal data, as the paper does it, which needs tied widths.
+        held_out: share of the calibration images that only the score sees; the errors are measured on the others. At 0
+            both see all of them.
+        patience: how many exchanges in a row may fail to lower the score; the paper takes 1. None takes every exchange
+            that promises something, and only records the score.
+        size: how many layers take part in an exchange, 1 to 3.
+        weighted: whether an error counts so much that it is the layer's cost in the table at the start, which keeps the
+            metric's view of the layers. The paper counts all errors alike.
+        rounds: how many exchanges are tried at most.
+        tied: whether a layer's weights and inputs step together.
+        roles: which layers exchange bits.
     """
 
     estimate: Literal["measured", "expected"] = "measured"
@@ -55,7 +64,7 @@ class UpdateBits:
     tied: bool = True
     roles: tuple[Role, ...] = LAMPQ_ROLES
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -64,7 +73,9 @@ class UpdateBits:
         check_fields(self, PipelineError)
         in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
         if not in_range or (self.patience is not None and self.patience < 1):
-            raise PipelineError(f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed: {self}")
+            raise PipelineError(
+                f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed, found {self}"
+            )
         if self.estimate == "expected" and not self.tied:
             raise PipelineError('estimate="expected" is derived for equal widths of weights and inputs: use tied=True')
 
@@ -72,14 +83,16 @@ class UpdateBits:
         """Annotate the new bits; returns the number of nodes changed.
 
         Notes `trajectory`: [{"raised": {layer: [W, A] afterwards}, "lowered", "predicted": summed change of the errors,
-        "realised": change of the score, "kept"}], `score_before` and `score_after` in nats per image, `stopped`, and
-        the new `usage` and `predicted_loss`. Raises PipelineError without the cost table of AllocateBits.
+        "realised": change of the score, "kept"}], `score_before` and `score_after` in the unit of the objective,
+        `stopped`, and the new `usage` and `predicted_loss`.
+
+        Raises PipelineError without the cost table of AllocateBits.
         """
         started_s = time.perf_counter()
-        allocation, table = allocation_of(graph_module), graph_module.meta.get(COST_TABLE)
-        if allocation is None or not isinstance(table, CostTable):
+        allocation, table = ALLOCATION.get(graph_module), COST_TABLE.get(graph_module)
+        if allocation is None or table is None:
             raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
-        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        nodes = planned_nodes(graph_module)
         start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
         described = [described_candidates(annotation_of(node)) for node in nodes]
         key = context.signature(graph_module, "update", repr(self), described, start)
@@ -88,16 +101,11 @@ class UpdateBits:
         )
         columns = np.array(found["columns"])
         changed = 0
-        weight_bits, activation_bits = table.bits(columns)
-        for row, node in enumerate(nodes):
-            annotation = annotation_of(node)
-            bits: dict[str, int] = {}
-            if columns[0, row] >= 0 and annotation.weight_bits != weight_bits[row]:
-                bits["weight_bits"] = int(weight_bits[row])
-            if columns[1, row] >= 0 and annotation.activation_bits != activation_bits[row]:
-                bits["activation_bits"] = int(activation_bits[row])
-            if bits:
-                annotate(node, **bits)
+        widths = table.widths(columns)
+        for layer, node in enumerate(nodes):
+            bits = _operand_bits(annotation_of(node), widths[:, layer])
+            if bits != annotation_of(node).bits:
+                annotate_operands(node, bits=bits)
                 changed += 1
         updated = (
             allocation
@@ -112,7 +120,7 @@ class UpdateBits:
                 seconds=allocation.seconds + time.perf_counter() - started_s,
             )
         )
-        graph_module.meta[ALLOCATION] = updated
+        ALLOCATION.write(graph_module, updated)
         context.note(**found["notes"], usage=updated.usage, predicted_loss=updated.objective)
         return changed
 
@@ -141,13 +149,13 @@ class _Search:
         self.key = key
         self.options, self.graph_module, self.nodes, self.table = options, graph_module, nodes, table
         self.budget, self.context = allocation.budget, context
-        self.assignment = _columns(table, allocation)
+        self.assignment = allocation.assignment(table)
         self.movable = [row for row, node in enumerate(nodes) if annotation_of(node).role in options.roles]
         count = len(context.images)
         kept = min(round(options.held_out * count), count - 1)
         self.error_images = context.images[: count - kept]
         scored = context.images[-kept:] if kept else context.images
-        self.divergence = Divergence(graph_module, scored, context.batch_size)
+        self.divergence = Divergence(graph_module, scored, context.batch_size, objective=context.objective)
         self.errors: dict[tuple[int, int, int], float] = {}
         self.weights: dict[int, float] = {}
 
@@ -225,17 +233,16 @@ class _Search:
         """What one unit of a layer's relative error counts."""
         if not self.options.weighted:
             return 1.0
-        pairs = zip(self.table.operands, self._columns_of(row), strict=True)
+        pairs = zip(self.table.sides, self._columns_of(row), strict=True)
         cost = sum(float(side.cost[row, column]) for side, column in pairs if column >= 0)
         return cost / max(self._error(row), 1e-30)
 
     def _error(self, row: int, columns: tuple[int, int] | None = None) -> float:
         """E of a layer at its current or other columns."""
         current = self._columns_of(row)
-        known = self.errors.get((row, *(columns or current)))
-        if columns is None or columns == current or self.options.estimate == "measured":
-            assert known is not None
-            return known
+        columns = columns or current
+        if columns == current or self.options.estimate == "measured":
+            return self.errors[(row, *columns)]
         now, then = (max(self._bits(*pair)) for pair in (current, columns))
         ratio = np.prod([expected_ratio(bits) for bits in range(min(now, then) + 1, max(now, then) + 1)])
         here = self.errors[row, current[0], current[1]]
@@ -244,21 +251,14 @@ class _Search:
     def _columns_of(self, row: int) -> tuple[int, int]:
         return int(self.assignment[0, row]), int(self.assignment[1, row])
 
-    def _bits(self, weight_column: int, activation_column: int) -> tuple[int, int]:
-        columns = (weight_column, activation_column)
-        pair = [int(side.bits_at(np.array(column))) for side, column in zip(self.table.operands, columns, strict=True)]
-        return pair[0], pair[1]
+    def _bits(self, *columns: int) -> tuple[int, int]:
+        first, second = (int(self.table.bits[column]) if column >= 0 else 0 for column in columns)
+        return first, second
 
     def _score(self, assignment: Assignment) -> float:
-        """KL divergence from the float model of the whole assignment, nats per image."""
-        weight_bits, activation_bits = self.table.bits(assignment)
-        bits = {}
-        for row, node in enumerate(self.nodes):
-            annotation = annotation_of(node)
-            # What is not in the table, as the image's width, stays as it is.
-            weight = int(weight_bits[row]) if assignment[0, row] >= 0 else annotation.weight_bits
-            activation = int(activation_bits[row]) if assignment[1, row] >= 0 else annotation.activation_bits
-            bits[node] = (weight, activation)
+        """Divergence from the float model of the whole assignment, in the unit of the objective."""
+        widths = self.table.widths(assignment)
+        bits = {n: _operand_bits(annotation_of(n), widths[:, layer]) for layer, n in enumerate(self.nodes)}
         key = signature(self.key, "score", assignment.tolist())
         found: float = self.context.cache.recall(key, lambda: self.divergence.of(bits))
         return found
@@ -271,15 +271,16 @@ class _Search:
         return {**sides, "predicted": predicted, "realised": realised, "kept": kept}
 
 
-def _columns(table: CostTable, allocation: Allocation) -> Assignment:
-    """The columns of an allocation's bits, int64 [2, L]; -1 where a layer has none."""
-    chosen = (allocation.weight_bits, allocation.activation_bits)
-    return np.array(
-        [
-            [side.bits.tolist().index(bits[layer]) if layer in bits else -1 for layer in table.layers]
-            for side, bits in zip(table.operands, chosen, strict=True)
-        ]
-    )
+def _operand_bits(annotation: Annotation, widths: IntArray) -> tuple[int | None, ...]:
+    """The bits of a node's operands at the widths of its two rows in the table.
+
+    What is not in the table (0), as an image, stays as it is.
+    """
+    bits = list(annotation.bits)
+    for group, width in zip(annotation.groups, widths.tolist(), strict=True):
+        for index in group:
+            bits[index] = width or bits[index]
+    return tuple(bits)
 
 
 def _after(assignment: Assignment, taken: list[Step]) -> Assignment:

@@ -21,9 +21,11 @@ from fxquant.errors import CalibrationError
 class Augment:
     """What is done to the images of a batch, drawn anew for each.
 
-    crop: least share of a side that a crop keeps; 1: images whole. mixed: probability that an image is a mixture, half
-    of these blended, half pasted. colour: strength of changes of brightness, contrast and saturation, 0 for none. Half
-    of the images are mirrored.
+    Args:
+        crop: least share of each side that a crop keeps; 1 leaves images whole.
+        mixed: probability that an image is mixed with another. Half of the mixtures are blended, half are pasted.
+        colour: how far brightness, contrast and saturation move at most; 0 leaves them. Half of the images are
+            mirrored.
     """
 
     crop: float = 0.4
@@ -34,7 +36,7 @@ class Augment:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if not (0 < self.crop <= 1 and 0 <= self.mixed <= 1 and 0 <= self.colour < 1):
-            raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1: {self}")
+            raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1, found {self}")
 
     def __call__(self, images_bchw: Tensor, generator: torch.Generator) -> Tensor:
         """Float (B, C, H, W), on the CPU, to as many others."""
@@ -44,7 +46,13 @@ class Augment:
 
 
 def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:
-    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored."""
+    """Random parts of the images, at least `least` of each side, scaled to full size; half of them mirrored.
+
+    Args:
+        images_bchw: float (B, C, H, W).
+        least: the least share of each side that a part has, 0 to 1.
+        generator: what the parts are drawn by.
+    """
     count = len(images_bchw)
 
     def draw(*shape: int) -> Tensor:
@@ -61,7 +69,13 @@ def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) 
 
 
 def random_mixtures(images_bchw: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Some of the images mixed with the image before them in the batch; shares are uniform."""
+    """Some of the images mixed with the image before them in the batch; shares are uniform.
+
+    Args:
+        images_bchw: float (B, C, H, W).
+        probability: share of the images that are mixed, 0 to 1.
+        generator: what images and shares are drawn by.
+    """
     count, _, height, width = images_bchw.shape
     others = images_bchw.roll(1, 0)
     chosen, kind, share = torch.rand(3, count, generator=generator).unbind()
@@ -81,7 +95,13 @@ def random_mixtures(images_bchw: Tensor, probability: float, generator: torch.Ge
 
 
 def random_colours(images_bchw: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Images with other brightness, contrast and saturation: scaled and shifted about their means."""
+    """Images with other brightness, contrast and saturation: scaled and shifted about their means.
+
+    Args:
+        images_bchw: float (B, C, H, W).
+        strength: how far brightness, contrast and saturation move at most; 0: not at all.
+        generator: what the changes are drawn by.
+    """
     count = len(images_bchw)
     contrast, saturation, shift = (2 * torch.rand(3, count, 1, 1, 1, generator=generator) - 1).to(images_bchw).unbind()
     mean, grey = images_bchw.mean((1, 2, 3), keepdim=True), images_bchw.mean(1, keepdim=True)

@@ -1,8 +1,8 @@
 """How far a quantized block's output is from the float block's: squared, or as the rest of the network sees it.
 
-Fisher: F = J^T (diag(p) - p p^T) J of the float rest of the network at the quantized block's output, as the mean of its
-diagonal over images and, image by image, `rank` outer products of random gradients (as in Calibrate); FIMA-Q (Wu et
-al.) takes gradients of the KL divergence itself.
+Fisher: F = J^T E[v v^T] J of the float rest of the network at the quantized block's output, v the objective's random
+cotangents, as the mean of its diagonal over images and, image by image, `rank` outer products of random gradients (as
+in Calibrate); FIMA-Q (Wu et al.) takes gradients of the KL divergence itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxquant.graph.structure.blocks import extract
-from fxquant.sensitivity.logit_gradients import check_class_scores, class_scores, logit_gradients
+from fxquant.sensitivity.objective import Draws
 from passes.correct.block_pairs import BlockPair, BlockPairs
 
 BlockError = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,14 @@ BlockError = Callable[[Tensor, Tensor], Tensor]
 
 
 def block_error(pair: BlockPair, pairs: BlockPairs, loss: Literal["mse", "fisher"], rank: int) -> BlockError:
-    """The error of one block. rank: outer products per image, of the Fisher-weighted one."""
+    """The error of one block.
+
+    Args:
+        pair: the block in both networks.
+        pairs: the pairs that it belongs to, with the images.
+        loss: "mse", the mean squared error; "fisher", weighted by the Fisher information.
+        rank: outer products per image, of the Fisher-weighted one.
+    """
     target = pair.target
     if loss == "mse":
         power = target.square().mean().clamp_min(1e-30)
@@ -40,8 +47,8 @@ def block_error(pair: BlockPair, pairs: BlockPairs, loss: Literal["mse", "fisher
 
 def _fisher(pair: BlockPair, pairs: BlockPairs, rank: int) -> tuple[Tensor, Tensor]:
     """Gradients (rank, N, ...) in bfloat16 and the mean over images of their squares (...), float32."""
-    check_class_scores(pairs.original, 'Reconstruct(loss="fisher")', 'use loss="mse"')
-    context = pairs.context
+    context, needed_by = pairs.context, 'Reconstruct(loss="fisher")'
+    context.objective.check(pairs.original, needed_by)
     result = pairs.blocks[-1].result
     rest = extract(pairs.original, pair.block.result, result)
     outputs = pairs.run(pair.quantized, pair.quantized_input)
@@ -49,10 +56,10 @@ def _fisher(pair: BlockPair, pairs: BlockPairs, rank: int) -> tuple[Tensor, Tens
     first = 0
     for batch in torch.split(outputs, context.batch_size):
         batch = batch.clone().requires_grad_()
-        logits = class_scores(rest(batch), 'Reconstruct(loss="fisher")', 'use loss="mse"')
-        probabilities = logits.detach().float().softmax(1).cpu()
-        cotangents = logit_gradients(probabilities, "signs", rank, context.seed, first)
-        rows = [torch.autograd.grad(logits, batch, v, retain_graph=True)[0] for v in cotangents.to(logits)]
+        reached = context.objective.outputs(rest(batch), needed_by)
+        rows = []
+        for (gradient,) in context.objective.gradients(reached, [batch], Draws(rank, context.seed, first)):
+            rows.append(torch.zeros_like(batch) if gradient is None else gradient)
         found.append(torch.stack(rows).bfloat16())
         first += len(batch)
     gradients = torch.cat(found, dim=1)

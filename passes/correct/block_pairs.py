@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.artefact.cache import signature
-from fxquant.graph.annotation import Candidate, annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.structure.blocks import Block, cut, extract
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of, remove_observers
+from passes.search.insert_observers import remove_observers
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 QUANTIZER_PLACES = ("input_quantizer", "left_quantizer", "right_quantizer")
@@ -31,9 +31,12 @@ QUANTIZER_PLACES = ("input_quantizer", "left_quantizer", "right_quantizer")
 class BlockPair:
     """One block of both networks and the calibration images' values at its ends.
 
-    original, quantized: the block as graph modules that share modules with the whole networks. float_input,
-    quantized_input, target: float (N, ...), on the device of the networks; target is the float block's output for
-    float_input. index: of the block, from 0.
+    Args:
+        index: of the block, from 0.
+        block: its name and its ends.
+        original, quantized: the block as graph modules that share modules with the whole networks.
+        float_input, quantized_input, target: float (N, ...), on the device of the networks; target is the float block's
+            output for float_input.
     """
 
     index: int
@@ -80,7 +83,10 @@ def activation_quantizers(quantized: GraphModule) -> list[tuple[str, nn.Module, 
 class BlockPairs:
     """Both networks of a graph with bits; iterate for the pairs, changing a pair's quantized modules on the way.
 
-    device: where the networks run, images are moved there; None: where the graph's weights are.
+    Args:
+        graph_module: with observers and bits; it is not changed.
+        context: with the calibration images.
+        device: where the networks run, images are moved there; None: where the graph's weights are.
     """
 
     def __init__(self, graph_module: GraphModule, context: PassContext, device: torch.device | None = None) -> None:
@@ -137,7 +143,7 @@ def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
     changed = 0
     for node in nodes_with_role(graph_module):
         annotation = annotation_of(node)
-        if annotation.weight_bits is None and annotation.activation_bits is None:
+        if not annotation.has_bits:
             continue
         learned = quantized.get_submodule(str(copies[node.name].target))
         if isinstance(learned, QuantizedWeightModule):
@@ -145,32 +151,31 @@ def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
             layer.weight = _like(learned.weight, layer.weight)
             if learned.bias is not None:
                 layer.bias = _like(learned.bias, layer.weight)
-            weights = _with_quantizer(annotation.weight_candidates, annotation.weight_bits, learned.weight_quantizer)
-            annotate(node, weight_candidates=weights)
             changed += 1
-        places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
-        groups = list(annotation.activation_candidates)
-        for position, place in enumerate(places):
-            found = getattr(learned, _place_name(learned, place))
-            groups[position] = _with_quantizer(groups[position], annotation.input_bits[position], found)
-        annotate(node, activation_candidates=tuple(groups))
+        annotate_operands(node, candidates=[_learned(operand, learned) for operand in annotation.operands])
     return changed
 
 
-def _with_quantizer(
-    candidates: tuple[Candidate, ...], bits: int | None, quantizer: Quantizer | None
-) -> tuple[Candidate, ...]:
-    """The candidates, that of this width with another quantizer; None: as they are."""
+def _learned(operand: Operand, module: nn.Module) -> tuple[Candidate, ...]:
+    """An operand's candidates, that of its width with the quantizer that the module has for it."""
+    quantizer: Quantizer | None = getattr(module, _place(operand, module), None)
     if quantizer is None:
-        return candidates
-    return tuple(replace(c, quantizer=copy.deepcopy(quantizer).to("cpu")) if c.bits == bits else c for c in candidates)
+        return operand.candidates
+    return tuple(
+        replace(c, quantizer=copy.deepcopy(quantizer).to("cpu")) if c.bits == operand.bits else c
+        for c in operand.candidates
+    )
 
 
-def _place_name(module: nn.Module, argument: int) -> str:
-    """The attribute that quantizes this argument of a node."""
-    if isinstance(module, QuantizedMatmul):
-        return ("left_quantizer", "right_quantizer")[argument]
-    return "input_quantizer"
+def _place(operand: Operand, module: nn.Module) -> str:
+    """The attribute of a quantized module that quantizes an operand."""
+    if operand.argument is None:
+        return "weight_quantizer"
+    return (
+        ("left_quantizer", "right_quantizer")[operand.argument]
+        if isinstance(module, QuantizedMatmul)
+        else "input_quantizer"
+    )
 
 
 def _like(value: Tensor, parameter: Tensor) -> nn.Parameter:

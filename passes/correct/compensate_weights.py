@@ -21,14 +21,17 @@ from torch.fx import GraphModule
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import Fact
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import GRAMS_KNOWN
 from passes.search.insert_observers import observers_of
-from passes.substitute.substitute_quantizers import chosen
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
 WELL_DAMPED = 0.1
+FACTORED = 256  # columns that are factored together
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,16 @@ class CompensateWeights:
     dampening: float = 0.5
     block: int = 128
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED, Fact.GRAMS_KNOWN})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED, GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.GRAMS_KNOWN})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({GRAMS_KNOWN})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.dampening < 0 or self.block < 1:
-            raise CalibrationError(f"dampening is not negative, and a block has at least one column: {self}")
+            raise CalibrationError(f"dampening is not negative, and a block has at least one column, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place and let go of Gram matrices; returns how many layers.
@@ -61,20 +64,21 @@ class CompensateWeights:
         """
         work = []
         for node in nodes_with_role(graph_module):
-            found = observers_of(graph_module, node)
             annotation = annotation_of(node)
-            candidate = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
-            if candidate is not None and found and found[0][1].gram is not None:
-                work.append((node, found[0][1], candidate.quantizer))
+            candidate = chosen(annotation.weight, annotation.layer) if annotation.weight else None
+            observers = [observer for _, observer in observers_of(graph_module, node) if observer.gram is not None]
+            if candidate is not None and observers:
+                work.append((node, observers[0], candidate.quantizer))
         task = context.progress.track("compensating weights", len(work))
         before = after = 0.0
         for node, observer, quantizer in work:
             module = graph_module.get_submodule(str(node.target))
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
-                raise CalibrationError(f"{node.name}: only uniform weights of linear layers can be compensated")
-            rows, gram = module.weight.detach().flatten(1), observer.gram
-            assert gram is not None
-            observer.release()
+                raise CalibrationError(
+                    f"{node.name}: only uniform weights of linear layers and convolutions can be compensated: "
+                    "leave CompensateWeights out"
+                )
+            rows, gram = module.weight.detach().flatten(1), observer.released_gram()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
             kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
             before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])
@@ -110,26 +114,36 @@ def compensate(
     """
     feedback = _feedback(gram_ii, dampening).to(weight_oi.dtype)
     weight = weight_oi.T.contiguous()  # a column's weights stand side by side
-    result, error = torch.empty_like(weight), torch.empty_like(weight)
+    error = torch.empty_like(weight)
+    scale, (low, high) = quantizer.scale.reshape(-1), quantizer.reach
+    per_step, result = 1 / scale, []
     for start in range(0, len(weight), block):
         inside = slice(start, start + block)
         target = torch.addmm(weight[inside], feedback[:start, inside].T, error[:start])
-        for j, wanted in enumerate(target):
-            column = start + j
+        columns = range(start, start + len(target))
+        for column, wanted, given, missed in zip(columns, target, weight[inside], error[inside], strict=True):
             wanted.addmv_(error[start:column].T, feedback[start:column, column])
-            result[column] = quantizer(wanted[:, None])[:, 0]
-            torch.sub(weight[column], result[column], out=error[column])
-    return result.T.contiguous()
+            # What the quantizer gives, without calling it: nearly all the time of this pass is spent here.
+            rounded = (wanted.float() * per_step).round_().clamp_(low, high).mul_(scale)
+            result.append(rounded)
+            torch.sub(given, rounded, out=missed)
+    return torch.stack(result, 1).to(weight_oi.dtype)
 
 
 def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
-    """R_kj / R_jj of the damped G = R R^T, float32 or float64 (in, in), upper triangular."""
+    """R_kj / R_jj of the damped G = R R^T, float32 or float64 (in, in), above the diagonal; below it, any numbers."""
     # Eigenvalues lie between the dampening and the number of columns, in means of the diagonal: well damped, float32
     # does, at half the time.
-    gram = gram_ii.to(torch.float32 if dampening >= WELL_DAMPED else torch.float64, copy=True)
-    diagonal = gram.diagonal()
+    factor = gram_ii.to(torch.float32 if dampening >= WELL_DAMPED else torch.float64, copy=True)
+    diagonal = factor.diagonal()
     diagonal += diagonal.mean().clamp_min(1e-30) * dampening
-    # Turned round by both axes, G's lower Cholesky factor is the upper triangular one that stands on the left.
-    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    feedback: Tensor = upper.div_(upper.diagonal().clone())
-    return feedback
+    # Block by block from the last column to the first, in place: R_IJ R_JJ^T = G_IJ - sum over later K of R_IK R_JK^T.
+    # Below the diagonal G is left, which nobody reads.
+    for end in range(len(factor), 0, -FACTORED):
+        start = max(end - FACTORED, 0)
+        above, corner = factor[:start, start:end], factor[start:end, start:end]
+        factor[:end, start:end].addmm_(factor[:end, end:], factor[start:end, end:].T, alpha=-1)
+        # Turned round by both axes, a lower Cholesky factor is the upper triangular one that stands on the left.
+        corner.copy_(torch.linalg.cholesky(corner.flip(0, 1)).flip(0, 1))
+        above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
+    return factor.div_(diagonal.clone())

@@ -33,7 +33,7 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.facts import Fact
 from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.graph.structure.blocks import extract
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -41,15 +41,21 @@ from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.compensate_weights import compensate
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 
 @dataclass(frozen=True)
 class Correction:
     """What one layer got.
 
-    layer: path of its module. ridge: None where no correction was best. heldout_error: weighted squared error at its
-    output over images left out, after rounding to nearest, relative to that of the uncorrected weight. weight: the
-    corrected float weight before rounding, shape of the layer's.
+    Args:
+        layer: path of its module.
+        ridge: None where no correction was best.
+        heldout_error: weighted squared error at its output over images left out, after rounding to nearest, relative to
+            that of the uncorrected weight.
+        weight: the corrected float weight before rounding, shape of the layer's.
     """
 
     layer: str
@@ -62,9 +68,12 @@ class Correction:
 class CorrectWeights:
     """Correct the weights of every linear layer and ungrouped convolution that has weight bits.
 
-    ridges: values of lambda to choose from, relative to the mean diagonal; empty: no correction, only the rounding.
-    rounding: "nearest", or "gptq" (CompensateWeights' columns, on plain quantized inputs). dampening: GPTQ's, relative.
-    folds: of images in cross-validation; fewer images than folds: as many as there are images. robust: weigh tokens.
+    Args:
+        ridges: values of lambda to choose from, relative to the mean diagonal. With none, weights are only rounded.
+        rounding: "nearest", or "gptq": column by column as CompensateWeights does it, on plain quantized inputs.
+        dampening: what GPTQ adds to the diagonal, relative to its mean.
+        folds: how many parts the images are cut into for cross-validation; with fewer images, each is a part.
+        robust: whether a massive token counts no more than a usual one.
 
     Not idempotent: the float targets are those of the weights it finds.
     """
@@ -75,7 +84,7 @@ class CorrectWeights:
     folds: int = 4
     robust: bool = True
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
     effect: ClassVar[Effect] = Effect.WEIGHTS
@@ -84,7 +93,7 @@ class CorrectWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:
-            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed: {self}")
+            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights and biases in place; returns how many layers. Notes each layer's ridge and error."""
@@ -104,7 +113,11 @@ class CorrectWeights:
     def recalled(self, pair: BlockPair, pairs: BlockPairs, key: str, images: Tensor | None = None) -> list[Correction]:
         """`correct`, kept block by block, so that a process that takes the place of a killed one repeats one at most.
 
-        key: signature of all that the correction depends on besides the block's index.
+        Args:
+            pair: the block in both networks.
+            pairs: the pairs that it belongs to, with the images.
+            key: signature of all that the correction depends on besides the block's index.
+            images: int64 (n,), indices of the calibration images to learn from; None: all of them.
         """
 
         def make() -> dict[str, Tensor]:
@@ -115,7 +128,10 @@ class CorrectWeights:
     def correct(self, pair: BlockPair, pairs: BlockPairs, images: Tensor | None = None) -> list[Correction]:
         """Correct and round the layers of the pair's quantized block, in graph order.
 
-        images: int64 (n,), indices of the calibration images to learn from; None: all of them.
+        Args:
+            pair: the block in both networks.
+            pairs: the pairs that it belongs to, with the images.
+            images: int64 (n,), indices of the calibration images to learn from; None: all of them.
         """
         images = torch.arange(len(pair.float_input)) if images is None else images
         corrections: list[Correction] = []
@@ -216,8 +232,10 @@ def _taken(tensors: dict[str, Tensor], pair: BlockPair) -> list[Correction]:
 class Moments:
     """Sums over tokens of one layer, in float64, one slice for every fold of images.
 
-    inputs: sum a x^ x^^T (folds, in + 1, in + 1). missing: sum a E x^^T (folds, out, in + 1). energy: sum a |E|^2
-    (folds,). x^ ends with a 1.
+    Args:
+        inputs: sum a x^ x^^T (folds, in + 1, in + 1).
+        missing: sum a E x^^T (folds, out, in + 1).
+        energy: sum a |E|^2 (folds,). x^ ends with a 1.
     """
 
     inputs: Tensor
@@ -234,7 +252,14 @@ class Moments:
         return cls(*zeros)
 
     def add(self, fold: int, x_ti: Tensor, missing_to: Tensor, weight_t: Tensor | None) -> None:
-        """Add tokens: quantized inputs (tokens, in), what is missing (tokens, out), weights (tokens,) or None for 1."""
+        """Add tokens: quantized inputs (tokens, in), what is missing (tokens, out), weights (tokens,) or None for 1.
+
+        Args:
+            fold: the part of the images that the tokens belong to, from 0.
+            x_ti: quantized inputs, (tokens, in).
+            missing_to: what is missing in the output, (tokens, out).
+            weight_t: how much each token counts, (tokens,); None: all alike.
+        """
         x = torch.cat([x_ti, torch.ones_like(x_ti[:, :1])], 1)
         root = torch.ones_like(x[:, :1]) if weight_t is None else weight_t.sqrt()[:, None]
         x, missing = x * root, missing_to * root

@@ -1,10 +1,11 @@
 """Distil: train the quantized network, as a whole, to give the float network's outputs on unlabelled images.
 
-The loss of an image is KL(p || p^) between the class probabilities of the float and the quantized network (Hinton et
-al., temperature 1), plus `features` times the mean over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of
-blocks. What learns, by Adam: weights, through their rounding (straight-through, as in quantization-aware training), the
-scale of every row of weights and of every activation quantizer (LSQ), biases and norms. Bits stay as allocated. After
-RotateResidual and FoldSqb the float network is the folded one, so both speak of the same channels.
+The loss of an image is the objective's divergence between the outputs of the float and the quantized network, for
+classifiers KL(p || p^) between their class probabilities (Hinton et al., temperature 1), plus `features` times the mean
+over blocks and tokens of |h^ - h|^2 / |h|^2 at the outputs h of blocks. What learns, by Adam: weights, through their
+rounding (straight-through, as in quantization-aware training), the scale of every row of weights and of every
+activation quantizer (LSQ), biases and norms. Bits stay as allocated. After RotateResidual and FoldSqb the float network
+is the folded one, so both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees other crops and mixtures of them
 (`passes/correct/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
@@ -29,14 +30,16 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import Kept
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import Fact
-from fxquant.sensitivity.logit_gradients import check_class_scores
+from fxquant.graph.facts import Fact
 from passes.correct.augment import Augment
 from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.training import MEMORY, Training, held_out
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.calibrate import CALIBRATED
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 EVERY_S = 30.0  # of training, between two states kept
 CLOSED_FORM = 128  # images at most; more hardly help it
@@ -46,12 +49,19 @@ CLOSED_FORM = 128  # images at most; more hardly help it
 class Distil:
     """Train the quantized network.
 
-    steps: of the optimizer. images: per step. weight_rate, scale_rate, rest_rate: Adam's, of weights in steps of their
-    grid; of the logarithms of scales; of biases and norms. Rates rise over the first twentieth of the steps and fall by
-    a cosine. All hold where weights have 3 bits on average; at b bits steps are 3 / b of that and rates 2^(3-b).
-    features: weight of the blocks' outputs in the loss. augment: what both networks see of the images.
-    closed_form: where weights start; None: at their nearest rounding. checks: of the held-out divergence. device: for
-    example "cuda"; None: a GPU where there is one, else where the model is.
+    Args:
+        steps: how many steps the optimizer takes, where weights have 3 bits on average. At b bits it takes 3 / b of
+            them.
+        images: how many images each step sees.
+        weight_rate, scale_rate, rest_rate: Adam's rates for weights, in steps of their grid; for the logarithms of
+            scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
+            They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
+        features: how much the blocks' outputs count in the loss, beside the model's output.
+        augment: what both networks see of the images.
+        closed_form: what gives the weights that training starts from; None starts from their nearest rounding.
+        checks: how often the held-out divergence is measured, to keep the best state.
+        device: where training runs, for example "cuda"; None takes a GPU where there is one, else the place where the
+            model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
@@ -68,26 +78,26 @@ class Distil:
     checks: int = 5
     device: str | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
     effect: ClassVar[Effect] = Effect.WEIGHTS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
-            raise CalibrationError(f"steps, images and checks are at least 1: {self}")
+            raise CalibrationError(f"steps, images and checks are at least 1, found {self}")
         if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
-            raise CalibrationError(f"rates and the weight of features are not negative: {self}")
+            raise CalibrationError(f"rates and the weight of features are not negative, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
 
-        Notes the held-out divergence (nats per image; None where it is not finite) at the start and at every check, and
-        the check that was kept.
+        Notes the held-out divergence (in the unit of the objective; None where it is not finite) at the start and at
+        every check, and the check that was kept.
         """
-        check_class_scores(graph_module, "Distil", "use CorrectWeights or Reconstruct")
+        context.objective.check(graph_module, "Distil")
         pairs = BlockPairs(graph_module, context, self._device(graph_module))
         key = pairs.signature(repr(self), MEMORY)
         checkpoint = Checkpoint(context.cache, key, EVERY_S)

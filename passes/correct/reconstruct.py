@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact
+from fxquant.graph.facts import Fact
 from fxquant.quantizers.learned import LearnedScale, SoftRounding, scale_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import quantize_rows
@@ -40,6 +40,9 @@ from passes.correct.block_error import BlockError, block_error
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
 from passes.pipeline.contract import Effect, PassContext, ProgressTask
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
 HELD_OUT = 8  # one image in so many
 
@@ -48,11 +51,21 @@ HELD_OUT = 8  # one image in so many
 class Reconstruct:
     """Reconstruct every block.
 
-    steps: gradient steps per block. images: per step. rounding_rate, scale_rate, bias_rate: Adam's, of logits, of the
-    logarithm of activation scales and of biases; the latter two fall by a cosine; 0 leaves them as they are. drop: 0 to
-    1, QDrop's. penalty: of soft weights between grid points, relative to the error; from `warm_up` (a share of the
-    steps) on. loss: "mse", or "fisher" of rank `rank`. closed_form: where weights start. checks: how many of the
-    held-out error. device: for example "cuda"; None: a GPU where there is one, else where the model is.
+    Args:
+        steps: how many gradient steps each block takes.
+        images: how many images each step sees.
+        rounding_rate, scale_rate, bias_rate: Adam's rates for the logits of rounding, for the logarithm of activation
+            scales, and for biases. The latter two fall by a cosine; a rate of 0 leaves what it is for as it is.
+        drop: probability, 0 to 1, that an activation stays float in a step (QDrop).
+        penalty: how much soft weights between two points of the grid cost, relative to the error, once `warm_up` is
+            over.
+        warm_up: share of the steps before the penalty counts, 0 to 1.
+        loss: "mse", the mean squared error; or "fisher", weighted by the Fisher information of rank `rank`.
+        rank: outer products per image of the Fisher-weighted loss.
+        closed_form: what gives the weights that the steps start from; None starts from the float weights.
+        checks: how often the held-out error is measured, to keep the best state.
+        device: where the blocks are trained, for example "cuda"; None takes a GPU where there is one, else the place
+            where the model is.
     """
 
     steps: int = 100
@@ -69,7 +82,7 @@ class Reconstruct:
     checks: int = 5
     device: str | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED, Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = STATISTICS
     effect: ClassVar[Effect] = Effect.WEIGHTS
@@ -78,10 +91,12 @@ class Reconstruct:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
-            raise CalibrationError(f"steps, images, rank and checks are at least 1, drop is between 0 and 1: {self}")
+            raise CalibrationError(
+                f"steps, images, rank and checks are at least 1, drop is between 0 and 1, found {self}"
+            )
         rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
         if min(rates) < 0 or not 0 <= self.warm_up <= 1:
-            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1: {self}")
+            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases and activation candidates in place; returns how many layers.
@@ -128,34 +143,12 @@ class _Learning:
 
     def run(self) -> dict[str, Tensor]:
         """Learn; returns the tensors that `take` wants and `errors`: before, after, steps taken."""
-        options = self.options
-        self.error_of = block_error(self.pair, self.pairs, options.loss, options.rank)
-        layers = self.pair.layers()
-        starts = {str(node.target): layer.weight.detach() for node, _, layer in layers}
-        modules = {str(node.target): module for node, module, _ in layers}
+        self.error_of = block_error(self.pair, self.pairs, self.options.loss, self.options.rank)
         before = self._held_error({})
-        codes: dict[str, Tensor] = {}
-        if options.closed_form is not None:
-            untouched = {path: _tensors(module) for path, module in modules.items()}
-            corrections = options.closed_form.correct(self.pair, self.pairs, self.train)
-            if self._held_error({}) <= before:
-                starts |= {correction.layer: correction.weight for correction in corrections}
-            else:
-                for path, (weight, bias) in untouched.items():
-                    _set(modules[path], weight, bias)
-            codes = {
-                path: quantize_rows(module.weight, module.weight_quantizer)
-                for path, module in modules.items()
-                if module.weight_quantizer is not None
-            }
-        for path, module in modules.items():
-            quantizer = module.weight_quantizer
-            if isinstance(quantizer, UniformQuantizer) and options.rounding_rate:
-                self.roundings[path] = SoftRounding(starts[path], quantizer, codes.get(path))
-            if module.bias is not None and options.bias_rate:
-                self.biases[f"{path}.bias"] = nn.Parameter(module.bias.clone())
+        starts, codes = self._closed_form(before)
+        self._let_learn(starts, codes)
         places = self.pair.quantizers()
-        self.scales = [LearnedScale(getattr(m, name), options.drop, self.generator) for _, m, name in places]
+        self.scales = [LearnedScale(getattr(m, name), self.options.drop, self.generator) for _, m, name in places]
         for (_, owner, name), scale in zip(places, self.scales, strict=True):
             setattr(owner, name, scale)
         try:
@@ -163,18 +156,58 @@ class _Learning:
         finally:
             for (_, owner, name), scale in zip(places, self.scales, strict=True):
                 setattr(owner, name, scale.start)
+        return {**self._found(), "errors": torch.tensor([before, after, self.taken], dtype=torch.float64)}
+
+    def _modules(self) -> dict[str, Any]:
+        """The block's quantized layers, by path."""
+        return {str(node.target): module for node, module, _ in self.pair.layers()}
+
+    def _closed_form(self, before: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By path, the float weights that rounding starts from, and the codes where a closed form chose them.
+
+        before: the held-out error as it is; corrections that do not lower it are taken back.
+        """
+        starts = {str(node.target): layer.weight.detach() for node, _, layer in self.pair.layers()}
+        if self.options.closed_form is None:
+            return starts, {}
+        modules = self._modules()
+        untouched = {path: _tensors(module) for path, module in modules.items()}
+        corrections = self.options.closed_form.correct(self.pair, self.pairs, self.train)
+        if self._held_error({}) <= before:
+            starts |= {correction.layer: correction.weight for correction in corrections}
+        else:
+            for path, (weight, bias) in untouched.items():
+                _set(modules[path], weight, bias)
+        codes = {
+            path: quantize_rows(module.weight, module.weight_quantizer)
+            for path, module in modules.items()
+            if module.weight_quantizer is not None
+        }
+        return starts, codes
+
+    def _let_learn(self, starts: dict[str, Tensor], codes: dict[str, Tensor]) -> None:
+        """Make what learns of weights and biases, from these starts and codes."""
+        for path, module in self._modules().items():
+            quantizer = module.weight_quantizer
+            if isinstance(quantizer, UniformQuantizer) and self.options.rounding_rate:
+                self.roundings[path] = SoftRounding(starts[path], quantizer, codes.get(path))
+            if module.bias is not None and self.options.bias_rate:
+                self.biases[f"{path}.bias"] = nn.Parameter(module.bias.clone())
+
+    def _found(self) -> dict[str, Tensor]:
+        """Weights, biases and scales as they are after learning, by name."""
         found = {
             f"{path}.{name}": tensor
-            for path, module in modules.items()
+            for path, module in self._modules().items()
             for name, tensor in zip(("weight", "bias"), _tensors(module), strict=True)
             if tensor is not None
         }
         found |= {name: tensor.detach() for name, tensor in self._parameters(hard=True).items()}
-        for (path, _, name), scale in zip(places, self.scales, strict=True):
+        for (path, _, name), scale in zip(self.pair.quantizers(), self.scales, strict=True):
             learned = scale_of(scale.finish())
             if learned is not None:
                 found[f"{path}.{name}.scale"] = learned
-        return {**found, "errors": torch.tensor([before, after, self.taken], dtype=torch.float64)}
+        return found
 
     def take(self, values: dict[str, Tensor]) -> None:
         """Put learned weights, biases and scales into the quantized block."""

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
-from torch.nn import functional
 
 from fxquant.graph.structure.blocks import with_outputs
 from fxquant.quantizers.learned import LearnedCodes, LearnedScale
 from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.sensitivity.logit_gradients import class_scores
+from fxquant.sensitivity.objective import Outputs
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs, activation_quantizers, weight_layers
 
@@ -42,50 +41,48 @@ def held_out(count: int) -> tuple[Tensor, Tensor]:
 class Training:
     """The network in training: what learns, the optimizer, and the best state so far.
 
-    wanted: by layer the float weight (out, ...) that training starts from, for others the layer's own. train, held:
-    indices of images, int64 (N,), to learn from and to choose the best state by.
+    Args:
+        options: of the pass.
+        pairs: the float and the quantized network, and what they are given.
+        wanted: by layer the float weight (out, ...) that training starts from; for others it is the layer's own.
+        train: indices of images to learn from, int64 (N,).
+        held: indices of images to choose the best state by, int64 (N,).
     """
 
     def __init__(
         self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: Tensor
     ) -> None:
         self.options, self.device, self.images = options, pairs.device, pairs.context.images
+        self.objective = pairs.context.objective
         self.train, self.held = train, held
         self.teacher = with_outputs(pairs.original, [block.result for block in pairs.blocks[:-1]])
         self.student = with_outputs(pairs.quantized, [block.result for block in pairs.blocks[:-1]])
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + 17)
         self.order = torch.empty(0, dtype=torch.int64)
         self.check = self.step = 0
-        self.weights: dict[str, LearnedCodes] = {}
-        constants = {node.target for node in self.student.graph.nodes if node.op == "get_attr"}
-        self.rest = {
-            name: nn.Parameter(value.detach().clone())
-            for name, value in self.student.named_parameters()
-            if name not in constants
-        }
-        for node, module, layer in weight_layers(pairs.original, pairs.quantized):
-            path, quantizer = str(node.target), module.weight_quantizer
-            if isinstance(quantizer, UniformQuantizer):
-                self.weights[path] = LearnedCodes(wanted.get(path, layer.weight), quantizer, module.weight_codes)
-            if module.bias is not None:
-                self.rest[f"{path}.bias"] = nn.Parameter(module.bias.clone())
+        self.weights = _learned_codes(pairs, wanted)
+        self.rest = _float_rest(pairs, self.student)
         self.places = activation_quantizers(self.student)
         self.scales = [LearnedScale(getattr(owner, name), thinning=THINNING) for _, owner, name in self.places]
         for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
             setattr(owner, name, scale)
+        bits = mean_bits(self.weights.values())
+        self.steps = math.ceil(options.steps * NOMINAL_BITS / bits)
+        self.optimizer, self.rates = self._optimizer(2 ** (NOMINAL_BITS - bits))
+        self.reference = self._outputs(self.teacher, {}, finite=True)
+        self.divergences = [self._divergence()]
+        self.best, self.mean = self._values(), self._values()
+
+    def _optimizer(self, factor: float) -> tuple[torch.optim.Adam, list[float]]:
+        """Adam, and the rate of each of its groups, times a factor: weights, scales, biases and norms."""
+        options = self.options
         groups = [
             ([weight.units for weight in self.weights.values()], options.weight_rate),
             ([learned.log_factor for learned in (*self.scales, *self.weights.values())], options.scale_rate),
             (list(self.rest.values()), options.rest_rate),
         ]
-        bits = mean_bits(self.weights.values())
-        self.steps = math.ceil(options.steps * NOMINAL_BITS / bits)
-        self.rates = [rate * 2 ** (NOMINAL_BITS - bits) for _, rate in groups]
         named = [{"params": parameters} for parameters, _ in groups]
-        self.optimizer = torch.optim.Adam(named, betas=(0.9, 0.99), fused=True)
-        self.reference = self._logits(self.teacher, {}, finite=True)
-        self.divergences = [self._divergence()]
-        self.best, self.mean = self._values(), self._values()
+        return torch.optim.Adam(named, betas=(0.9, 0.99), fused=True), [rate * factor for _, rate in groups]
 
     def advance(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Train up to the next check; `after_step` may keep the state after every step."""
@@ -182,7 +179,7 @@ class Training:
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
             found, *features = functional_call(self.student, self._tensors(), (images,))
-        loss = divergence(wanted, found)
+        loss = self._mean_divergence(self._counting(wanted), self._counting(found))
         if options.features:
             errors = [token_errors(a, b) for a, b in zip(wanted_features, features, strict=True)]
             loss = loss + options.features * torch.stack(errors).mean()
@@ -192,17 +189,28 @@ class Training:
 
     def _divergence(self) -> float:
         """On the held-out images; infinite where training has left what numbers can hold."""
-        found = float(divergence(self.reference, self._logits(self.student, self._tensors(), finite=False)))
+        outputs = self._outputs(self.student, self._tensors(), finite=False)
+        found = float(self._mean_divergence(self.reference, outputs))
         return found if math.isfinite(found) else math.inf
 
+    def _mean_divergence(self, wanted: Outputs, found: Outputs) -> Tensor:
+        """The objective's divergence, mean over images, float ()."""
+        as_float = [tuple(tensor.float() for tensor in outputs) for outputs in (wanted, found)]
+        return self.objective.divergence(as_float[0], as_float[1]) / len(wanted[0])
+
+    def _counting(self, output: Any, finite: bool = False) -> Outputs:
+        """The tensors of an output that the objective looks at."""
+        return self.objective.outputs(output, "Distil", finite)
+
     @torch.no_grad()
-    def _logits(self, network: GraphModule, tensors: dict[str, Tensor], finite: bool) -> Tensor:
+    def _outputs(self, network: GraphModule, tensors: dict[str, Tensor], finite: bool) -> Outputs:
+        """What a network gives for the held-out images."""
         found = []
         for indices in torch.split(self.held, self.options.images):
             with self._precision():
-                output = functional_call(network, tensors, (self.images[indices].to(self.device),))
-            found.append(class_scores(output, "Distil", "use CorrectWeights or Reconstruct", finite))
-        return torch.cat(found)
+                output, *_ = functional_call(network, tensors, (self.images[indices].to(self.device),))
+            found.append(self._counting(output, finite))
+        return tuple(torch.cat(batches) for batches in zip(*found, strict=True))
 
     def _precision(self) -> torch.autocast:
         kind = self.device.type
@@ -216,7 +224,25 @@ def mean_bits(weights: Iterable[LearnedCodes]) -> float:
     return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes) if sizes else NOMINAL_BITS
 
 
-def divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Mean over images of KL(softmax(wanted) || softmax(found)), nats, float (); both (B, classes)."""
-    expected = wanted.float().log_softmax(1)
-    return functional.kl_div(found.float().log_softmax(1), expected, reduction="batchmean", log_target=True)
+def _learned_codes(pairs: BlockPairs, wanted: dict[str, Tensor]) -> dict[str, LearnedCodes]:
+    """By path, the weights that learn: those of uniform quantizers, from where they start."""
+    found = {}
+    for node, module, layer in weight_layers(pairs.original, pairs.quantized):
+        path, quantizer = str(node.target), module.weight_quantizer
+        if isinstance(quantizer, UniformQuantizer):
+            found[path] = LearnedCodes(wanted.get(path, layer.weight), quantizer, module.weight_codes)
+    return found
+
+
+def _float_rest(pairs: BlockPairs, student: GraphModule) -> dict[str, nn.Parameter]:
+    """By name, what learns in float: parameters of the network that are no constants, and biases of its layers."""
+    constants = {node.target for node in student.graph.nodes if node.op == "get_attr"}
+    found = {
+        name: nn.Parameter(value.detach().clone())
+        for name, value in student.named_parameters()
+        if name not in constants
+    }
+    for node, module, _ in weight_layers(pairs.original, pairs.quantized):
+        if module.bias is not None:
+            found[f"{node.target}.bias"] = nn.Parameter(module.bias.clone())
+    return found

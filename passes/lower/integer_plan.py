@@ -1,8 +1,11 @@
 """The graph while it is lowered: which nodes will run as integers, on which codes, and where bytes flow already.
 
-`plan` marks what kernels can run exactly and puts a ToCodes node on each of its quantized inputs, one for all readers
-of an edge that share a quantizer, as early as the bytes can be made: before views, transposes, rolls and zero-padding.
-Fusions (`passes.lower.rewrites.fuse_codes`) change plans; `Lower` builds the modules.
+`PlanIntegers` marks what kernels can run exactly and puts a ToCodes node on each of its quantized inputs, one for all
+readers of an edge that share a quantizer, as early as the bytes can be made: before views, transposes, rolls and
+zero-padding. Rewrites (`passes.lower.rewrites`) change what is planned; `PackLayers` builds the modules.
+
+A plan stands in the nodes themselves, see `planned_of`, and a node that gives codes calls a ToCodes, see `code_of`: so
+a rewrite needs the graph only.
 """
 
 from __future__ import annotations
@@ -12,179 +15,89 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
-from fxquant.graph.names import add_module
-from fxquant.quantizers.quantizer import Quantizer
-from fxquant.quantizers.uniform import UniformQuantizer
-from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.nodes import input_of, module_of
+from fxquant.graph.notes import EXECUTION
+from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import Epilogue, RowLogToCodes, ToCodes
-from fxquant.runtime.native.library import MAX_INNER
-from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedWeightModule
 
+_PLANNED = "fxquant_planned"
 _MOVES = {
     "view", "reshape", "permute", "transpose", "contiguous", "flatten", "unsqueeze", "squeeze", "roll",
     torch.roll, torch.permute, torch.transpose, torch.reshape, torch.flatten,
 }  # fmt: skip
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul")
 SUMS = (operator.add, operator.iadd, torch.add, "add")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A node that will run as integers: the codes of its inputs, what happens to its result."""
+    """A node that will run as integers.
+
+    Args:
+        codes: of its inputs.
+        layers: public names of the layers that it runs.
+        epilogue: what happens to its result.
+    """
 
     codes: tuple[ByteCode, ...]
+    layers: tuple[str, ...]
     epilogue: Epilogue = field(default_factory=Epilogue)
 
 
-@dataclass
-class IntegerPlan:
-    """nodes: what runs as integers. made: the code of every ToCodes node."""
-
-    graph_module: GraphModule
-    nodes: dict[Node, Planned] = field(default_factory=dict)
-    made: dict[Node, ByteCode] = field(default_factory=dict)
-
-    def module(self, node: Node | None) -> nn.Module | None:
-        """The module that a node calls, None where it calls none."""
-        return module_of(self.graph_module, node)
-
-    def set_epilogue(self, node: Node, epilogue: Epilogue) -> None:
-        """Change what a planned node does with its result."""
-        self.nodes[node] = replace(self.nodes[node], epilogue=epilogue)
-        if epilogue.gives_codes:
-            set_dtype(node, torch.uint8)
-
-    def add_codes(self, source: Node, code: ByteCode) -> Node:
-        """A node with the codes of `source`, made as early as possible; an equal one is used again."""
-        found = next((node for node in source.users if self.made.get(node) == code), None)
-        if found is not None:
-            return found
-        module = RowLogToCodes(code) if code.of_rows else ToCodes(code)
-        name = add_module(self.graph_module, f"codes_{source.name}", module)
-        with self.graph_module.graph.inserting_after(source):
-            codes = self.graph_module.graph.call_module(name, (source,))
-        self.made[codes] = code
-        codes.meta["tensor_meta"] = source.meta["tensor_meta"]
-        set_dtype(codes, torch.uint8)
-        return codes
-
-    def hoist(self, codes: Node) -> None:
-        """Move a ToCodes node before the operations that only move numbers around."""
-        code = self.made[codes]
-        if code.of_rows:  # moves may change what a row is
-            return
-        while True:
-            move = codes.args[0]
-            assert isinstance(move, Node)  # `add_codes` gave it one
-            if readers(move) != [codes] or not (moves(move) or _pads_zero(move, code)):
-                return
-            source = move.args[0]
-            assert isinstance(source, Node)  # moves have a tensor as their first argument
-            if shape_of(source) is None:  # a file need not note every node's
-                return
-            codes.replace_all_uses_with(move)
-            codes.args = (source,)
-            source.append(codes)
-            codes.meta["tensor_meta"] = source.meta["tensor_meta"]
-            move.args = (codes, *move.args[1:])
-            if move.target is functional.pad:
-                move.args, move.kwargs = (codes, move.args[1]), {"mode": "constant", "value": code.zero}
-            for node in (codes, move):
-                set_dtype(node, torch.uint8)
+def planned_of(node: Node | None) -> Planned | None:
+    """What is planned for a node; None where it does not run as integers, or has been built."""
+    return None if node is None else node.meta.get(_PLANNED)
 
 
-def plan(graph_module: GraphModule) -> IntegerPlan:
-    """Mark what runs as integers and put ToCodes nodes on its inputs; see the module."""
-    found = IntegerPlan(graph_module)
-    for node, codes in integer_nodes(graph_module).items():
-        found.nodes[node] = Planned(codes)
-        for index, code in enumerate(codes):
-            source = node.args[index]
-            assert isinstance(source, Node)  # `integer_codes` has seen its shape
-            node.update_arg(index, found.add_codes(source, code))
-    for codes_node in list(found.made):
-        found.hoist(codes_node)
-    return found
+def set_planned(node: Node, planned: Planned | None) -> None:
+    """Plan a node; None: it is done."""
+    node.meta.pop(_PLANNED, None)
+    if planned is not None:
+        node.meta[_PLANNED] = planned
 
 
-def integer_nodes(graph_module: GraphModule) -> dict[Node, tuple[ByteCode, ...]]:
-    """Nodes that can run as integers, in graph order, with the codes of their inputs."""
-    found = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            codes = integer_codes(graph_module.get_submodule(str(node.target)), node)
-            if codes is not None:
-                found[node] = codes
-    return found
+def planned_nodes(graph_module: GraphModule) -> list[Node]:
+    """Nodes that will run as integers, in graph order."""
+    return [node for node in graph_module.graph.nodes if planned_of(node) is not None]
 
 
-def integer_codes(module: nn.Module | None, node: Node) -> tuple[ByteCode, ...] | None:
-    """The codes on which a node runs exactly as integers; None where it must stay simulated.
-
-    Subclasses may compute something else: they are not for the kernels.
-    """
-    if type(module) not in (QuantizedLinear, QuantizedConv2d, QuantizedMatmul):
-        return None
-    if isinstance(module, QuantizedLinear):
-        return _weight_codes(module, module.input_quantizer, node)
-    if isinstance(module, QuantizedConv2d):
-        geometry = module.geometry
-        is_plain = geometry["groups"] == 1 and geometry["dilation"] in (1, (1, 1), [1, 1])
-        found = _weight_codes(module, module.input_quantizer, node) if is_plain else None
-        is_padded = geometry["padding"] not in (0, (0, 0), [0, 0])
-        if found is None or isinstance(geometry["padding"], str) or (is_padded and not found[0].identity):
-            return None
-        return found
-    if isinstance(module, QuantizedMatmul):
-        left, right = byte_code(module.left_quantizer), byte_code(module.right_quantizer)
-        shapes = [shape_of(source) for source in node.args]
-        if left is None or right is None or not right.identity or len(shapes) != 2:
-            return None
-        if shapes[0] is None or shapes[1] is None or len(shapes[0]) < 3 or shapes[0][:-2] != shapes[1][:-2]:
-            return None
-        return (left, right) if shapes[0][-1] <= MAX_INNER else None
-    return None
+def set_epilogue(node: Node, epilogue: Epilogue) -> None:
+    """Change what a planned node does with its result."""
+    planned = planned_of(node)
+    assert planned is not None  # rewrites ask before
+    set_planned(node, replace(planned, epilogue=epilogue))
+    if epilogue.gives_codes:
+        set_dtype(node, torch.uint8)
 
 
-def _weight_codes(
-    module: QuantizedWeightModule, quantizer: Quantizer | None, node: Node
-) -> tuple[ByteCode, ...] | None:
-    weight, codes = module.weight_quantizer, module.weight_codes
-    is_symmetric = isinstance(weight, UniformQuantizer) and weight.zero_point is None and codes is not None
-    code = byte_code(quantizer)
-    if not is_symmetric or code is None or codes is None or weight is None or shape_of(node.args[0]) is None:
-        return None
-    if code.of_rows:  # only products of two activations are divided by the row's sum
-        return None
-    is_per_channel = getattr(weight, "scale").numel() in (1, len(codes))  # noqa: B009
-    return (code,) if is_per_channel and codes[0].numel() <= MAX_INNER else None
+def code_of(graph_module: GraphModule, node: Node | None) -> ByteCode | None:
+    """The code of a node that does nothing but give codes; None for all others."""
+    module = module_of(graph_module, node)
+    return module.code if type(module) in (ToCodes, RowLogToCodes) else None  # type: ignore[union-attr, return-value]
 
 
-def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
-    """The module that a node calls, None where it calls none."""
-    is_call = node is not None and node.op == "call_module"
-    return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
+def note_kernel(graph_module: GraphModule, kernel: str, *layers: str) -> None:
+    """Note which kernel runs layers, by their public names."""
+    EXECUTION.write(graph_module, (EXECUTION.get(graph_module) or {}) | dict.fromkeys(layers, kernel))
 
 
-def readers(node: Node) -> list[Node]:
-    """Users of a node that read its numbers, not only its shape."""
-    return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]
+def layer_of(node: Node | None) -> str:
+    """The public name of a node's layer, else the node's own."""
+    return "" if node is None else annotation_of(node).layer or node.name
 
 
-def input_of(node: Node | None, index: int = 0) -> Node | None:
-    """The node that an argument of a node is, None where it is something else."""
-    found = node.args[index] if node is not None and len(node.args) > index else None
-    return found if isinstance(found, Node) else None
-
-
-def only_reader(node: Node | None) -> Node | None:
-    """The one user that reads a node's numbers, None where there are several or none."""
-    found = [] if node is None else readers(node)
-    return found[0] if len(found) == 1 else None
+def operation_of(graph_module: GraphModule, node: Node | None) -> str:
+    """What a node does, for a person: the class of the module that it calls, or the name of the function."""
+    if node is None:
+        return "nothing"
+    module = module_of(graph_module, node)
+    name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return f"'{name}'"
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
@@ -202,7 +115,13 @@ def set_dtype(node: Node, dtype: torch.dtype) -> None:
 
 
 def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
-    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it."""
+    """Note that a node holds a tensor of this shape; of the dtype of `like` where nothing was known of it.
+
+    Args:
+        node: the node.
+        shape: of the tensor that it holds.
+        like: a node whose dtype is taken where nothing was known of this one.
+    """
     metadata = node.meta.get("tensor_meta", like.meta["tensor_meta"])
     node.meta["tensor_meta"] = metadata._replace(shape=torch.Size(shape))
 
@@ -212,7 +131,15 @@ def moves(node: Node) -> bool:
     return node.op in ("call_method", "call_function") and node.target in _MOVES and input_of(node) is not None
 
 
-def _pads_zero(node: Node, code: ByteCode) -> bool:
+def factor_of(node: Node | None) -> float | None:
+    """c of a node c x, c a number; None for everything else."""
+    if node is None or node.target not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+        return None
+    return node.args[1] if isinstance(node.args[1], float) and input_of(node) is not None else None
+
+
+def pads_zero(node: Node, code: ByteCode) -> bool:
+    """Whether a node pads with zeros that the code has a byte for."""
     if node.target is not functional.pad or len(node.args) != 2 or not code.has_zero:
         return False
     mode, value = node.kwargs.get("mode", "constant"), node.kwargs.get("value")

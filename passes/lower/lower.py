@@ -1,67 +1,49 @@
 """Lower: run quantized nodes as integers where kernels can do so exactly; the rest stays simulated, and says so.
 
 The lowered graph computes what the simulated one does: the same codes, outputs within float rounding. Which kernel
-each layer got is in `execution_of(graph_module)`. A lowered graph belongs to the machine it was lowered on: save the
-simulated one. Running it again changes nothing.
+each layer got is in `execution_of(graph_module)`; what stayed behind, and why, in the notes of the journal's entry
+(`passes.lower.rewrite`). A lowered graph belongs to the machine it was lowered on: save the simulated one. Running it
+again changes nothing.
+
+How is said by the backend: each is a value with a pipeline of passes (`passes.lower.backends`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.checks.arguments import text
 from fxquant.checks.hints import check_fields
 from fxquant.errors import BackendError
-from fxquant.export.onnx_file import to_onnx
-from fxquant.export.openvino_model import OpenvinoModel, check_openvino
-from fxquant.graph.annotation import Fact, annotation_of, facts_of, nodes_with_role
-from fxquant.graph.names import add_module, exchange_module
-from fxquant.graph.nodes import image_of
-from fxquant.runtime.integer.byte_codes import ByteCode
-from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
-from fxquant.runtime.integer.torch_linear import IntMmLinear, OnednnLinear, TorchLinear
-from fxquant.runtime.native import library
-from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
-from passes.lower.batch_shapes import BatchShapes
-from passes.lower.integer_plan import IntegerPlan, integer_nodes, plan
+from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.facts import LOWERED, QUANTIZED, Fact, facts_of
+from fxquant.graph.notes import EXECUTION
+from passes.lower.backends import AUTO, backend_names, backends
+from passes.lower.batch_shapes import forget_batch_shapes
 from passes.lower.prove_lowering import prove_lowering
-from passes.lower.rewrites.assemble_tokens import assemble_tokens
-from passes.lower.rewrites.fuse_chain import fuse_chains
-from passes.lower.rewrites.fuse_codes import fuse_attention, fuse_epilogues, fuse_layer_norms
-from passes.lower.rewrites.order_rows import moved_norms, order_rows
-from passes.lower.rewrites.select_tokens import select_tokens
+from passes.lower.rewrites.fuse_chains import FuseChains
 from passes.pipeline.contract import PassContext
 
-BACKENDS = ("auto", "cpu-native", "cpu-onednn", "cuda", "openvino", "simulated")
 SIMULATED = "simulated"
-_OPENVINO = "openvino_model"
-_GPU = "cuda"
-_INT8_CORES = (7, 5)  # compute capability
 
 
 @dataclass(frozen=True)
 class Lower:
     """Replace simulated nodes by integer ones.
 
-    backend: "cpu-native", our kernels; "cpu-onednn", linear layers through torch's oneDNN; "cuda", linear layers
-    through torch's int8 products on a GPU, the rest there in float; "openvino", the whole model as OpenVINO runs its
-    ONNX export; "simulated", nothing; "auto", the first of cpu-native, cpu-onednn and simulated that this machine has.
-    chains: run whole blocks in one call, "cpu-native" only; without, the graph shows
-    every layer.
+    backend: one of `passes.lower.backends`, or "auto", the first that this machine has of those that may be chosen so.
+    chains: run whole blocks in one call, where the backend can; without, the graph shows every layer.
     """
 
-    backend: str = "auto"
+    backend: str = AUTO
     chains: bool = True
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.LOWERED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({LOWERED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -71,34 +53,38 @@ class Lower:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Lower in place; returns how many layers run as integers. Raises BackendError where a backend cannot run."""
-        backend = resolved(self.backend)
-        layers = [annotation_of(node).layer for node in nodes_with_role(graph_module) if _has_bits(node)]
-        execution = dict.fromkeys(layers, SIMULATED) | execution_of(graph_module)
-        lower: dict[str, Callable[[GraphModule], dict[str, str]]] = {
-            "cpu-native": functools.partial(_lower_native, chains=self.chains),
-            "cpu-onednn": _lower_onednn,
-            "cuda": _lower_cuda,
-            "openvino": _lower_openvino,
-        }
-        kernels = lower.get(backend, _keep)(graph_module)
-        execution |= {layer: kernel for layer, kernel in kernels.items() if layer in execution}
+        name = resolved(self.backend)
+        known = execution_of(graph_module)
+        layers = [annotation_of(node).layer for node in _with_bits(graph_module)]
+        for step in backends()[name].pipeline:
+            if self.chains or not isinstance(step, FuseChains):
+                step.apply(graph_module, context)
+        forget_batch_shapes(graph_module)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
-        graph_module.meta["execution"] = execution
-        context.note(backend=backend, kernels=sorted(set(execution.values())))
+        found = execution_of(graph_module)
+        execution = {layer: found.get(layer, SIMULATED) for layer in dict.fromkeys([*layers, *known])}
+        EXECUTION.write(graph_module, execution)
+        context.note(backend=name, kernels=sorted(set(execution.values())))
         return sum(kernel != SIMULATED for kernel in execution.values())
 
     def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
-        """How far the lowered graph is from the simulated one, see `prove_lowering`; None: nothing was lowered."""
-        if resolved(self.backend) == SIMULATED or Fact.LOWERED in facts_of(simulated):
+        """How far the lowered graph is from the simulated one, see `prove_lowering`; None: nothing was lowered.
+
+        Args:
+            simulated: the graph before it was lowered.
+            lowered: the same graph, lowered.
+            context: what the pass was given.
+        """
+        if resolved(self.backend) == SIMULATED or LOWERED in facts_of(simulated):
             return None
         return prove_lowering(simulated, lowered, self, replace(self, chains=False), context.answers)
 
 
 def execution_of(graph_module: GraphModule) -> dict[str, str]:
     """By layer, the kernel that runs it, such as "linear avx512-vnni", or "simulated"; empty before Lower."""
-    return dict(graph_module.meta.get("execution", {}))
+    return dict(EXECUTION.get(graph_module) or {})
 
 
 def execution_summary(execution: dict[str, str]) -> str:
@@ -112,9 +98,9 @@ def execution_summary(execution: dict[str, str]) -> str:
 
 
 def check_backend(backend: str) -> None:
-    """Raise BackendError for a name that is none of BACKENDS."""
-    if text("backend", backend, BackendError) not in BACKENDS:
-        raise BackendError(f"no backend is called {backend!r}; there are {', '.join(BACKENDS)}")
+    """Raise BackendError for a name that no backend has."""
+    if text("backend", backend, BackendError) not in backend_names():
+        raise BackendError(f"no backend is called {backend!r}; there are {', '.join(backend_names())}")
 
 
 def backend_summary(graph_module: GraphModule, backend: str) -> str:
@@ -122,15 +108,9 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
 
     The kernels need not be on this machine, except to say what "auto" is.
     """
-    name = resolved(backend) if backend == "auto" else backend
-    finders: dict[str, Callable[[GraphModule], Iterable[torch.fx.Node]]] = {
-        "cpu-native": integer_nodes,
-        "cpu-onednn": _uniform_linears,
-        "cuda": _uniform_linears,
-        "openvino": _uniform_nodes,
-    }
-    runs = set(finders[name](graph_module)) if name in finders else set()
-    layers = {annotation_of(node).layer: node in runs for node in nodes_with_role(graph_module) if _has_bits(node)}
+    name = resolved(backend) if backend == AUTO else backend
+    runs = set(backends()[name].finds(graph_module))
+    layers = {annotation_of(node).layer: node in runs for node in _with_bits(graph_module)}
     left = [layer for layer, is_integer in layers.items() if not is_integer]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     rest = f"; simulated: {', '.join(left[:3])}{more}" if left else ""
@@ -140,121 +120,17 @@ def backend_summary(graph_module: GraphModule, backend: str) -> str:
 def resolved(backend: str) -> str:
     """What "auto" means here.
 
-    Raises BackendError, saying what is missing, for a backend that cannot run; MissingExtraError without OpenVINO.
+    Raises BackendError, saying what is missing, for a backend that cannot run; MissingExtraError without its extra.
     """
-    has_vnni = bool(torch.cpu._is_vnni_supported())
-    if backend == "auto":
-        return "cpu-native" if library.why_absent() is None else "cpu-onednn" if has_vnni else SIMULATED
-    if backend == "cpu-native":
-        library.library()
-    if backend == "openvino":
-        check_openvino()
-    if backend == "cpu-onednn" and not has_vnni:
-        raise BackendError("oneDNN's int8 products are exact on CPUs with AVX512-VNNI only; use 'cpu-native'")
-    if backend == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _INT8_CORES):
-        raise BackendError("'cuda' needs a GPU with int8 tensor cores and a torch built for it; use 'auto'")
+    if backend == AUTO:
+        choices = [found for found in backends().values() if found.choice is not None]
+        ordered = sorted(choices, key=lambda found: found.choice or 0)
+        return next(found.name for found in ordered if found.why_absent() is None)
+    error = backends()[backend].why_absent()
+    if error is not None:
+        raise error
     return backend
 
 
-def _has_bits(node: torch.fx.Node) -> bool:
-    annotation = annotation_of(node)
-    return annotation.weight_bits is not None or annotation.activation_bits is not None
-
-
-def _keep(graph_module: GraphModule) -> dict[str, str]:
-    return {}
-
-
-def _lower_native(graph_module: GraphModule, chains: bool) -> dict[str, str]:
-    shapes = BatchShapes(graph_module)
-    may_order = moved_norms(graph_module) and any(shapes.values)  # found now: a graph in planning cannot run
-    planned = plan(graph_module)
-    kernels = fuse_attention(planned)
-    if may_order:
-        order_rows(planned, shapes)
-    fuse_epilogues(planned)
-    fuse_layer_norms(planned)
-    for node in list(planned.nodes):
-        kernels[annotation_of(node).layer] = _build(planned, node)
-    select_tokens(graph_module)
-    assemble_tokens(graph_module)
-    graph_module.graph.eliminate_dead_code()
-    if chains:
-        fuse_chains(graph_module, shapes)
-    return {layer: f"{kernel} {library.instruction_set()}" for layer, kernel in kernels.items()}
-
-
-def _build(planned: IntegerPlan, node: torch.fx.Node) -> str:
-    """Put the integer module in the place of the simulated one; returns the kernel's name."""
-    module, chosen = planned.module(node), planned.nodes[node]
-    replacement: torch.nn.Module
-    if isinstance(module, QuantizedConv2d):
-        replacement, kernel = IntegerConv2d(module, chosen.codes[0]), "convolution"
-    elif isinstance(module, QuantizedLinear):
-        replacement, kernel = IntegerLinear(module, chosen.codes[0], chosen.epilogue), "linear"
-    else:
-        replacement, kernel = IntegerMatmul(*chosen.codes), "matmul"
-    exchange_module(planned.graph_module, node, replacement)
-    return kernel
-
-
-def _lower_onednn(graph_module: GraphModule) -> dict[str, str]:
-    return _lower_linears(graph_module, OnednnLinear, "linear onednn")
-
-
-def _lower_linears(graph_module: GraphModule, kind: type[TorchLinear], kernel: str) -> dict[str, str]:
-    kernels = {}
-    for node, code in _uniform_linears(graph_module).items():
-        module = graph_module.get_submodule(str(node.target))
-        assert isinstance(module, QuantizedLinear)
-        exchange_module(graph_module, node, kind(module, code))
-        kernels[annotation_of(node).layer] = kernel
-    return kernels
-
-
-def _lower_cuda(graph_module: GraphModule) -> dict[str, str]:
-    """The model moves to the GPU; images and scores stay where the caller has the images."""
-    kernels = _lower_linears(graph_module, IntMmLinear, "linear cuda")
-    graph = graph_module.graph
-    image, output = image_of(graph_module), graph.output_node()
-    if kernels:
-        graph_module.to(_GPU)
-        with graph.inserting_after(image):
-            there = graph.call_method("to", (image, _GPU))
-        there.meta.update(image.meta)
-        image.replace_all_uses_with(there, delete_user_cb=lambda user: user is not there)
-        with graph.inserting_before(output):
-            home = graph.call_function(getattr, (image, "device"))
-            output.args = torch.fx.node.map_arg(output.args, lambda scores: graph.call_method("to", (scores, home)))
-    return kernels
-
-
-def _uniform_nodes(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
-    """What runs as integers on uniform codes, with the code of its first input."""
-    found = integer_nodes(graph_module).items()
-    return {node: codes[0] for node, codes in found if all(code.kind == library.UNIFORM for code in codes)}
-
-
-def _uniform_linears(graph_module: GraphModule) -> dict[torch.fx.Node, ByteCode]:
-    return {
-        node: code
-        for node, code in _uniform_nodes(graph_module).items()
-        if isinstance(graph_module.get_submodule(str(node.target)), QuantizedLinear)
-    }
-
-
-def _lower_openvino(graph_module: GraphModule) -> dict[str, str]:
-    """One call in the place of all nodes; only the check of the image's shape stays."""
-    graph = graph_module.graph
-    if any(isinstance(module, OpenvinoModel) for module in graph_module.modules()):
-        return {}
-    module = OpenvinoModel(to_onnx(graph_module).content)
-    path = add_module(graph_module, _OPENVINO, module)
-    image, output = image_of(graph_module), graph.output_node()
-    with graph.inserting_before(output):
-        scores = graph.call_module(path, (image,))
-    simulated: Any = output.args[0]
-    scores.meta.update({key: value for key, value in simulated.meta.items() if key == "tensor_meta"})
-    output.args = (scores,)
-    graph.eliminate_dead_code()
-    return module.kernels()
+def _with_bits(graph_module: GraphModule) -> list[Node]:
+    return [node for node in nodes_with_role(graph_module) if annotation_of(node).has_bits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,14 +17,23 @@ from fxquant.checks.arguments import methods, whole
 from fxquant.checks.hints import check_fields
 from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import Fact
 from fxquant.runtime.known_answers import KnownAnswers
+from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes."""
+    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes.
+
+    Args:
+        step: the repr of the pass.
+        nodes_changed: how many nodes it changed.
+        seconds: wall time.
+        peak_mib: largest resident memory of the process so far, in MiB.
+        notes: what the pass says of its run, JSON values.
+    """
 
     step: str
     nodes_changed: int
@@ -51,7 +61,14 @@ class Journal:
     pending: dict[str, Any] = field(default_factory=dict)
 
     def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left."""
+        """Append the entry of a pass that has ended, with the notes it left.
+
+        Args:
+            step: the repr of the pass.
+            nodes_changed: how many nodes it changed.
+            seconds: wall time.
+            peak_mib: largest resident memory of the process so far, in MiB.
+        """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
 
@@ -134,10 +151,10 @@ class PassContext:
         cache: where scores are kept, in memory unless it has a folder.
         progress: where long steps report.
         journal: where notes go.
-        ahead: the passes that follow, which the pipeline says.
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.
+        objective: what quantization must keep of the output, which gradients and divergences are of.
         answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
             lowered.
     """
@@ -148,7 +165,7 @@ class PassContext:
     cache: Cache = field(default_factory=Cache, compare=False, repr=False)
     progress: ProgressReporter = field(default_factory=SilentProgress, compare=False, repr=False)
     journal: Journal = field(default_factory=Journal, compare=False, repr=False)
-    ahead: tuple[Pass, ...] = ()
+    objective: Objective = CLASSES
     expected: torch.Tensor | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
 
@@ -162,18 +179,21 @@ class PassContext:
         """The calibration images; raises CalibrationError when the context has none."""
         if self.images_bchw is None:
             raise CalibrationError(
-                "this pass needs calibration images and the context has none: PassContext(images_bchw=...)"
+                "this pass needs calibration images and the context has none: give it some, "
+                "PassContext(images_bchw=...)"
             )
         if len(self.images_bchw) == 0:
-            raise CalibrationError("this pass needs calibration images and the context has 0; 32 are usual")
+            raise CalibrationError(
+                "this pass needs calibration images and the context has 0: give it some; 32 are usual"
+            )
         return self.images_bchw
 
     def gather(
-        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any
+        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Calibration images one by one, (1, C, H, W), each with its index, for a pass that gathers over all of them.
+        """Calibration images a few at a time, (B, C, H, W), with the index of the first, for a pass that gathers.
 
-        So the activations (and gradients) of one image only are alive at a time, and sums are formed in one order: no
+        So the activations (and gradients) of few images only are alive at a time, and sums are formed in one order: no
         batch size has a say in them. Progress is shown under `label`.
 
         Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
@@ -184,6 +204,7 @@ class PassContext:
             gathered: what the caller updates with every image.
             graph_module: what the images run through.
             settings: JSON values that what is gathered depends on as well, such as the pass's repr.
+            together: images at a time; matrix products of several cost less than one by one, and take more memory.
         """
         task = self.progress.track(label, len(self.images))
         key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
@@ -192,17 +213,19 @@ class PassContext:
         done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
         if done:
             gathered.restore(state)
-        for index, image in enumerate(torch.split(self.images, 1)):
+        for index, batch in zip(count(0, together), torch.split(self.images, together)):
             if index >= done:
-                yield index, image
-                seen = torch.tensor(index + 1)
+                yield index, batch
+                seen = torch.tensor(index + len(batch))
                 checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
-            task.advance()
+            task.advance(len(batch))
         task.close()
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
-        """What a result depends on: the graph with its weights, the images, the seed, versions and settings."""
-        return signature(graph_module, graph_module.code, self.images, self.seed, code_signature(), *settings)
+        """What a result depends on: the graph, images, seed, objective, versions and settings."""
+        return signature(
+            graph_module, graph_module.code, self.images, self.seed, self.objective.key, code_signature(), *settings
+        )
 
     def note(self, **notes: Any) -> None:
         """Leave notes (JSON values) in the journal entry of the running pass."""
@@ -274,7 +297,9 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
         raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found shape {tuple(images.shape)}")
     if images.device.type != "cpu" or images.layout is not torch.strided or images.is_quantized:
         found = f"on {images.device}" if images.device.type != "cpu" else str(images.layout)
-        raise CalibrationError(f"calibration images must be a plain tensor on the CPU, found {found}: images.cpu()")
+        raise CalibrationError(
+            f"calibration images must be a plain tensor on the CPU, found {found}: give images.cpu()"
+        )
     if not images.is_floating_point():
         raise CalibrationError(
             f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"
@@ -282,7 +307,11 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
     if len(images) and not images.numel():
         raise CalibrationError(f"calibration images have no pixels: their shape is {tuple(images.shape)}")
     if len(images) < minimum:
-        raise CalibrationError(f"{len(images)} calibration images, at least {minimum} needed; 32 are usual")
+        raise CalibrationError(
+            f"there are {len(images)} calibration images, and at least {minimum} are needed; 32 are usual"
+        )
     bad = ~torch.isfinite(images).flatten(1).all(1)
     if bool(bad.any()):
-        raise CalibrationError(f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels")
+        raise CalibrationError(
+            f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels: leave it out, or read it again"
+        )

@@ -22,9 +22,8 @@ from torch.fx import GraphModule
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import checked, fitted
 from fxquant.errors import CalibrationError, PipelineError
-from fxquant.graph.annotation import Fact, declare, facts_of
+from fxquant.graph.facts import QUANTIZED, TRACED, Fact, declare, facts_of, known_after, verify
 from fxquant.graph.nodes import image_of
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import Pass, PassContext, check_images
 from passes.pipeline.proof import Proof
 
@@ -37,10 +36,10 @@ class Pipeline:
     """
 
     passes: tuple[Pass, ...]
-    assumes: frozenset[Fact] = frozenset({Fact.TRACED})
+    assumes: frozenset[Fact] = frozenset({TRACED})
 
     @checked(PipelineError)
-    def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (Fact.TRACED,)) -> None:
+    def __init__(self, passes: Iterable[Pass], assumes: Iterable[Fact] = (TRACED,)) -> None:
         """Raise PipelineError for a pass in the wrong place, and for what is no pass."""
         object.__setattr__(self, "passes", tuple(passes))
         for step in self.passes:
@@ -57,14 +56,14 @@ class Pipeline:
                     f"pass {index} {step!r} requires {_listed(missing)}, which no earlier pass provides; "
                     f"known there: {_listed(known) or 'nothing'}"
                 )
-            known = (known - step.breaks) | step.provides
+            known = known_after(known, step.provides, step.breaks)
 
     @property
     def provides(self) -> frozenset[Fact]:
         """Facts that hold after the last pass."""
         known = self.assumes
         for step in self.passes:
-            known = (known - step.breaks) | step.provides
+            known = known_after(known, step.provides, step.breaks)
         return known
 
     def __iter__(self) -> Iterator[Pass]:
@@ -167,16 +166,16 @@ class Pipeline:
         del given  # the proof lets go of it, unless it is what will be lowered
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
-            for fact in sorted(step.requires):
+            for fact in sorted(step.requires, key=str):
                 verify(graph_module, fact)
             proof.before(graph_module, step)
-            changed = step.apply(graph_module, dataclasses.replace(context, ahead=self.passes[index + 1 :]))
+            changed = step.apply(graph_module, context)
             declare(graph_module, step.provides, step.breaks)
-            for fact in sorted(step.provides):
+            for fact in sorted(step.provides, key=str):
                 verify(graph_module, fact)
             proof.after(graph_module, step, context)
             # What `compile` runs in two parts is proven in the second, where it goes on.
-            is_part = context.expected is not None and Fact.QUANTIZED not in facts_of(graph_module)
+            is_part = context.expected is not None and QUANTIZED not in facts_of(graph_module)
             if index + 1 == len(self.passes) and not is_part:
                 proof.finish(graph_module, context)
             peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -199,4 +198,4 @@ def _check_images(graph_module: GraphModule, images_bchw: Tensor | None) -> None
 
 
 def _listed(facts: Iterable[Fact]) -> str:
-    return ", ".join(f"'{fact}'" for fact in sorted(facts))
+    return ", ".join(f"'{name}'" for name in sorted(map(str, facts)))

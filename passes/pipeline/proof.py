@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.printer import describe
 from fxquant.runtime.known_answers import answer_images_for
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
@@ -56,6 +56,11 @@ class Proving(Protocol):
     def prove(self, simulated: GraphModule, lowered: GraphModule, context: PassContext) -> tuple[float, float] | None:
         """How far the lowered graph is from the simulated one, and how far it may be; None: they are the same.
 
+        Args:
+            simulated: the graph before it was lowered.
+            lowered: the same graph, lowered.
+            context: what the pass was given.
+
         Raises BackendError where it is further.
         """
 
@@ -64,10 +69,16 @@ class Proof:
     """Watches the passes of one pipeline run."""
 
     def __init__(self, given: GraphModule | None, graph_module: GraphModule, context: PassContext) -> None:
-        """given: what the pipeline was given, if no pass changes it; graph_module: what passes change."""
+        """Begin to watch.
+
+        Args:
+            given: what the pipeline was given, if no pass changes it.
+            graph_module: what passes change.
+            context: with the outputs of the caller's model, where they are known.
+        """
         self._given = given
         self._simulated: GraphModule | None = None
-        self._is_float = Fact.LOWERED not in facts_of(graph_module)
+        self._is_float = LOWERED not in facts_of(graph_module)
         self._expected = context.expected
         self._whose = "the model it was made from"
         self._given_images = context.images_bchw
@@ -81,7 +92,7 @@ class Proof:
         """Prove that the graph is still right where the step is about to be judged by it. Raises VerificationError."""
         effect = effect_of(step)
         given, self._given = self._given, None
-        if Fact.LOWERED in step.provides:
+        if LOWERED in step.provides:
             self.finish(graph_module)
             self._simulated = given or copy.deepcopy(graph_module)
             self._is_float = False
@@ -95,12 +106,18 @@ class Proof:
             self._prove(graph_module, f"before {step!r} the graph")
         if effect is Effect.FUNCTION:
             self.finish(graph_module)
-        if self._restored is None and (effect is Effect.WEIGHTS or Fact.QUANTIZED in step.provides):
+        if self._restored is None and (effect is Effect.WEIGHTS or QUANTIZED in step.provides):
             self.finish(graph_module)
             self._restored = float_tensors(graph_module, copied=effect is Effect.WEIGHTS)
 
     def after(self, graph_module: GraphModule, step: Pass, context: PassContext) -> None:
-        """Prove an exact step; of another, remember that it has run. Raises VerificationError, naming the step."""
+        """Prove an exact step; of another, remember that it has run. Raises VerificationError, naming the step.
+
+        Args:
+            graph_module: the graph as the step left it.
+            step: the pass that has run.
+            context: what the pass was given.
+        """
         effect = effect_of(step)
         self._unproven.append(repr(step))
         if self._simulated is not None and isinstance(step, Proving):
@@ -140,7 +157,10 @@ class Proof:
         run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
         expected = run.output if self._expected is None else self._expected
         if not bool(torch.isfinite(expected).all()):
-            raise CalibrationError("the model's output on the first calibration images is not finite")
+            raise CalibrationError(
+                "the model's output on the first calibration images is not finite: check its weights, and "
+                "how the images were preprocessed"
+            )
         found, allowed = difference(run.output, expected), tolerance(expected)
         self._cpu_s += time.process_time() - started
         if not found <= allowed:
@@ -181,7 +201,13 @@ def float_tensors(graph_module: GraphModule, copied: bool) -> Tensors:
 
 @torch.no_grad()
 def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensors) -> Run:
-    """The graph on images, float (B, C, H, W), with every quantizer bypassed. tensors: used where a node has some."""
+    """The graph on images, float (B, C, H, W), with every quantizer bypassed.
+
+    Args:
+        graph_module: simulated, or with observers.
+        images_bchw: float (B, C, H, W).
+        tensors: used where a node has some.
+    """
     interpreter = _Bypass(graph_module, tensors)
     output: Any = interpreter.run(images_bchw.clone())
     return Run(output, interpreter.samples)

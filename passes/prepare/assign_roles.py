@@ -14,47 +14,40 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare
-from fxquant.graph.nodes import image_of, scope_of
-from fxquant.graph.structure.kind import tensor_inputs
+from fxquant.graph.annotation import Role, annotate, annotation_of
+from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, Fact, declare
+from fxquant.graph.nodes import elements_of, scope_of
 from fxquant.graph.structure.roles import find_roles
 from passes.pipeline.contract import PassContext
 
 
 @dataclass(frozen=True)
 class AssignRoles:
-    """Annotate role, layer, block, parameters, macs and activation elements.
+    """Annotate role, layer, block and macs.
 
     Idempotent. Notes `unmatched`: [{"node", "reason"}], operations that look like part of a pattern but are not.
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: fx.GraphModule, context: PassContext) -> int:
         """Annotate in place; returns the number of nodes that have a role."""
         roles = find_roles(graph_module)
-        batch_size = image_of(graph_module).meta["tensor_meta"].shape[0]
         names = _public_names(graph_module, roles.role)
         for node in graph_module.graph.nodes:
             role = roles.role.get(node.name)
             if role is None:
                 if annotation_of(node).role is not None:
-                    nothing = dict.fromkeys(("parameters", "macs", "activation_elements", "left_elements"), 0)
-                    annotate(node, role=None, layer="", block=None, **nothing)
+                    annotate(node, role=None, layer="", block=None, macs=0)
                 continue
-            elements = [_elements(source, batch_size) for source in _quantizable_inputs(node, role)]
-            parameters = _weight_elements(graph_module, node) if role.has_weight else 0
             annotate(
                 node,
                 role=role,
                 layer=names[node],
                 block=roles.block.get(node.name),
-                parameters=parameters,
-                macs=_macs(node, role, parameters, batch_size),
-                activation_elements=sum(elements),
-                left_elements=elements[0] if role.is_matmul else 0,
+                macs=_macs(node, role),
             )
         context.note(unmatched=[{"node": failure.node, "reason": failure.reason} for failure in roles.failures])
         declare(graph_module, self.provides, self.breaks)
@@ -81,29 +74,13 @@ def _public_name(node: fx.Node, role: Role) -> str:
     return scope_of(node) if role is Role.GELU else f"{scope_of(node)}.{role}".lstrip(".")
 
 
-def _weight_elements(graph_module: fx.GraphModule, node: fx.Node) -> int:
-    weight: Any = graph_module.get_submodule(str(node.target)).weight
-    return int(weight.numel())
-
-
-def _quantizable_inputs(node: fx.Node, role: Role) -> list[fx.Node]:
-    """Both operands of a matmul (twice the same node counts twice), the one input of anything else."""
-    if role.is_matmul:
-        return [operand for operand in node.args[:2] if isinstance(operand, fx.Node)]
-    return list(tensor_inputs(node))[:1]
-
-
-def _elements(node: fx.Node, batch_size: int) -> int:
-    """Elements the node holds for one image; constants are the same for every image."""
-    elements = int(node.meta["tensor_meta"].shape.numel())
-    return elements if elements % batch_size or node.op == "get_attr" else elements // batch_size
-
-
-def _macs(node: fx.Node, role: Role, parameters: int, batch_size: int) -> int:
-    if role.has_weight:
-        module: Any = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+def _macs(node: fx.Node, role: Role) -> int:
+    """Multiply-accumulates for one image."""
+    graph_module = node.graph.owning_module
+    if role.has_weight and graph_module is not None:
+        module: Any = graph_module.get_submodule(str(node.target))
         channels = getattr(module, "out_features", None) or module.out_channels
-        return _elements(node, batch_size) * parameters // int(channels)
+        return elements_of(node) * int(module.weight.numel()) // int(channels)
     if role.is_matmul:
-        return _elements(node, batch_size) * int(node.args[0].meta["tensor_meta"].shape[-1])  # type: ignore[union-attr]
+        return elements_of(node) * int(node.args[0].meta["tensor_meta"].shape[-1])  # type: ignore[union-attr]
     return 0

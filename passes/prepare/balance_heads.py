@@ -26,10 +26,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, note_fold
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact
 from fxquant.graph.structure.query_keys import QueryKey, query_keys
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
+TOGETHER = 4  # images that are run at once
 _TINY = 1e-30
 
 
@@ -43,16 +46,16 @@ class BalanceHeads:
 
     dampening: float = 0.01
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.ROLES_ASSIGNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROLES_ASSIGNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if not 0 < self.dampening < 1:
-            raise CalibrationError(f"dampening is between 0 and 1: {self}")
+            raise CalibrationError(f"dampening is between 0 and 1, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of linear layers changed.
@@ -63,7 +66,7 @@ class BalanceHeads:
         products, refused = query_keys(graph_module, context.images)
         moments = _Moments(graph_module, products.values())
         with torch.no_grad():
-            for _, batch in context.gather("measuring queries and keys", moments, graph_module):
+            for _, batch in context.gather("measuring queries and keys", moments, graph_module, together=TOGETHER):
                 moments.run(batch)
         layers = {node for product in products.values() for node in (product.query, product.key)}
         for node in layers:
@@ -91,8 +94,10 @@ class BalanceHeads:
 def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
     """M, float64 (D, D), with M^T S_q M = M^-1 S_k M^-T of one variance in all channels.
 
-    query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances are
-    equal where D is a power of two, else nearly so.
+    Args:
+        query, key: S_q and S_k, float64 (D, D), positive semidefinite; for dampening see BalanceHeads. The variances
+            are equal where D is a power of two, else nearly so.
+        dampening: share of the mean variance that is added to every direction, see BalanceHeads.
     """
     eye = torch.eye(len(query), dtype=query.dtype)
     of_query, of_key = (

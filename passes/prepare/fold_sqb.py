@@ -23,26 +23,33 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, note_fold
+from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import module_uses
 from fxquant.graph.structure.channel_paths import ChannelPath, channel_paths
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
 EPSILON_RANGE = (1e-4, 1e4)
+TOGETHER = 4  # images that are run at once
 
 
 @dataclass(frozen=True)
 class FoldSqb:
     """Fold a per-channel shift mu and scale eps from every LayerNorm into the linear layers that read it.
 
-    strength: exponent alpha of eps = reach^alpha / max|W|^(1-alpha); the paper's is 0.5, more moves more difficulty
-    into the weights. percentile: a channel's range is cut at this percentile of its values, at both ends, so that a few
-    outliers do not set it; 100 takes all. eps: "sq-b" (the formula above), "outlier-suppression+" (max|Y - mu| / t, at
-    least 1, t by grid search on the quantized layer output) or "none". mu: "mean", "midrange" or "none". search_bits:
-    width at which "outlier-suppression+" searches t; unused otherwise. Applying it twice is harmless but not
-    idempotent: the second time balances what the first has left.
+    Args:
+        eps: what gives the scale: "sq-b", the formula above; "outlier-suppression+", max|Y - mu| / t but at least 1,
+            with t from a grid search on the quantized layer's output; or "none".
+        mu: what gives the shift of a channel: its "mean", the "midrange" of its values, or "none".
+        strength: the exponent alpha of eps = reach^alpha / max|W|^(1-alpha). The paper takes 0.5; a larger one moves
+            more of the difficulty into the weights.
+        percentile: at which percentile of its values a channel's range is cut, at both ends, so that a few outliers do
+            not set it; 100 takes all.
+        search_bits: the width at which "outlier-suppression+" searches t; otherwise it is not used.
+
+    Applying it twice is harmless but not idempotent: the second time balances what the first has left.
     """
 
     eps: Literal["sq-b", "outlier-suppression+", "none"] = "sq-b"
@@ -51,9 +58,9 @@ class FoldSqb:
     percentile: float = 100.0
     search_bits: int = 4
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def __post_init__(self) -> None:
@@ -64,7 +71,7 @@ class FoldSqb:
                 f"a channel's range is cut at a percentile above 50, up to 100; not {self.percentile}"
             )
         if not 0 <= self.strength <= 1 or not 2 <= self.search_bits <= 8:
-            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8: {self}")
+            raise CalibrationError(f"strength is between 0 and 1, search_bits from 2 to 8, found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""
@@ -84,7 +91,9 @@ class FoldSqb:
         }
         statistics = _OutputStatistics(graph_module, channels)
         with torch.no_grad():
-            for _, batch in context.gather("measuring LayerNorm outputs", statistics, graph_module, repr(self)):
+            settings = "measuring LayerNorm outputs", statistics, graph_module, repr(self)
+            # Of every image at a time the grid search keeps some rows.
+            for _, batch in context.gather(*settings, together=1 if self.eps == "outlier-suppression+" else TOGETHER):
                 statistics.run(batch)
         for norm, path in groups.items():
             linears = [modules[str(node.target)] for node in path.consumers]

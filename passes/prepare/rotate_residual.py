@@ -20,20 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.graph.annotation import STATISTICS, Fact, note_fold
+from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
 from passes.pipeline.contract import Effect, PassContext
+from passes.prepare.folds import FOLDED, note_fold
 
 
 @dataclass(frozen=True)
 class RotateResidual:
     """Rotate every residual stream that can be; run it before FoldSqb, which balances what is left."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.FOLDED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FOLDED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
     effect: ClassVar[Effect] = Effect.EXACT
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
@@ -87,7 +88,8 @@ def _rotate(
     for node in (*stream.layers, *(layer for _, _, layer in stream.layer_scales)):
         module = modules[str(node.target)]
         weight = module.weight.detach()
-        _set(module, "weight", (q.T @ weight.flatten(1).double()).reshape(weight.shape).to(weight.dtype))
+        # In the precision that the weight keeps: float64 would take twice as long.
+        _set(module, "weight", (q.T.to(weight.dtype) @ weight.flatten(1)).reshape(weight.shape))
         if module.bias is not None:
             _set(module, "bias", (module.bias.detach().double() @ q).to(weight.dtype))
     for node in {str(node.target): node for node in stream.parameters}.values():
@@ -108,10 +110,10 @@ def _read_rotated(norm: Any, linears: list[Any], q: Tensor) -> None:
     gamma = one if norm.weight is None else norm.weight.detach()
     beta = 0 * one if norm.bias is None else norm.bias.detach()
     for linear in linears:
-        weight = linear.weight.detach().double()
+        weight = linear.weight.detach()
         bias = 0.0 if linear.bias is None else linear.bias.detach().double()
-        _set(linear, "bias", (bias + weight @ beta.double()).to(linear.weight.dtype))
-        _set(linear, "weight", ((weight * gamma.double()) @ q).to(linear.weight.dtype))
+        _set(linear, "bias", (bias + weight.double() @ beta.double()).to(weight.dtype))
+        _set(linear, "weight", (weight * gamma) @ q.to(weight.dtype))
     norm.elementwise_affine = True
     _set(norm, "weight", torch.ones_like(gamma))
     _set(norm, "bias", torch.zeros_like(beta))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 from allocators.uniform import Uniform
+from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
-from passes.recipes.assembly import Options, assemble, checked_recipe
+from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 REPARAMETERISE = FoldSqb(strength=1.0, mu="midrange")
 """RepQ-ViT's scale reparameterisation: every channel after LayerNorm gets the same range."""
@@ -23,23 +28,49 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
     the published code weighs all alike, which is `.replace(Calibrate, Calibrate(gradient=False, output_error=True))`
     and is less accurate here.
     """
-    insert = InsertObservers(
-        post_gelu="adalog-gelu", post_softmax="adalog-softmax", other="asymmetric", **_norm_inputs(options)
+    return with_options(
+        options,
+        [
+            AssignRoles(),
+            PlanOperands(
+                post_gelu="adalog-gelu",
+                post_softmax="adalog-softmax",
+                other="asymmetric",
+                weight="asymmetric",
+                **_norm_inputs(options),
+            ),
+            REPARAMETERISE,
+            InsertObservers(),
+            Calibrate(),
+            SearchScales(),
+            AllocateBits(budget, Uniform()),
+            SubstituteQuantizers(),
+        ],
     )
-    return assemble(budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE, weights="asymmetric")
 
 
 @checked_recipe
 def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """RepQ-ViT: its fold, log-sqrt2 after softmax, asymmetric uniform elsewhere, scales of least squared error."""
-    insert = InsertObservers(
-        post_gelu="asymmetric", post_softmax="log-sqrt2", other="asymmetric", **_norm_inputs(options)
+    return with_options(
+        options,
+        [
+            AssignRoles(),
+            PlanOperands(
+                post_gelu="asymmetric",
+                post_softmax="log-sqrt2",
+                other="asymmetric",
+                weight="asymmetric",
+                **_norm_inputs(options),
+            ),
+            REPARAMETERISE,
+            InsertObservers(),
+            Calibrate(gradient=False),
+            SearchScales(criterion="mse"),
+            AllocateBits(budget, Uniform()),
+            SubstituteQuantizers(),
+        ],
     )
-    calibrate = Calibrate(gradient=False)
-    return assemble(
-        budget, insert, options, allocator=Uniform(), fold=REPARAMETERISE,
-        calibrate=calibrate, metric="mse", weights="asymmetric",
-    )  # fmt: skip
 
 
 def _norm_inputs(options: Options) -> dict[str, Any]:

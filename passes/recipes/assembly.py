@@ -1,93 +1,85 @@
-"""What recipes share: their options, and how their passes are put in order."""
+"""What recipes share: their options, and how these change a list of passes.
+
+    return with_options(options, [AssignRoles(), PlanOperands(), FoldSqb(), InsertObservers(), Calibrate(), ...])
+
+So a recipe is a list of passes to read from top to bottom, as it is without options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from dataclasses import replace
 
-from allocators.allocator import Allocator
-from allocators.problem.budget import Budget
-from allocators.problem.overrides import Bits
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
 from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
-from passes.allocate.check_budget import CheckBudget
+from passes.allocate.check_budget import with_check
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, resolved
+from passes.options import RecipeOptions
 from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
-from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes.restrict_families import restrict_families
-from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
-from passes.search.search_scales import SearchScales, Weights
-from passes.substitute.substitute_quantizers import SubstituteQuantizers
+from passes.search.plan_operands import PlanOperands
+from passes.search.search_scales import SearchScales
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-class Options(TypedDict, total=False):
-    """Options of every recipe.
-
-    allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
-    fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
-    bits: candidate widths. backend: only quantizers and widths that this backend runs as integers, see
-    `passes.recipes.restrict_families`. latency: for which batch size and threads a budget's latency holds.
-    """
-
-    allocator: Allocator | None
-    overrides: Mapping[str, Bits] | None
-    first_last_bits: int | None
-    fully_quantized: bool
-    fold: FoldSqb | None
-    bits: tuple[int, ...]
-    backend: str
-    latency: MeasureLatency
-
+Options = RecipeOptions
+"""What every recipe takes."""
 
 checked_recipe = checked(PipelineError, **BY_ARGUMENT)
 """Decorator of a recipe: unknown options, and those of the wrong type or value, raise before anything is built."""
 
 
-def assemble(
-    budget: Any,
-    insert: InsertObservers,
-    options: Options,
-    *,
-    allocator: Allocator,
-    fold: FoldSqb | None,
-    calibrate: Calibrate = Calibrate(),
-    metric: Any = "hessian",
-    weights: Weights = "symmetric",
-    score: Pass | None = None,
-) -> Pipeline:
-    """The pipeline of a recipe. allocator, fold: the recipe's own, used where the options name none.
+def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
+    """The pipeline of a recipe's passes, as its options change them, with its budget checked right after the plan.
 
-    weights: see SearchScales. score: a pass between SearchScales and AllocateBits. Raises BudgetError for a budget that
-    cannot be read, BackendError for a backend that cannot run the recipe's quantizers.
+    `fully_quantized` is the recipe's own affair.
+
+    Args:
+        options: see `Options`; those that are not there change nothing.
+        passes: of the recipe, with PlanOperands, InsertObservers, SearchScales and AllocateBits among them.
+
+    Raises BudgetError for a budget of latency without kernels that can be timed, BackendError for a backend that cannot
+    run the recipe's quantizers.
     """
-    bits, parsed = options.get("bits", CANDIDATE_BITS), Budget.parse(budget)
-    search = SearchScales(bits, metric, weights=weights)
-    insert = restrict_families(insert, options.get("backend", SIMULATED))
-    chosen_fold = options.get("fold", fold)
-    allocate = AllocateBits(
-        parsed,
-        options.get("allocator") or allocator,
-        normalized_overrides(options.get("overrides")),
-        options.get("first_last_bits"),
+    changed: list[Pass] = []
+    bits = options.get("bits", CANDIDATE_BITS)
+    for step in passes:
+        if isinstance(step, FoldSqb) and "fold" in options:
+            continue
+        if isinstance(step, PlanOperands):
+            changed.append(restrict_families(step, options.get("backend", SIMULATED)))
+        elif isinstance(step, InsertObservers):
+            fold = options.get("fold")
+            changed += [step] if fold is None else [fold, step]
+        elif isinstance(step, SearchScales):
+            changed.append(replace(step, bits=bits))
+        elif isinstance(step, AllocateBits):
+            changed += [] if step.budget.latency_ms is None else [_timed(options)]
+            changed.append(_allocation(step, bits, options))
+        else:
+            changed.append(step)
+    return with_check(Pipeline(changed))
+
+
+def _allocation(step: AllocateBits, bits: tuple[int, ...], options: Options) -> AllocateBits:
+    """The recipe's allocation with what the caller wants otherwise."""
+    return replace(
+        step,
+        allocator=options.get("allocator") or step.allocator,
+        overrides=normalized_overrides(options.get("overrides")),
+        first_last_bits=options.get("first_last_bits"),
         # Images come in 8 bits; where the candidates end below, the widest is what they get.
         image_bits=max(bits, default=8),
     )
-    passes: list[Pass] = [AssignRoles(), CheckBudget()]
-    passes += [] if chosen_fold is None else [chosen_fold]
-    passes += [insert, calibrate, search]
-    passes += [] if score is None else [score]
-    passes += [] if parsed.latency_ms is None else [timed(options)]
-    return Pipeline([*passes, allocate, SubstituteQuantizers()])
 
 
-def timed(options: Options) -> MeasureLatency:
+def _timed(options: Options) -> MeasureLatency:
     """The measurement that a budget of latency needs.
 
     Raises BudgetError unless the backend is the one whose kernels are timed, BackendError where they are absent.

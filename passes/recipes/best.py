@@ -6,23 +6,27 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
+from fxquant.graph.annotation import Role
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import CheckBudget
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
+from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
-from passes.recipes.assembly import CANDIDATE_BITS, Options, assemble, checked_recipe
+from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from passes.substitute.tabulate_gelu import TabulateGelu
 
-NEGLIGIBLE = 3e-5  # nats; such a difference is not worth a second product, or a lookup
+NEGLIGIBLE = 3e-5  # in the unit of the objective; such a difference is not worth a second product, or a lookup
 NARROWEST = 3  # below, tensors cost more than any prediction says
-SOFTMAX_BITS = ((3.5, 2), (5.0, 3))  # below a mean of activation bits: of attention probabilities (row-log)
+PROBABILITIES = ("av.left",)  # of which row-log loses as little at 2 bits as others do at 4
 BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
@@ -32,41 +36,61 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
-    fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which get
-    2 or 3 where activations are narrow. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
+    fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which have
+    widths of their own. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
     scales wherever these cost next to nothing, after GELU OPT-m elsewhere. GELU itself takes 14-bit codes.
     thorough: no balanced heads; instead of being rounded by GPTQ, weights are corrected by ridge regression on
     quantized inputs and then trained with all scales towards the float model's outputs, and activations may be
     asymmetric; give it 1,024 images, it takes 30 to 40 minutes of one core for a ViT-tiny. What each part adds:
     docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
     """
-    norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"}
-    insert = InsertObservers(
-        post_gelu=f"opt-m|{BOOK}" if thorough else f"asymmetric|opt-m|{BOOK}",
-        post_softmax="row-log",
-        other=f"symmetric|asymmetric|{BOOK}" if thorough else f"symmetric|{BOOK}",
-        **(norms if options.get("fully_quantized") else {}),
-    )
-    assembled = assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
-    # Balanced heads help rounding and short training; with long training it is the same without.
-    folds = [RotateResidual()] if thorough else [RotateResidual(), BalanceHeads()]
-    assembled = assembled.after(CheckBudget, *folds)
-    # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
-    parsed = Budget.parse(budget)
+    parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
-    narrowest = 2 if options.get("fully_quantized") and mean <= NARROWEST else NARROWEST
-    allocate = {"narrowest": narrowest, "softmax_bits": _softmax_bits(mean, options.get("bits", CANDIDATE_BITS))}
-    pipeline = Pipeline([*assembled.changed(AllocateBits, **allocate), TabulateGelu()])
-    if thorough:
-        return pipeline.changed(Calibrate, images=SEARCHED).after(AllocateBits, Distil())
-    searched = pipeline.changed(SearchScales, keep_grams=True, negligible=NEGLIGIBLE)
-    return searched.after(AllocateBits, CompensateWeights())
+    plan: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
+    plan["tied"] = (Role.QK,)
+    allocate = AllocateBits(
+        parsed,
+        Milp(),
+        # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
+        narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
+        spared=PROBABILITIES,
+    )
+    return with_options(options, _trained(plan, allocate) if thorough else _rounded(plan, allocate))
 
 
-def _softmax_bits(mean: float, bits: tuple[int, ...]) -> int | None:
-    """Bits of attention probabilities where activations have to be narrow; None: what the values have."""
-    least = next((width for limit, width in SOFTMAX_BITS if mean < limit), 8)
-    return min((width for width in bits if least <= width < mean), default=None)
+def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
+    """The passes of `best`."""
+    return [
+        AssignRoles(),
+        PlanOperands(post_gelu=f"asymmetric|opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|{BOOK}", **plan),
+        RotateResidual(),
+        BalanceHeads(),
+        FoldSqb(),
+        InsertObservers(),
+        Calibrate(),
+        SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
+        allocate,
+        CompensateWeights(),
+        SubstituteQuantizers(),
+        TabulateGelu(),
+    ]
+
+
+def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
+    """The passes of `best_thorough`; balanced heads help rounding and short training, with long training nothing."""
+    return [
+        AssignRoles(),
+        PlanOperands(post_gelu=f"opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|asymmetric|{BOOK}", **plan),
+        RotateResidual(),
+        FoldSqb(),
+        InsertObservers(),
+        Calibrate(images=SEARCHED),
+        SearchScales(),
+        allocate,
+        Distil(),
+        SubstituteQuantizers(),
+        TabulateGelu(),
+    ]
 
 
 @checked_recipe

@@ -18,12 +18,13 @@ from typing import Any, Unpack
 
 from allocators.allocator import Allocator
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.problem.overrides import Bits
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import WEIGHT_ROLES, Role
 from passes.allocate.allocate_bits import AllocateBits
+from passes.allocate.check_budget import with_check
 from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
 from passes.allocate.update_bits import UpdateBits
@@ -50,17 +51,23 @@ def lampq(
 ) -> Pipeline:
     """LampQ on the quantizers of another recipe.
 
-    budget: anything `Budget.parse` takes. layer_wise (I1): bits by layer, from the integer program; else by module,
-    from the Pareto frontier, and never updated. type_aware (I2): alpha_t tr(F); else tr(F). update (I3): None leaves it
-    out. metric: another one than these two. tied: weights and inputs of a layer share their bits; None ties them unless
-    the budget gives the two different means. outside_bits: of all layers outside the four, bits or (weight bits,
-    activation bits). Raises BudgetError where it is needed, because the budget has no mean bits.
+    Args:
+        budget: anything `Budget.parse` takes.
+        base: the recipe whose quantizers are used.
+        layer_wise: I1; bits by layer, from the integer program; else by module, from the Pareto frontier, and never
+            updated.
+        type_aware: I2; alpha_t tr(F); else tr(F).
+        update: I3; None leaves it out.
+        metric: another one than these two.
+        tied: weights and inputs of a layer share their bits; None ties them unless the budget gives the two different
+            means.
+        outside_bits: of all layers outside the four, bits or (weight bits, activation bits).
+
+    Raises BudgetError where it is needed, because the budget has no mean bits.
     """
     parsed = Budget.parse(budget)
     together = _means_agree(parsed) if tied is None else tied
-    allocator = (
-        Milp(tie_weights_and_activations=together) if layer_wise else Pareto(tie_weights_and_activations=together)
-    )
+    allocator = (Milp if layer_wise else ModuleFrontier)(tie_weights_and_activations=together)
     chosen = metric or (TypeAwareFisher() if type_aware else FisherTrace())
     pipeline = _mixed(parsed, base, allocator, ScoreLayers(chosen), outside_bits, options)
     if update is None or not layer_wise:
@@ -74,9 +81,10 @@ def vt_ptq(
 ) -> Pipeline:
     """VT-PTQ's allocation (Liu et al. 2021): nuclear norms, bits by module, Pareto frontier; weights and inputs tied.
 
-    budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
+    Args:
+        budget, base, outside_bits: see `lampq`. Its quantizers (ranking loss, bias correction) are not here.
     """
-    return _mixed(Budget.parse(budget), base, Pareto(), ScoreLayers(NuclearNorm()), outside_bits, options)
+    return _mixed(Budget.parse(budget), base, ModuleFrontier(), ScoreLayers(NuclearNorm()), outside_bits, options)
 
 
 def _mixed(
@@ -85,7 +93,9 @@ def _mixed(
     """The base recipe with scores before its allocation, an allocator, and fixed bits outside the four layers."""
     own: Options = {"allocator": options.get("allocator") or allocator}
     pipeline = base(budget, **(options | own))
-    return pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits)).before(AllocateBits, score)
+    return with_check(pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits))).before(
+        AllocateBits, score
+    )
 
 
 def _outside(budget: Budget, bits: Bits | None) -> tuple[tuple[Role, Bits], ...]:

@@ -44,9 +44,13 @@ def mix_qvit(
 ) -> Pipeline:
     """Mix-QViT's allocation on the quantizers of another recipe.
 
-    budget: "MP4" for what the paper's "*" rows allow, or anything else `Budget.parse` takes. base: the recipe whose
-    folds and quantizers are used. importance, sensitivity, operands, baseline_bits: see `RelevanceSensitivity`; bits of
-    a layer's weights and inputs are tied where operands are measured together. optimise: a key of `OPTIMISATIONS`.
+    Args:
+        budget: "MP4" for what the paper's "*" rows allow, or anything else `Budget.parse` takes.
+        base: the recipe whose folds and quantizers are used.
+        importance, sensitivity, operands, baseline_bits: see `RelevanceSensitivity`; bits of a layer's weights and
+            inputs are tied where operands are measured together.
+        optimise: a key of `OPTIMISATIONS`.
+
     Raises PipelineError for another, BudgetError for a budget that cannot be read.
     """
     own: Options = {"allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together")}

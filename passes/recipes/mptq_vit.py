@@ -6,11 +6,16 @@ from typing import Any, Unpack
 
 from allocators.milp import Milp
 from allocators.uniform import Uniform
+from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.pipeline import Pipeline
+from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
-from passes.recipes.assembly import Options, assemble, checked_recipe
+from passes.recipes.assembly import Options, checked_recipe, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
+from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 
 @checked_recipe
@@ -20,26 +25,56 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     budget: anything `Budget.parse` takes. allocator: `Milp()` by default, `Greedy()` is the paper's. fully_quantized is
     the paper's Table 3, LayerNorm's inputs with O-2SF.
     """
-    insert = InsertObservers(**_norm_inputs(options))
-    return assemble(budget, insert, options, allocator=Milp(), fold=FoldSqb())
+    return with_options(
+        options,
+        [
+            AssignRoles(),
+            PlanOperands(**_norm_inputs(options)),
+            FoldSqb(),
+            InsertObservers(),
+            Calibrate(),
+            SearchScales(),
+            AllocateBits(budget, Milp()),
+            SubstituteQuantizers(),
+        ],
+    )
 
 
 @checked_recipe
 def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """TSPTQ-ViT, MPTQ-ViT's baseline: V-2SF after GELU and softmax, O-2SF at LayerNorm; uniform bits by default."""
-    insert = InsertObservers(post_gelu="twin-gelu", **_norm_inputs(options))
-    return assemble(budget, insert, options, allocator=Uniform(), fold=None)
+    return with_options(
+        options,
+        [
+            AssignRoles(),
+            PlanOperands(post_gelu="twin-gelu", **_norm_inputs(options)),
+            InsertObservers(),
+            Calibrate(),
+            SearchScales(),
+            AllocateBits(budget, Uniform()),
+            SubstituteQuantizers(),
+        ],
+    )
 
 
 @checked_recipe
 def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
     norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"}
-    insert = InsertObservers(
-        post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
+    return with_options(
+        options,
+        [
+            AssignRoles(),
+            PlanOperands(
+                post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
+            ),
+            InsertObservers(),
+            Calibrate(gradient=False),
+            SearchScales(criterion="min-max"),
+            AllocateBits(budget, Uniform()),
+            SubstituteQuantizers(),
+        ],
     )
-    calibrate = Calibrate(gradient=False)
-    return assemble(budget, insert, options, allocator=Uniform(), fold=None, calibrate=calibrate, metric="min-max")
 
 
 def _norm_inputs(options: Options) -> dict[str, Any]:

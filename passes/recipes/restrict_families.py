@@ -1,10 +1,11 @@
 """What a backend runs as integers, as families of quantizers: chosen before anything is searched, not after.
 
-    insert = restrict_families(InsertObservers(post_softmax="log2|twin-softmax"), "cpu-native")
-    insert.post_softmax    # "log2<=4|twin-softmax"
+    plan = restrict_families(PlanOperands(post_softmax="log2|twin-softmax"), "cpu-native")
+    plan.post_softmax    # "log2<=4|twin-softmax"
 
-Deliberately not done: layers that no quantizer would help (grouped convolutions, softmax and layer norm under the fully
-quantized protocol); `passes.lower.lower.backend_summary` counts them.
+What it runs is said by its own value (`passes.lower.backend.Backend`). Deliberately not done: layers that no quantizer
+would help (grouped convolutions, softmax and layer norm under the fully quantized protocol);
+`passes.lower.lower.backend_summary` counts them.
 """
 
 from __future__ import annotations
@@ -14,47 +15,31 @@ from typing import Any
 
 from fxquant.errors import BackendError
 from fxquant.quantizers.families import families_named
-from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES
-from passes.lower.lower import SIMULATED, check_backend, resolved
-from passes.search.insert_observers import InsertObservers
-
-_RUNS = {
-    "cpu-native": (BYTE_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
-    "cpu-onednn": (UNIFORM_FAMILIES, ("post_gelu", "other")),
-    "cuda": (UNIFORM_FAMILIES, ("post_gelu", "other")),
-    "openvino": (UNIFORM_FAMILIES, ("post_gelu", "post_softmax", "other", "image")),
-}
-"""By backend: families with their widest widths in bits, and the edges into layers that it runs."""
-
-_UNIFORM = {"post_gelu": "asymmetric", "post_softmax": "asymmetric", "other": "symmetric", "image": "symmetric"}
-"""What takes the place of other families where only uniform ones run."""
+from passes.lower.backends import AUTO, backends
+from passes.lower.lower import check_backend, resolved
+from passes.search.plan_operands import PlanOperands
 
 
-def restrict_families(insert: InsertObservers, backend: str) -> InsertObservers:
-    """The families of each edge that the backend runs, at the widths at which it runs them.
+def restrict_families(plan: PlanOperands, backend: str) -> PlanOperands:
+    """A plan with the families of each input that the backend runs, at the widths at which it runs them.
 
-    All but "cpu-native" run uniform quantizers only, which take the place of others. The kernels need not be on
-    this machine, except to say what "auto" is. Raises BackendError for a backend of which this is not known, and for an
-    edge whose families "cpu-native" can run at no width.
+    Others have something take their place, where the backend says what. The kernels need not be on this machine, except
+    to say what "auto" is. Raises BackendError for an edge whose families it runs at no width, with nothing instead.
     """
     check_backend(backend)
-    name = resolved(backend) if backend == "auto" else backend
-    if name == SIMULATED:
-        return insert
-    if name not in _RUNS:
-        raise BackendError(f"which quantizers {name!r} runs as integers is not known; it is of {', '.join(_RUNS)}")
-    runs, edges = _RUNS[name]
+    found = backends()[resolved(backend) if backend == AUTO else backend]
     changes: dict[str, Any] = {}
-    for edge in edges:
-        text = getattr(insert, edge)
+    for edge in found.edges:
+        text = getattr(plan, edge)
         if text is None:
             continue
-        kept = [(family, min(widest, runs[family])) for family, widest in families_named(text) if family in runs]
-        if not kept and name == "cpu-native":
+        known = [(family, widest) for family, widest in families_named(text) if family in found.families]
+        kept = [(family, min(widest, found.families[family])) for family, widest in known]
+        if not kept and edge not in found.instead:
             raise BackendError(
-                f"cpu-native cannot run the quantizers of {edge}={text!r} as integers at any width: take a recipe with "
-                f"others, such as 'best', leave the backend out, or name some of {', '.join(runs)}"
+                f"{found.name} cannot run the quantizers of {edge}={text!r} as integers at any width: take a recipe "
+                f"with others, such as 'best', leave the backend out, or name some of {', '.join(found.families)}"
             )
         named = [family if widest == 8 else f"{family}<={widest}" for family, widest in kept]
-        changes[edge] = "|".join(named) or _UNIFORM[edge]
-    return replace(insert, **changes)
+        changes[edge] = "|".join(named) or found.instead[edge]
+    return replace(plan, **changes)

@@ -1,7 +1,7 @@
 """Calibrate: run the calibration images through the graph and let every observer see its edge, image by image.
 
-Under the Hessian-guided metric each image is also run backward, from logit gradients that need no labels
-(`fxquant.sensitivity.logit_gradients`). Only one image's activations are alive at a time.
+Under the Hessian-guided metric each image is also run backward, from random cotangents of the output, which need no
+labels (`fxquant.sensitivity.objective`). Only one image's activations are alive at a time.
 """
 
 from __future__ import annotations
@@ -16,33 +16,75 @@ from torch.nn import functional
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import STATISTICS, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
-from fxquant.sensitivity.logit_gradients import (
-    NEEDS_NO_SCORES,
-    Fisher,
-    check_class_scores,
-    class_scores,
-    logit_gradients,
-)
+from fxquant.sensitivity.logit_gradients import Fisher
+from fxquant.sensitivity.objective import Draws
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of
+from passes.prepare.folds import FOLDED
+from passes.search.insert_observers import OBSERVED, observer_nodes, observers_of
 
 MASSIVE_RMS = 100.0
 _NEEDED_BY = "the Hessian-guided metric"
+
+
+def _observers(graph_module: GraphModule) -> list[tuple[Node, Observer]]:
+    """Nodes that call an observer, with it. Raises VerificationError where there is none."""
+    modules = dict(graph_module.named_modules())
+    found = [(node, modules[str(node.target)]) for node in observer_nodes(graph_module)]
+    if not found:
+        raise missing("no edge has an observer", "InsertObservers and Calibrate")
+    return [(node, module) for node, module in found if isinstance(module, Observer)]
+
+
+def _check_calibrated(graph_module: GraphModule) -> None:
+    """Every observer has seen images."""
+    for node, observer in _observers(graph_module):
+        if not observer.images:
+            raise broken_at(node, "this observer has seen no image", "run Calibrate again")
+
+
+def _check_grams(graph_module: GraphModule) -> None:
+    """Wherever a weight is one matrix, the observer of its input has that input's Gram matrix."""
+    found = [(node, observer) for node, observer in _observers(graph_module) if observer.keeps_gram]
+    if not any(observer.gram is not None for _, observer in found):
+        raise missing("no observer has a Gram matrix", "Calibrate")
+    for node, observer in found:
+        linear = [user for user in node.users if _is_linear(graph_module, user)]
+        if observer.gram is None and linear:
+            raise broken_at(linear[0], "its input's Gram matrix is not there", "run Calibrate again")
+
+
+def _is_linear(graph_module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Linear)
+
+
+CALIBRATED = Fact("calibrated", _check_calibrated, rests_on=frozenset({OBSERVED, FOLDED}))
+"""Every observer has seen images."""
+
+GRAMS_KNOWN = Fact("Gram matrices known", _check_grams, rests_on=frozenset({OBSERVED, FOLDED}))
+"""Observers of weights' inputs have their Gram matrices; `SearchScales(keep_grams=True)` leaves them."""
+
+STATISTICS = frozenset({CALIBRATED, GRAMS_KNOWN})
+"""What observers have gathered. A pass that changes weights breaks them: they are of the weights as they were."""
 
 
 @dataclass(frozen=True)
 class Calibrate:
     """Gather statistics in every observer.
 
-    gradient: also gather the Hessian-guided weights, at the price of a backward pass. output_error: without gradients,
-    weigh an error by what it does to the layer's output (AdaLog's objective), all outputs alike. fisher: the logit
-    gradient to start from: "signs" (see the module), "sampled" (a label drawn from the model's output) or "arg-max"
-    (its prediction taken for the label; biased, vanishes for confident models). draws: backward passes per image,
-    averaged: more draws, less variance of the Fisher estimate. images: only the first so many; None: all.
+    Args:
+        gradient: whether the Hessian-guided weights are gathered too, at the price of a backward pass.
+        fisher: the cotangent to start from: random "signs"; or, of class scores only, "sampled" (a label drawn from the
+            model's output) or "arg-max" (its prediction taken for the label; biased, vanishes for confident models).
+        draws: how many backward passes each image gets. Their squared gradients are averaged; the more there are, the
+            less the estimate of the Fisher information varies.
+        output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
+            outputs alike.
+        images: how many of the calibration images are used, the first ones; None uses all.
     """
 
     gradient: bool = True
@@ -51,36 +93,37 @@ class Calibrate:
     output_error: bool = False
     images: int | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.OBSERVED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
-    breaks: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED})
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fill the observers; returns how many.
 
         Raises CalibrationError for activations that are not finite; where gradients are asked for, also for a model
-        whose output are no class scores.
+        whose output is not what the context's objective takes.
         """
         if self.gradient:
-            check_class_scores(graph_module, _NEEDED_BY, NEEDS_NO_SCORES)
+            context.objective.check(graph_module, _NEEDED_BY)
         context = replace(context, images_bchw=context.images[: self.images])
-        watched = {node: found for node in nodes_with_role(graph_module) if (found := observers_of(graph_module, node))}
+        watched = {node: observers_of(graph_module, node) for node in planned_nodes(graph_module)}
         observers = [observer for found in watched.values() for _, observer in found]
         for observer in observers:
             observer.release()
-        grouped = {node: found for node, found in watched.items() if any(o.family == "o-2sf" for _, o in found)}
+        grouped = {node: found for node, found in watched.items() if any(o.asks_for_channels for _, o in found)}
         if grouped:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))
         for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
-                gradients = self._gradients(output, recorder, context.seed, seen) if self.gradient else {}
+                squares = self._squared_gradients(output, recorder, context, seen) if self.gradient else {}
             if self.output_error and not self.gradient:
-                gradients = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
+                squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
+            del output
             with torch.no_grad():
                 for node, found in watched.items():
-                    _update(graph_module, node, found, recorder.inputs.pop(node), gradients.pop(node, None))
+                    _update(graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None))
             recorder.forget()
         return len(observers)
 
@@ -104,23 +147,28 @@ class Calibrate:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
-            raise CalibrationError(f"at least one draw and one image are needed: {self}")
+            raise CalibrationError(f"at least one draw and one image are needed, found {self}")
 
-    def _gradients(self, output: Any, recorder: Recorder, seed: int, first: int) -> dict[Node, Tensor]:
-        """Root mean square, over draws, of the gradient that each watched node's metric needs."""
-        logits = class_scores(output, _NEEDED_BY, NEEDS_NO_SCORES)
+    def _squared_gradients(
+        self, output: Any, recorder: Recorder, context: PassContext, first: int
+    ) -> dict[Node, Tensor]:
+        """Mean square, over draws, of the gradient that each watched node's metric needs."""
+        outputs = context.objective.outputs(output, _NEEDED_BY)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
-        probabilities = logits.detach().float().softmax(1)
-        cotangents = logit_gradients(probabilities, self.fisher, self.draws, seed, first).to(logits.dtype)
-        squares = [torch.zeros_like(tensor) for tensor in tensors]
-        for draw, cotangent in enumerate(cotangents):
-            more = draw + 1 < self.draws
-            found = torch.autograd.grad(logits, tensors, cotangent, retain_graph=more, allow_unused=True)
-            for square, gradient in zip(squares, found, strict=True):
-                if gradient is not None:
-                    square.addcmul_(gradient, gradient)
-        return {node: square.div_(self.draws).sqrt_() for node, square in zip(nodes, squares, strict=True)}
+        draws = Draws(self.draws, context.seed, first, self.fisher)
+        squares: dict[Node, Tensor] = {}
+        for found in context.objective.gradients(outputs, tensors, draws):
+            for node, gradient in zip(nodes, found, strict=True):
+                if gradient is not None and node in squares:
+                    squares[node].addcmul_(gradient, gradient)
+                elif gradient is not None:
+                    squares[node] = gradient.square()
+            del found  # before the next draw's
+        return {
+            node: squares[node].div_(self.draws) if node in squares else torch.zeros_like(tensor)
+            for node, tensor in zip(nodes, tensors, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -148,29 +196,39 @@ def _update(
     node: Node,
     found: list[tuple[int, Observer]],
     inputs: tuple[Tensor, ...],
-    gradient: Tensor | None,
+    squared: Tensor | None,
 ) -> None:
+    """squared: of the gradient that the node's metric needs."""
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     for index, observer in found:
-        if not bool(torch.isfinite(inputs[index]).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
             layer = annotation_of(node).layer
-            raise CalibrationError(f"the input of {layer} has NaN or infinite values on a calibration batch")
-        weight = None if gradient is None else input_weight(module, inputs, index, gradient)
+            raise CalibrationError(
+                f"the input of {layer} has NaN or infinite values on a calibration batch: check the model's "
+                "weights, and how the images were preprocessed"
+            )
+        weight = None if squared is None else input_weight(module, inputs, index, squared)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:
             observer.update_coherence(coherence(inputs[1]))
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])
             if rows is not None:
-                observer.update_gram(rows, None if gradient is None else gradient_rows(module, gradient))
+                observer.update_gram(rows, None if squared is None else gradient_rows(module, squared))
 
 
-def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, gradient: Tensor) -> Tensor:
+def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, squared: Tensor) -> Tensor:
     """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
 
-    gradient: dL/dO of a linear, convolution or matmul; dL/dX of a softmax or LayerNorm. Returns the input's shape.
+    Args:
+        module: a linear or convolution; None for a matmul; any other for a softmax or LayerNorm.
+        inputs: of the node, float.
+        index: of the input.
+        squared: mean square of dL/dO of a linear, convolution or matmul; of dL/dX of a softmax or LayerNorm.
+
+    Returns:
+        float, in the input's shape.
     """
-    squared = gradient.square()
     if isinstance(module, nn.Linear):
         return squared @ module.weight.square()
     if isinstance(module, nn.Conv2d):
@@ -208,5 +266,9 @@ def heed_massive(x: Tensor, weight: Tensor) -> Tensor:
     the gradient calls them harmless, yet clipping one moves it by a hundred times the others' size. Massive: more than
     MASSIVE_RMS times the root mean square of x.
     """
-    massive = x.abs() > MASSIVE_RMS * x.square().mean().sqrt()
+    limit = MASSIVE_RMS * x.square().mean().sqrt()
+    least, largest = torch.aminmax(x)
+    if bool((least >= -limit) & (largest <= limit)):  # none is, as in most tensors
+        return weight
+    massive = x.abs() > limit
     return torch.where(massive, weight.clamp_min(float(weight.mean())), weight)

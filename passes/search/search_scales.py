@@ -1,13 +1,14 @@
 """SearchScales: for every quantized tensor and every candidate width, the best quantizer of its family.
 
-Metrics: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate gathered
-that instead), "mse" (squared error of the tensor itself), "min-max"
-(no search: the range just covers the data). What is found lands in the nodes' annotations, with the predicted loss and
+Criteria: "hessian" (PTQ4ViT's, with the gradient done right; or the layer's plain output error, where Calibrate
+gathered that instead), "mse" (squared error of the tensor itself), "min-max" (no search: the range just covers the
+data). What is found lands in the nodes' annotations, with the predicted loss and
 the noise power that sensitivities and allocators read; then the observers' statistics are released.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,41 +20,61 @@ from fxquant.artefact.cache import Cache
 from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
 from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.annotation import Candidate, Fact, annotate, nodes_with_role
+from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
-Metric = Literal["hessian", "mse", "min-max"]
-Weights = Literal["symmetric", "asymmetric"]
+Criterion = Literal["hessian", "mse", "min-max"]
+
+
+def _check_scales(graph_module: GraphModule) -> None:
+    """Every operand that has families has candidates; each width is listed once, ascending."""
+    operands = [(node, operand) for node in planned_nodes(graph_module) for operand in annotation_of(node).operands]
+    if not any(operand.candidates for _, operand in operands):
+        raise missing("no operand has candidates", "SearchScales")
+    for node, operand in operands:
+        bits = [candidate.bits for candidate in operand.candidates]
+        if operand.families and not bits:
+            raise broken_at(node, f"its {operand.source} operand has no candidates", "run SearchScales again")
+        if bits != sorted(set(bits)):
+            raise broken_at(node, f"it has candidates of {bits} bits", "list each width once, ascending")
+
+
+SCALES_SEARCHED = Fact("scales searched", _check_scales, rests_on=frozenset({CALIBRATED}))
+"""Quantized tensors have candidates, ascending by bits."""
 
 
 @dataclass(frozen=True)
 class SearchScales:
     """Search scales at all candidate widths.
 
-    bits: ascending candidate widths, 2 to 8. metric: see the module. keep_grams: keep the Gram matrices of
-    weights' inputs, for CompensateWeights; everything else that observers have gathered is released. negligible: of an
-    edge's families the first named is taken whose predicted loss is above the least by at most this (nats per image).
-    weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
+    Args:
+        bits: candidate widths, 2 to 8, ascending.
+        criterion: what the search minimises: "hessian", "mse" or "min-max"; see the module.
+        keep_grams: whether the Gram matrices of weights' inputs are kept, which CompensateWeights needs. All else that
+            observers have gathered is released.
+        negligible: a difference of predicted losses, in the unit of the objective, that does not count: of an operand's
+            families the first named is taken that loses at most so much more than the best.
+        weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    metric: Metric = "hessian"
+    criterion: Criterion = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
-    weights: Weights = "symmetric"
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.SCALES_SEARCHED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:
-        """What was made of earlier candidates; the calibration; and, unless they are kept, Gram matrices."""
-        stale = frozenset({Fact.SCORED, Fact.LATENCY_KNOWN, Fact.BITS_ALLOCATED, Fact.CALIBRATED})
-        return stale if self.keep_grams else stale | {Fact.GRAMS_KNOWN}
+        """The calibration; and, unless they are kept, Gram matrices: both are released."""
+        return frozenset({CALIBRATED}) if self.keep_grams else STATISTICS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -65,38 +86,33 @@ class SearchScales:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Search every observed node; returns how many nodes were given candidates."""
-        nodes = [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+        nodes = planned_nodes(graph_module)
         task = context.progress.track("searching scales", len(nodes))
         for node in nodes:
-            found = observers_of(graph_module, node)
-            weight, *activation = self._recalled(graph_module, node, [observer for _, observer in found], context.cache)
-            annotate(
-                node,
-                weight_candidates=weight,
-                activation_candidates=tuple(activation),
-                weight_sensitivity=(),
-                activation_sensitivity=(),
-            )
-            for _, observer in found:
+            observers = dict(observers_of(graph_module, node))
+            found = self._recalled(graph_module, node, observers, context.cache)
+            annotate_operands(node, candidates=found, scores=[()] * len(found))
+            for observer in observers.values():
                 observer.release(keep_gram=self.keep_grams)
             task.advance()
         task.close()
         return len(nodes)
 
     def _recalled(
-        self, graph_module: GraphModule, node: Node, observers: list[Observer], cache: Cache
+        self, graph_module: GraphModule, node: Node, observers: Mapping[int, Observer], cache: Cache
     ) -> tuple[tuple[Candidate, ...], ...]:
-        """Candidates of a node's weight, then of each quantized input; a killed process has left those it had."""
+        """Candidates of each operand of a node; a killed process has left those it had."""
 
         def searched() -> tuple[tuple[Candidate, ...], ...]:
-            inputs = (self._activation(observer) for observer in observers if observer.family is not None)
-            return (self._weight(graph_module, node, observers[0]), *inputs)
+            return tuple(self._searched(graph_module, node, operand, observers) for operand in annotation.operands)
 
+        annotation = annotation_of(node)
         if cache.folder is None:
             return searched()
-        statistics = [[str(o.family), o.keeps_gram, o.images, o.state()] for o in observers]
+        statistics = [[o.families, o.keeps_gram, o.images, o.state()] for o in observers.values()]
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        key = cache.key_of(repr(self), statistics, module)
+        weights = annotation.weight and annotation.weight.families
+        key = cache.key_of(repr(self), statistics, module, weights)
         kept = cache.read(key, part=True)
         if kept is not None:
             return candidates_from_file(*kept)
@@ -105,15 +121,26 @@ class SearchScales:
             cache.write(key, *candidates_to_file(found), part=True)
         return found
 
+    def _searched(
+        self, graph_module: GraphModule, node: Node, operand: Operand, observers: Mapping[int, Observer]
+    ) -> tuple[Candidate, ...]:
+        """The candidates of one operand; none where it stays float."""
+        if not operand.families:
+            return ()
+        if operand.argument is None:
+            return self._weight(graph_module, node, operand, observers[0])
+        return self._activation(observers[operand.argument])
+
     def _activation(self, observer: Observer) -> tuple[Candidate, ...]:
         statistics = observer.statistics()
-        weighted = self.metric == "hessian"
+        weighted = self.criterion == "hessian"
         if weighted and not statistics.moments.weighted:
             raise CalibrationError(
-                'SearchScales(metric="hessian") needs gradients or output errors, and Calibrate gathered neither'
+                'SearchScales(criterion="hessian") needs gradients or output errors, and Calibrate gathered '
+                "neither: run Calibrate(gradient=True), or Calibrate(output_error=True)"
             )
-        named = families_named(str(observer.family))
-        if self.metric == "min-max" and [family.name for family in named] == ["symmetric"]:
+        named = observer.families
+        if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
             named = families_named("symmetric-min-max")
         best = []
         for bits in self.bits:
@@ -127,19 +154,19 @@ class SearchScales:
             best.append(next((candidate for candidate in usable if candidate.loss <= enough), usable[0]))
         return tuple(best)
 
-    def _weight(self, graph_module: GraphModule, node: Node, observer: Observer) -> tuple[Candidate, ...]:
-        if node.op != "call_module" or not observer.keeps_gram:
-            return ()
+    def _weight(
+        self, graph_module: GraphModule, node: Node, operand: Operand, observer: Observer
+    ) -> tuple[Candidate, ...]:
         module = graph_module.get_submodule(str(node.target))
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return ()
-        hessian = self.metric == "hessian"
+        hessian = self.criterion == "hessian"
         return search_weight(
             module.weight.flatten(1),
             self.bits,
             max(observer.images, 1),
-            observer.gram if hessian else None,
+            observer.gram.matrix() if hessian and observer.gram is not None else None,
             observer.channel_weight() if hessian else None,
-            search=self.metric != "min-max",
-            asymmetric=self.weights == "asymmetric",
+            search=self.criterion != "min-max",
+            asymmetric=[family.name for family in operand.families] == ["asymmetric"],
         )

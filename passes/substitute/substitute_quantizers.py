@@ -13,21 +13,42 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.errors import PatternError, VerificationError
-from fxquant.graph.annotation import STATISTICS, Annotation, Candidate, Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import Annotation, Candidate, Operand, annotation_of, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, Fact, broken_at, missing
 from fxquant.graph.names import add_module, exchange_module
-from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.pipeline.contract import PassContext
-from passes.search.insert_observers import observers_of, remove_observers
+from passes.search.calibrate import STATISTICS
+from passes.search.insert_observers import OBSERVED, remove_observers
+from passes.search.search_scales import SCALES_SEARCHED
+
+
+def _check_bits(graph_module: GraphModule) -> None:
+    """Some node has bits, and each of its widths is one that it has a quantizer for."""
+    annotated = [(node, annotation_of(node)) for node in nodes_with_role(graph_module)]
+    if not any(annotation.has_bits for _, annotation in annotated):
+        raise missing("no node has bits", "AllocateBits")
+    for node, annotation in annotated:
+        for operand in annotation.operands:
+            widths = [candidate.bits for candidate in operand.candidates]
+            if operand.bits not in widths and (operand.bits is not None or widths):
+                listed = f"among {widths}" if widths else "there: this operand has no candidates"
+                problem = f"{operand.bits} bits of its {operand.source} operand are not {listed}"
+                raise broken_at(node, problem, "allocate among the candidates, or search that width")
+
+
+BITS_ALLOCATED = Fact("bits allocated", _check_bits, rests_on=frozenset({SCALES_SEARCHED}))
+"""Some nodes have bits, and every width is one of the tensor's candidates. AllocateBits, in a room above, provides it.
+"""
 
 
 @dataclass(frozen=True)
 class SubstituteQuantizers:
     """Put the chosen quantizers into the graph."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
-    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {Fact.OBSERVED, Fact.SCALES_SEARCHED}
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
+    breaks: ClassVar[frozenset[Fact]] = STATISTICS | {OBSERVED, SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Substitute in place; returns the number of nodes that now compute in low bits."""
@@ -36,9 +57,7 @@ class SubstituteQuantizers:
             annotation = annotation_of(node)
             if not annotation.has_bits:
                 continue
-            places = [index for index, observer in observers_of(graph_module, node) if observer.family is not None]
-            replacement = _quantized(graph_module, node, annotation, places)
-            _replace(graph_module, node, replacement)
+            _replace(graph_module, node, _quantized(graph_module, node, annotation))
             changed += 1
         remove_observers(graph_module)
         graph_module.delete_all_unused_submodules()
@@ -47,35 +66,33 @@ class SubstituteQuantizers:
         return changed
 
 
-def chosen(candidates: tuple[Candidate, ...], bits: int | None, layer: str) -> Candidate | None:
-    """The candidate of this width, None without bits.
+def chosen(operand: Operand, layer: str) -> Candidate | None:
+    """The candidate of an operand's width, None where it has no bits.
+
+    Args:
+        candidates: of one tensor, ascending by bits.
+        bits: the width that the tensor was given; None: it stays float.
+        layer: the layer's name, for the message.
 
     Raises VerificationError, naming the layer, where it has bits and no candidate of that width.
     """
-    if bits is None:
+    if operand.bits is None:
         return None
-    found = next((candidate for candidate in candidates if candidate.bits == bits), None)
+    found = next((candidate for candidate in operand.candidates if candidate.bits == operand.bits), None)
     if found is None:
-        widths = [candidate.bits for candidate in candidates]
+        widths = [candidate.bits for candidate in operand.candidates]
         listed = f"its candidates have {widths}" if widths else "this operand has no candidates"
         raise VerificationError(
-            f"layer '{layer}' has {bits} bits, and {listed}: allocate among the candidates, or search that width, "
-            f"SearchScales(bits=...)"
+            f"layer '{layer}' has {operand.bits} bits, and {listed}: allocate among the candidates, or search that "
+            f"width, SearchScales(bits=...)"
         )
     return found
 
 
-def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, places: list[int]) -> nn.Module:
-    weight = chosen(annotation.weight_candidates, annotation.weight_bits, annotation.layer)
-    groups = annotation.activation_candidates
-    if not groups:
-        chosen((), annotation.activation_bits, annotation.layer)
-    inputs: dict[int, Quantizer] = {}
-    for place, candidates, bits in zip(places, groups, annotation.input_bits, strict=True):
-        candidate = chosen(candidates, bits, annotation.layer)
-        if candidate is not None:
-            inputs[place] = candidate.quantizer
-    weight_quantizer = None if weight is None else weight.quantizer
+def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation) -> nn.Module:
+    candidates = {operand.argument: chosen(operand, annotation.layer) for operand in annotation.operands}
+    inputs = {place: candidate.quantizer for place, candidate in candidates.items() if candidate is not None}
+    weight_quantizer = inputs.get(None)
     if node.op != "call_module":
         return QuantizedMatmul(inputs.get(0), inputs.get(1))
     module = graph_module.get_submodule(str(node.target))
@@ -88,7 +105,7 @@ def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation, pl
         return QuantizedConv2d(module.weight, module.bias, weight_quantizer, inputs.get(0), geometry)
     if 0 in inputs:
         return QuantizedInput(module, inputs[0])
-    raise PatternError(f"node {node.name} has bits but no quantizer fits a {type(module).__name__}")
+    raise PatternError(f"node {node.name} has bits, and there is no quantizer for a {type(module).__name__}")
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.facts import QUANTIZED, Fact
 from fxquant.graph.names import exchange_module
+from fxquant.graph.nodes import input_of, only_reader
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_table import BITS, fits
 from fxquant.runtime.simulated import QuantizedInput, QuantizedLinear
-from passes.lower.integer_plan import input_of, only_reader
 from passes.pipeline.contract import PassContext
 
 LOWEST = -12.0  # GELU is zero in float32 below
@@ -35,7 +36,7 @@ POINTS = 1 << 20
 class TabulateGelu:
     """Quantize the input of GELUs between two quantized linear layers to 14 bits."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QUANTIZED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({QUANTIZED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -16,65 +17,72 @@ ROLES = ("qkv", "qk", "softmax", "av", "proj", "fc1", "fc2")
 def random_table(
     seed: int,
     count: int = 4,
-    weight_bits: tuple[int, ...] = (2, 4, 8),
-    activation_bits: tuple[int, ...] = (2, 4, 8),
+    bits: tuple[int, ...] = (2, 4, 8),
     decades: float = 3.0,
     masked: bool = True,
+    tied: float = 0.5,
 ) -> CostTable:
-    """A table with matmuls, weightless layers, a float input and masks; costs span `decades` and mostly fall.
+    """A table with products, tied and not, weightless layers, a float input and masks; costs span `decades` and mostly
+    fall.
 
-    Times have plateaus, as digits of activation codes make them.
+    Times have plateaus, as digits of activation codes make them. tied: share of products whose inputs have one width.
     """
     generator = np.random.default_rng(seed)
     roles = [ROLES[index % len(ROLES)] for index in range(count)]
-    weightless = np.isin(roles, ("qk", "softmax", "av"))
+    is_absent = np.isin(roles, ("qk", "softmax", "av")) & ~(
+        np.isin(roles, ("qk", "av")) & (generator.random(count) >= tied)
+    )
     scale = 10 ** generator.uniform(0, decades, count)
-    allowed = [
-        generator.random((count, len(bits))) < (0.7 if masked else 2.0) for bits in (weight_bits, activation_bits)
-    ]
-    for mask in allowed:
-        mask[~mask.any(axis=1), -1] = True
-    activation_elements = generator.integers(1, 500, count)
+    allowed = generator.random((2, count, len(bits))) < (0.7 if masked else 2.0)
+    allowed[~allowed.any(axis=2), -1] = True
+    elements = np.stack([np.where(is_absent, 0, generator.integers(1, 1000, count)), generator.integers(1, 500, count)])
     if masked:
-        activation_elements[-1] = 0
-    noise = generator.uniform(0.5, 2.0, (2, count, max(len(weight_bits), len(activation_bits))))
+        elements[1, -1] = 0
     return CostTable(
         layers=tuple(f"blocks.{index}.{role}" for index, role in enumerate(roles)),
         roles=tuple(roles),
-        weight_elements=np.where(weightless, 0, generator.integers(1, 1000, count)),
-        activation_elements=activation_elements,
+        elements=elements,
         macs=np.where(np.isin(roles, "softmax"), 0, generator.integers(1, 10_000, count)),
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        weight_cost=scale[:, None] * 4.0 ** -np.array(weight_bits) * noise[0, :, : len(weight_bits)],
-        activation_cost=scale[:, None] * 4.0 ** -np.array(activation_bits) * noise[1, :, : len(activation_bits)],
-        weight_sqnr_db=6.02 * np.array(weight_bits) + generator.uniform(-6, 6, (count, len(weight_bits))),
-        activation_sqnr_db=6.02 * np.array(activation_bits) + generator.uniform(-6, 6, (count, len(activation_bits))),
-        allowed_weight=allowed[0],
-        allowed_activation=allowed[1],
-        latency_ms=rising(generator.integers(1, 4, (count, len(weight_bits), len(activation_bits))) * 0.25),
+        bits=bits,
+        cost=scale[:, None] * 4.0 ** -np.array(bits) * generator.uniform(0.5, 2.0, (2, count, len(bits))),
+        sqnr_db=6.02 * np.array(bits) + generator.uniform(-6, 6, (2, count, len(bits))),
+        allowed=allowed,
+        latency_ms=rising(generator.integers(1, 4, (count, len(bits), len(bits))) * 0.25),
     )
 
 
 def plain_table(**changes: object) -> CostTable:
-    """Three layers, W and A in (2, 4, 8), everything allowed, round numbers."""
+    """Three layers, bits (2, 4, 8), everything allowed, round numbers; the product's inputs are tied.
+
+    changes: fields; "first_" or "second_" before elements, cost, sqnr_db and allowed changes one operand of all layers.
+    """
     bits = np.array([2, 4, 8])
-    values = {
+    values: dict[str, Any] = {
         "layers": ("blocks.0.fc1", "blocks.0.qk", "head"),
         "roles": ("fc1", "qk", "head"),
-        "weight_elements": [100, 0, 300],
-        "activation_elements": [50, 150, 200],
+        "elements": np.array([[100, 0, 300], [50, 150, 200]]),
         "macs": [10, 20, 30],
-        "weight_bits": (2, 4, 8),
-        "activation_bits": (2, 4, 8),
-        "weight_cost": np.outer([1.0, 0.0, 2.0], 4.0**-bits),
-        "activation_cost": np.outer([1.0, 3.0, 2.0], 4.0**-bits),
-        "weight_sqnr_db": np.outer([1.0, 1.0, 1.0], 6.0 * bits),
-        "activation_sqnr_db": np.outer([1.0, 1.0, 1.0], 6.0 * bits),
-        "allowed_weight": np.ones((3, 3), bool),
-        "allowed_activation": np.ones((3, 3), bool),
+        "bits": (2, 4, 8),
+        "cost": np.stack([np.outer([1.0, 0.0, 2.0], 4.0**-bits), np.outer([1.0, 3.0, 2.0], 4.0**-bits)]),
+        "sqnr_db": np.ones((2, 3, 1)) * 6.0 * bits,
+        "allowed": np.ones((2, 3, 3), bool),
     }
-    return CostTable(**values | changes)
+    for name, value in changes.items():
+        place, _, field = name.partition("_")
+        if place in ("first", "second"):
+            sides = list(values[field])
+            sides[place == "second"] = value
+            values[field] = np.array(sides)
+        else:
+            values[name] = value
+    return CostTable(**values)
+
+
+def untied_table(**changes: object) -> CostTable:
+    """`plain_table` whose product's inputs have widths of their own: 60 and 90 elements."""
+    cost = np.array(plain_table().cost)
+    cost[0, 1] = cost[1, 1] / 2
+    return plain_table(**{"first_elements": [100, 60, 300], "second_elements": [50, 90, 200], "cost": cost, **changes})
 
 
 def budget_between(table: CostTable, fractions: dict[str, float], **means: str) -> Budget:

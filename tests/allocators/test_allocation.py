@@ -10,6 +10,8 @@ from allocators.problem.budget import Budget
 from fxquant.errors import ArtefactError
 from tests.allocators.tables import plain_table, random_table
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("allocator", [Greedy(), Milp()])
 def test_json_round_trip(allocator):
@@ -24,7 +26,7 @@ def test_equality_ignores_seconds():
 
 
 def test_only_layers_that_have_the_operand_are_listed():
-    allocation = Greedy().allocate(plain_table(activation_elements=[0, 150, 200]), Budget.parse(4))
+    allocation = Greedy().allocate(plain_table(second_elements=[0, 150, 200]), Budget.parse(4))
     assert list(allocation.weight_bits) == ["blocks.0.fc1", "head"]
     assert list(allocation.activation_bits) == ["blocks.0.qk", "head"]
 

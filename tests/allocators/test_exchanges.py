@@ -17,7 +17,7 @@ from tests.allocators.tables import plain_table, random_table
 
 def middle(table: CostTable) -> Assignment:
     """Every layer at its middle allowed width."""
-    columns = [[side.columns(layer) for layer in range(len(table.layers))] for side in table.operands]
+    columns = [[side.columns(layer) for layer in range(len(table.layers))] for side in table.sides]
     return np.array([[found[len(found) // 2] for found in row] for row in columns])
 
 
@@ -67,8 +67,8 @@ def test_one_large_layer_is_paid_for_by_two_small_ones() -> None:
     table = plain_table(
         layers=("fc1", "proj", "fc2"),
         roles=("fc1", "proj", "fc2"),
-        weight_elements=[4, 2, 2],
-        activation_elements=[0] * 3,
+        first_elements=[4, 2, 2],
+        second_elements=[0] * 3,
     )
     assignment = np.array([[1, 1, 1], [-1, -1, -1]])
     budget = Budget(mean_weight_bits=4.0 + 0.01)

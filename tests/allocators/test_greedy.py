@@ -6,36 +6,38 @@ from allocators.problem.budget import Budget
 from fxquant.errors import InfeasibleBudgetError
 from tests.allocators.tables import budget_between, plain_table, random_table
 
+pytestmark = pytest.mark.quick
+
 
 def rescan(table, budget, metric, order):
     """Greedy MP by scanning every tensor at every step."""
     assignment = table.highest()
 
-    def lower(rows, quantities):
+    def lower(tensors, quantities):
         def unmet():
             usage = table.usage(assignment, budget)
             return any(quantity in quantities for quantity in budget.exceeded(usage))
 
         while unmet():
             moves = []
-            for row in rows:
-                side = table.operands[row]
-                for layer in range(len(table.layers)):
-                    below = [column for column in side.columns(layer) if column < assignment[row, layer]]
-                    if not below or (quantities == ["bit_operations"] and table.macs[layer] == 0):
-                        continue
-                    alpha = side.sqnr_db[layer, below[-1]]
-                    if metric == "sqnr-numel":
-                        alpha *= np.log(side.elements[layer])
-                    moves.append((-alpha, row, layer, below[-1]))
+            for row, layer in np.argwhere(tensors):
+                side = table.sides[row]
+                below = [column for column in side.columns(layer) if column < assignment[row, layer]]
+                if not below or (quantities == ["bit_operations"] and table.macs[layer] == 0):
+                    continue
+                alpha = side.sqnr_db[layer, below[-1]]
+                if metric == "sqnr-numel":
+                    alpha *= np.log(side.elements[layer])
+                moves.append((-alpha, row, layer, below[-1]))
             _, row, layer, column = min(moves)
             assignment[row, layer] = column
 
-    phases = [([0], ["mean_weight_bits", "weight_bytes"]), ([1], ["mean_activation_bits"])]
+    weights = table.is_weight
+    phases = [(weights, ["mean_weight_bits", "weight_bytes"]), (~weights, ["mean_activation_bits"])]
     if order == "activations-first":
         phases.reverse()
-    for rows, quantities in [*phases, ([0, 1], ["bit_operations"])]:
-        lower(rows, quantities)
+    for tensors, quantities in [*phases, (weights | ~weights, ["bit_operations"])]:
+        lower(tensors, quantities)
     return assignment
 
 
@@ -43,7 +45,7 @@ def rescan(table, budget, metric, order):
 @pytest.mark.parametrize("order", ["weights-first", "activations-first"])
 @pytest.mark.parametrize("seed", range(5))
 def test_heap_equals_rescan(metric, order, seed):
-    table = random_table(seed, count=9, weight_bits=(2, 3, 4, 5, 6, 7, 8), activation_bits=(2, 3, 4, 5, 6, 7, 8))
+    table = random_table(seed, count=9, bits=(2, 3, 4, 5, 6, 7, 8))
     parts = {"mean_weight_bits": 0.6, "mean_activation_bits": 0.4, "weight_bytes": 0.5, "bit_operations": 0.1}
     budget = budget_between(table, parts)
     np.testing.assert_array_equal(
@@ -58,14 +60,14 @@ def test_free_quantities_stay_at_the_widest():
 
 
 def test_largest_alpha_goes_first_and_ties_go_to_the_earlier_layer():
-    table = plain_table(weight_elements=[300, 0, 300])
+    table = plain_table(first_elements=[300, 0, 300])
     allocation = Greedy().allocate(table, Budget(mean_weight_bits=6))
     assert allocation.weight_bits == {"blocks.0.fc1": 4, "head": 8}
     assert (allocation.status, allocation.gap, allocation.solver) == ("heuristic", None, "greedy")
 
 
 def test_the_logarithm_changes_the_choice():
-    table = plain_table(weight_sqnr_db=np.outer([1.05, 1.0, 1.0], [12.0, 24.0, 48.0]))
+    table = plain_table(first_sqnr_db=np.outer([1.05, 1.0, 1.0], [12.0, 24.0, 48.0]))
     budget = Budget(mean_weight_bits=7.5)
     assert Greedy("sqnr").allocate(table, budget).weight_bits["blocks.0.fc1"] < 8
     assert Greedy("sqnr-numel").allocate(table, budget).weight_bits["head"] < 8
@@ -81,5 +83,5 @@ def test_minimum_bits_floors_every_tensor_but_pinned_ones():
 
 
 def test_infinite_sqnr_of_a_single_element():
-    table = plain_table(weight_sqnr_db=np.full((3, 3), np.inf), weight_elements=[1, 0, 1])
+    table = plain_table(first_sqnr_db=np.full((3, 3), np.inf), first_elements=[1, 0, 1])
     assert Greedy().allocate(table, Budget(mean_weight_bits=2)).usage["mean_weight_bits"] == 2

@@ -44,7 +44,7 @@ def test_optimal_within_budget_and_never_worse_than_greedy(seed, fractions, weig
 @few
 @given(seeds, st.sampled_from(QUANTITIES), st.floats(0, 1), st.floats(0, 1))
 def test_monotone_in_the_budget(seed, quantity, one, other):
-    table = random_table(seed, count=6, weight_bits=(2, 3, 4, 6, 8), activation_bits=(3, 4, 5, 6, 8))
+    table = random_table(seed, count=6, bits=(2, 3, 4, 6, 8))
     tight, loose = (budget_of(table, {quantity: part}) for part in sorted((one, other)))
     assert Milp().allocate(table, loose).objective <= Milp().allocate(table, tight).objective * (1 + 1e-6)
 
@@ -64,7 +64,7 @@ def test_tied_widths_match_brute_force(seed):
 def test_tied_without_a_common_width_names_the_layer():
     allowed = np.ones((3, 3), bool)
     allowed[2] = [True, True, False]
-    table = plain_table(allowed_weight=allowed).override({"head": (None, 8)})
+    table = plain_table(first_allowed=allowed).override({"head": (None, 8)})
     with pytest.raises(OverrideError, match="'head'"):
         Milp(tie_weights_and_activations=True).allocate(table, Budget(mean_weight_bits=8))
 
@@ -103,15 +103,13 @@ def test_the_loosest_and_the_tightest_budget():
 
 def test_zero_costs_are_no_division():
     allocation = Milp().allocate(
-        plain_table(weight_cost=np.zeros((3, 3)), activation_cost=np.zeros((3, 3))), Budget.parse(4)
+        plain_table(first_cost=np.zeros((3, 3)), second_cost=np.zeros((3, 3))), Budget.parse(4)
     )
     assert (allocation.objective, allocation.gap, allocation.status) == (0.0, 0.0, "optimal")
 
 
 def large_table():
-    return random_table(
-        7, count=96, weight_bits=(2, 3, 4, 5, 6, 7, 8), activation_bits=(2, 3, 4, 5, 6, 7, 8), decades=6, masked=False
-    )
+    return random_table(7, count=96, bits=(2, 3, 4, 5, 6, 7, 8), decades=6, masked=False, tied=1.0)
 
 
 def test_96_layers_are_quick_quiet_and_deterministic(capfd):

@@ -1,4 +1,4 @@
-"""The Pareto allocator against trying everything, module by module."""
+"""The ModuleFrontier allocator against trying everything, module by module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from fxquant.errors import BudgetError, InfeasibleBudgetError, OverrideError
@@ -34,28 +34,23 @@ def block_table(seed: int, blocks: int = 2) -> CostTable:
     return CostTable(
         layers=tuple(names),
         roles=tuple(roles),
-        weight_elements=[weights[role] for role in roles],
-        activation_elements=[inputs[role] for role in roles],
+        elements=[[sizes[role] for role in roles] for sizes in (weights, inputs)],
         macs=[7 + index for index in range(count)],
-        weight_bits=BITS,
-        activation_bits=BITS,
-        weight_cost=scale[0],
-        activation_cost=scale[1],
-        weight_sqnr_db=np.zeros((count, widths)),
-        activation_sqnr_db=np.zeros((count, widths)),
-        allowed_weight=np.ones((count, widths), bool),
-        allowed_activation=np.ones((count, widths), bool),
+        bits=BITS,
+        cost=scale,
+        sqnr_db=np.zeros((2, count, widths)),
+        allowed=np.ones((2, count, widths), bool),
     )
 
 
-def by_modules(table: CostTable, budget: Budget, allocator: Pareto) -> float:
+def by_modules(table: CostTable, budget: Budget, allocator: ModuleFrontier) -> float:
     """The least objective over one width per module, by trying all."""
     modules = allocator.modules(table)
     best = np.inf
     for widths in itertools.product(range(len(BITS)), repeat=len(modules)):
         assignment = np.full((2, len(table.layers)), -1)
         for layers, column in zip(modules, widths, strict=True):
-            for row, side in enumerate(table.operands):
+            for row, side in enumerate(table.sides):
                 assignment[row, layers] = np.where(side.elements[layers] > 0, column, -1)
         if not budget.exceeded(table.usage(assignment, budget)):
             best = min(best, table.objective(assignment))
@@ -64,21 +59,21 @@ def by_modules(table: CostTable, budget: Budget, allocator: Pareto) -> float:
 
 def test_modules_are_halves_of_blocks() -> None:
     table = block_table(0)
-    groups = [[table.layers[layer] for layer in layers] for layers in Pareto().modules(table)]
+    groups = [[table.layers[layer] for layer in layers] for layers in ModuleFrontier().modules(table)]
     assert ["blocks.1.attn.qkv", "blocks.1.attn.proj"] in groups
     assert ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"] in groups
     assert ["blocks.0.attn.qk"] in groups
     assert ["head"] in groups
     assert len(groups) == 7
-    assert len(Pareto(module_wise=False).modules(table)) == len(table.layers)
+    assert len(ModuleFrontier(module_wise=False).modules(table)) == len(table.layers)
 
 
 @pytest.mark.parametrize("limits", [{"mean_weight_bits": 3.4}, {"mean_weight_bits": 3.4, "mean_activation_bits": 3.2}])
 @pytest.mark.parametrize("seed", range(2))
 def test_finds_the_best_module_wise_allocation(limits: dict[str, float], seed: int) -> None:
     table, budget = block_table(seed), Budget(**limits)
-    allocation = Pareto().allocate(table, budget)
-    assert allocation.objective == pytest.approx(by_modules(table, budget, Pareto()), rel=1e-12)
+    allocation = ModuleFrontier().allocate(table, budget)
+    assert allocation.objective == pytest.approx(by_modules(table, budget, ModuleFrontier()), rel=1e-12)
     assert allocation.status == "optimal"
     assert not budget.exceeded(allocation.usage)
     for block in range(2):
@@ -93,7 +88,7 @@ def test_layer_wise_it_is_the_optimum(seed: int, weight: float, activation: floa
     """Any masks, sizes and limits; against brute force over all layers."""
     table = random_table(seed, count=3, masked=not tied)
     budget = budget_between(table, {"mean_weight_bits": weight, "mean_activation_bits": activation})
-    found = Pareto(module_wise=False, tie_weights_and_activations=tied).allocate(table, budget)
+    found = ModuleFrontier(module_wise=False, tie_weights_and_activations=tied).allocate(table, budget)
     assert found.objective == pytest.approx(brute_force(table, budget, tied=tied), rel=1e-9)
     assert not budget.exceeded(found.usage)
 
@@ -102,13 +97,13 @@ def test_layer_wise_it_is_the_optimum(seed: int, weight: float, activation: floa
 def test_every_quantity_can_be_budgeted(quantities: tuple[str, ...]) -> None:
     table = random_table(3, count=4)
     budget = budget_between(table, dict.fromkeys(quantities, 0.4))
-    found = Pareto(module_wise=False, tie_weights_and_activations=False).allocate(table, budget)
+    found = ModuleFrontier(module_wise=False, tie_weights_and_activations=False).allocate(table, budget)
     assert found.objective == pytest.approx(brute_force(table, budget), rel=1e-9)
 
 
 def test_milp_is_never_worse_and_layers_gain_over_modules() -> None:
     table, budget = block_table(5, blocks=6), Budget.parse("W3A3")
-    modules, layers = (Pareto(module_wise=module_wise).allocate(table, budget) for module_wise in (True, False))
+    modules, layers = (ModuleFrontier(module_wise=module_wise).allocate(table, budget) for module_wise in (True, False))
     milp = Milp(tie_weights_and_activations=True).allocate(table, budget)
     assert layers.objective < modules.objective
     assert milp.objective == pytest.approx(layers.objective, rel=1e-3)
@@ -116,7 +111,7 @@ def test_milp_is_never_worse_and_layers_gain_over_modules() -> None:
 
 def test_a_thinned_frontier_says_so_and_keeps_the_budget() -> None:
     table, budget = block_table(5, blocks=4), Budget.parse("W3A3")
-    exact, thinned = (Pareto(states=states).allocate(table, budget) for states in (20_000, 9))
+    exact, thinned = (ModuleFrontier(states=states).allocate(table, budget) for states in (20_000, 9))
     assert (exact.status, thinned.status, thinned.gap) == ("optimal", "heuristic", None)
     assert thinned.objective >= exact.objective
     assert not budget.exceeded(thinned.usage)
@@ -124,17 +119,17 @@ def test_a_thinned_frontier_says_so_and_keeps_the_budget() -> None:
 
 def test_overrides() -> None:
     table = block_table(1).override({"blocks.0.attn.proj": 6})
-    found = Pareto().allocate(table, Budget.parse("W3A3"))
+    found = ModuleFrontier().allocate(table, Budget.parse("W3A3"))
     assert found.weight_bits["blocks.0.attn.proj"] == 6
     half: dict[str, Any] = {"allowed_weight": table.allowed_weight.copy()}
     half["allowed_weight"][0], half["allowed_weight"][2] = [True, True, False, False], [False, False, True, True]
     values = {**table.to_dict(), **half, "allowed_activation": np.ones_like(table.allowed_activation)}
     with pytest.raises(OverrideError, match="no width is allowed for all"):
-        Pareto().allocate(CostTable(**values), Budget.parse("W6A6"))
+        ModuleFrontier().allocate(CostTable(**values), Budget.parse("W6A6"))
 
 
 def test_refusals() -> None:
     with pytest.raises(InfeasibleBudgetError):
-        Pareto().allocate(block_table(0), Budget.parse("W1.5"))
+        ModuleFrontier().allocate(block_table(0), Budget.parse("W1.5"))
     with pytest.raises(BudgetError, match="states=0"):
-        Pareto(states=0)
+        ModuleFrontier(states=0)

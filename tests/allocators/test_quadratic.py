@@ -11,12 +11,10 @@ from allocators.quadratic import Interaction, Quadratic
 from fxquant.errors import BudgetError, SensitivityError
 from tests.allocators.tables import random_table
 
-NAMES = ("weight", "activation")
-
 
 def some_interactions(table, seed, count=4):
     generator = np.random.default_rng(seed)
-    operands = [(layer, name) for layer in table.layers for name in NAMES]
+    operands = [(layer, place) for side in table.sides for layer, place in zip(table.layers, side.places, strict=True)]
     pairs = list(itertools.combinations(operands, 2))
     chosen = generator.choice(len(pairs), count, replace=False)
     return tuple(Interaction(*pairs[i], float(generator.uniform(-0.9, 0.9))) for i in chosen)
@@ -32,7 +30,7 @@ def all_assignments(table):
 @given(st.integers(0, 10_000), st.floats(0.3, 0.9))
 def test_equals_brute_force(seed, share):
     """Within a thousandth, in its own objective; the budget holds."""
-    table = random_table(seed, count=3, weight_bits=(2, 4), activation_bits=(2, 4, 8), decades=1.0)
+    table = random_table(seed, count=3, bits=(2, 4), decades=1.0)
     low, high = (table.usage(found)["bit_operations"] for found in (table.lowest(), table.highest()))
     budget = Budget(bit_operations=max(low + share * (high - low), low, 1.0))
     allocator = Quadratic(some_interactions(table, seed), relative_gap=1e-6)
@@ -40,8 +38,8 @@ def test_equals_brute_force(seed, share):
     feasible = (a for a in all_assignments(table) if not budget.exceeded(table.usage(a, budget)))
     best = min(allocator.objective(table, assignment) for assignment in feasible)
     assert not budget.exceeded(allocation.usage)
-    bits = [[of.get(layer, 0) for layer in table.layers] for of in (allocation.weight_bits, allocation.activation_bits)]
-    assignment = next(a for a in all_assignments(table) if np.array_equal(table.bits(a), bits))
+    assignment = allocation.assignment(table)
+    assert table.objective(assignment) == pytest.approx(allocation.objective)
     assert allocator.objective(table, assignment) == pytest.approx(best, rel=1e-3, abs=1e-9)
 
 

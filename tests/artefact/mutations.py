@@ -11,8 +11,6 @@ import copy
 import json
 import math
 import random
-import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fxquant
-from fxquant.artefact import artefact
 from fxquant.artefact.allowlist import ATTRIBUTES, FUNCTIONS, METHODS
 from fxquant.artefact.container import compress, decompress, pack_file, read_file
 from fxquant.artefact.module_settings import CLASSES
-from fxquant.commands.inspect_artefact import report_of
-from fxquant.errors import FxQuantError
-from fxquant.graph.printer import format_graph
 
 Document = dict[str, Any]
+
+
 _COMPRESSED = ("graph", "journal", "allocation", "answers")
+
 
 NAMES = [
     "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "len", "print", "forward",
@@ -39,17 +35,23 @@ NAMES = [
     "input",
     "_modules", "_parameters", "graph", "training", "fill_", "cls.mro", "format", "blocks..0", ".x", "0", "weight",
 ]  # fmt: skip
+
+
 NUMBERS = [
     0, 1, -1, 2, 3, 7, 8, 9, 16, 17, 255, 256, 65_535, 2**20, 2**31, 2**40, 2**53, 2**63 - 1, 2**63, -(2**63), 10**400,
     0.0,
     -0.5, 0.5, 1e-30, 1e30, 1e308, math.inf, -math.inf, math.nan,
 ]  # fmt: skip
+
+
 JUNK: list[Any] = [
     None, True, False, "", "x", "cpu", "cuda:0", "inf", [], [[]], [1, 2], [0] * 5000, {}, {"node": 0}, {"node": 10**9},
     {"tuple": [1, 2]}, {"dict": [["a", 1]]}, {"slice": [None, None, 0]}, {"slice": [0, 10**12, 1]}, {"float": "nan"},
     {"dtype": "complex64"}, {"dtype": "int8"}, {"device": "meta"}, {"ellipsis": True}, {"format": "channels_last"},
     {"node": 1, "tuple": []}, [[[[[[[[1]]]]]]]],
 ]  # fmt: skip
+
+
 KEYWORDS = ["inplace", "out", "dim", "dtype", "device", "keepdim", "size", "self", "input", "key", "memory_format", "p"]
 
 
@@ -305,69 +307,3 @@ def mutated(base: Base, seed: int) -> tuple[str, bytes]:
             continue  # it found nothing to change after the ones before it
         done.append(mutation.__name__.strip("_"))
     return " ".join(done), seal(case.documents, case.tensors, case.raw)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """stage: how far the use came. error: the class of the error that ended it, "" for none. is_typed: of ours.
-
-    message: its text, and where it was raised. cpu_s: CPU seconds.
-    """
-
-    stage: str
-    error: str
-    is_typed: bool
-    message: str
-    cpu_s: float
-
-
-def use(path: Path, image_shape: tuple[int, ...]) -> list[Outcome]:
-    """Load, report, inspect, one forward on two images, lower, one forward of that: what ended each, if anything."""
-    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    loaded: list[fxquant.Compiled] = []
-    lowered: list[fxquant.Compiled] = []
-    stages: dict[str, Callable[[], Any]] = {
-        "card": lambda: artefact.inspect_card(path),
-        "sizes": lambda: artefact.size_breakdown(path),
-        "inspect": lambda: (str(report_of(path)), json.dumps(report_of(path).to_dict())),
-        "load": lambda: loaded.append(fxquant.load(path)),
-        "report": lambda: [(str(c.report()), json.dumps(c.report().to_dict())) for c in loaded],
-        "graph": lambda: [(format_graph(c.graph_module), c.to_networkx()) for c in loaded],
-        "forward": lambda: [_forward(c, images) for c in loaded],
-        "lower": lambda: lowered.extend(c.lowered("auto") for c in loaded),
-        "lowered forward": lambda: [_forward(c, images) for c in lowered],
-    }
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for stage, action in stages.items():
-            began = time.process_time()
-            error: BaseException | None = None
-            try:
-                action()
-            except Exception as caught:
-                error = caught
-            found.append(_outcome(stage, error, time.process_time() - began))
-    return found
-
-
-def _forward(model: fxquant.Compiled, images: Tensor) -> None:
-    kept = images.clone()
-    with torch.inference_mode():
-        scores = model(images)
-    if not torch.equal(images, kept):
-        raise RuntimeError("the caller's images were changed")
-    if not isinstance(scores, Tensor):
-        raise RuntimeError("the scores are no tensor")
-
-
-def _outcome(stage: str, error: BaseException | None, cpu_s: float) -> Outcome:
-    if error is None:
-        return Outcome(stage, "", True, "", cpu_s)
-    place = error.__traceback__
-    frames = []
-    while place is not None:
-        frames.append(f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}")
-        place = place.tb_next
-    is_typed = isinstance(error, FxQuantError)
-    return Outcome(stage, type(error).__name__, is_typed, f"{str(error)[:300]} [{' '.join(frames[-4:])}]", cpu_s)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxquant.artefact.cache import Cache, code_signature, signature, user_folder
+from fxquant.artefact.container import write_file
 from fxquant.commands.options import cache_folder
 from fxquant.errors import ArtefactError
 
@@ -194,15 +195,19 @@ def test_many_processes_share_a_folder_at_its_limit(tmp_path: Path) -> None:
     assert 0 < sum(sizes) <= 20_000 + 3 * max(sizes)
 
 
-def test_two_processes_that_make_room_at_once_keep_the_newest(tmp_path: Path) -> None:
+def test_two_processes_that_make_room_at_once_keep_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has written its own; both then look at the same folder."""
     keys = [f"{index:016x}" for index in range(2)]
-    caches = [Cache(tmp_path, limit_bytes=1_000) for _ in keys]
-    for age, key in enumerate(keys):
-        (tmp_path / f"{key}.json").write_bytes(bytes(900))
-        os.utime(tmp_path / f"{key}.json", (100 + age, 100 + age))
-    for cache in caches:
-        cache._make_room()
+    first, second = (Cache(tmp_path, limit_bytes=1_000) for _ in keys)
+
+    def meanwhile(file: Path, content: bytes) -> None:
+        write_file(file, content)
+        os.utime(file, (100, 100))
+        monkeypatch.undo()
+        second.recall(keys[1], lambda: "b" * 900)
+
+    monkeypatch.setattr("fxquant.artefact.cache.write_file", meanwhile)
+    first.recall(keys[0], lambda: "a" * 900)
     assert [file.name for file in tmp_path.iterdir()] == [f"{keys[1]}.json"]
 
 
@@ -211,7 +216,8 @@ def test_a_file_that_another_process_removes_while_room_is_made(
 ) -> None:
     cache = Cache(tmp_path, limit_bytes=1_000)
     cache.recall("0" * 16, lambda: 1)
-    monkeypatch.setattr(Cache, "_files", lambda _: [tmp_path / f"{'1' * 16}.json", *tmp_path.iterdir()])
+    listed = [tmp_path / f"{name * 16}.json" for name in "012"]  # the second is there no longer
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
     assert cache.recall("2" * 16, lambda: "a" * 2_000) == "a" * 2_000
 
 

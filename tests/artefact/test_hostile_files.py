@@ -16,7 +16,10 @@ from fxquant.artefact.module_json import module_from_json
 from fxquant.checks.untrusted import check_path, from_json, to_json
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.errors import ArtefactError
-from tests.artefact.mutations import Base, mutated, seal, use
+from fxquant.graph.printer import format_graph
+from fxquant.runtime.layer_row import LayerRow
+from tests.artefact.mutations import Base, mutated, seal
+from tests.artefact.use import use
 
 
 def call(name, target, *args, op="call_function", **options):
@@ -56,7 +59,7 @@ HOSTILE = {
     "a listed method of a text": (before_output(call("n", "split", "a b", op="call_method")), "called on a str"),
     "text arithmetic": (before_output(call("n", "operator.mod", "%9999999999d", 1)), "a text or a dict"),
     "a repeated sequence": (before_output(call("n", "operator.mul", {"tuple": [1]}, 10**9)), "a sequence is repeated"),
-    "a power": (before_output(call("n", "operator.pow", 9, 10**9)), "a power of more than"),
+    "a power": (before_output(call("n", "operator.pow", 9, 10**9)), "the exponent of a power is more than"),
     "a whole number that grows": (
         before_output(call("n", "operator.mul", 2**62, 2**62)),
         "does not fit 64 bits",
@@ -218,6 +221,31 @@ def test_a_file_that_an_earlier_version_wrote_gives_the_scores_it_gave_then():
     with torch.inference_mode():
         torch.testing.assert_close(loaded(images), scores, rtol=0, atol=1e-5)
     assert loaded.report().to_dict()["allocation"]["status"] == "optimal"
+    assert format_graph(loaded.graph_module).count("[a3x4]") == 1, "of attention's second product"
+    rows = {row.role: row for row in loaded.layers}
+    assert rows["av"].input_bits == (3, 4)
+    assert rows["av"].inputs[0].quantizer == "row-log"
+    assert (rows["qkv"].weight_bits, rows["qkv"].input_bits, rows["qkv"].parameters) == (4, (4,), 768)
+    assert LayerRow.from_dict(rows["av"].to_dict()) == rows["av"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"elements": "x"}, "'elements' is 'x'"),
+        ({"source": "nowhere"}, "'source' is 'nowhere'"),
+        ({"bits": -4}, "'bits' is -4"),
+        ({"left": 1}, "unknown field 'left'"),
+    ],
+)
+def test_operands_of_rows_are_held_against_a_schema(changes, message):
+    operand = {"source": "weight", "elements": 3, "bits": 4, "sqnr_db": None, "quantizer": None, "pinned": False}
+    row = {"layer": "head", "role": "head", "block": None, "macs": 3, "predicted_loss": 0.0, "execution": "simulated"}
+    assert LayerRow.from_dict({**row, "operands": [operand]}).weight_bits == 4
+    with pytest.raises(ArtefactError, match=message):
+        LayerRow.from_dict({**row, "operands": [{**operand, **changes}]})
+    with pytest.raises(ArtefactError, match="'operands' is"):
+        LayerRow.from_dict({**row, "operands": [operand] * 3})
 
 
 def _first(document):

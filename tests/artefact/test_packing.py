@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fxquant.artefact.packing import pack, packed_bytes, unpack
 from fxquant.errors import ArtefactError
 
+pytestmark = pytest.mark.quick
+
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(2, 8), st.booleans(), st.integers(0, 70), st.integers(0, 2**32 - 1))

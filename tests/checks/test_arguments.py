@@ -16,6 +16,8 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError, FxQuantError, OptionError
 from passes.pipeline.contract import SilentProgress, reporter_of
 
+pytestmark = pytest.mark.quick
+
 
 class Named(Protocol):
     """What has a name."""

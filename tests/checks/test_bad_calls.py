@@ -8,8 +8,8 @@ from typing import NoReturn
 import pytest
 
 from passes.search.calibrate import Calibrate
-from tests.bad_calls.entries import all_entries
-from tests.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
+from tests.checks.bad_calls.entries import all_entries
+from tests.checks.bad_calls.generator import CalibrationHasBegun, Outcome, bad_calls
 
 
 def test_bad_calls_are_refused_by_typed_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

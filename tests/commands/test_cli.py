@@ -24,8 +24,9 @@ from fxquant.data import embedded
 from fxquant.data.models import load_model
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
-from fxquant.session.sweep import Prepared, Results, sweep
-from passes.pipeline.search_cache import split
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results, sweep
+from passes.search.search_cache import split
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]
@@ -45,10 +46,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return folder, run("compile", "embedded", "W4A4", *QUICK, *files, *options)
 
 
+@pytest.mark.quick
 def test_version() -> None:
     assert run("--version").stdout == f"fxquant {fxquant.__version__}\n"
 
 
+@pytest.mark.quick
 def test_help_of_every_command() -> None:
     for command in ("demo", "compile", "inspect", "evaluate", "sweep", "synthesize", "frontier", "benchmark", "export"):
         found = run(command, "--help")
@@ -73,7 +76,7 @@ def test_compile(compiled: tuple[Path, Any]) -> None:
 
 
 def test_a_second_budget_recalls_what_was_searched(tmp_path: Path) -> None:
-    common = ["compile", "embedded", "--images", "4", "--allocator", "greedy"]
+    common = ["compile", "embedded", "--images", "2", "--allocator", "greedy"]
     first, second = (run(*common, budget, "--cache", tmp_path) for budget in ("W5A5", "W4A4"))
     plain = run(*common, "W4A4", "--no-cache", "--json")
     assert "recalled" not in first.stderr + plain.stderr
@@ -156,7 +159,9 @@ def test_evaluate(compiled: tuple[Path, Any], tmp_path: Path) -> None:
     assert same["correct"] == int((embedded.load_model()(images).argmax(1) == labels).sum())
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = embedded.calibration_images
+    monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 8)))
     options = ["--limit", 100, "--allocator", "greedy", "--out", tmp_path / "new" / "demo"]
     result = run("demo", *options, "--json")
     assert result.exit_code == 0, result.output
@@ -178,7 +183,7 @@ def test_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["baseline"]["count"] == 50
     assert plot.stat().st_size > 1000
 
-    monkeypatch.setattr("fxquant.session.sweep.Prepared.compile", lambda *_: pytest.fail("a point was computed again"))
+    monkeypatch.setattr("fxquant.session.session.Session.compile", lambda *_: pytest.fail("a point was computed again"))
     again = run(*common, "--budgets", "W8A8,W4A4", "--json")
     assert json.loads(again.stdout) == found
     table = run(*common, "--budgets", "W4A4").stdout
@@ -199,16 +204,16 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
         return apply(pipeline, *given, **options)
 
     monkeypatch.setattr(fxquant.Pipeline, "run", run)
-    prepared = Prepared(model, images)
+    session = Session(model, images)
 
     def measure(runs: torch.nn.Module, label: str) -> Accuracy:
         return Accuracy(1, 2)
 
-    done = sweep({"best": prepared}, [Budget.parse(8), Budget.parse(4)], [Greedy(), Uniform()], measure, Results(), "x")
+    done = sweep({"best": session}, [Budget.parse(8), Budget.parse(4)], [Greedy(), Uniform()], measure, Results(), "x")
     assert [point["allocator"] for point in done.points] == ["greedy", "uniform"] * 2
-    prefix, rest = split(prepared.pipeline(4))
+    prefix, rest = split(session.pipeline(4))
     assert sorted(calls) == sorted([1, *[len(rest)] * 4, len(prefix)]), "roles, four allocations, one calibration"
-    found = prepared.compile("W4A4", Greedy())
+    found = session.compile("W4A4", Greedy())
     assert found.allocation == expected.allocation
     assert torch.equal(found(images), expected(images))
     assert len(found.journal.entries) == len(expected.journal.entries)

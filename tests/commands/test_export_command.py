@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxquant.cli import app
-from tests.export.models import compiled
+from tests.models import compiled
 
 pytest.importorskip("onnxscript")
 

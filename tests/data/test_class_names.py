@@ -17,6 +17,8 @@ from fxquant.data.images import ImageData, Preprocessing
 from fxquant.errors import DataError, ModelError
 from fxquant.measure.accuracy import evaluate
 
+pytestmark = pytest.mark.quick
+
 SMALL = Preprocessing((3, 8, 8))
 
 

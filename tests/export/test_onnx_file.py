@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from dataclasses import replace
@@ -19,15 +18,16 @@ from fxquant.export.onnx_file import OnnxModel, to_onnx
 from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
-from tests.export.models import compiled, exact, run_in_onnxruntime
-from tests.passes.models import ARCHITECTURES, images
-from tests.runtime.by_hand import SmallNet
+from tests.assertions import exact
+from tests.export.runtimes import run_in_onnxruntime
+from tests.models import ARCHITECTURES, compiled, embedded_compiled, images
+from tests.quantized_by_hand import SmallNet, quantize_by_hand
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-CASES = [("vit", "mptq_vit"), ("swin that pads", "mptq_vit"), ("deit3", "adalog")]
+CASES = ("vit", "swin that pads", "deit3")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,13 @@ def test_an_export_is_checked_where_asked(
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("architecture", "recipe"), CASES)
-def test_onnxruntime_computes_what_we_do(architecture: str, recipe: str) -> None:
-    model = compiled(architecture, recipe, fully_quantized=architecture != "vit")
+@pytest.mark.parametrize("architecture", CASES)
+def test_onnxruntime_computes_what_we_do(architecture: str, small: fxquant.Compiled, small_onnx: bytes) -> None:
+    recipe = "adalog" if architecture == "deit3" else "mptq_vit"
+    model = small if architecture == "vit" else compiled(architecture, recipe=recipe, fully=True)
     x = images(8, ARCHITECTURES[architecture]()[1], seed=5)
-    content = to_onnx(model.graph_module).content
-    found, truth = run_in_onnxruntime(content, x), exact(model, x)
+    content = small_onnx if architecture == "vit" else to_onnx(model.graph_module).content
+    found, truth = run_in_onnxruntime(content, x), exact(model.graph_module, x)
     off, scale = (found - truth).abs().amax(1), truth.abs().max()
     # As with our own kernels: equal but for images in which one code lay beside a threshold.
     assert (off < 4e-6 * scale).float().mean() >= 0.5
@@ -76,12 +77,12 @@ def test_onnxruntime_computes_what_we_do(architecture: str, recipe: str) -> None
 
 
 def test_embedded_model_gives_the_same_classes(tmp_path: Path) -> None:
-    model = fxquant.compile(embedded.load_model(), "W4A4", calibration=embedded.calibration_images(8))
+    model = embedded_compiled()
     layers = model.export_onnx(tmp_path / "model.onnx")
     assert set(layers) == {row.layer for row in model.layers}
     assert set(layers.values()) == {"int8"}
     x = embedded.test_images(300)[0]
-    found, truth = run_in_onnxruntime((tmp_path / "model.onnx").read_bytes(), x), exact(model, x)
+    found, truth = run_in_onnxruntime((tmp_path / "model.onnx").read_bytes(), x), exact(model.graph_module, x)
     top = truth.topk(2, 1).values
     margin = (top[:, 0] - top[:, 1])[found.argmax(1) != truth.argmax(1)]
     assert len(margin) <= 2
@@ -118,27 +119,22 @@ def test_weights_of_four_bits_become_int4(small: fxquant.Compiled, small_onnx: b
     torch.testing.assert_close(run_in_onnxruntime(narrow, x), run_in_onnxruntime(small_onnx, x), rtol=0, atol=1e-4)
 
 
-def test_zero_points_of_weights(small: fxquant.Compiled) -> None:
-    model = copy.deepcopy(small)
-    head = model.graph_module.get_submodule("head")
+def test_weights_may_have_zero_points_and_float_layers_stay_float() -> None:
+    graph_module = quantize_by_hand(SmallNet(), (3, 8, 8), 4, 4)
+    head, fc = graph_module.get_submodule("head"), graph_module.get_submodule("fc")
     weight = head.weight
     head.weight_quantizer = UniformQuantizer(4, (weight.amax() - weight.amin()) / 15, 7)
     head.requantize(weight)
-    x = images(4, seed=2)
-    content = to_onnx(model.graph_module, weight_type="int4").content
-    kinds = {i.name: i.data_type for i in onnx.load_model_from_string(content).graph.initializer}
+    fc.weight_quantizer = fc.weight_codes = fc.input_quantizer = None
+    x = torch.rand(4, 3, 8, 8)
+    found = to_onnx(graph_module, weight_type="int4")
+    model = onnx.load_model_from_string(found.content)
+    kinds = {i.name: i.data_type for i in model.graph.initializer}
     assert kinds["head.weight.values"] == onnx.TensorProto.UINT4
-    off = (run_in_onnxruntime(content, x) - exact(model, x)).abs().amax(1)
+    assert found.layers["fc"] == "simulated"
+    assert "fc/QuantizeLinear" not in {node.name for node in model.graph.node}
+    off = (run_in_onnxruntime(found.content, x) - exact(graph_module, x)).abs().amax(1)
     assert (off < 1e-5).float().mean() >= 0.5
-
-
-def test_float_layers_stay_float(small: fxquant.Compiled) -> None:
-    model = copy.deepcopy(small)
-    head = model.graph_module.get_submodule("head")
-    head.weight_quantizer = head.weight_codes = head.input_quantizer = None
-    found = to_onnx(model.graph_module)
-    assert found.layers["head"] == "simulated"
-    assert "head/QuantizeLinear" not in {node.name for node in onnx.load_model_from_string(found.content).graph.node}
 
 
 def test_what_is_refused(small: fxquant.Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +151,15 @@ def test_what_is_refused(small: fxquant.Compiled, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
-def test_operations_that_torch_cannot_export_are_named(small: fxquant.Compiled) -> None:
-    model = copy.deepcopy(small)
-    graph = model.graph_module.graph
-    output = next(node for node in graph.nodes if node.op == "output")
-    with graph.inserting_before(output):
-        strange = graph.call_function(torch.special.airy_ai, (output.args[0],))
+def test_operations_that_torch_cannot_export_are_named() -> None:
+    graph_module = quantize_by_hand(SmallNet(), (3, 8, 8), 4, 4)
+    output = graph_module.graph.output_node()
+    with graph_module.graph.inserting_before(output):
+        strange = graph_module.graph.call_function(torch.special.airy_ai, (output.args[0],))
     output.args = (strange,)
-    model.graph_module.recompile()
+    graph_module.recompile()
     with pytest.raises(ExportError, match="airy_ai"):
-        to_onnx(model.graph_module)
+        to_onnx(graph_module)
 
 
 def test_a_model_in_float64_is_refused() -> None:

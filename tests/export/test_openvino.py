@@ -14,11 +14,12 @@ import fxquant
 from fxquant.errors import BackendError, ExportError, MissingExtraError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel, reason_of
+from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
-from tests.export.models import compiled, exact
-from tests.passes.models import images
+from tests.assertions import exact
+from tests.models import compiled, images
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
@@ -36,7 +37,7 @@ def lowered(simulated: fxquant.Compiled) -> fxquant.Compiled:
 
 def test_openvino_computes_what_we_do(simulated: fxquant.Compiled, lowered: fxquant.Compiled) -> None:
     x = images(8, seed=5)
-    truth = exact(simulated, x)
+    truth = exact(simulated.graph_module, x)
     off, scale = (lowered(x) - truth).abs().amax(1), truth.abs().max()
     assert (off < 4e-6 * scale).float().mean() >= 0.5
     assert off.max() < 0.1 * scale
@@ -88,7 +89,7 @@ def test_a_scale_per_channel_compiles() -> None:
     x = graph.call_method("flatten", (graph.placeholder("x"), 1, 2))
     graph.output(graph.call_module("norm", (x,)))
     graph_module = GraphModule(root.eval(), graph).eval()
-    graph_module.meta["image_shape"] = (1, 12, 12)
+    IMAGE_SHAPE.write(graph_module, (1, 12, 12))
     x = images(3, 12, channels=1)
     torch.testing.assert_close(OpenvinoModel(to_onnx(graph_module).content)(x), graph_module(x), rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,7 @@ from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import QdqMatmul
 from fxquant.export.qdq_values import Codes, quantized
+from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
@@ -20,7 +21,7 @@ from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedMatmul
-from tests.export.models import run_in_onnxruntime, side_by_side
+from tests.export.runtimes import run_in_onnxruntime, side_by_side
 
 CHANNELS = 40
 
@@ -73,6 +74,7 @@ def test_every_quantizer_gives_its_own_values(exported: tuple[bytes, Tensor, Ten
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.quick
 def test_which_quantizers_get_codes(name: str) -> None:
     quantizer, has_codes = QUANTIZERS[name]
     assert isinstance(quantized(quantizer), Codes) == has_codes
@@ -88,7 +90,7 @@ def test_row_log_products_are_int8_and_divided_by_the_row() -> None:
     x = graph.placeholder("x")
     graph.output(graph.call_module("av", (graph.call_module("softmax", (x,)), x)))
     graph_module = GraphModule(root.eval(), graph).eval()
-    graph_module.meta["image_shape"] = (1, 12, 12)
+    IMAGE_SHAPE.write(graph_module, (1, 12, 12))
     images = torch.randn(9, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2
     expected = graph_module(images)
     content = to_onnx(graph_module).content

@@ -1,4 +1,4 @@
-"""`torch.export`: simulated and lowered models, saved, loaded, with a free batch."""
+"""`torch.export`: simulated and lowered models, saved, loaded, with a free batch; and `torch.compile`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fxquant.runtime.native import library
-from tests.export.models import compiled
-from tests.passes.models import ARCHITECTURES, images
+from tests.models import ARCHITECTURES, compiled, images
 
 
 @pytest.mark.parametrize("architecture", ["vit", "swin"])
@@ -20,10 +19,14 @@ def test_models_survive_export_saving_and_loading(architecture: str, backend: st
     model = compiled(architecture).lowered(backend)
     x = images(5, ARCHITECTURES[architecture]()[1], seed=3)
     with torch.inference_mode():
-        expected = model(x)
+        expected, of_two = model(x), model(x[:2])
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        if backend == "cpu-native":
+            calls = {str(node.target) for node in program.graph.nodes if "fxquant" in str(node.target)}
+            assert {f"fxquant.{name}.default" for name in ("quantize", "linear", "chain")} <= calls
+            assert torch.equal(torch.compile(model.graph_module, backend="aot_eager", fullgraph=True)(x), expected)
         torch.export.save(program, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         assert torch.equal(loaded(x), expected)
-        assert torch.equal(loaded(x[:2]), model(x[:2]))
+        assert torch.equal(loaded(x[:2]), of_two)

@@ -11,6 +11,8 @@ from fxquant.checks.untrusted import check_path
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.names import add_module, exchange_module, free_name, free_path, separate_calls
 
+pytestmark = pytest.mark.quick
+
 
 class Anything(nn.Module):
     """A module that says it has every attribute."""

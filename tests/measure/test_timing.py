@@ -26,6 +26,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.quick
 def test_every_round_runs_every_variant_in_order() -> None:
     order = []
     variants = {name: lambda x, name=name: order.append((name, torch.get_num_threads())) or x for name in "ab"}
@@ -45,6 +46,7 @@ def test_slower_variants_have_lower_speedups() -> None:
     assert timings[1].cpu_speedup < 0.5
 
 
+@pytest.mark.quick
 def test_nothing_to_time_is_refused() -> None:
     with pytest.raises(DataError, match="0 variants on 1 threads"):
         measure({}, torch.zeros(1, 1, 2, 2))

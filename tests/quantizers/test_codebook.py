@@ -16,7 +16,7 @@ from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.lloyd_max import companded, lloyd_max
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.search import search_activation
-from tests.quantizers.by_hand import squared_error, statistics_of, to_bf16
+from tests.quantizers.plain_versions import squared_error, statistics_of, to_bf16
 
 BOOKS = st.integers(1, 5).flatmap(
     lambda bits: st.tuples(

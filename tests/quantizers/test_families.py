@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.quantizers.families import FAMILIES, OF_ROWS, Proposals, Statistics
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.family import Proposals, Statistics
 from fxquant.quantizers.search import search_activation
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.statistics.outlier_channels import outlier_factors
-from tests.quantizers.by_hand import squared_error, statistics_of, to_bf16
+from tests.quantizers.plain_versions import squared_error, statistics_of, to_bf16
 
 WIDTHS = range(2, 9)
-OF_VALUES = sorted(FAMILIES.keys() - OF_ROWS)
+OF_VALUES = sorted(name for name, family in FAMILIES.items() if not family.of_rows)
 
 
 def samples(kind: str) -> Tensor:
@@ -47,7 +48,7 @@ def some(proposals: Proposals) -> list[int]:
 def test_quantizers_take_the_level_their_table_says(family: str, kind: str) -> None:
     statistics = statistics_of(samples(kind))
     for bits in WIDTHS:
-        proposals = FAMILIES[family](statistics, bits)
+        proposals = FAMILIES[family].propose(statistics, bits)
         levels, thresholds = proposals.levels, proposals.thresholds
         assert levels.shape == (len(levels), thresholds.shape[1] + 1)
         assert np.isfinite(levels).all()
@@ -77,7 +78,7 @@ def test_search_is_never_worse_than_a_plain_loop_over_the_candidates(family: str
     weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) if weighted else None
     statistics = statistics_of(x, weight)
     (candidate,) = search_activation(statistics, FAMILIES[family], (3,), images=len(x), weighted=weighted)
-    proposals = FAMILIES[family](statistics, 3)
+    proposals = FAMILIES[family].propose(statistics, 3)
     step = max(1, len(proposals.levels) // 60)
     tried = [squared_error(x, proposals.build(i)(x), weight) for i in range(0, len(proposals.levels), step)]
     found = squared_error(x, candidate.quantizer(x), weight)
@@ -158,7 +159,7 @@ def test_opt_m_takes_the_large_shift_from_the_range() -> None:
         upper = statistics.moments.quantile(0.9995) / (2 ** (bits - 1) - 1)
         lower = -statistics.mean_image_minimum / (2 ** (bits - 2) - 1)
         expected = max(1, round(math.log2(upper / lower)))
-        proposals = FAMILIES["opt-m"](statistics, bits)
+        proposals = FAMILIES["opt-m"].propose(statistics, bits)
         quantizer = proposals.build(0)
         assert isinstance(quantizer, ShiftedRegionsQuantizer)
         assert quantizer.shift_large == expected

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fxquant.errors import ArtefactError
 from fxquant.quantizers.adalog import AdaLogQuantizer, adalog_levels
-from fxquant.quantizers.families import FAMILIES, OF_ROWS
+from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
-from tests.quantizers.by_hand import statistics_of
+from tests.quantizers.plain_versions import statistics_of
+
+pytestmark = pytest.mark.quick
 
 QUANTIZERS = {
     "symmetric": UniformQuantizer(4, 0.13),
@@ -87,9 +89,11 @@ def test_fused_uniform_forward_equals_codes_and_back(
     assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"adalog-gelu"} - OF_ROWS))  # its scale has a floor
+@pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if name != "adalog-gelu" and not family.of_rows]
+)  # its scale has a floor
 def test_values_far_outside_an_all_zero_calibration_are_clipped_to_their_own_side(family: str) -> None:
-    quantizer = FAMILIES[family](statistics_of(torch.zeros(2, 8)), 4).build(0)
+    quantizer = FAMILIES[family].propose(statistics_of(torch.zeros(2, 8)), 4).build(0)
     found = quantizer(torch.tensor([1e30, 3e4, 0.0, -3e4, -1e30]))
     assert (found[:2] >= 0).all()
     assert found[2] == 0 or family == "adalog-softmax", "AdaLog has no zero"

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.quantizers.families import FAMILIES
+from fxquant.graph.annotation import Source
+from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.log2 import Log2Quantizer
-from fxquant.quantizers.observers import Edge, Observer
+from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
 from fxquant.quantizers.search import search_activation
-from tests.quantizers.by_hand import statistics_of
+from tests.quantizers.plain_versions import statistics_of
 
 
 def attention(keys: int = 197, rows: int = 50, sharpness: float = 2.0) -> Tensor:
@@ -88,7 +89,7 @@ def test_products_are_closer_than_with_one_scale_at_the_same_width(keys: int) ->
 
 def test_predicted_noise_is_that_of_levels_before_they_are_divided_by_their_sum() -> None:
     x = attention()
-    observer = Observer("row-log", Edge.POST_SOFTMAX, gram=False)
+    observer = Observer(families_named("row-log"), Source.POST_SOFTMAX, gram=False)
     observer.update(x[None], torch.ones_like(x[None]))
     (found,) = search_activation(observer.statistics(), FAMILIES["row-log"], (3,), images=1, weighted=True)
     quantizer = found.quantizer

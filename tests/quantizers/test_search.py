@@ -8,6 +8,8 @@ from torch import Tensor
 from fxquant.quantizers.search import COARSE_RATIOS, search_weight
 from fxquant.quantizers.uniform import UniformQuantizer
 
+pytestmark = pytest.mark.quick
+
 
 def rows_and_weight() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)

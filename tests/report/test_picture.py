@@ -12,13 +12,14 @@ import timm
 import torch
 
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import annotate, nodes_with_role
+from fxquant.graph.annotation import annotate_operands, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.report.palette import colour
 from fxquant.report.picture import to_dot, to_svg, write_picture
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
-from tests.report.by_hand import ROWS
+from passes.search.plan_operands import PlanOperands
+from tests.report.small_report import ROWS
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -31,12 +32,13 @@ def graph_module() -> torch.fx.GraphModule:
     )
     found = trace(model, torch.rand(2, 3, 8, 8))
     AssignRoles().apply(found, PassContext())
+    PlanOperands().apply(found, PassContext())
     for node in nodes_with_role(found):
         role = node.meta["fxquant"].role
         if role.has_weight:
-            annotate(node, weight_bits=4, activation_bits=5)
+            annotate_operands(node, bits=(4, 5))
         elif role.is_matmul:
-            annotate(node, activation_bits=6)
+            annotate_operands(node, bits=(6, 6))
     return found
 
 

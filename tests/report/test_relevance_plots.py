@@ -13,7 +13,7 @@ from fxquant.errors import ArtefactError
 from fxquant.report import relevance_plots
 from fxquant.report.relevance_plots import plot_importance, plot_relevance
 from fxquant.sensitivity.relevance import Relevance
-from tests.passes.models import traced
+from tests.models import traced
 
 
 def test_importance_and_relevance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

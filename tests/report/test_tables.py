@@ -16,7 +16,9 @@ from fxquant.report.render import plain
 from fxquant.report.tables import Report
 from fxquant.report.totals import Totals
 from passes.pipeline.contract import Journal
-from tests.report.by_hand import ALLOCATION, CARD, JOURNAL, ROWS, report
+from tests.report.small_report import ALLOCATION, CARD, JOURNAL, ROWS, report
+
+pytestmark = pytest.mark.quick
 
 
 def test_totals_by_hand() -> None:

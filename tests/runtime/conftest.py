@@ -1,55 +1,18 @@
-"""A saved model, and files edited behind the digest's back."""
+"""Kernels in every instruction set that this machine has."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
-from torch.fx import GraphModule
 
-from fxquant.artefact import artefact, container
-from tests.runtime.by_hand import SmallNet, quantize_by_hand
+from fxquant.runtime.native import library
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+SETS = () if library.why_absent() else library.instruction_sets()
 
 
-@pytest.fixture(scope="session")
-def small() -> GraphModule:
-    """SmallNet at 5 weight bits and 4 activation bits; not to be changed."""
-    return quantize_by_hand(SmallNet(), (3, 8, 8), 5, 4)
-
-
-@pytest.fixture(scope="session")
-def small_bytes(small: GraphModule, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A saved SmallNet."""
-    path = tmp_path_factory.mktemp("small") / "small.fxq"
-    artefact.save(path, small, card={"protocol": "test"}, allocation_json='{"bits":5}', journal=[{"pass": "Trace"}])
-    return path.read_bytes()
-
-
-Edit = Callable[[dict[str, Any], dict[str, torch.Tensor], dict[str, str]], None]
-
-
-@pytest.fixture
-def edited(small_bytes: bytes, tmp_path: Path) -> Callable[[Edit], Path]:
-    """Change graph, tensors or texts of the saved SmallNet in place, seal the file again, and give its path."""
-
-    def write(edit: Edit) -> Path:
-        path = tmp_path / "edited.fxq"
-        path.write_bytes(small_bytes)
-        texts, tensors = container.read_file(path)
-        graph = json.loads(container.decompress(texts["graph"], "graph"))
-        edit(graph, tensors, texts)
-        if "graph" in texts:
-            texts["graph"] = container.compress(json.dumps(graph))
-        path.write_bytes(container.pack_file(texts, tensors))
-        return path
-
-    return write
+@pytest.fixture(params=SETS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    library.select_instruction_set(request.param)
+    yield request.param
+    library.select_instruction_set()

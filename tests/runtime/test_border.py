@@ -13,7 +13,9 @@ import fxquant
 from fxquant.errors import FxQuantError, InputError
 from fxquant.runtime.native import library
 from passes.pipeline.contract import Journal
-from tests.runtime.by_hand import SmallNet, quantize_by_hand
+from tests.quantized_by_hand import SmallNet, quantize_by_hand
+
+pytestmark = pytest.mark.quick
 
 BACKENDS = [
     "simulated",

@@ -16,8 +16,8 @@ from fxquant.artefact.container import pack_file, read_file
 from fxquant.errors import ArtefactError, BackendError, CalibrationError, VerificationError
 from fxquant.runtime.known_answers import LARGEST, LOOSEST, MARGIN, TOLERANCE, KnownAnswers, answer_images
 from passes.recipes import mptq_vit
-from tests.passes.models import images, vit
-from tests.runtime.by_hand import quantize_by_hand
+from tests.models import images, vit
+from tests.quantized_by_hand import quantize_by_hand
 
 
 @pytest.fixture(scope="module")

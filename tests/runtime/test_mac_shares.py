@@ -14,7 +14,7 @@ from fxquant.errors import ArtefactError
 from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.mac_shares import checked_shares, mac_shares, node_macs
 from passes.recipes import naive_min_max
-from tests.passes.models import images
+from tests.models import images
 
 
 class Products(nn.Module):

@@ -12,7 +12,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import WEIGHT_ROLES, annotation_of, nodes_with_role
 from fxquant.sensitivity.fisher import fisher_traces, squared_norms, type_factors
 from fxquant.sensitivity.logit_gradients import label_gradients, logit_gradients
-from tests.passes.models import images, timm_model, traced, vit
+from tests.models import images, timm_model, traced, vit
 
 IMAGES = images(5).double()
 

@@ -6,12 +6,21 @@ import math
 
 import pytest
 import torch
+from torch.fx import Node
 
 from fxquant.data import embedded
 from fxquant.graph.annotation import annotation_of
-from fxquant.sensitivity.interactions import Operand, correlations, nearest_correlation
+from fxquant.sensitivity.interactions import Place, correlations, nearest_correlation
 from fxquant.sensitivity.measured import Divergence
 from tests.sensitivity.test_measured import layers, searched
+
+
+def at_three_bits(*places: Place) -> dict[Node, tuple[int | None, ...]]:
+    found = {node: [None] * len(annotation_of(node).operands) for node, _ in places}
+    for node, indices in places:
+        for index in indices:
+            found[node][index] = 3  # type: ignore[call-overload]
+    return {node: tuple(bits) for node, bits in found.items()}
 
 
 def test_correlations_of_the_strongest_pairs() -> None:
@@ -19,24 +28,16 @@ def test_correlations_of_the_strongest_pairs() -> None:
     graph_module = searched(embedded.load_model(), images)
     divergence = Divergence(graph_module, images)
     nodes = [node for node in layers(graph_module) if annotation_of(node).block == 5]
-    operands: list[Operand] = [(node, "activation") for node in nodes]
-    operands += [(node, "weight") for node in nodes if annotation_of(node).weight_candidates]
-    found = correlations(divergence, operands, 3, strongest=4)
+    places: list[Place] = [(node, group) for node in nodes for group in annotation_of(node).groups if group]
+    found = correlations(divergence, places, 3, strongest=4)
     assert len(found) == 6
     assert all(-1 <= r <= 1 for _, _, r in found)
-    alone = {
-        (annotation_of(node).layer, name): divergence.of({node: (None, 3) if name == "activation" else (3, None)})
-        for node, name in operands
-    }
-    strongest = sorted(alone, key=lambda operand: -alone[operand])[:4]
-    assert {operand for first, second, _ in found for operand in (first, second)} == set(strongest)
-    by_name = {annotation_of(node).layer: node for node in nodes}
+    alone = {place: divergence.of(at_three_bits(place)) for place in places}
+    strongest = sorted(alone, key=lambda place: -alone[place])[:4]
+    assert {place for first, second, _ in found for place in (first, second)} == set(strongest)
     measured = torch.eye(4, dtype=torch.float64)
     for first, second, _ in found:
-        bits = {by_name[layer]: [None, None] for layer, _ in (first, second)}
-        for layer, name in (first, second):
-            bits[by_name[layer]][name == "activation"] = 3  # type: ignore[call-overload]
-        together = divergence.of({node: (pair[0], pair[1]) for node, pair in bits.items()})
+        together = divergence.of(at_three_bits(first, second))
         r = (together - alone[first] - alone[second]) / (2 * math.sqrt(alone[first] * alone[second]))
         i, j = strongest.index(first), strongest.index(second)
         measured[i, j] = measured[j, i] = min(max(r, -1), 1)

@@ -12,23 +12,26 @@ from torch.fx import GraphModule, Node
 
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError, SensitivityError
-from fxquant.graph.annotation import annotate, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Assignment, Divergence
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers, observers_of
+from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import ARCHITECTURES, images
+from tests.models import ARCHITECTURES, images
+from tests.operands import weight_candidates
 
 BITS = (3, 6)
 
 
-def searched(model: nn.Module, images_bchw: Tensor, **insert: Any) -> GraphModule:
-    steps = [AssignRoles(), InsertObservers(**insert), Calibrate(gradient=False), SearchScales(BITS, "mse")]
+def searched(model: nn.Module, images_bchw: Tensor, **plan: Any) -> GraphModule:
+    steps = [AssignRoles(), PlanOperands(**plan), InsertObservers(), Calibrate(gradient=False)]
+    steps.append(SearchScales(BITS, "mse"))
     return Pipeline(steps).run(trace(model, images_bchw[:2]), PassContext(images_bchw))
 
 
@@ -41,8 +44,8 @@ def brute_force(graph_module: GraphModule, assignment: Assignment, images_bchw: 
     """KL(float || substituted) of two whole models."""
     changed = copy.deepcopy(graph_module)
     by_name = {node.name: node for node in changed.graph.nodes}
-    for node, (weight_bits, activation_bits) in assignment.items():
-        annotate(by_name[node.name], weight_bits=weight_bits, activation_bits=activation_bits)
+    for node, bits in assignment.items():
+        annotate_operands(by_name[node.name], bits=bits)
     SubstituteQuantizers().apply(changed, PassContext())
     with torch.no_grad():
         log_p, log_q = (model(images_bchw).log_softmax(1) for model in (graph_module, changed))
@@ -58,13 +61,11 @@ def scrambled(request: pytest.FixtureRequest) -> tuple[GraphModule, Tensor]:
 
 
 def layers(graph_module: GraphModule) -> list[Node]:
-    return [node for node in nodes_with_role(graph_module) if observers_of(graph_module, node)]
+    return planned_nodes(graph_module)
 
 
-def choices(node: Node) -> list[tuple[int | None, int | None]]:
-    annotation = annotation_of(node)
-    alone: list[tuple[int | None, int | None]] = [(None, 6)] if annotation.activation_candidates else []
-    return [*alone, (3, None), (6, 3)] if annotation.weight_candidates else [(None, 3)]
+def choices(node: Node) -> list[tuple[int | None, ...]]:
+    return [(None, 6), (3, None), (6, 3)] if len(annotation_of(node).operands) == 2 else [(3,)]
 
 
 def test_every_layer_equals_the_substituted_model(scrambled: tuple[GraphModule, Tensor]) -> None:
@@ -80,9 +81,9 @@ def test_every_layer_equals_the_substituted_model(scrambled: tuple[GraphModule, 
 def test_a_baseline_and_several_layers_in_any_order(scrambled: tuple[GraphModule, Tensor]) -> None:
     graph_module, sample = scrambled
     nodes = layers(graph_module)
-    everything = {node: (6 if annotation_of(node).weight_candidates else None, 6) for node in nodes}
+    everything = {node: (6,) * len(annotation_of(node).operands) for node in nodes}
     divergence = Divergence(graph_module, sample, batch_size=3, baseline=everything)
-    changes: list[Assignment] = [{nodes[-1]: (3, 3), nodes[4]: (None, 3)}, {nodes[1]: (None, None)}, {}]
+    changes: list[Assignment] = [{nodes[-1]: (3, 3), nodes[4]: (3,)}, {nodes[1]: (None,)}, {}]
     found = divergence.of_each(changes)
     for change, value in zip(changes, found, strict=True):
         assert value == pytest.approx(brute_force(graph_module, {**everything, **change}, sample), rel=1e-6)
@@ -112,7 +113,7 @@ def test_the_prefix_is_computed_once() -> None:
     handle = graph_module.get_submodule("blocks.0.attn.qkv").register_forward_hook(count)
     last = [node for node in layers(graph_module) if annotation_of(node).block == 5]
     for node in last:
-        divergence.sensitivity(node)
+        divergence.sensitivity(node, range(len(annotation_of(node).operands)))
     handle.remove()
     assert runs == 2, "once per batch"
 
@@ -123,17 +124,15 @@ def test_sensitivity_of_the_embedded_model() -> None:
     graph_module = searched(embedded.load_model(), calibration)
     fc1, qk = ([n for n in layers(graph_module) if annotation_of(n).role == role][2] for role in ("fc1", "qk"))
     divergence = Divergence(graph_module, calibration, batch_size=12)
-    found = divergence.sensitivity(fc1)
-    assert len(found.weight) == len(found.activation) == len(found.together) == len(BITS)
-    for low, high in (found.weight, found.activation, found.together):
+    weight, activation, both = (divergence.sensitivity(fc1, group) for group in ((0,), (1,), (0, 1)))
+    assert len(weight) == len(activation) == len(both) == len(BITS)
+    for low, high in (weight, activation, both):
         assert 0 < high < low / 4
-    assert max(found.weight[0], found.activation[0]) / 2 < found.together[0]
-    assert found.together[0] < 4 * (found.weight[0] + found.activation[0])
-    assert divergence.sensitivity(qk).together == divergence.sensitivity(qk, together=False).activation
-    assert divergence.sensitivity(qk).weight == ()
-    assert divergence.sensitivity(fc1, separate=False).weight == ()
-    other = Divergence(graph_module, calibration, batch_size=5).sensitivity(fc1)
-    assert other.together == pytest.approx(found.together, rel=1e-3)
+    assert max(weight[0], activation[0]) / 2 < both[0]
+    assert both[0] < 4 * (weight[0] + activation[0])
+    assert 0 < divergence.sensitivity(qk, (0,))[0] < 4 * divergence.sensitivity(qk, (0, 1))[0]
+    other = Divergence(graph_module, calibration, batch_size=5).sensitivity(fc1, (0, 1))
+    assert other == pytest.approx(both, rel=1e-3)
 
 
 class _WritesInPlace(nn.Module):
@@ -171,7 +170,7 @@ def test_errors_say_what_is_wrong() -> None:
         divergence.of({next(iter(copy.deepcopy(graph_module).graph.nodes)): (3, 3)})
     with pytest.raises(CalibrationError, match="class scores"):
         Divergence(searched(nn.Sequential(nn.Conv2d(3, 3, 1)), sample), sample)
-    broken = annotation_of(second).weight_candidates[0]
+    broken = weight_candidates(annotation_of(second))[0]
     broken.quantizer.scale.fill_(float("nan"))
     with pytest.raises(SensitivityError, match=r"not finite with second at \(3, None\)"):
         divergence.of({second: (3, None)})

@@ -12,7 +12,8 @@ from fxquant.sensitivity.nuclear_norm import Module, nuclear_norm, nuclear_norms
 from fxquant.sensitivity.reconstruction import expected_ratio, normal_moments, reconstruction_errors
 from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
+from tests.operands import input_candidates, weight_candidates
 
 BITS = (2, 4, 8)
 
@@ -36,8 +37,8 @@ def test_errors_are_their_definition(searched: GraphModule) -> None:
         annotation, x = annotation_of(node), seen[str(node.target)].detach()
         weight = searched.get_submodule(str(node.target)).weight.detach()
         for weight_bits, activation_bits in pairs:
-            w = next(c.quantizer for c in annotation.weight_candidates if c.bits == weight_bits)(weight)
-            q = next(c.quantizer for c in annotation.activation_candidates[0] if c.bits == activation_bits)
+            w = next(c.quantizer for c in weight_candidates(annotation) if c.bits == weight_bits)(weight)
+            q = next(c.quantizer for c in input_candidates(annotation)[0] if c.bits == activation_bits)
             exact = x.double() @ weight.double().T
             error = (q(x).double() @ w.double().T - exact).square().sum() / exact.square().sum()
             assert found[node][weight_bits, activation_bits] == pytest.approx(float(error), rel=1e-4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,16 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import BudgetError, ModelError
-from fxquant.session.model_frontier import Frontier, _Divergence
-from tests.passes.models import images, vit
+from fxquant.errors import BudgetError, CalibrationError
+from fxquant.session.model_frontier import Frontier
+from tests.models import images, vit
 
 FEW = {"bits": (2, 3, 4, 8)}
 
 
 @pytest.fixture(scope="module")
 def found() -> Frontier:
-    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="kl", **FEW)
+    return fxquant.frontier(vit(depth=1), images(3), limits=[3, 3.5, 4, 8], realised="divergence", **FEW)
 
 
 def test_points_are_what_compile_gives(found: Frontier) -> None:
@@ -46,19 +47,18 @@ def test_realised_losses_are_measured_on_the_compiled_models(found: Frontier) ->
     compiled = fxquant.frontier(model, x, limits=[3], realised=by_hand, **FEW)
     assert compiled.realised_name == "by_hand"
     assert compiled.realised[0] == pytest.approx(found.realised[0], rel=1e-6)
-    assert _Divergence(model, x, 2)(model) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_model_keeps_its_mode() -> None:
     model = vit(depth=1).train()
-    _Divergence(model, images(2), 2)
+    fxquant.frontier(model, images(2), limits=[8], realised="divergence", exact=False, bits=(4, 8))
     assert model.training
 
 
 def test_table_json_and_plot(found: Frontier, tmp_path: Path) -> None:
     text = str(found)
     assert "Frontier over mean bits" in text
-    assert "realised KL" in text
+    assert "realised divergence" in text
     assert "+0.1 bits saves" in text
     values = json.loads(json.dumps(found.to_dict()))
     assert [point["limit"] for point in values["points"]] == [3, 3.5, 4, 8]
@@ -93,16 +93,25 @@ def test_command(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'kl'")])
+@pytest.mark.parametrize(("options", "text"), [({"limits": []}, "empty"), ({"realised": "foo"}, "'divergence'")])
 def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text: str) -> None:
     with pytest.raises(BudgetError, match=text):
         fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
 
 
-def test_outputs_that_are_no_class_scores() -> None:
+def test_outputs_that_are_no_class_scores_have_the_divergence_of_their_features() -> None:
     class Tokens(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
 
-    with pytest.raises(ModelError, match="class scores"):
-        _Divergence(Tokens(), images(2), 2)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(x).flatten(2).transpose(1, 2))
+
+    options: dict[str, Any] = {"recipe": "naive_min_max", "realised": "divergence", "bits": (4, 8)}
+    model, x = Tokens(), images(2, 16)
+    found = fxquant.frontier(model, x, limits=[4, 8], **options)
+    assert found.unit == "relative squared error per image"
+    assert 0 < found.realised[1] < found.realised[0] < 1
+    with pytest.raises(CalibrationError, match="the realised divergence needs class scores"):
+        fxquant.frontier(model, x, limits=[8], objective="classes", **options)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from fxquant.synthesis.priors import density_entropy, similarity_entropy, variation
 
+pytestmark = pytest.mark.quick
+
 
 def by_quadrature(values: torch.Tensor, bandwidth: float) -> float:
     """-int f log (f + 1e-4) of the kernel density, one exponential per value and point of a very fine grid."""

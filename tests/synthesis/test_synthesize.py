@@ -11,12 +11,11 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError, InfeasibleBudgetError
-from fxquant.synthesis import synthesize as module
 from fxquant.synthesis.priors import variation
-from fxquant.synthesis.synthesize import Pictures, Synthesis, _Watched, synthesize, trace_without_images
+from fxquant.synthesis.synthesize import Pictures, Synthesis, Watched, synthesize, trace_without_images
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
-from tests.passes.models import SWIN, VIT, timm_model, vit
+from tests.models import SWIN, VIT, timm_model, vit
 
 QUICK = Synthesis(count=3, steps=2)
 EMBEDDED = Synthesis(count=4, steps=8, mean=(embedded.MEAN,), std=(embedded.STD,))
@@ -26,7 +25,7 @@ def watched(model: nn.Module) -> list[int]:
     """Prefix tokens of every attention that is looked at."""
     traced = trace_without_images(model, Pictures.of(model))
     AssignRoles().apply(traced, PassContext())
-    return list(_Watched(traced).prefix.values())
+    return list(Watched(traced).prefix.values())
 
 
 @pytest.mark.parametrize(
@@ -96,33 +95,43 @@ def test_same_seed_same_images_and_another_seed_others() -> None:
     assert apart[:2].max() < 1e-3, "images do not influence each other"
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Steps:
+    """A reporter of progress that knows the steps taken, and interrupts after so many."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.taken: list[int] = []
+        self.stop_after = stop_after
+
+    def track(self, label: str, total: int) -> Steps:
+        return self
+
+    def advance(self, units: int = 1) -> None:
+        if units:
+            self.taken.append(units)
+        if sum(self.taken) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     model, options = vit(depth=1), Synthesis(count=3, steps=6, checkpoint_steps=2)
     expected = synthesize(model, options, batch_size=2)
-    advance, taken = module._Chunk.advance, []
-
-    def stops(chunk: Any) -> None:
-        if len(taken) == 17:
-            raise KeyboardInterrupt
-        taken.append(chunk.step)
-        advance(chunk)
-
-    monkeypatch.setattr(module._Chunk, "advance", stops)
+    stopped = Steps(stop_after=12 + 5)
     with pytest.raises(KeyboardInterrupt):
-        synthesize(model, options, batch_size=2, cache=tmp_path)
-    taken.clear()
-    assert torch.equal(synthesize(model, options, batch_size=2, cache=tmp_path), expected)
-    assert taken == list(range(4, 12)), "the first chunk was finished, the second had stopped after a checkpoint"
-    taken.clear()
-    assert torch.equal(synthesize(model, options, batch_size=2, cache=tmp_path), expected)
-    assert not taken
+        synthesize(model, options, batch_size=2, cache=tmp_path, progress=stopped)
+    for expected_steps in ([12, 4, *[1] * 8], [12, 12]):  # the first chunk was whole, the second had a checkpoint
+        steps = Steps()
+        assert torch.equal(synthesize(model, options, batch_size=2, cache=tmp_path, progress=steps), expected)
+        assert steps.taken == expected_steps
 
 
 def test_images_come_nearer_to_what_the_loss_asks_for() -> None:
     model = embedded.load_model().requires_grad_(False)
     traced = trace_without_images(model, Pictures.of(model, EMBEDDED))
     AssignRoles().apply(traced, PassContext())
-    running, labels = _Watched(traced), torch.zeros(4, dtype=torch.long)
+    running, labels = Watched(traced), torch.zeros(4, dtype=torch.long)
     low, high = Pictures.of(model, EMBEDDED).limits
     noise = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)).clamp(low, high)
     images = synthesize(model, EMBEDDED)
@@ -155,7 +164,8 @@ def test_compile_without_data_says_so_and_works() -> None:
     assert given.card["calibration"] == "4 images given"
 
 
-def test_a_budget_out_of_reach_is_refused_before_images_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Chunk, "advance", lambda chunk: pytest.fail("synthesis has begun"))
+def test_a_budget_out_of_reach_is_refused_before_images_are_made() -> None:
+    steps = Steps()
     with pytest.raises(InfeasibleBudgetError):
-        fxquant.compile(vit(depth=1), "W1A1")
+        fxquant.compile(vit(depth=1), "W1A1", progress=steps)
+    assert not steps.taken

@@ -14,7 +14,8 @@ import torch
 
 from fxquant.errors import TraceError
 
-_HIDDEN = torch.finfo(torch.float32).min / 4  # stays finite when a score is added or it is scaled by log2(e)
+HIDDEN = torch.finfo(torch.float32).min / 4
+"""What hides a key when it is added to a score; it stays finite when it is scaled by log2(e), as kernels do."""
 
 
 def scaled_dot_product_attention(
@@ -48,14 +49,22 @@ def scaled_dot_product_attention(
         key, value = _repeated(key, query), _repeated(value, query)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    return attention_probabilities(query, key, attn_mask, scale) @ value
+
+
+def attention_probabilities(query: Any, key: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
+    """softmax(q k^T * scale + mask), (..., L, S).
+
+    Args: see `torch.nn.functional.scaled_dot_product_attention`.
+    """
     scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + _additive(attn_mask, query.dtype)
-    return torch.softmax(scores, -1) @ value
+    return torch.softmax(scores, -1)
 
 
 def _additive(mask: Any, dtype: torch.dtype) -> Any:
-    return torch.where(mask, 0.0, _HIDDEN).to(dtype) if mask.dtype == torch.bool else mask
+    return torch.where(mask, 0.0, HIDDEN).to(dtype) if mask.dtype == torch.bool else mask
 
 
 def _repeated(x: Any, query: Any) -> Any:

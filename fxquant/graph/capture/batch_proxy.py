@@ -43,7 +43,9 @@ class BatchProxy(fx.Proxy):
         """Length of the first axis; raises TraceError of torch.fx where it is the batch."""
         lengths = [len(value) for value in self.batch_values]
         if lengths[0] != lengths[1]:
-            raise fx.proxy.TraceError("len() of a tensor whose first axis is the batch")
+            raise fx.proxy.TraceError(
+                "len() is asked of a tensor whose first axis is the batch, and the graph has to take any batch"
+            )
         return lengths[0]
 
     def __setitem__(self, index: Any, value: Any) -> None:

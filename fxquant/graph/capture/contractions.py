@@ -52,7 +52,14 @@ def _labels(term: str, rank: int, widest: int) -> list[Label]:
 
 
 def tensordot(is_constant: IsConstant, a: Any, b: Any, dims: Any = 2, out: None = None) -> Any:
-    """`torch.tensordot`; `is_constant` tells whether an operand is known during the trace."""
+    """`torch.tensordot`; `is_constant` tells whether an operand is known during the trace.
+
+    Args:
+        is_constant: tells whether an operand is known during the trace.
+        a, b: tensors.
+        dims: how many axes are summed, or the summed axes of each.
+        out: None; anything else is refused.
+    """
     rank_a, rank_b = len(a.shape), len(b.shape)
     if isinstance(dims, int):
         dims = (range(rank_a - dims, rank_a), range(dims))
@@ -68,7 +75,12 @@ def tensordot(is_constant: IsConstant, a: Any, b: Any, dims: Any = 2, out: None 
 
 
 def inner(is_constant: IsConstant, input: Any, other: Any) -> Any:
-    """`torch.inner`, sums over the last axes; `is_constant` tells whether an operand is known during the trace."""
+    """`torch.inner`, sums over the last axes; `is_constant` tells whether an operand is known during the trace.
+
+    Args:
+        is_constant: tells whether an operand is known during the trace.
+        input, other: tensors whose last axes have one length, or numbers.
+    """
     if len(input.shape) == 0 or len(other.shape) == 0:
         return NotImplemented
     return tensordot(is_constant, input, other, ([-1], [-1]))

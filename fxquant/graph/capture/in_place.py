@@ -72,7 +72,14 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> Any:
-    """`target` with target[index] = value, from the outermost axis that is indexed inwards; slices and integers."""
+    """`target` with target[index] = value, from the outermost axis that is indexed inwards; slices and integers.
+
+    Args:
+        target: a tensor, or what stands for it during the trace.
+        index: integers and slices, one for each axis from `axis` on.
+        value: what the places get.
+        axis: the first axis that is indexed.
+    """
     while index and index[0] in _WHOLE:
         index, axis = index[1:], axis + 1
     if not index:
@@ -83,7 +90,7 @@ def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> 
         return torch.select_scatter(target, assigned(region, rest, value, axis), axis, part)
     size = target.shape[axis]
     if not isinstance(size, int):
-        raise TraceError("assignment into a part of the batch: every image has to be computed alike")
+        raise TraceError("a part of the batch is assigned to, and every image has to be computed alike")
     start, stop, step = part.indices(size)
     return torch.slice_scatter(target, assigned(region, rest, value, axis + 1), axis, start, stop, step)
 
@@ -95,7 +102,7 @@ def whole_index(index: Any, rank: int) -> tuple[Any, ...]:
         place = next(place for place, part in enumerate(parts) if part is Ellipsis)
         parts = (*parts[:place], *[slice(None)] * (rank - len(parts) + 1), *parts[place + 1 :])
     if not all(isinstance(part, slice | int) and not isinstance(part, bool) for part in parts):
-        raise TraceError("assignment into a tensor is traced for slices and integers only")
+        raise TraceError("assignment into a tensor can be traced where its index is made of slices and integers only")
     return parts
 
 
@@ -123,7 +130,13 @@ class Memory:
             self._written[node] = rest
 
     def check(self, proxy: BatchProxy, target: Any, args: Any) -> None:
-        """Raise TraceError where an operation reads the values of a node that is out of date."""
+        """Raise TraceError where an operation reads the values of a node that is out of date.
+
+        Args:
+            proxy: what is about to be recorded.
+            target: the function or the name of the method that is called.
+            args: its arguments.
+        """
         name = args[1] if target is getattr else target
         if is_constant(proxy) or proxy.node not in self._written or (isinstance(name, str) and name in _SHAPES):
             return

@@ -17,13 +17,25 @@ class Observer(Protocol):
     """What is told."""
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module was called; `forward` runs it, with its hooks."""
+        """A module was called; `forward` runs it, with its hooks.
+
+        Args:
+            m: the module.
+            forward: runs the module, with its hooks.
+            args, kwargs: what the module was called with.
+        """
 
     def read(self, value: Any) -> Any:
         """An attribute was read; what the module is to get instead."""
 
     def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
-        """An attribute is set; what it is to be instead."""
+        """An attribute is set; what it is to be instead.
+
+        Args:
+            module: whose attribute is set.
+            name: the name of the attribute.
+            value: what the model's code sets it to.
+        """
 
 
 @contextmanager

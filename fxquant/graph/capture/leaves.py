@@ -24,7 +24,7 @@ _CONTAINERS = frozenset(
     {
         nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.DataParallel,
         nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer,
-        nn.TransformerDecoderLayer,
+        nn.TransformerDecoderLayer, nn.MultiheadAttention,
     }
 )  # fmt: skip
 _KEPT_AS_FUNCTIONS = frozenset({nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d})  # they stay float

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxquant.checks.arguments import shown
 from fxquant.errors import CalibrationError, ModelError, TraceError
-from fxquant.graph.annotation import Fact, facts_of
+from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 
 
 def check_model(model: nn.Module) -> None:
@@ -37,7 +37,7 @@ def check_model(model: nn.Module) -> None:
 
 def _check_module(model: nn.Module, path: str, module: nn.Module) -> None:
     kind = type(module)
-    if isinstance(module, fx.GraphModule) and facts_of(module) & {Fact.QUANTIZED, Fact.LOWERED}:
+    if isinstance(module, fx.GraphModule) and facts_of(module) & {QUANTIZED, LOWERED}:
         raise ModelError(
             f"{type(model).__name__} is quantized already: give the float model it was made from, an artefact does "
             f"not hold its weights"
@@ -59,8 +59,8 @@ def _check_storage(what: str, tensor: Tensor) -> None:
         raise ModelError(f"{what} has no shape yet, it belongs to a lazy module: call the model on one image first")
     if tensor.device.type == "meta":
         raise ModelError(
-            f"{what} is on the meta device, it has a shape and no values: model.to_empty(device='cpu'), then load its "
-            f"weights"
+            f"{what} is on the meta device, where it has a shape and no values: call model.to_empty(device='cpu'), "
+            f"then load its weights"
         )
     if is_traceable_wrapper_subclass(tensor):
         raise ModelError(
@@ -77,7 +77,10 @@ def _check_storage(what: str, tensor: Tensor) -> None:
 
 def _check_values(what: str, tensor: Tensor) -> None:
     if tensor.is_complex():
-        raise ModelError(f"{what} is {tensor.dtype}: complex weights cannot be quantized; keep real and imaginary part")
+        raise ModelError(
+            f"{what} is {tensor.dtype}: complex weights cannot be quantized; keep their real and imaginary "
+            "parts as two tensors"
+        )
     if not tensor.is_floating_point():
         raise ModelError(
             f"{what} is {tensor.dtype}, not float: pass the model before it is quantized, and register what is no "
@@ -117,9 +120,9 @@ def check_example(example_bchw: Tensor) -> None:
         raise CalibrationError(f"the example is {example_bchw.dtype}; scale the images to float first")
     if example_bchw.device.type != "cpu":
         raise CalibrationError(
-            f"the example is on {example_bchw.device}, and models are compiled on the CPU: images.cpu()"
+            f"the example is on {example_bchw.device}, and models are compiled on the CPU: give images.cpu()"
         )
     if example_bchw.layout is not torch.strided:
-        raise CalibrationError(f"the example is {example_bchw.layout}, not a plain tensor: images.to_dense()")
+        raise CalibrationError(f"the example is {example_bchw.layout}, not a plain tensor: give images.to_dense()")
     if not torch.isfinite(example_bchw).all():
-        raise CalibrationError("the example has NaN or infinite values")
+        raise CalibrationError("the example has NaN or infinite values: give one whose values are finite")

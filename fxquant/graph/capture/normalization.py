@@ -6,7 +6,8 @@ After `normalize`, whatever the source said:
   parameter of its own; softmax is `nn.Softmax`, GELU is `nn.GELU`, layer norm is `nn.LayerNorm`;
 - a product of two activations is `call_function torch.matmul`, the sums of products that einsum and its kin spell too
   (`contractions`, while tracing); a product with a constant matrix is `nn.Linear`;
-- fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing);
+- fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing); the scores under every
+  softmax have one form, a factor of the queries and a constant that is added (`attention_scores`);
 - operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code;
 - every call is of a module of its own, also where the model calls one module several times.
 
@@ -25,6 +26,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from fxquant.graph.capture.attention_scores import normalize_scores
 from fxquant.graph.names import add_module, separate_calls
 from fxquant.graph.nodes import argument, constant_of, scope_of, shape_of
 
@@ -47,6 +49,8 @@ def normalize(graph_module: GraphModule) -> GraphModule:
         rewrite = _rewrite_of(node)
         if rewrite is not None:
             rewrite(graph_module, node)
+    graph.eliminate_dead_code()  # sizes that nobody needs are no readers
+    normalize_scores(graph_module)
     graph.eliminate_dead_code()
     normalized = GraphModule(graph_module, graph, class_name=type(graph_module).__name__.removesuffix("Impl"))
     separate_calls(normalized)

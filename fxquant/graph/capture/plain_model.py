@@ -91,6 +91,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         module._compiled_call_impl = None  # set by module.compile()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which has zeros for padded tokens, where others compute them
     return copied.eval().requires_grad_(False)
 
 
@@ -226,9 +228,7 @@ def _settle_hook(module: nn.Module, hook: Any) -> None:
         remove_spectral_norm(module, hook.name)
     elif isinstance(hook, prune.BasePruningMethod):
         name = hook._tensor_name
-        original = module._parameters[f"{name}_orig"]
-        assert original is not None
-        module._parameters[f"{name}_orig"] = _own_parameter(original)
+        module._parameters[f"{name}_orig"] = _own_parameter(module.get_parameter(f"{name}_orig"))
         prune.remove(module, name)  # type: ignore[no-untyped-call]
 
 

@@ -43,9 +43,11 @@ from fxquant.graph.capture.batch_proxy import (
     proxies_in,
     varies,
 )
+from fxquant.graph.capture.einops_backend import register_proxies
 from fxquant.graph.capture.in_place import Memory, assigned, in_place_call, share_memory, whole_index
 from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
+from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward, written_out
 from fxquant.graph.names import free_name
 
 # Two batch sizes tell what depends on the batch; 1 is avoided because it broadcasts.
@@ -54,6 +56,7 @@ _IMAGE = "x"
 _CONVERSIONS = frozenset({"to", "float", "double", "type", "type_as"})
 _FORMS: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: scaled_dot_product_attention,
+    functional.multi_head_attention_forward: multi_head_attention_forward,
     torch.einsum: functools.partial(contractions.einsum, is_constant),
     torch.tensordot: functools.partial(contractions.tensordot, is_constant),
     torch.inner: functools.partial(contractions.inner, is_constant),
@@ -102,8 +105,9 @@ class ShapeTracer(fx.Tracer):
             module.inplace = False
         for path, tensor in (*root.named_parameters(), *root.named_buffers()):
             self._path_of_tensor[id(tensor)] = path
+        register_proxies()
         # The flag is this thread's own: functions compiled by torch.compile refuse proxies by it.
-        with intercepted(root, self), _is_fx_tracing_context(True):
+        with written_out(root), intercepted(root, self), _is_fx_tracing_context(True):
             result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
         for proxy in proxies_in((result,)):
             self._memory.check(proxy, "output", ())
@@ -120,7 +124,10 @@ class ShapeTracer(fx.Tracer):
         return ConstantProxy(value, self) if overwritten is None else overwritten
 
     def assign_attribute(self, module: nn.Module, name: str, value: Any) -> Any:
-        """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward."""
+        """A constant is set as the tensor it is; what depends on the image takes a buffer's place for this forward.
+
+        Args: see `Observer.assign_attribute`.
+        """
         if isinstance(value, ConstantProxy):
             return value.batch_values[0]
         if isinstance(value, BatchProxy) and name in module._buffers:
@@ -145,7 +152,10 @@ class ShapeTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Skip modules without effect, run modules that see constants only, trace the others."""
+        """Skip modules without effect, run modules that see constants only, trace the others.
+
+        Args: see `Observer.call_module`.
+        """
         if m in self._no_operations:
             return args[0] if args else next(iter(kwargs.values()))
         if m is self.root or self._evaluating or not varies((args, kwargs)):
@@ -181,7 +191,10 @@ class ShapeTracer(fx.Tracer):
         type_expr: Any | None = None,
         proxy_factory_fn: Callable[[fx.Node], fx.Proxy] | None = None,
     ) -> Any:
-        """Record a node and return its proxy, or the plain value where that does not depend on the batch."""
+        """Record a node and return its proxy, or the plain value where that does not depend on the batch.
+
+        Args: see `torch.fx.Tracer.create_proxy`.
+        """
         if kind in ("call_function", "call_method"):
             if not varies((args, kwargs)):
                 return self._constant(self._evaluate(kind, target, args, kwargs, 0))
@@ -228,7 +241,13 @@ class ShapeTracer(fx.Tracer):
         return written
 
     def assign(self, target: BatchProxy, index: Any, value: Any) -> None:
-        """target[index] = value."""
+        """target[index] = value.
+
+        Args:
+            target: the tensor that is written to.
+            index: which of its elements.
+            value: what they get.
+        """
         parts = whole_index(index, len(target.batch_values[0].shape))
         if isinstance(target, ConstantProxy) and not varies((value,)):
             target.batch_values[0][parts] = at_batch(value, 0)

@@ -17,18 +17,18 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional
 
 from fxquant.checks.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
-from fxquant.graph.annotation import Fact, declare
 from fxquant.graph.capture.leaves import has_global_hooks
 from fxquant.graph.capture.model_checks import check_example, check_model
 from fxquant.graph.capture.normalization import normalize
 from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weights
 from fxquant.graph.capture.shape_tracer import ShapeTracer
+from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
-from fxquant.graph.structure.class_scores import CLASSES, declared_classes
+from fxquant.graph.notes import CLASSES, COVERAGE, IMAGE_SHAPE
+from fxquant.graph.structure.class_scores import declared_classes
 
 _RELATIVE_TOLERANCE = 1e-4
 _CHECKED_BATCH_SIZES = (1, 3)
@@ -48,8 +48,8 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
         minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
             graph.
 
-    The result declares `Fact.TRACED`, has `meta["coverage"]` (share of weight elements seen) and
-    `meta["image_shape"]` (C, H, W), and `tensor_meta` on every node that holds a tensor. Parameters do not require
+    The result is `TRACED`. It has the notes COVERAGE (share of weight elements seen) and IMAGE_SHAPE (C, H, W), see
+    `fxquant.graph.notes`, and `tensor_meta` on every node that holds a tensor. Parameters do not require
     gradients; its state is independent of the model's.
 
     Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not
@@ -77,11 +77,11 @@ def trace(model: nn.Module, example_bchw: torch.Tensor, *, minimum_coverage: flo
     graph_module.graph.lint()
     graph_module.recompile()
     _check_equivalence(graph_module, example_bchw, expected)
-    graph_module.meta["coverage"] = coverage
+    COVERAGE.write(graph_module, coverage)
     if (classes := declared_classes(root)) is not None:
-        graph_module.meta[CLASSES] = classes
-    graph_module.meta["image_shape"] = tuple(example_bchw.shape[1:])
-    declare(graph_module, frozenset({Fact.TRACED}))
+        CLASSES.write(graph_module, classes)
+    IMAGE_SHAPE.write(graph_module, tuple(example_bchw.shape[1:]))
+    declare(graph_module, [TRACED])
     return graph_module
 
 
@@ -186,13 +186,12 @@ def _where(error: BaseException) -> str:
 
 def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer, minimum_coverage: float) -> float:
     """Share of weight elements that are visible; weights inside composite leaves are hidden."""
-    hidden = _hidden_in_functions(graph_module)
+    hidden: dict[str, int] = {}
     seen = sum(p.numel() for p in root.parameters() if p.ndim >= 2 and id(p) in tracer.read_tensors)
-    seen -= sum(hidden.values())
     for path in {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}:
         module = graph_module.get_submodule(path)
         elements = sum(p.numel() for p in module.parameters() if p.ndim >= 2)
-        if list(module.children()) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        if list(module.children()) or isinstance(module, nn.RNNBase):
             hidden[path] = elements
         else:
             seen += elements
@@ -209,18 +208,6 @@ def _coverage(root: nn.Module, graph_module: fx.GraphModule, tracer: ShapeTracer
             f"pipeline on fxquant.trace(model, images, minimum_coverage={int(seen / total * 100) / 100})"
         )
     return seen / total
-
-
-def _hidden_in_functions(graph_module: fx.GraphModule) -> dict[str, int]:
-    """Weight elements that go into a function which is a layer and more, by the module that holds them."""
-    hidden: dict[str, int] = {}
-    for node in graph_module.graph.find_nodes(op="call_function", target=functional.multi_head_attention_forward):
-        for source in node.all_input_nodes:
-            owner, _, name = str(source.target).rpartition(".")
-            tensor = getattr(graph_module.get_submodule(owner), name) if source.op == "get_attr" else None
-            if tensor is not None and tensor.ndim >= 2:
-                hidden[owner] = hidden.get(owner, 0) + tensor.numel()
-    return hidden
 
 
 def _propagate_shapes(graph_module: fx.GraphModule, example_bchw: torch.Tensor) -> None:

@@ -22,8 +22,11 @@ from fxquant.graph.annotation import annotation_of
 class Block:
     """A part of a graph with one value in and one value out, by node names.
 
-    name: "block 3", or a role outside the transformer blocks. source: the node whose value enters; result: the node
-    whose value leaves. Names, so that a block can be extracted from any graph that has these nodes.
+    Args:
+        name: "block 3", or a role outside the transformer blocks.
+        source: the node whose value enters.
+        result: the node whose value leaves. Names, so that a block can be extracted from any graph that has these
+            nodes.
     """
 
     name: str
@@ -52,6 +55,11 @@ def cut(graph_module: GraphModule) -> list[Block]:
 
 def extract(graph_module: GraphModule, source: str, result: str) -> GraphModule:
     """A graph module that computes node `result` from the value of node `source`; modules are shared, not copied.
+
+    Args:
+        graph_module: the graph that both nodes belong to.
+        source: name of the node whose value is given.
+        result: name of the node whose value is computed.
 
     Raises KeyError for a node that does not exist, ValueError where `result` needs another input than `source`.
     """

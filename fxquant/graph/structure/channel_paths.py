@@ -21,7 +21,13 @@ from fxquant.graph.nodes import moves_data, reads_shape
 
 @dataclass
 class ChannelPath:
-    """What reads one LayerNorm: linear nodes (per-channel all), whether zeros were padded in, or why it cannot fold."""
+    """What reads one LayerNorm: linear nodes (per-channel all), whether zeros were padded in, or why it cannot fold.
+
+    Args:
+        consumers: linear nodes that read the norm, with its channels as their inputs.
+        padded: whether zeros are padded in on the way.
+        refusal: why the norm cannot be folded; None where it can.
+    """
 
     consumers: list[Node] = field(default_factory=list)
     padded: bool = False
@@ -29,7 +35,10 @@ class ChannelPath:
 
 
 def channel_paths(graph_module: GraphModule, example_bchw: Tensor) -> dict[Node, ChannelPath]:
-    """For each nn.LayerNorm node, the linear layers that read its output. example_bchw: float, at least one image."""
+    """For each nn.LayerNorm node, the linear layers that read its output.
+
+    example_bchw: float, at least one image; what linear layers make of it is not computed.
+    """
     tracer = _PathTracer(graph_module)
     with torch.no_grad():
         tracer.run(example_bchw[:1])
@@ -64,6 +73,13 @@ class _PathTracer(ProbeTracer):
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
         self.paths: dict[Node, ChannelPath] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Zeros for what a linear layer gives: probes need no more than shapes, and layers take nearly all the time."""
+        module = self.modules[str(target)]
+        if isinstance(module, nn.Linear) and args:
+            return args[0].new_zeros(*args[0].shape[:-1], module.out_features)
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)

@@ -25,9 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from fxquant.graph.nodes import moves_data, reads_shape, shape_of
-
-CLASSES = "classes"
-"""Key of a traced graph's meta: how many classes the model says it has; absent where it does not say."""
+from fxquant.graph.notes import CLASSES
 
 _KEEP_CLASSES_APART = {
     operator.add, operator.iadd, operator.sub, operator.truediv, operator.mul, torch.add, torch.sub, torch.mul,
@@ -64,7 +62,7 @@ def why_no_class_scores(graph_module: GraphModule) -> str | None:
         return f"its output has shape (B, {', '.join(map(str, shape[1:]))})"
     if shape[1] == 1:
         return "it gives one number per image, of which no distribution over classes can be made"
-    declared = graph_module.meta.get(CLASSES)
+    declared = CLASSES.get(graph_module)
     if declared == shape[1]:
         return None
     if declared == 0:

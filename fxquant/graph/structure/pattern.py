@@ -36,7 +36,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: names of its nodes; qk is None where the weights come straight from a linear (VOLO)."""
+    """One attention: names of its nodes; qk is None where the weights come straight from a linear (VOLO).
+
+    Args:
+        softmax: the softmax over the scores.
+        qk: the product of queries and keys; None where the weights come straight from a linear.
+        av: the product of the attention probabilities with the values.
+        qkv: the linear layers that give queries, keys and values.
+        proj: the linear layers that read the result.
+    """
 
     softmax: str
     qk: str | None
@@ -47,7 +55,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """One MLP: names of its nodes; two linears in fc1 where a gate has its own."""
+    """One MLP: names of its nodes; two linears in fc1 where a gate has its own.
+
+    Args:
+        activation: the activation function, GELU in a ViT.
+        fc1: the linear layers before it; two where a gate has its own.
+        fc2: the linear layers that read its result.
+    """
 
     activation: str
     fc1: tuple[str, ...]
@@ -87,8 +101,14 @@ def walk(
 ) -> Walk:
     """Walk from `starts` (themselves examined) to the nearest nodes of the target kinds.
 
-    barriers: kinds that end the walk besides layers, matmuls and softmax. norm_after_sum: whether the walk may pass a
-    layer norm once it has crossed a sum of two activations, that is, leave the residual branch.
+    Args:
+        graph: the graph as networkx has it.
+        starts: names of the nodes to start from.
+        neighbours: gives the names of the nodes to go to from a node: its successors or its predecessors.
+        targets: kinds that are looked for.
+        barriers: kinds that end the walk besides layers, matmuls and softmax.
+        norm_after_sum: whether the walk may pass a layer norm once it has crossed a sum of two activations, that is,
+            leave the residual branch.
     """
     found = Walk([], [])
     queue = [(name, False) for name in starts]

@@ -34,9 +34,12 @@ _PARTS = frozenset({"unbind", "chunk", "split", torch.unbind, torch.chunk, torch
 class QueryKey:
     """One product q k^T.
 
-    query, key: linear nodes, perhaps the same. heads: for each head the output channels of `query` and of `key` that
-    are multiplied with one another, in this order, int64 (D,) each. ignores_rows: whether softmax takes away what is
-    added to a whole row of the product, as it does to all keys of a query.
+    Args:
+        query, key: linear nodes, perhaps the same.
+        heads: for each head the output channels of `query` and of `key` that are multiplied with one another, in this
+            order, int64 (D,) each.
+        ignores_rows: whether softmax takes away what is added to a whole row of the product, as it does to all keys of
+            a query.
     """
 
     query: Node

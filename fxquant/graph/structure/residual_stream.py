@@ -25,9 +25,12 @@ _PRODUCTS = frozenset({operator.mul, torch.mul})
 class ResidualStream:
     """One stream. Lists of nodes in no order.
 
-    norms: LayerNorms that read it. layers: linear nodes and convolutions without groups that write it. parameters:
-    get_attr nodes that are added or concatenated. layer_scales: (product node, its vector's get_attr node, the linear
-    node scaled). refusals: why it cannot be changed as a whole; empty when it can.
+    Args:
+        norms: LayerNorms that read it.
+        layers: linear nodes and convolutions without groups that write it.
+        parameters: get_attr nodes that are added or concatenated.
+        layer_scales: (product node, its vector's get_attr node, the linear node scaled).
+        refusals: why it cannot be changed as a whole; empty when it can.
     """
 
     norms: list[Node] = field(default_factory=list)

@@ -27,7 +27,13 @@ _ACTIVATIONS = (Kind.GELU, Kind.ACTIVATION)
 
 @dataclass
 class Roles:
-    """What was found: role and block of nodes by name, and patterns that did not hold."""
+    """What was found: role and block of nodes by name, and patterns that did not hold.
+
+    Args:
+        role: the role of each node that has one, by the node's name.
+        block: the index of the block that a node belongs to, by the node's name.
+        failures: near-misses, each with its reason.
+    """
 
     role: dict[str, Role] = field(default_factory=dict)
     block: dict[str, int] = field(default_factory=dict)

@@ -37,11 +37,14 @@ class Bfloat16Histogram:
     def update(self, x: Tensor, weight: Tensor | None = None, mass: Tensor | None = None) -> None:
         """Add values x (float, any shape) with non-negative weights of the same shape.
 
-        mass: how often each value counts in the plain moments, same shape; None: once.
+        Args:
+            x: values to add, a float tensor of any shape.
+            weight: non-negative weights of the values, of the same shape; None: no weighted moments are gathered.
+            mass: how often each value counts in the plain moments, same shape; None: once.
         """
         flat = x.detach().reshape(-1)
-        keys = (flat.to(torch.bfloat16).view(torch.int16).to(torch.int64)) & 0xFFFF
-        values, count = flat.double(), torch.bincount(keys, minlength=BUCKETS)
+        keys = flat.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
+        values, count = flat.double(), _sums(keys, torch.ones(1, dtype=torch.float64).expand(len(keys)))
         self._make_room(count)
         if mass is None:
             self._moments[0] += count[self._keys]
@@ -53,7 +56,7 @@ class Bfloat16Histogram:
             self._add(3, keys, *_times_powers(weight, values))
 
     def _make_room(self, count: Tensor) -> None:
-        """Let every bucket that is counted in, int64 (65536,), have a column of the moments."""
+        """Let every bucket that is counted in, float64 (65536,), have a column of the moments."""
         occupied = count > 0
         occupied[self._keys] = True
         keys = occupied.nonzero()[:, 0]
@@ -65,7 +68,7 @@ class Bfloat16Histogram:
     def _add(self, row: int, keys: Tensor, *summands: Tensor) -> None:
         """Add sums over the values of each bucket to rows of the moments, from `row` on."""
         for offset, summand in enumerate(summands):
-            self._moments[row + offset] += torch.bincount(keys, weights=summand, minlength=BUCKETS)[self._keys]
+            self._moments[row + offset] += _sums(keys, summand)[self._keys]
 
     def state(self) -> dict[str, Tensor]:
         """The buckets that hold values, int64 (K,), their moments, float64 (6, K), and whether there are weights."""
@@ -82,6 +85,12 @@ class Bfloat16Histogram:
         used = np.flatnonzero(moments[0])
         used = used[np.argsort(moments[1, used] / moments[0, used])]
         return SortedMoments(np.ascontiguousarray(moments[:, used]), self.weighted)
+
+
+def _sums(keys: Tensor, summand: Tensor) -> Tensor:
+    """Of each bucket, float64 (65536,). keys: int64 (n,); summand: float64 (n,)."""
+    # torch.bincount gives the same, and first looks for the least and the largest key.
+    return torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, keys, summand)
 
 
 def _times_powers(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,9 +130,13 @@ class SortedMoments:
     def errors(self, levels_cl: Array, thresholds_ck: Array, coherence: float = 0.0) -> tuple[Array, Array]:
         """Plain and weighted sum of squared errors of C candidates with L ascending levels and L-1 thresholds each.
 
-        coherence: how much more a mean error costs than independent ones of the same size; coherence * (sum w e)^2 /
-        sum w is added to the weighted sum. Returns two float64 arrays (C,): plain; weighted (plain when no weights were
-        given).
+        Args:
+            levels_cl: float64 (C, L), levels of each candidate, ascending.
+            thresholds_ck: float64 (C, L - 1), thresholds between these levels.
+            coherence: how much more a mean error costs than independent ones of the same size; coherence * (sum w e)^2
+                / sum w is added to the weighted sum.
+
+        Returns two float64 arrays (C,): plain; weighted (plain when no weights were given).
         """
         prefix = np.concatenate([np.zeros((6, 1)), np.cumsum(self.moments, axis=1)], axis=1)
         cuts = np.searchsorted(self.values, thresholds_ck)

@@ -23,7 +23,7 @@ _ROUNDING = 1e-7  # of the largest eigenvalue: below, float32 products have left
 
 @dataclass(frozen=True)
 class LowRank:
-    """factor_ir: F, float32 (in, rank). rest_i: d, float32 (in,), not negative."""
+    """factor_ir: F, float32 (in, rank), its columns by ascending norm. rest_i: d, float32 (in,), not negative."""
 
     factor_ir: Tensor
     rest_i: Tensor
@@ -32,6 +32,11 @@ class LowRank:
         """e G e^T of each row e of an error, float32 (out, in) to (out,); the error is overwritten."""
         along = (error_oi @ self.factor_ir).square_().sum(1)
         return along.addmv_(error_oi.square_(), self.rest_i)
+
+    def strongest(self, rank: int) -> LowRank:
+        """The same with at most this many directions; of the others, as of all that F leaves, the diagonal counts."""
+        rest, kept = self.factor_ir[:, :-rank], self.factor_ir[:, -rank:]
+        return LowRank(kept.contiguous(), self.rest_i + rest.square().sum(1)) if rest.shape[1] else self
 
     @classmethod
     def of(cls, gram_ii: Tensor, rank: int = RANK) -> LowRank:

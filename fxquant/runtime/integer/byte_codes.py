@@ -37,25 +37,26 @@ _WIDEST = 8
 _WIDEST_LOG2 = 4
 _WIDEST_CODEBOOK = 5
 
-UNIFORM_FAMILIES = dict.fromkeys(("symmetric", "symmetric-min-max", "asymmetric"), _WIDEST)
-"""Families whose bytes are levels as they are, and their widest widths in bits."""
-
-_REGION_FAMILIES = dict.fromkeys(("opt-m", "twin-gelu", "twin-softmax"), _WIDEST)
-
-_OTHERS = {"log2": _WIDEST_LOG2, "row-log": _WIDEST, "codebook": _WIDEST_CODEBOOK}
-
-BYTE_FAMILIES = UNIFORM_FAMILIES | _REGION_FAMILIES | _OTHERS
-"""Families whose quantizers have byte codes, and up to which width in bits: what `byte_code` says of all they build."""
-
 
 @dataclass(frozen=True)
 class ByteCode:
     """How one quantizer's codes are bytes.
 
     kind, scale (row-log: base), zero, low, high, bits, shift_small, shift_large, negative: as `QuantizerSpec` has them.
-    levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur, where `identity` does not say
-    it. unit: value of level 1. codes: of a codebook, ascending; none for other kinds. Equal codes compare equal, so
-    readers of one edge can share them.
+
+    Args:
+        kind: as `QuantizerSpec` has it: which rule gives the bytes.
+        scale: as `QuantizerSpec` has it; of row-log codes the base.
+        zero: as `QuantizerSpec` has it: the byte of the value 0.
+        low, high: as `QuantizerSpec` has them: the least and the largest byte.
+        bits: width of the codes.
+        shift_small, shift_large: as `QuantizerSpec` has them: powers of two between the scales of regions.
+        negative: whether there are codes of negative values.
+        levels: int64 (256,), the integer each byte stands for, 0 for bytes that never occur, where `identity` does not
+            say it.
+        unit: value of level 1.
+        codes: of a codebook, ascending; none for other kinds. Equal codes compare equal, so readers of one edge can
+            share them.
     """
 
     kind: int

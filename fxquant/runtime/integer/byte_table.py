@@ -23,7 +23,12 @@ _ROW = 1 << (BITS - 8)
 
 @dataclass(frozen=True)
 class ByteTable:
-    """scale, zero: of the asymmetric 14-bit quantizer of x. entries: uint8 (1 + 2 steps, 64), see the C header."""
+    """A function of one value, tabulated.
+
+    Args:
+        scale, zero: of the asymmetric 14-bit quantizer of x.
+        entries: uint8 (1 + 2 steps, 64), see the C header.
+    """
 
     scale: float
     zero: int
@@ -41,7 +46,13 @@ def fits(codes: Tensor) -> bool:
 
 
 def byte_table(source: Quantizer, function: nn.Module, code: ByteCode) -> ByteTable | None:
-    """Bytes of `code` of function(x), x by the codes of `source`; None where they change too often."""
+    """Bytes of `code` of function(x), x by the codes of `source`; None where they change too often.
+
+    Args:
+        source: the quantizer whose codes are the input.
+        function: the function, applied to one value at a time.
+        code: how the result is bytes.
+    """
     if not isinstance(source, UniformQuantizer) or source.zero_point is None or source.scale.numel() != 1:
         return None
     if source.bits != BITS:

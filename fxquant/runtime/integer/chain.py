@@ -21,7 +21,10 @@ _ALIGNMENT = 64
 class Step:
     """A layer and what it reads: number 0 is the chain's input, number i + 1 the result of step i.
 
-    residual: of a linear layer that adds one.
+    Args:
+        layer: the integer module.
+        input: the number of the value that it reads.
+        residual: the number of the value that a linear layer adds to its result, where it adds one.
     """
 
     layer: ChainLayer
@@ -31,10 +34,12 @@ class Step:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """What a chain takes its rows for. gather: where the first step's rows come from; None: as they lie.
+    """What a chain takes its rows for.
 
-    tokens: rows that belong together, as attention sees them; 0: all of an image. returns: the result's rows go back
-    to where they came from.
+    Args:
+        gather: where the first step's rows come from; None: as they lie.
+        tokens: rows that belong together, as attention sees them; 0: all of an image.
+        returns: the result's rows go back to where they came from.
     """
 
     gather: ReorderRows | None = None
@@ -43,7 +48,14 @@ class RowOrder:
 
 
 class IntegerChain(nn.Module):
-    """Layers one after the other, from float32 to what the last one gives. `layout` is all it consists of."""
+    """Layers one after the other, from float32 to what the last one gives. `layout` is all it consists of.
+
+    Args:
+        steps: the layers in the order they run.
+        channels: channels of the first step's input.
+        width: channels of the result of the last step.
+        order: the order of rows that the chain works in.
+    """
 
     layout: Tensor
 

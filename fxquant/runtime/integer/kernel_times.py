@@ -30,7 +30,13 @@ _SPREAD = 3.5
 
 
 def least_ms(run: Callable[[], object], threads: int, seconds: float = 0.05) -> float:
-    """Least time of a run, in ms, over about `seconds` of runs and seven at least; torch's threads are restored."""
+    """Least time of a run, in ms, over about `seconds` of runs and seven at least; torch's threads are restored.
+
+    Args:
+        run: what is timed; its result is dropped.
+        threads: how many threads torch has meanwhile.
+        seconds: for about how long it is repeated.
+    """
     before, clock = torch.get_num_threads(), time.thread_time if threads == 1 else time.perf_counter
     times: list[float] = []
     try:
@@ -47,7 +53,16 @@ def least_ms(run: Callable[[], object], threads: int, seconds: float = 0.05) -> 
 
 
 def linear_ms(rows: int, inner: int, out: int, weight_bits: int, code: ByteCode, threads: int) -> float:
-    """A linear layer of `rows` inputs, weights of this width, inputs of this code."""
+    """A linear layer of `rows` inputs, weights of this width, inputs of this code.
+
+    Args:
+        rows: how many rows the input has, tokens of all images.
+        inner: input channels.
+        out: output channels.
+        weight_bits: width of the weights, 2 to 8.
+        code: how the inputs are bytes.
+        threads: how many threads the kernel has.
+    """
     weight = torch.randn(out, inner, generator=torch.Generator().manual_seed(0))
     quantizer = UniformQuantizer(weight_bits, _SPREAD / 2 ** (weight_bits - 1))
     layer = IntegerLinear(QuantizedLinear(weight, torch.zeros(out), quantizer, None), code)
@@ -56,7 +71,17 @@ def linear_ms(rows: int, inner: int, out: int, weight_bits: int, code: ByteCode,
 
 
 def matmul_ms(groups: int, rows: int, inner: int, columns: int, left: ByteCode, right: ByteCode, threads: int) -> float:
-    """`groups` products of (rows, inner) and (inner, columns) activations of these codes."""
+    """`groups` products of (rows, inner) and (inner, columns) activations of these codes.
+
+    Args:
+        groups: how many products there are, images times heads.
+        rows: rows of the left operand.
+        inner: length of the summed axis.
+        columns: columns of the right operand.
+        left: how the left operand is bytes.
+        right: how the right operand is bytes.
+        threads: how many threads the kernel has.
+    """
     product = IntegerMatmul(left, right)
     operands = [_random_bytes(left, groups, rows, inner), _random_bytes(right, groups, inner, columns)]
     return least_ms(lambda: product(*operands), threads)

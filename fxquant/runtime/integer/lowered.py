@@ -29,8 +29,12 @@ _OPERATORS = torch.ops.fxquant
 class Epilogue:
     """What a linear kernel does with its float result.
 
-    kind: `library.FLOAT`, `RESIDUAL` (adds a tensor), `CODES` (column range i of len(codes) equal ones: times
-    factors[i], then codes[i]), `GELU_CODES` (codes[0] of GELU) or `TABLE_CODES` (what the table says).
+    Args:
+        kind: `library.FLOAT`, `RESIDUAL` (adds a tensor), `CODES` (column range i of len(codes) equal ones: times
+            factors[i], then codes[i]), `GELU_CODES` (codes[0] of GELU) or `TABLE_CODES` (what the table says).
+        codes: what the result is written as: one code for each of as many equal ranges of columns.
+        factors: what each of these ranges is multiplied with before.
+        table: bytes of a function of the result, for TABLE_CODES.
     """
 
     kind: int = library.FLOAT
@@ -90,7 +94,13 @@ class LayerNormToCodes(ToCodes):
 
 
 class IntegerLinear(nn.Module):
-    """A linear layer on bytes. `layout` is all it consists of: sizes, quantizers, packed weights, scales, bias."""
+    """A linear layer on bytes. `layout` is all it consists of: sizes, quantizers, packed weights, scales, bias.
+
+    Args:
+        source: the simulated layer, with its weight, bias and quantizers.
+        code: how the input is bytes.
+        epilogue: what becomes of the sums; None: they are returned as float32.
+    """
 
     layout: Tensor
 
@@ -203,7 +213,13 @@ class IntegerMatmul(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionCodes:
-    """The quantizers of one attention: of q, k and v, of the softmax, of the result."""
+    """The quantizers of one attention: of q, k and v, of the softmax, of the result.
+
+    Args:
+        qkv: how q, k and v are bytes.
+        softmax: how the attention probabilities are bytes.
+        output: how the result is bytes.
+    """
 
     qkv: tuple[ByteCode, ByteCode, ByteCode]
     softmax: ByteCode
@@ -211,7 +227,15 @@ class AttentionCodes:
 
 
 class IntegerAttention(nn.Module):
-    """softmax(q k^T + bias) v on bytes, to bytes, one image and head at a time."""
+    """softmax(q k^T + bias) v on bytes, to bytes, one image and head at a time.
+
+    Args:
+        heads: how many heads there are.
+        head_size: channels of one head.
+        codes: the quantizers.
+        bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups; None: nothing
+            is added.
+    """
 
     spec: Tensor
     bias: Tensor | None
@@ -231,3 +255,41 @@ class IntegerAttention(nn.Module):
         """uint8 (B, N, 3 C) to uint8 (B, N, C)."""
         codes: Tensor = _OPERATORS.attention(qkv, self.spec, self.bias)
         return codes
+
+
+class SeparateAttention(nn.Module):
+    """The same on q, k and v that do not lie side by side: their bytes are put together first, a head at a time.
+
+    Args:
+        heads: 1 where there is no dimension of heads.
+        head_size: channels of one head.
+        codes: of everything.
+        bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups; None: nothing
+            is added.
+    """
+
+    def __init__(self, heads: int, head_size: int, codes: AttentionCodes, bias_ghnn: Tensor | None = None) -> None:
+        """bias_ghnn: float32 (groups, heads, N, N), added to the scores of image i from group i mod groups."""
+        super().__init__()
+        self.heads, self.head_size, self.codes = heads, head_size, codes
+        bias = None if bias_ghnn is None else bias_ghnn.flatten(0, 1).unsqueeze(1).contiguous()
+        self.kernel = IntegerAttention(1, head_size, codes, bias)
+        self.groups = 0 if bias_ghnn is None else len(bias_ghnn)
+
+    @property
+    def bias_ghnn(self) -> Tensor | None:
+        """What is added to the scores, float32 (groups, heads, N, N)."""
+        bias = self.kernel.bias
+        return None if bias is None else bias.reshape(self.groups, self.heads, *bias.shape[2:])
+
+    def forward(self, query: Tensor, transposed_key: Tensor, value: Tensor) -> Tensor:
+        """uint8 (..., N, D), (..., D, N) and (..., N, D) to uint8 (..., N, D).
+
+        Args:
+            query: uint8 (..., N, D).
+            transposed_key: uint8 (..., D, N).
+            value: uint8 (..., N, D).
+        """
+        packed = torch.stack([query, transposed_key.mT, value], -2).flatten(-2)
+        result: Tensor = self.kernel(packed.reshape(-1, *packed.shape[-2:]))
+        return result.reshape(value.shape)

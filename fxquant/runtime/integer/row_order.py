@@ -11,8 +11,10 @@ from torch import Tensor, nn
 class ReorderRows(nn.Module):
     """The same permutation of rows in every image.
 
-    rows: int64 (n,), which of an image's n rows comes where. shape: sizes between batch and channels of the result.
-    parts: rows that lie side by side in one row of the result.
+    Args:
+        rows: int64 (n,), which of an image's n rows comes where.
+        shape: sizes between batch and channels of the result.
+        parts: rows that lie side by side in one row of the result.
     """
 
     rows: Tensor

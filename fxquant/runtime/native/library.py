@@ -113,10 +113,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 }  # fmt: skip
 
 
-@cache
-def _found() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    files = [path for suffix in ("so", "pyd", "dylib") for path in Path(__file__).parent.glob(f"_kernels*.{suffix}")]
+def library_in(folder: Path) -> ctypes.CDLL | str:
+    """The library in a folder, or why there is none."""
+    files = [path for suffix in ("so", "pyd", "dylib") for path in folder.glob(f"_kernels*.{suffix}")]
     if not files:
         return (
             "the integer kernels were not built, since no C++ compiler was found when fxquant was installed: "
@@ -134,18 +133,24 @@ def _found() -> ctypes.CDLL | str:
     return found
 
 
+@cache
+def found() -> ctypes.CDLL | str:
+    """The library of this installation, or why there is none; looked for once a process."""
+    return library_in(Path(__file__).parent)
+
+
 def library() -> ctypes.CDLL:
     """The loaded library. Raises BackendError, saying what to do, where it is absent."""
-    found = _found()
-    if isinstance(found, str):
-        raise BackendError(found)
-    return found
+    loaded = found()
+    if isinstance(loaded, str):
+        raise BackendError(loaded)
+    return loaded
 
 
 def why_absent() -> str | None:
     """Why there is no library; None where there is one."""
-    found = _found()
-    return found if isinstance(found, str) else None
+    loaded = found()
+    return loaded if isinstance(loaded, str) else None
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -79,7 +79,15 @@ def quantize(x: Tensor, quantizer: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Bytes (uint8) of the layer norm of float32 x (..., channels) over its last dimension."""
+    """Bytes (uint8) of the layer norm of float32 x (..., channels) over its last dimension.
+
+    Args:
+        x: float32 (..., channels).
+        quantizer: the output's `QuantizerSpec` as bytes, uint8 (n,).
+        weight: float32 (channels,), or None.
+        bias: float32 (channels,), or None.
+        epsilon: what is added to the variance.
+    """
     x = _bytes(x, torch.float32, "x")
     channels = x.shape[-1]
     weight, bias = _vector(weight, channels, "weight"), _vector(bias, channels, "bias")
@@ -94,7 +102,15 @@ def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor
 def linear(
     codes: Tensor, layout: Tensor, out_features: int, gives_codes: bool, residual: Tensor | None = None
 ) -> Tensor:
-    """A linear layer on bytes (..., in): float32 (..., out), residual added; or bytes, as the layout says."""
+    """A linear layer on bytes (..., in): float32 (..., out), residual added; or bytes, as the layout says.
+
+    Args:
+        codes: bytes of the input, uint8 (..., in).
+        layout: uint8 (n,), all that the kernel knows of the layer.
+        out_features: channels of the result.
+        gives_codes: whether the layout says that the result is bytes.
+        residual: float32 (..., out), added to the result; None: nothing is added.
+    """
     codes, layout = _bytes(codes, torch.uint8, "codes"), _bytes(layout, torch.uint8, "the layout")
     rows = codes.numel() // max(codes.shape[-1], 1)
     out = torch.empty((*codes.shape[:-1], out_features), dtype=torch.uint8 if gives_codes else torch.float32)
@@ -107,7 +123,16 @@ def linear(
 
 
 def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: float, transposed: bool) -> Tensor:
-    """float32 (..., n, m) of bytes left (..., n, k) and right (..., k, m), or (..., m, k) where `transposed`."""
+    """float32 (..., n, m) of bytes left (..., n, k) and right (..., k, m), or (..., m, k) where `transposed`.
+
+    Args:
+        left: uint8 (..., n, k).
+        right: uint8 (..., k, m), or (..., m, k) where `transposed`.
+        levels: the integers that the bytes of the left operand stand for.
+        right_zero: the byte that stands for 0 in the right operand.
+        scale: what one unit of the sums is worth.
+        transposed: whether the right operand lies with its summed axis last.
+    """
     left, right = _bytes(left, torch.uint8, "left"), _bytes(right, torch.uint8, "right")
     columns = right.shape[-2 if transposed else -1]
     if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1 if transposed else -2]:
@@ -123,7 +148,10 @@ def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: 
 def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
     """Bytes (B, N, C) of softmax(q k^T + bias) v from bytes qkv (B, N, 3 C), laid out (3, heads, head size).
 
-    bias: float32 (groups, heads, N, N), image i takes group i mod groups.
+    Args:
+        qkv: uint8 (B, N, 3 C), laid out (3, heads, head size).
+        spec: uint8 (n,), all that the kernel knows of the attention.
+        bias: float32 (groups, heads, N, N), image i takes group i mod groups.
     """
     qkv = _bytes(qkv, torch.uint8, "qkv")
     batch, tokens, channels = qkv.shape
@@ -145,7 +173,13 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def patches(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Bytes (B, rows, columns, C kernel size): what a kernel sees of uint8 codes (B, C, H, W)."""
+    """Bytes (B, rows, columns, C kernel size): what a kernel sees of uint8 codes (B, C, H, W).
+
+    Args:
+        codes: uint8 (B, C, H, W).
+        kernel: height and width of the kernel.
+        stride: steps of the kernel down and to the right.
+    """
     codes = _bytes(codes, torch.uint8, "codes")
     out = torch.empty(_patch_sizes(codes, kernel, stride), dtype=torch.uint8)
     return _filled(
@@ -162,7 +196,13 @@ def _patch_sizes(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) ->
 
 
 def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
-    """float32 (B, n + N, C): first (n, C), then x (B, N, C) plus positions (N, C)."""
+    """float32 (B, n + N, C): first (n, C), then x (B, N, C) plus positions (N, C).
+
+    Args:
+        x: float32 (B, N, C).
+        positions: float32 (N, C), added to x.
+        first: float32 (n, C), put before the tokens of every image.
+    """
     x, positions, first = (_bytes(each, torch.float32, "x") for each in (x, positions, first))
     if positions.shape != x.shape[1:] or first.ndim != 2 or first.shape[1:] != x.shape[2:]:
         raise BackendError(f"{tuple(first.shape)} and {tuple(positions.shape)} do not fit tokens {tuple(x.shape)}")
@@ -180,7 +220,13 @@ def _token_sizes(x: Tensor, first: Tensor) -> tuple[Any, ...]:
 def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int = 0, parts: int = 1) -> Tensor:
     """A chain of layers on float32 x (B, N, C): float32 or bytes (B, N / parts, width), as the layout says.
 
-    tokens: rows that attention takes together, 0 for all of an image. parts: rows of x in one of the chain's.
+    Args:
+        x: float32 (B, N, C).
+        layout: uint8 (n,), all that the kernels know of the chain.
+        width: channels of the result.
+        gives_codes: whether the layout says that the result is bytes.
+        tokens: rows that attention takes together, 0 for all of an image.
+        parts: rows of x in one of the chain's.
     """
     x, layout = _bytes(x, torch.float32, "x"), _bytes(layout, torch.uint8, "the layout")
     out = torch.empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)

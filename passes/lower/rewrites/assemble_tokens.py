@@ -1,4 +1,4 @@
-"""Assemble the tokens of a Vision Transformer in one step: class tokens in front, positions added.
+"""AssembleTokens: the tokens of a Vision Transformer in one step: class tokens in front, positions added.
 
     cat(class, x) + positions,    cat(class, x + positions),    x + positions
 
@@ -7,29 +7,46 @@ Each becomes one node, with the same sums.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
-from fxquant.graph.nodes import argument, constant_of
-from fxquant.runtime.integer.lowered import AssembleTokens
-from passes.lower.integer_plan import SUMS, only_reader, shape_of
+from fxquant.graph.nodes import argument, constant_of, only_reader
+from fxquant.runtime.integer import lowered
+from passes.lower.integer_plan import SUMS, shape_of
+from passes.lower.rewrite import REQUIRES
+from passes.pipeline.contract import PassContext
 
 
-def assemble_tokens(graph_module: GraphModule) -> None:
-    """Replace what matches, in place."""
-    for node in list(graph_module.graph.nodes):
-        found = _assembled(graph_module, node)
-        if found is None:
-            continue
-        source, positions, first = found
-        name = add_module(graph_module, f"tokens_{node.name}", AssembleTokens(positions, first))
-        with graph_module.graph.inserting_before(node):
-            assembled = graph_module.graph.call_module(name, (source,))
-        assembled.meta["tensor_meta"] = node.meta["tensor_meta"]
-        node.replace_all_uses_with(assembled)
-        graph_module.graph.eliminate_dead_code()
+@dataclass(frozen=True)
+class AssembleTokens:
+    """Replace what matches."""
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Replace in place; returns how many sums there were."""
+        replaced = 0
+        for node in list(graph_module.graph.nodes):
+            found = _assembled(graph_module, node)
+            if found is None:
+                continue
+            source, positions, first = found
+            name = add_module(graph_module, f"tokens_{node.name}", lowered.AssembleTokens(positions, first))
+            with graph_module.graph.inserting_before(node):
+                assembled = graph_module.graph.call_module(name, (source,))
+            assembled.meta["tensor_meta"] = node.meta["tensor_meta"]
+            node.replace_all_uses_with(assembled)
+            graph_module.graph.eliminate_dead_code()
+            replaced += 1
+        return replaced
 
 
 def _assembled(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor, Tensor] | None:

@@ -1,4 +1,4 @@
-"""Take the token that a head reads before the layers that treat every token alike, instead of after them.
+"""SelectTokens: take the token that a head reads before the layers that treat every token alike, instead of after them.
 
 A Vision Transformer that classifies by one token computes the last block's projection, MLP and norm for all of them and
 throws the others away. `x[:, i]` moves up through such layers, to the last attention and the residual stream beside it;
@@ -8,32 +8,52 @@ each layer then runs on one token, with the same result, bit for bit.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxquant.graph.facts import Fact
+from fxquant.graph.nodes import module_of, only_reader
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
-from passes.lower.integer_plan import only_reader, shape_of
+from passes.lower.integer_plan import layer_of, shape_of
+from passes.lower.rewrite import REQUIRES, Miss, note_misses
+from passes.pipeline.contract import PassContext
 
 
-def select_tokens(graph_module: GraphModule) -> int:
-    """Move selections of one token up, in place; returns past how many layers."""
-    moved = 0
-    for node in list(graph_module.graph.nodes):
-        token = _selected(node)
-        if token is None or not _moves_up(graph_module, node.args[0], node):
-            continue
-        one = _selection(node.args[0], token)
-        node.args = (one, (slice(None), 0))
-        waiting = [one]
-        while waiting:
-            found = waiting.pop()
-            if found.users and _moves_up(graph_module, found.args[0], found):
-                waiting += _move_up(graph_module, found, token)
-                moved += 1
-    return moved
+@dataclass(frozen=True)
+class SelectTokens:
+    """Move selections of one token up."""
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Move in place; returns past how many layers."""
+        misses, moved = [], 0
+        for node in list(graph_module.graph.nodes):
+            token = _selected(node)
+            if token is None:
+                continue
+            first = _match(graph_module, node)
+            if isinstance(first, Miss):
+                misses.append(first)
+                continue
+            one = _selection(first, token)
+            node.args = (one, (slice(None), 0))
+            waiting = [one]
+            while waiting:
+                selection = waiting.pop()
+                found = _match(graph_module, selection) if selection.users else None
+                if isinstance(found, Node):
+                    waiting += _move_up(graph_module, selection, token)
+                    moved += 1
+                misses += [found] if isinstance(found, Miss) else []
+        note_misses(context, self, misses)
+        return moved
 
 
 def _selected(node: Node) -> int | None:
@@ -47,20 +67,25 @@ def _selected(node: Node) -> int | None:
     return index[1] if index[1] >= 0 else None
 
 
-def _moves_up(graph_module: GraphModule, layer: Any, selection: Node) -> bool:
-    """Whether only the selection reads the layer's result (B, N, C), and tokens of it depend on that token only."""
+def _match(graph_module: GraphModule, selection: Node) -> Node | Miss:
+    """The layer whose result (B, N, C) only the selection reads, and whose tokens depend on that token alone."""
+    layer = selection.args[0]
+    assert isinstance(layer, Node)  # a tensor is indexed
     if only_reader(layer) is not selection or len(layer.users) != 1:
-        return False
+        return Miss(layer_of(layer), "other tokens of its result are read too, or somebody asks for its shape")
     shapes = [shape_of(source) for source in layer.all_input_nodes]
     if any(shape is None or len(shape) != 3 or shape[:2] != (shape_of(layer) or ())[:2] for shape in shapes):
-        return False
-    if layer.op == "call_module":
-        module = graph_module.get_submodule(str(layer.target))
-        if isinstance(module, nn.LayerNorm):
-            return len(module.normalized_shape) == 1
-        is_known = isinstance(module, IntegerLinear | LayerNormToCodes | ToCodes)
-        return is_known and not isinstance(module, IntegerConv2d)
-    return layer.target is operator.add and len(shapes) == len(layer.args)
+        return Miss(layer_of(layer), "it does not read as many tokens as it gives")
+    is_sum = layer.target is operator.add and len(shapes) == len(layer.args)
+    if is_sum or _treats_tokens_alike(module_of(graph_module, layer)):
+        return layer
+    return Miss(layer_of(layer), "its tokens may depend on one another, as they do in attention")
+
+
+def _treats_tokens_alike(module: nn.Module | None) -> bool:
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1
+    return isinstance(module, IntegerLinear | LayerNormToCodes | ToCodes) and not isinstance(module, IntegerConv2d)
 
 
 def _move_up(graph_module: GraphModule, selection: Node, token: int) -> list[Node]:

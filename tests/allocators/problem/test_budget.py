@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from allocators.problem.budget import Budget
 from fxquant.errors import BudgetError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("value", "expected"),

@@ -6,8 +6,10 @@ import pytest
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
-from fxquant.errors import ArtefactError, InfeasibleBudgetError, OverrideError, SensitivityError
-from tests.allocators.tables import plain_table, random_table
+from fxquant.errors import ArtefactError, BudgetError, InfeasibleBudgetError, OverrideError, SensitivityError
+from tests.allocators.tables import plain_table, random_table, untied_table
+
+pytestmark = pytest.mark.quick
 
 
 def test_usage_of_a_uniform_assignment():
@@ -22,7 +24,7 @@ def test_usage_of_a_uniform_assignment():
 
 
 def test_float_operands_count_32_bits():
-    table = plain_table(activation_elements=[0, 0, 200], weight_elements=[100, 0, 0])
+    table = plain_table(second_elements=[0, 0, 200], first_elements=[100, 0, 0])
     assert table.usage(table.uniform(4, 8))["bit_operations"] == 10 * 4 * 32 + 20 * 32 * 32 + 30 * 32 * 8
 
 
@@ -52,7 +54,7 @@ def test_choices_agree_with_usage_and_objective():
 
 def test_uniform_takes_the_nearest_allowed_width_and_the_lower_of_two():
     table = plain_table().override({"head": (8, None)})
-    assert table.bits(table.uniform(4, 6)).tolist() == [[4, 0, 8], [4, 4, 4]]
+    assert table.widths(table.uniform(4, 6)).tolist() == [[4, 0, 8], [4, 4, 4]]
 
 
 def test_arrays_are_copied_and_read_only():
@@ -65,26 +67,26 @@ def test_arrays_are_copied_and_read_only():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-@pytest.mark.parametrize("side", ["weight", "activation"])
-def test_a_bad_cost_names_layer_and_width(side, bad):
-    cost = np.ones((3, 3))
-    cost[2, 1] = bad
-    with pytest.raises(SensitivityError, match=f"{side}_cost of layer 'head' at 4 bits is {bad}"):
-        plain_table(**{f"{side}_cost": cost})
+@pytest.mark.parametrize(("row", "place"), [(0, "weight"), (1, "activation")])
+def test_a_bad_cost_names_operand_layer_and_width(row, place, bad):
+    cost = np.ones((2, 3, 3))
+    cost[row, 2, 1] = bad
+    with pytest.raises(SensitivityError, match=f"{place} cost of layer 'head' at 4 bits is {bad}"):
+        plain_table(cost=cost)
 
 
 def test_a_nan_sqnr_is_named_and_an_infinite_one_accepted():
     sqnr_db = np.full((3, 3), np.inf)
-    plain_table(weight_sqnr_db=sqnr_db)
+    plain_table(first_sqnr_db=sqnr_db)
     sqnr_db[0, 0] = np.nan
-    with pytest.raises(SensitivityError, match=r"weight_sqnr_db of layer 'blocks\.0\.fc1' at 2 bits is nan"):
-        plain_table(weight_sqnr_db=sqnr_db)
+    with pytest.raises(SensitivityError, match=r"weight sqnr_db of layer 'blocks\.0\.fc1' at 2 bits is nan"):
+        plain_table(first_sqnr_db=sqnr_db)
 
 
 def test_entries_of_absent_operands_are_ignored():
     cost = np.ones((3, 3))
     cost[1] = np.nan
-    table = plain_table(weight_cost=cost, allowed_weight=np.array([[1, 1, 1], [0, 0, 0], [1, 1, 1]]))
+    table = plain_table(first_cost=cost, first_allowed=np.array([[1, 1, 1], [0, 0, 0], [1, 1, 1]]))
     assert np.isfinite(table.objective(table.highest()))
 
 
@@ -92,11 +94,13 @@ def test_entries_of_absent_operands_are_ignored():
     ("changes", "message"),
     [
         ({"macs": [1, 2]}, r"macs must have shape \(3,\), found \(2,\)"),
-        ({"weight_cost": np.ones((3, 2))}, "weight_cost must have shape"),
-        ({"weight_cost": "x"}, "weight_cost cannot be read"),
+        ({"cost": np.ones((2, 3, 2))}, "cost must have shape"),
+        ({"cost": "x"}, "cost cannot be read"),
         ({"macs": [1, 2, -3]}, "macs of layer 'head' is negative"),
-        ({"weight_bits": (2, 8, 4)}, "ascending"),
-        ({"activation_bits": (0, 4, 8)}, "positive"),
+        ({"elements": [[1, 0, -1], [1, 1, 1]]}, "elements of layer 'head' is negative"),
+        ({"bits": (2, 8, 4)}, "ascending"),
+        ({"bits": (0, 4, 8)}, "positive"),
+        ({"tied": [True, False, False]}, "tied are products of two inputs"),
         ({"layers": ("a", "a", "b")}, "every layer name once"),
         ({"roles": ("fc1",)}, "roles must have one entry per layer"),
     ],
@@ -110,7 +114,7 @@ def test_a_layer_without_allowed_width_is_named():
     allowed = np.ones((3, 3), bool)
     allowed[2] = False
     with pytest.raises(OverrideError, match=r"'head' is left without any allowed activation width.*\[2, 4, 8\]"):
-        plain_table(allowed_activation=allowed)
+        plain_table(second_allowed=allowed)
 
 
 def test_infeasible_names_minimum_and_pinning_layers():
@@ -149,13 +153,13 @@ def test_infeasible_names_at_most_five_layers():
 def test_override(patterns, expected):
     table = plain_table()
     restricted = table.override(patterns)
-    assert restricted.bits(restricted.lowest()).tolist() == expected
-    assert table.allowed_weight.all()
+    assert restricted.widths(restricted.lowest()).tolist() == expected
+    assert table.allowed.all()
 
 
 def test_an_override_wins_over_a_policy():
     table = plain_table().override({"head": 8})
-    assert table.override({"head": 4}).bits(table.override({"head": 4}).lowest())[:, 2].tolist() == [4, 4]
+    assert table.override({"head": 4}).widths(table.override({"head": 4}).lowest())[:, 2].tolist() == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -178,14 +182,14 @@ def test_override_errors(patterns, message):
 def test_tied_choices_need_a_common_width():
     allowed = np.ones((3, 3), bool)
     allowed[2] = [True, True, False]
-    table = plain_table(allowed_weight=allowed).override({"head": (None, 8)})
+    table = plain_table(first_allowed=allowed).override({"head": (None, 8)})
     with pytest.raises(OverrideError, match="'head' has no width allowed for both"):
         table.lowest(tied=True)
 
 
 def test_pinned_layers_are_not_tied():
     table = plain_table().override({"head": (8, 4)})
-    assert table.bits(table.lowest(tied=True))[:, 2].tolist() == [8, 4]
+    assert table.widths(table.lowest(tied=True))[:, 2].tolist() == [8, 4]
     assert Milp(tie_weights_and_activations=True).allocate(table, Budget.parse("W8A8")).activation_bits["head"] == 4
 
 
@@ -199,3 +203,83 @@ def test_from_dict_names_missing_and_unknown_fields():
     values["mac"] = values.pop("macs")
     with pytest.raises(ArtefactError, match=r"\['mac', 'macs'\]"):
         CostTable.from_dict(values)
+
+
+class TestProductsOfTwoWidths:
+    """`untied_table`: the product has 60 left and 90 right elements and 20 multiply-accumulates."""
+
+    def test_bit_operations_are_macs_times_both_widths(self):
+        table = untied_table()
+        assignment = np.array([[1, 0, 1], [1, 2, 1]])
+        usage = table.usage(assignment)
+        assert usage["bit_operations"] == 10 * 4 * 4 + 20 * 2 * 8 + 30 * 4 * 4
+        assert usage["mean_activation_bits"] == (50 * 4 + 60 * 2 + 90 * 8 + 200 * 4) / 400
+        assert usage["mean_weight_bits"] == 4
+        assert usage["weight_bytes"] == 200
+
+    def test_equal_widths_use_what_tied_ones_use(self):
+        free, tied = untied_table(), plain_table()
+        assert free.usage(free.uniform(4, 8)) == tied.usage(tied.uniform(4, 8))
+        assert free.objective(free.uniform(4, 8)) == tied.objective(tied.uniform(4, 8))
+
+    def test_names_of_operands(self):
+        table = untied_table()
+        assert [table.operand(row, 1) for row in (0, 1)] == ["blocks.0.qk.left", "blocks.0.qk.right"]
+        assert [table.operand(row, 0) for row in (0, 1)] == ["blocks.0.fc1", "blocks.0.fc1"]
+        assert plain_table().operand(1, 1) == "blocks.0.qk"
+        allocation = Milp().allocate(table, Budget.parse("W8A4"))
+        assert set(allocation.activation_bits) == {"blocks.0.fc1", "blocks.0.qk.left", "blocks.0.qk.right", "head"}
+        assert table.objective(allocation.assignment(table)) == allocation.objective
+
+    @pytest.mark.parametrize(
+        ("patterns", "expected"),
+        [
+            ({"blocks.0.qk": 8}, [8, 8]),
+            ({"qk": (None, 4)}, [4, 4]),
+            ({"blocks.0.qk.left": 4}, [4, 2]),
+            ({"qk.right": 8}, [2, 8]),
+            ({"*.qk.left": 8, "qk.right": 4}, [8, 4]),
+            ({"qk": 8, "qk.left": 4}, [4, 8]),
+        ],
+    )
+    def test_override(self, patterns, expected):
+        restricted = untied_table().override(patterns)
+        assert restricted.widths(restricted.lowest())[:, 1].tolist() == expected
+
+    @pytest.mark.parametrize(
+        ("patterns", "message"),
+        [
+            ({"qk.left": 5}, r"asks for 5 left bits; the candidates are \[2, 4, 8\]"),
+            ({"qk.left": (4, 4)}, "names one operand and must give one width"),
+            ({"head.left": 4}, "'head', which has no width of its own"),
+            ({"qk.middle": 4}, r'names no operand of .*one input of a product is named "qk\.left"'),
+            ({"av.left": 4}, "matches no layer, role or glob; close names: .*qk.*left"),
+            ({"qk": (4, None)}, "no matched layer has weights"),
+        ],
+    )
+    def test_override_errors(self, patterns, message):
+        with pytest.raises(OverrideError, match=message):
+            untied_table().override(patterns)
+
+    def test_a_tied_product_has_no_left_width(self):
+        with pytest.raises(OverrideError, match=r"'blocks\.0\.qk', which has no width of its own"):
+            plain_table().override({"qk.left": 4})
+
+    def test_spared_operands_may_be_narrower(self):
+        table = untied_table().at_least(4, ("qk.left",))
+        assert table.widths(table.lowest()).tolist() == [[4, 2, 4], [4, 4, 4]]
+
+    def test_weights_and_activations_are_tied_in_layers_with_weights_only(self):
+        table = untied_table()
+        assert len(table.choices(1, tied=True).cost) == 9
+        assert len(table.choices(0, tied=True).cost) == 3
+
+    def test_refusals_name_both_widths(self):
+        with pytest.raises(InfeasibleBudgetError, match=r"pinned by blocks\.0\.qk \(L8R4, \+"):
+            untied_table().override({"qk.left": 8, "qk.right": 4}).check_feasible(Budget(mean_activation_bits=2.1))
+
+
+def test_a_width_that_is_no_candidate_is_refused():
+    allocation = Milp().allocate(plain_table(), Budget.parse("W8A8"))
+    with pytest.raises(BudgetError, match=r"'blocks.0.fc1' is given 8 bits; candidates are \(2, 3, 4\)"):
+        allocation.assignment(plain_table(bits=(2, 3, 4)))

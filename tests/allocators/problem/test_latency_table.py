@@ -13,7 +13,7 @@ from allocators.allocator import Allocator
 from allocators.frontier import frontier
 from allocators.greedy import Greedy
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from allocators.problem.latency_table import rising
@@ -22,7 +22,7 @@ from allocators.swaps import Swaps
 from fxquant.errors import ArtefactError, BudgetError, InfeasibleBudgetError, SensitivityError
 from tests.allocators.tables import brute_force, budget_between, plain_table, random_table
 
-ALLOCATORS: list[Allocator] = [Milp(), Greedy(), Swaps(), Pareto(False, False), Quadratic(())]
+ALLOCATORS: list[Allocator] = [Milp(), Greedy(), Swaps(), ModuleFrontier(False, False), Quadratic(())]
 
 
 def timed(**changes: Any) -> CostTable:

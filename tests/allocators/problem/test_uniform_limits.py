@@ -1,6 +1,3 @@
-import dataclasses
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,16 +48,6 @@ def test_uniform_itself():
     budget = Budget.parse("MP4")
     allocation = Uniform().allocate(table, in_numbers(budget, table))
     assert set(allocation.weight_bits.values()) == {4}
-
-
-@pytest.mark.parametrize(("left", "counted"), [(2, 4), (4, 4), (8, 8)])
-def test_what_narrow_left_operands_save_can_be_spent(left, counted):
-    table = plain_table()
-    row = int(np.flatnonzero((table.weight_elements == 0) & (table.macs > 0))[0])
-    left_bits = np.where(np.arange(len(table.layers)) == row, left, 0)
-    found = in_numbers(Budget.parse("MP4"), dataclasses.replace(table, left_bits=left_bits))
-    others = np.delete(table.macs, row).sum() * 4 * 4
-    assert found.bit_operations == pytest.approx(others + table.macs[row] * counted * 4)
 
 
 def test_errors():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxquant.graph.annotation import Fact, annotation_of
+from fxquant.graph.annotation import annotation_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, verify
 from fxquant.graph.structure.residual_stream import residual_streams
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 
@@ -44,7 +44,7 @@ class Around(nn.Module):
 def test_other_convolutions_have_no_role(layer: nn.Module, dimensions: int) -> None:
     graph_module = trace(Around(layer, dimensions), IMAGES_BCHW)
     AssignRoles().apply(graph_module, PassContext())
-    verify(graph_module, Fact.ROLES_ASSIGNED)
+    verify(graph_module, ROLES_ASSIGNED)
     roles = {
         str(node.target): annotation_of(node).role for node in graph_module.graph.nodes if node.op == "call_module"
     }

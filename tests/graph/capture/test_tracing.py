@@ -11,9 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from fxquant.errors import CalibrationError, CoverageError, ModelError, TraceError
-from fxquant.graph.annotation import Fact, facts_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import TRACED, facts_of
+from fxquant.graph.notes import COVERAGE
 from fxquant.graph.printer import format_graph
+
+pytestmark = pytest.mark.quick
 
 IMAGES_BCHW = torch.rand(2, 3, 8, 8)
 
@@ -50,8 +53,8 @@ def test_graph_equals_model_at_any_batch_size() -> None:
     for batch_size in (1, 2, 5):
         images_bchw = torch.rand(batch_size, 3, 8, 8)
         torch.testing.assert_close(graph_module(images_bchw), model(images_bchw))
-    assert Fact.TRACED in facts_of(graph_module)
-    assert graph_module.meta["coverage"] == 1.0
+    assert TRACED in facts_of(graph_module)
+    assert COVERAGE.of(graph_module) == 1.0
 
 
 def test_model_is_untouched() -> None:
@@ -163,7 +166,7 @@ def test_hidden_weights_are_refused() -> None:
     model.attention = nn.MultiheadAttention(6, 2, batch_first=True)
     with pytest.raises(CoverageError, match=r"'attention' \(MultiheadAttention, 144 elements\)"):
         trace(model, IMAGES_BCHW)
-    assert trace(model, IMAGES_BCHW, minimum_coverage=0.5).meta["coverage"] < 0.8
+    assert COVERAGE.of(trace(model, IMAGES_BCHW, minimum_coverage=0.5)) < 0.8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxquant.graph.structure.blocks import cut, extract
-from tests.passes.models import ARCHITECTURES, images, traced
+from tests.models import ARCHITECTURES, images, traced
 
 EXPECTED = {
     "vit": ["patch_embed", "block 0", "block 1", "head"],

@@ -18,7 +18,7 @@ from fxquant.graph.structure.class_scores import CLASSES, why_no_class_scores
 from passes.recipes import best
 from passes.search.calibrate import Calibrate
 from tests.conformance.architectures import TRANSFORMERS
-from tests.passes.models import VIT, images, vit
+from tests.models import VIT, images, vit
 
 
 class Net(nn.Module):
@@ -91,7 +91,7 @@ def test_the_model_may_say_how_many_classes_it_has() -> None:
     odd = Net(lambda net, x: net.head(x.mean(1)).tanh(), **head())
     odd.num_classes = 5
     graph_module = trace(odd.eval(), images(2))
-    assert graph_module.meta[CLASSES] == 5
+    assert CLASSES.of(graph_module) == 5
     assert why_no_class_scores(graph_module) is None
     features = timm.create_model("vit_tiny_patch16_224", **{**VIT, "num_classes": 0, "depth": 1}).eval()
     assert "no head (num_classes=0) and gives 24 features" in str(why_no_class_scores(trace(features, images(2))))
@@ -105,7 +105,7 @@ def test_classifiers_are_known_by_their_structure_too(architecture: object) -> N
     model = timm.create_model(architecture.name, **architecture.options).eval()  # type: ignore[attr-defined]
     graph_module = trace(model, torch.rand(2, 3, architecture.size, architecture.size))  # type: ignore[attr-defined]
     assert why_no_class_scores(graph_module) is None
-    del graph_module.meta[CLASSES]
+    del graph_module.meta[CLASSES.key]
     assert why_no_class_scores(graph_module) is None
 
 

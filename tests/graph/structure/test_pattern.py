@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from fxquant.errors import VerificationError
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, declare, nodes_with_role
+from fxquant.graph.annotation import Role, annotate, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, TRACED, declare, verify
 from fxquant.graph.printer import describe
 from fxquant.graph.structure.roles import find_roles
-from fxquant.graph.verifier import verify
+from tests.operands import operands
+
+pytestmark = pytest.mark.quick
 
 IMAGES_BCHW = torch.rand(1, 3, 8, 8)
 
@@ -77,21 +80,22 @@ def test_near_misses_say_why(body, node: str, reason: str) -> None:
 
 def test_verifier_names_the_node() -> None:
     graph_module = trace(Body(lambda m, x: m.a(x)), IMAGES_BCHW)
-    verify(graph_module, Fact.TRACED)
+    verify(graph_module, TRACED)
     with pytest.raises(VerificationError, match="run the pass that provides it"):
-        verify(graph_module, Fact.ROLES_ASSIGNED)
-    declare(graph_module, frozenset({Fact.ROLES_ASSIGNED}))
+        verify(graph_module, ROLES_ASSIGNED)
+    declare(graph_module, frozenset({ROLES_ASSIGNED}))
     with pytest.raises(VerificationError, match=r"%embed = Conv2d.*a layer without a role"):
-        verify(graph_module, Fact.ROLES_ASSIGNED)
+        verify(graph_module, ROLES_ASSIGNED)
 
 
 @pytest.mark.parametrize(
-    ("bits", "text"), [({}, "head"), ({"weight_bits": 4}, "head[w4]"), ({"activation_bits": 8}, "head[a8]")]
+    ("bits", "text"),
+    [((None, None), "head"), ((4, None), "head[w4]"), ((None, 8), "head[a8]"), ((4, 8), "head[w4a8]")],
 )
-def test_description_shows_bits(bits: dict[str, int], text: str) -> None:
+def test_description_shows_bits(bits: tuple[int | None, ...], text: str) -> None:
     graph_module = trace(Body(lambda m, x: m.a(x)), IMAGES_BCHW)
     node = next(n for n in graph_module.graph.nodes if n.name == "head")
-    annotate(node, role=Role.HEAD, **bits)
+    annotate(node, role=Role.HEAD, operands=operands(*bits))
     assert describe(node) == f"%head = {text}(%mean)"
     assert nodes_with_role(graph_module, Role.HEAD) == [node]
     assert annotation_of(node).role is Role.HEAD

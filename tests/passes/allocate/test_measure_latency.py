@@ -6,23 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.fx import GraphModule
 
 import fxquant
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from fxquant.errors import BudgetError, InfeasibleBudgetError, PipelineError
+from fxquant.graph.capture.tracing import trace
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.native import library
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.allocate import measure_latency
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import LATENCY, MeasureLatency
-from passes.pipeline.search_cache import split
+from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES, best, mptq_vit
-from tests.passes.models import images, vit
+from passes.search.search_cache import run_prefix, split
+from tests.lowering import needs_kernels
+from tests.models import images, vit
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason="no integer kernels")
+pytestmark = needs_kernels
 
 BITS = (2, 4, 8)
 OPTIONS: dict[str, Any] = {"backend": "cpu-native", "bits": BITS}
@@ -68,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
 def test_the_widest_model_takes_what_was_measured_and_digits_are_what_narrowing_saves(
     calls: list[tuple[Any, ...]],
 ) -> None:
-    table = Prepared(vit(depth=2), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
+    table = Session(vit(depth=2), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
     assert table.usage(table.highest())["latency_ms"] == WHOLE_MS
     # OPT-m and twin scales have two digits at 8 bits: fc2 and the second product of attention, in both blocks.
     assert table.minimum_usage()["latency_ms"] == WHOLE_MS - 4
@@ -78,7 +80,7 @@ def test_the_widest_model_takes_what_was_measured_and_digits_are_what_narrowing_
 
 
 def test_each_shape_is_timed_once(calls: list[tuple[Any, ...]]) -> None:
-    table = Prepared(vit(depth=2), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
+    table = Session(vit(depth=2), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
     assert len(calls) == len(set(calls))
     assert ("linear", 5, 24, 72, 8, 1, 1) in calls, "qkv: 5 tokens of one image"
     assert ("linear", 4, 3 * 16 * 16, 24, 8, 1, 1) in calls, "patch embedding: a row for each patch"
@@ -89,7 +91,7 @@ def test_each_shape_is_timed_once(calls: list[tuple[Any, ...]]) -> None:
 @needs_avx2
 def test_on_avx2_each_width_of_codes_is_timed(calls: list[tuple[Any, ...]]) -> None:
     library.select_instruction_set("avx2")
-    Prepared(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
+    Session(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS).cost_table("W8A8, 1ms")
     qkv = [call for call in calls if call[:5] == ("linear", 5, 24, 72, 8)]
     assert qkv == [("linear", 5, 24, 72, 8, 1, 1)] * len(BITS)
 
@@ -115,10 +117,10 @@ def test_every_recipe_keeps_the_latency(name: str, calls: list[tuple[Any, ...]])
 
 
 def test_out_of_reach_says_the_minimum(calls: list[tuple[Any, ...]]) -> None:
-    prepared = Prepared(vit(), images(3), recipe="mptq_vit", **OPTIONS)
+    session = Session(vit(), images(3), recipe="mptq_vit", **OPTIONS)
     with pytest.raises(InfeasibleBudgetError, match=r"latency_ms 15 is below the minimum reachable 16"):
-        prepared.compile("15ms")
-    pinned = Prepared(vit(), images(3), recipe="mptq_vit", overrides={"blocks.0.*.fc2": 8}, **OPTIONS)
+        session.compile("15ms")
+    pinned = Session(vit(), images(3), recipe="mptq_vit", overrides={"blocks.0.*.fc2": 8}, **OPTIONS)
     with pytest.raises(InfeasibleBudgetError, match=r"reachable 17, pinned by blocks\.0\.mlp\.fc2 \(W8A8, \+1\);"):
         pinned.compile("16ms")
 
@@ -143,7 +145,7 @@ def test_weight_widths_within_noise_are_equal_and_wider_ones_no_faster(
     monkeypatch.setattr(measure_latency, "linear_ms", lambda *given: {2: 1.0, 4: slower, 8: (1 + slower) / 2}[given[3]])
     monkeypatch.setattr(measure_latency, "matmul_ms", lambda *given: 1.0)
     monkeypatch.setattr(measure_latency, "least_ms", lambda run, threads, seconds: WHOLE_MS)
-    table = Prepared(vit(depth=1), images(3), recipe="naive_min_max", **OPTIONS).cost_table("W8A8, 1ms")
+    table = Session(vit(depth=1), images(3), recipe="naive_min_max", **OPTIONS).cost_table("W8A8, 1ms")
     assert table.latency_ms is not None
     last = table.latency_ms[-1, :, 0]
     assert last.tolist() == pytest.approx((np.array(expected) - min(expected)).tolist())
@@ -166,10 +168,10 @@ def test_times_are_kept_and_measured_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_times_are_no_part_of_what_is_searched(calls: list[tuple[Any, ...]]) -> None:
-    _, rest = split(mptq_vit("W8A8, 20ms", **OPTIONS))
+    prefix, rest = split(mptq_vit("W8A8, 20ms", **OPTIONS))
     assert [type(step).__name__ for step in rest] == ["MeasureLatency", "AllocateBits", "SubstituteQuantizers"]
-    graph: GraphModule = Prepared(vit(depth=1), images(3), recipe="mptq_vit", **OPTIONS)._searched
-    assert LATENCY not in graph.meta
+    searched = run_prefix(prefix, trace(vit(depth=1), images(2)), PassContext(images(3)))
+    assert LATENCY not in searched.meta
 
 
 def test_the_frontier_along_the_latency(calls: list[tuple[Any, ...]]) -> None:

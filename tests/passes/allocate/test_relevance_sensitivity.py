@@ -18,7 +18,7 @@ from fxquant.graph.annotation import Annotation, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Divergence
 from fxquant.sensitivity.relevance import Relevance
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
 from passes.allocate.score_layers import ScoreLayers
 from passes.pipeline.contract import PassContext
@@ -67,9 +67,10 @@ def test_the_product_is_importance_times_sensitivity(searched: GraphModule, cach
         if layer not in product or annotation_of(node).block not in (None, 3):
             continue
         factor = importance[layer] * len(importance)
-        found = divergence.sensitivity(node, together=False)
-        assert product[layer].weight_sensitivity == pytest.approx([factor * v for v in found.weight], rel=1e-3)
-        assert product[layer].activation_sensitivity == pytest.approx([factor * v for v in found.activation], rel=1e-3)
+        for group in filter(None, annotation_of(node).groups):
+            found = divergence.sensitivity(node, group)
+            scores = zip(*(product[layer].operands[index].scores for index in group), strict=True)
+            assert [sum(values) for values in scores] == pytest.approx([factor * v for v in found], rel=1e-3)
 
 
 def test_either_alone(searched: GraphModule, cache: Cache) -> None:
@@ -77,11 +78,11 @@ def test_either_alone(searched: GraphModule, cache: Cache) -> None:
     relevance = scored(searched, cache, sensitivity="none")
     sensitivity = scored(searched, cache, importance="none")
     for layer, annotation in product.items():
-        alone = relevance[layer].activation_sensitivity
+        alone = relevance[layer].operands[-1].scores
         assert alone == pytest.approx([4.0 ** (BITS[0] - b) * alone[0] for b in BITS])
-        factor = alone[0] * 4.0 ** BITS[0]
-        expected = [factor * value for value in sensitivity[layer].activation_sensitivity]
-        assert annotation.activation_sensitivity == pytest.approx(expected)
+        factor = alone[0] * 4.0 ** BITS[0] * (1 + annotation.operands[-1].tied)
+        expected = [factor * value for value in sensitivity[layer].operands[-1].scores]
+        assert annotation.operands[-1].scores == pytest.approx(expected)
     with pytest.raises(SensitivityError, match="both left out"):
         RelevanceSensitivity("none", "none")
 
@@ -93,31 +94,29 @@ def test_together_and_at_a_baseline(searched: GraphModule) -> None:
     for node in nodes_with_role(searched):
         if annotation_of(node).layer in found:
             layer = annotation_of(node).layer
-            everything[node] = (
-                4 if annotation_of(node).weight_candidates else None, 8 if layer == "patch_embed.proj" else 4
-            )  # fmt: skip
+            everything[node] = (4, 8) if layer == "patch_embed.proj" else (4, 4)
     divergence = Divergence(searched, IMAGES, 8, everything)
     for node in everything:
         annotation = found[annotation_of(node).layer]
         if annotation.layer not in ("blocks.2.mlp.fc1", "blocks.0.attn.av"):
             continue
-        halves = zip(annotation.weight_sensitivity or (0.0,) * 3, annotation.activation_sensitivity, strict=True)
-        assert [sum(pair) for pair in halves] == pytest.approx(divergence.sensitivity(node).together, rel=1e-6)
+        halves = zip(*(operand.scores for operand in annotation.operands), strict=True)
+        assert [sum(pair) for pair in halves] == pytest.approx(divergence.sensitivity(node, (0, 1)), rel=1e-6)
 
 
 def test_a_run_that_stopped_goes_on_where_it_was(
     searched: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer_of, measured = RelevanceSensitivity._layer, []
+    sensitivity_of, measured = Divergence.sensitivity, []
     stop_after = 5
 
-    def counted(self: RelevanceSensitivity, divergence: Divergence, node: Any, *, fixed_input: bool) -> Any:
+    def counted(divergence: Divergence, node: Any, **options: Any) -> Any:
         if len(measured) == stop_after:
             raise KeyboardInterrupt
         measured.append(annotation_of(node).layer)
-        return layer_of(self, divergence, node, fixed_input=fixed_input)
+        return sensitivity_of(divergence, node, **options)
 
-    monkeypatch.setattr(RelevanceSensitivity, "_layer", counted)
+    monkeypatch.setattr(Divergence, "sensitivity", counted)
     with pytest.raises(KeyboardInterrupt):
         scored(searched, Cache(tmp_path), importance="none")
     done, measured[:], stop_after = list(measured), [], 1000
@@ -153,4 +152,4 @@ def test_ties_optimisations_and_errors() -> None:
         recipe(optimise="magic")
     with pytest.raises(OverrideError, match="MP5 asks for a uniform model of 5 bits"):
         fxquant.compile(embedded.load_model(), None, calibration=IMAGES, recipe=recipe(budget="MP5"))
-    assert allocation_of(trace(embedded.load_model(), IMAGES[:2])) is None
+    assert ALLOCATION.get(trace(embedded.load_model(), IMAGES[:2])) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache
 from fxquant.errors import PipelineError, SensitivityError, VerificationError
-from fxquant.graph.annotation import Annotation, Fact, Role, annotate, annotation_of, declare, nodes_with_role
-from fxquant.graph.verifier import verify
+from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, nodes_with_role
+from fxquant.graph.facts import TRACED, declare, verify
+from fxquant.sensitivity.measured import Divergence
 from passes.allocate.allocate_bits import COST_TABLE, AllocateBits
 from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, PredictedLoss, TypeAwareFisher
-from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers, Scores
+from passes.allocate.score_layers import LAMPQ_ROLES, SCORED, Metric, ScoreLayers, Scores
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
+from tests.operands import input_candidates, weight_candidates
 
 BITS = (2, 3, 4, 8)
 CONTEXT = PassContext(images(4), batch_size=2)
@@ -38,15 +40,14 @@ def searched() -> GraphModule:
 def scored(searched: GraphModule, metric: Metric, **options: Any) -> tuple[dict[str, Annotation], dict[str, Any]]:
     graph_module, context = copy.deepcopy(searched), PassContext(images(4), batch_size=2)
     step = ScoreLayers(metric, **options)
-    Pipeline([step], [Fact.TRACED, *step.requires]).run(graph_module, context)
-    result = Pipeline([step], [Fact.TRACED, *step.requires]).run(graph_module, context)
+    Pipeline([step], [TRACED, *step.requires]).run(graph_module, context)
+    result = Pipeline([step], [TRACED, *step.requires]).run(graph_module, context)
     found = {annotation_of(n).layer: annotation_of(n) for n in nodes_with_role(result)}
     return found, context.journal.entries[-1].notes
 
 
 def total(annotation: Annotation) -> list[float]:
-    pairs = zip(annotation.weight_sensitivity, annotation.activation_sensitivity, strict=True)
-    return [weight + activation for weight, activation in pairs]
+    return [sum(scores) for scores in zip(*(operand.scores for operand in annotation.operands), strict=True)]
 
 
 def test_fisher_falls_by_gamma_and_only_the_four_layers_are_scored(searched: GraphModule) -> None:
@@ -57,10 +58,10 @@ def test_fisher_falls_by_gamma_and_only_the_four_layers_are_scored(searched: Gra
             trace = notes["fisher_trace"][layer]
             assert total(annotation) == pytest.approx([trace * 3.0**-b for b in BITS], rel=1e-12)
         else:
-            assert annotation.weight_sensitivity == annotation.activation_sensitivity == ()
+            assert not any(operand.scores for operand in annotation.operands)
     everywhere, _ = scored(searched, FisherTrace(), roles=None)
-    assert everywhere["head"].weight_sensitivity
-    assert everywhere["patch_embed.proj"].weight_sensitivity
+    assert everywhere["head"].operands[0].scores
+    assert everywhere["patch_embed.proj"].operands[0].scores
 
 
 def test_type_aware_scores_average_to_the_measured_drops(searched: GraphModule) -> None:
@@ -99,23 +100,32 @@ def test_the_same_blocks_are_sampled_for_every_type_and_follow_the_seed(searched
     assert len(set.union(*blocks)) > 1
 
 
-def test_other_drops_are_shares_of_images() -> None:
+def test_other_drops_are_shares_of_images(searched: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four images; the third changes its prediction from right to wrong, the fourth from wrong to right."""
     exact = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 0.0], [1.0, 0.0]]).log_softmax(1)
     moved = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]).log_softmax(1)
-    assert TypeAwareFisher(drop="disagreement")._drop(exact, moved) == 0.5
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 1))._drop(exact, moved) == 0.0
-    assert TypeAwareFisher(drop="accuracy", labels=(0, 1, 0, 0))._drop(exact, moved) == 0.5
+    monkeypatch.setattr(Divergence, "outputs", lambda _, bits: (moved if bits else exact,))
+    nodes = nodes_with_role(searched, *LAMPQ_ROLES)
+
+    def drop(**options: Any) -> float:
+        (found,) = set(
+            TypeAwareFisher(mu=1, **options).drops(searched, nodes, replace(CONTEXT, cache=Cache())).values()
+        )
+        return found
+
+    assert drop(drop="disagreement") == 0.5
+    assert drop(drop="accuracy", labels=(0, 1, 0, 1)) == 0.0
+    assert drop(drop="accuracy", labels=(0, 1, 0, 0)) == 0.5
     with pytest.raises(SensitivityError, match="1 labels for 4 images"):
-        TypeAwareFisher(drop="accuracy", labels=(0,))._drop(exact, moved)
+        drop(drop="accuracy", labels=(0,))
     expected = (exact.exp() * (exact - moved)).sum(1).mean()
-    assert TypeAwareFisher()._drop(exact, moved) == pytest.approx(float(expected))
+    assert drop() == pytest.approx(float(expected))
 
 
 def test_labels_make_the_empirical_fisher(searched: GraphModule) -> None:
     with_labels, _ = scored(searched, FisherTrace(labels=(0, 1, 2, 3)))
     without, _ = scored(searched, FisherTrace())
-    assert with_labels["blocks.0.attn.qkv"].weight_sensitivity != without["blocks.0.attn.qkv"].weight_sensitivity
+    assert with_labels["blocks.0.attn.qkv"].operands[0].scores != without["blocks.0.attn.qkv"].operands[0].scores
 
 
 def test_nuclear_norm_weighs_the_weights_noise(searched: GraphModule) -> None:
@@ -123,26 +133,25 @@ def test_nuclear_norm_weighs_the_weights_noise(searched: GraphModule) -> None:
     norms = notes["nuclear_norm"]
     assert norms["blocks.1.attn.qkv"] == norms["blocks.1.attn.proj"] != norms["blocks.1.mlp.fc1"]
     for layer, norm in norms.items():
-        noise = [candidate.noise for candidate in layers[layer].weight_candidates]
+        noise = [candidate.noise for candidate in weight_candidates(layers[layer])]
         assert total(layers[layer]) == pytest.approx([norm * n for n in noise])
 
 
 def test_noise_ratio_and_predicted_loss_come_from_the_candidates(searched: GraphModule) -> None:
     layers, _ = scored(searched, NoiseRatio(), roles=None)
     fc1, qk = layers["blocks.0.mlp.fc1"], layers["blocks.0.attn.qk"]
-    assert fc1.weight_sensitivity[2] == fc1.weight_candidates[2].noise / fc1.weight_candidates[2].signal
-    left, right = (group[1].noise / group[1].signal for group in qk.activation_candidates)
-    assert qk.activation_sensitivity[1] == pytest.approx((left + right) / 2)
+    assert fc1.operands[0].scores[2] == weight_candidates(fc1)[2].noise_ratio
+    left, right = (group[1].noise_ratio for group in input_candidates(qk))
+    assert total(qk)[1] == pytest.approx((left + right) / 2)
     layers, _ = scored(searched, PredictedLoss(), roles=None)
-    assert layers["head"].weight_sensitivity == tuple(c.loss for c in layers["head"].weight_candidates)
+    assert layers["head"].operands[0].scores == tuple(c.loss for c in weight_candidates(layers["head"]))
     graph_module = copy.deepcopy(searched)
     allocate = AllocateBits(mptq_vit("W4A4")[-2].budget)  # type: ignore[attr-defined]
     allocate.apply(graph_module, CONTEXT)
-    plain = graph_module.meta[COST_TABLE]
+    plain = COST_TABLE.of(graph_module)
     ScoreLayers(PredictedLoss(), roles=None).apply(graph_module, CONTEXT)
     allocate.apply(graph_module, CONTEXT)
-    assert (plain.weight_cost == graph_module.meta[COST_TABLE].weight_cost).all()
-    assert (plain.activation_cost == graph_module.meta[COST_TABLE].activation_cost).all()
+    assert (plain.cost == COST_TABLE.of(graph_module).cost).all()
 
 
 @dataclass(frozen=True)
@@ -171,8 +180,9 @@ def test_scores_are_kept_until_what_they_depend_on_changes(searched: GraphModule
     assert run(replace(CONTEXT, seed=1)) == 5
     other = copy.deepcopy(searched)
     (node, *_) = nodes_with_role(other, Role.FC1)
-    first, *rest = annotation_of(node).weight_candidates
-    annotate(node, weight_candidates=(replace(first, noise=first.noise * 2), *rest))
+    first, *rest = weight_candidates(annotation_of(node))
+    weight, x = annotation_of(node).operands
+    annotate_operands(node, candidates=[(replace(first, noise=first.noise * 2), *rest), x.candidates])
     assert run(CONTEXT, other) == 6
     weight = copy.deepcopy(searched)
     with torch.no_grad():
@@ -180,13 +190,14 @@ def test_scores_are_kept_until_what_they_depend_on_changes(searched: GraphModule
     assert run(CONTEXT, weight) == 7
 
 
+@pytest.mark.quick
 def test_bad_scores_are_refused(searched: GraphModule) -> None:
     @dataclass(frozen=True)
     class Negative:
         def score(self, graph_module: GraphModule, nodes: Any, context: PassContext) -> Scores:
             return Scores.shared({annotation_of(n).layer: [-1.0] * 4 for n in nodes}, {})
 
-    with pytest.raises(SensitivityError, match=r"Negative\(\) gives blocks.0.attn.qkv"):
+    with pytest.raises(SensitivityError, match=r"Negative\(\) gives the operands of blocks.0.attn.qkv"):
         ScoreLayers(Negative()).apply(copy.deepcopy(searched), CONTEXT)
     for bad in (
         lambda: FisherTrace(gamma=1.0),
@@ -200,15 +211,15 @@ def test_bad_scores_are_refused(searched: GraphModule) -> None:
 def test_scores_become_stale_with_new_candidates() -> None:
     with pytest.raises(PipelineError, match="'scales searched'"):
         mptq_vit(4).before(SearchScales, ScoreLayers(FisherTrace()))
-    assert Fact.SCORED in SearchScales().breaks
-    assert asdict(Scores.shared({"a": [2.0]}, {}))["weight"] == {"a": [1.0]}
+    assert SCORED.falls_with(SearchScales().provides)
+    assert Scores.shared({"a": [2.0]}, {}).layers == {"a": [[1.0], [1.0]]}
 
 
 def test_the_verifier_counts_scores(searched: GraphModule) -> None:
     graph_module = copy.deepcopy(searched)
     ScoreLayers(Counting()).apply(graph_module, CONTEXT)
     (node, *_) = nodes_with_role(graph_module, Role.FC1)
-    annotate(node, weight_sensitivity=(1.0,))
-    declare(graph_module, frozenset({Fact.SCORED}))
+    annotate_operands(node, scores=[(1.0,), ()])
+    declare(graph_module, frozenset({SCORED}))
     with pytest.raises(VerificationError, match="1 scores for 4 candidates"):
-        verify(graph_module, Fact.SCORED)
+        verify(graph_module, SCORED)

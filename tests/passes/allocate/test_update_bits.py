@@ -18,7 +18,7 @@ from fxquant.errors import PipelineError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.sensitivity.measured import Divergence
-from passes.allocate.allocate_bits import AllocateBits, allocation_of
+from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.score_layers import LAMPQ_ROLES
 from passes.allocate.update_bits import UpdateBits
 from passes.pipeline.contract import PassContext
@@ -43,7 +43,7 @@ def updated(allocated: GraphModule, cache: Cache | None = None, **options: Any) 
 
 def bits(graph_module: GraphModule) -> dict[str, tuple[int | None, int | None]]:
     found = [annotation_of(node) for node in nodes_with_role(graph_module)]
-    return {a.layer: (a.weight_bits, a.activation_bits) for a in found if a.weight_bits or a.activation_bits}
+    return {a.layer: (a.weight_bits, a.input_bits[-1]) for a in found if a.has_bits}
 
 
 def divergence(graph_module: GraphModule) -> float:
@@ -62,7 +62,7 @@ def test_it_lowers_the_divergence_within_both_budgets(allocated: GraphModule) ->
     assert notes["score_after"] == pytest.approx(before + sum(entry["realised"] for entry in kept))
     assert notes["score_after"] < before
     assert all(entry["predicted"] < 0 and entry["kept"] == (entry["realised"] < 0) for entry in trajectory)
-    allocation = allocation_of(graph_module)
+    allocation = ALLOCATION.get(graph_module)
     assert allocation is not None
     assert not allocation.budget.exceeded(allocation.usage)
     assert allocation.solver == "uniform, updated"
@@ -82,7 +82,7 @@ def test_it_stops_after_patience_refusals(
 ) -> None:
     """A score that only rises: every exchange is tried once, refused and undone."""
     rising = iter(range(100))
-    monkeypatch.setattr("passes.allocate.update_bits._Search._score", lambda *_: next(rising))
+    monkeypatch.setattr(Divergence, "of", lambda *_: next(rising))
     graph_module, notes = updated(allocated, patience=patience)
     assert [entry["kept"] for entry in notes["trajectory"]] == [False] * patience
     assert len({json.dumps([e["raised"], e["lowered"]]) for e in notes["trajectory"]}) == patience
@@ -101,7 +101,7 @@ def test_rounds_are_a_limit_and_none_change_nothing(allocated: GraphModule) -> N
     assert bits(graph_module) == bits(allocated)
     assert notes["score_before"] == notes["score_after"]
     assert notes["stopped"] == "rounds are used up"
-    assert allocation_of(graph_module) == allocation_of(allocated), "still the allocator's own answer"
+    assert ALLOCATION.get(graph_module) == ALLOCATION.get(allocated), "still the allocator's own answer"
 
 
 def test_expected_errors_need_no_neighbours_measured(allocated: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_weighted_errors_count_as_the_cost_they_stand_for(allocated: GraphModule
     """Raising from 3 to 4 bits cannot promise more than the whole cost at 3."""
     _, plain = updated(allocated, rounds=1)
     graph_module, weighted = updated(allocated, rounds=1, weighted=True)
-    allocation = allocation_of(graph_module)
+    allocation = ALLOCATION.get(graph_module)
     assert allocation is not None
     assert 0 < -weighted["trajectory"][0]["predicted"] < allocation.objective
     assert plain["trajectory"][0]["predicted"] != weighted["trajectory"][0]["predicted"]
@@ -151,7 +151,7 @@ def test_it_is_deterministic_and_kept(allocated: GraphModule, tmp_path: Path, mo
     again, same = updated(allocated)
     assert bits(first) == bits(again)
     assert notes["trajectory"] == same["trajectory"]
-    monkeypatch.setattr("passes.allocate.update_bits._Search.run", None)
+    monkeypatch.setattr(Divergence, "of", lambda *_: pytest.fail("measured again"))
     recalled, told = updated(allocated, Cache(tmp_path))
     assert bits(recalled) == bits(first)
     assert told == notes

@@ -10,6 +10,8 @@ from fxquant.data import embedded
 from fxquant.errors import CalibrationError
 from passes.correct.augment import Augment, random_colours, random_crops, random_mixtures
 
+pytestmark = pytest.mark.quick
+
 IMAGES = embedded.calibration_images(16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,10 @@ from torch.fx import GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
-from allocators.uniform import Uniform
 from fxquant.artefact import artefact
 from fxquant.errors import ArtefactError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
-from fxquant.graph.annotation import Fact
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -25,40 +24,23 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.lowered import IntegerLinear, ToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedLinear
-from passes.lower.integer_plan import plan
-from passes.lower.lower import Lower, backend_summary, execution_of
+from passes.lower.integer_plan import code_of
+from passes.lower.lower import backend_summary, execution_of
+from passes.lower.rewrites.plan_integers import PlanIntegers
 from passes.pipeline.contract import PassContext
-from passes.pipeline.pipeline import Pipeline
-from passes.recipes import RECIPES
-from passes.search.insert_observers import InsertObservers
 from passes.substitute.tabulate_gelu import TabulateGelu
-from tests.export.models import run_in_onnxruntime
-from tests.passes.models import ARCHITECTURES, images, traced
+from tests.assertions import exact
+from tests.export.runtimes import run_in_onnxruntime
+from tests.lowering import lower, needs_kernels, quantized
+from tests.models import ARCHITECTURES, images
 
-needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
-
-
-def quantized(architecture: str, budget: str, **families: str) -> GraphModule:
-    model, size = ARCHITECTURES[architecture]()
-    pipeline = RECIPES["mptq_vit"](budget, bits=(2, 3, 4, 5), allocator=Uniform())
-    pipeline = pipeline.changed(InsertObservers, post_gelu="codebook", other="codebook", **families)
-    return pipeline.run(traced(model, images(4, size)), PassContext(images(4, size)))
+BOOKS: dict[str, Any] = {"bits": (3, 4, 5), "post_gelu": "codebook", "other": "codebook"}
 
 
 @pytest.fixture(scope="module", params=[("vit", "W4A3"), ("vit", "W4A5"), ("swin that pads", "W4A4")], ids=str)
 def simulated(request: pytest.FixtureRequest) -> tuple[GraphModule, Tensor]:
     name, budget = request.param
-    return quantized(name, budget), images(8, ARCHITECTURES[name]()[1], seed=5)
-
-
-def lower(graph_module: GraphModule, chains: bool = False) -> GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
-
-
-def exact(graph_module: GraphModule, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        scores: Tensor = copy.deepcopy(graph_module).double()(x.double())
-    return scores
+    return quantized(name, budget=budget, **BOOKS), images(8, ARCHITECTURES[name]()[1], seed=5)
 
 
 def assert_close(found: Tensor, truth: Tensor) -> None:
@@ -95,7 +77,7 @@ def test_every_layer_runs_as_integers_and_chains_give_the_same_bits(simulated: t
 
 @needs_kernels
 def test_gelu_and_book_become_one_table() -> None:
-    graph_module, x = quantized("vit", "W4A3"), images(8, seed=5)
+    graph_module, x = quantized("vit", budget="W4A3", **BOOKS), images(8, seed=5)
     assert TabulateGelu().apply(graph_module, PassContext()) == 2
     low = lower(copy.deepcopy(graph_module))
     epilogues = [module.epilogue for module in low.modules() if isinstance(module, IntegerLinear)]
@@ -107,7 +89,7 @@ def test_gelu_and_book_become_one_table() -> None:
 
 @needs_kernels
 def test_a_book_after_softmax_runs_unfused() -> None:
-    graph_module, x = quantized("vit", "W4A4", post_softmax="codebook"), images(8, seed=5)
+    graph_module, x = quantized("vit", budget="W4A4", **BOOKS, post_softmax="codebook"), images(8, seed=5)
     low = lower(copy.deepcopy(graph_module))
     assert execution_of(low)["blocks.0.attn.av"].startswith("matmul ")
     assert "simulated" not in execution_of(low).values()
@@ -133,9 +115,12 @@ def test_codes_move_before_a_pad_only_where_the_book_has_zero(has_zero: bool) ->
     graph.output(graph.call_module("linear", (padded,)))
     graph_module = GraphModule(root, graph)
     ShapeProp(graph_module).propagate(x)
-    made = plan(copy.deepcopy(graph_module)).made
-    assert [codes.args[0].name for codes in made] == ["x" if has_zero else "pad"]
-    pad = ToCodes(next(iter(made.values())))(torch.zeros(1))
+    PlanIntegers().apply(graph_module, PassContext())
+    ((node, code),) = [
+        (node, code) for node in graph_module.graph.nodes if (code := code_of(graph_module, node)) is not None
+    ]
+    assert node.args[0].name == ("x" if has_zero else "pad")
+    pad = ToCodes(code)(torch.zeros(1))
     assert (int(pad) == book.zero) == has_zero
 
 
@@ -156,15 +141,12 @@ def test_books_of_a_file_that_are_none_are_refused(codes: object) -> None:
         Quantizer.from_settings({"kind": "codebook", "bits": 2, "zero": 20, "codes": codes})
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_exported_books_run_as_bytes(runtime: str) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip(runtime)
-    graph_module, x = quantized("vit", "W4A4"), images(8, seed=5)
+def test_exported_books_run_as_bytes() -> None:
+    for module in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(module)
+    graph_module, x = quantized("vit", budget="W4A4", **BOOKS), images(8, seed=5)
     content = to_onnx(graph_module).content
-    if runtime == "onnxruntime":
-        assert_close(run_in_onnxruntime(content, x), exact(graph_module, x))
-        return
+    assert_close(run_in_onnxruntime(content, x), exact(graph_module, x))
     model = OpenvinoModel(content)
     assert_close(model(x), exact(graph_module, x))
     assert model.kernels()["blocks.0.attn.qkv"] == model.kernels()["blocks.1.mlp.fc2"] == "linear openvino"

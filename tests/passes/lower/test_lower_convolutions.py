@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.graph.annotation import Fact
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerConv2d
-from fxquant.runtime.native import library
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
-from tests.runtime.by_hand import quantize_by_hand
+from tests.lowering import needs_kernels
+from tests.quantized_by_hand import quantize_by_hand
+
+pytestmark = pytest.mark.quick
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], bool]] = {
     "plain": ({"kernel_size": 3}, True),
@@ -37,12 +39,12 @@ class Net(nn.Module):
         return self.head(self.conv(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+@needs_kernels
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_integers_equal_what_is_simulated(name: str) -> None:
     geometry, is_integer = GEOMETRIES[name]
     simulated = quantize_by_hand(Net(**geometry), (3, 8, 8), 6, 5)
-    low = Pipeline([Lower("cpu-native")], assumes=[Fact.QUANTIZED]).run(simulated, PassContext())
+    low = Pipeline([Lower("cpu-native")], assumes=[QUANTIZED]).run(simulated, PassContext())
     assert isinstance(low.get_submodule("conv"), IntegerConv2d) == is_integer
     x = torch.randn(5, 3, 8, 8)
     with torch.inference_mode():

@@ -19,8 +19,9 @@ from fxquant.errors import (
     PatternError,
     PipelineError,
 )
-from fxquant.graph.annotation import Fact, Role, annotate, annotation_of, facts_of, nodes_with_role
+from fxquant.graph.annotation import Role, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, Fact, facts_of
 from fxquant.graph.printer import format_graph
 from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.contract import Pass, PassContext
@@ -29,10 +30,11 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES, best, mptq_vit, naive_min_max, recipe
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.insert_observers import OBSERVED, InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
-from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED, SubstituteQuantizers
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class KeepHigh:
     role: Role
     bits: int = 8
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.BITS_ALLOCATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         nodes = nodes_with_role(graph_module, self.role)
         for node in nodes:
-            annotate(node, weight_bits=self.bits, pinned=True)
+            _, x = annotation_of(node).operands
+            annotate_operands(node, bits=(self.bits, x.bits), pinned=(True, x.pinned))
         context.note(role=str(self.role))
         return len(nodes)
 
@@ -63,6 +66,7 @@ def graph() -> GraphModule:
     return trace(vit(depth=1), images(2))
 
 
+@pytest.mark.quick
 class TestBuilding:
     def test_a_misplaced_pass_is_named_with_what_it_lacks(self) -> None:
         with pytest.raises(PipelineError) as caught:
@@ -73,8 +77,9 @@ class TestBuilding:
         )
 
     def test_facts_that_a_pass_breaks_are_gone(self) -> None:
-        with pytest.raises(PipelineError, match=r"pass 5 .*requires 'calibrated'"):
-            Pipeline([AssignRoles(), InsertObservers(), Calibrate(), SearchScales(), AssignRoles(), SearchScales()])
+        observed = (AssignRoles(), PlanOperands(), InsertObservers())
+        with pytest.raises(PipelineError, match=r"pass 6 .*requires 'calibrated'"):
+            Pipeline([*observed, Calibrate(), SearchScales(), AssignRoles(), SearchScales()])
 
     def test_nothing_assumed(self) -> None:
         with pytest.raises(PipelineError, match="known there: nothing"):
@@ -89,11 +94,12 @@ class TestBuilding:
         assert mptq_vit("W4A4") != mptq_vit("W4A5")
 
 
+@pytest.mark.quick
 class TestEditing:
     def test_recipe(self) -> None:
         assert kinds(mptq_vit(4)) == [
-            "AssignRoles", "CheckBudget", "FoldSqb", "InsertObservers", "Calibrate", "SearchScales", "AllocateBits",
-            "SubstituteQuantizers",
+            "AssignRoles", "PlanOperands", "CheckBudget", "FoldSqb", "InsertObservers", "Calibrate", "SearchScales",
+            "AllocateBits", "SubstituteQuantizers",
         ]  # fmt: skip
         assert len(mptq_vit(4)) == 8
 
@@ -134,7 +140,7 @@ class TestEditing:
         with pytest.raises(OverrideError, match="overrides must be a mapping"):
             mptq_vit(4, overrides=["qkv"])  # type: ignore[arg-type]
         with pytest.raises(CalibrationError, match="'hessian' or 'mse' or 'min-max', found 'foo'"):
-            SearchScales(metric="foo")  # type: ignore[arg-type]
+            SearchScales(criterion="foo")  # type: ignore[arg-type]
         with pytest.raises(CalibrationError, match="'symmetric' or 'asymmetric'"):
             SearchScales(weights="asym")  # type: ignore[arg-type]
 
@@ -177,7 +183,7 @@ class TestEditing:
         head, tail = pipeline[:4], pipeline[4:]
         assert kinds(head) + kinds(tail) == kinds(pipeline)
         assert tail.assumes == head.provides
-        assert Fact.OBSERVED in tail.assumes
+        assert OBSERVED in tail.assumes
         assert kinds(pipeline[-1:]) == ["SubstituteQuantizers"]
         assert isinstance(pipeline[0], AssignRoles)
         assert isinstance(pipeline[-1], SubstituteQuantizers)
@@ -257,7 +263,7 @@ class TestBeforeAnyImage:
 def test_a_slice_without_the_allocation_checks_nothing(graph: GraphModule) -> None:
     context = PassContext()
     mptq_vit("W1.5A4")[:2].run(graph, context)
-    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", "CheckBudget()"]
+    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", repr(PlanOperands()), "CheckBudget()"]
 
 
 @pytest.mark.parametrize(("budget", "least"), [("W3A3", 3), ("W2.5A3", 2), ("W3A2.5", 2)])
@@ -266,7 +272,7 @@ def test_narrow_widths_only_where_the_budget_needs_them(graph: GraphModule, budg
     allocate = AllocateBits(Budget.parse(budget), image_bits=4, narrowest=3)
     allocated = pipeline.replace(AllocateBits, allocate).run(graph, PassContext(images(2)))
     found = [annotation_of(node) for node in nodes_with_role(allocated)]
-    widths = [bits for a in found for bits in (a.weight_bits, a.activation_bits) if bits is not None]
+    widths = [bits for a in found for bits in a.bits if bits is not None]
     assert min(widths) == least
 
 
@@ -287,7 +293,25 @@ def test_recipes_by_name() -> None:
 
 def test_recipes_refuse_unknown_families_when_built() -> None:
     with pytest.raises(PatternError):
-        mptq_vit(4).replace(InsertObservers, InsertObservers(other="nope"))
+        mptq_vit(4).replace(PlanOperands, PlanOperands(other="nope"))
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_images_are_gathered_in_order_a_few_at_a_time_whatever_the_batch_size(
+    graph: GraphModule, together: int
+) -> None:
+    class Nothing:
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def restore(self, state: dict[str, torch.Tensor]) -> None:
+            raise AssertionError("nothing was kept")
+
+    for batch_size in (1, 8):
+        context = PassContext(images(5), batch_size=batch_size)
+        found = list(context.gather("looking", Nothing(), graph, together=together))
+        assert [first for first, _ in found] == list(range(0, 5, together))
+        assert torch.equal(torch.cat([batch for _, batch in found]), context.images)
 
 
 def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:
@@ -295,6 +319,6 @@ def test_a_copy_is_changed_or_in_place_the_graph_itself() -> None:
     pipeline = Pipeline([AssignRoles()])
     copied = pipeline.run(graph_module, PassContext())
     assert copied is not graph_module
-    assert Fact.ROLES_ASSIGNED not in facts_of(graph_module)
+    assert ROLES_ASSIGNED not in facts_of(graph_module)
     assert pipeline.run(graph_module, PassContext(), in_place=True) is graph_module
-    assert Fact.ROLES_ASSIGNED in facts_of(graph_module)
+    assert ROLES_ASSIGNED in facts_of(graph_module)

@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 import fxquant
 from fxquant.errors import BackendError, FxQuantError, PipelineError, VerificationError
-from fxquant.graph.annotation import Fact
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import QUANTIZED, TRACED, Fact
 from passes.allocate.allocate_bits import AllocateBits
 from passes.lower.lower import Lower
 from passes.pipeline.contract import Effect, PassContext
@@ -23,8 +23,9 @@ from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
 from passes.recipes import best, mptq_vit
 from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.passes.models import images, vit
+from tests.models import images, vit
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Scale:
     layer: str = "blocks.0.mlp.fc2"
     factor: float = 1.01
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.TRACED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({TRACED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
 
@@ -97,14 +98,15 @@ def test_an_exact_pass_that_is_not_is_named_with_the_node_that_moved(graph: Grap
 
 def test_a_pass_that_says_nothing_is_found_before_the_next_exact_one_and_at_the_end(graph: GraphModule) -> None:
     with pytest.raises(VerificationError, match=r"one of these passes did it: .*Scale\(layer"):
-        Pipeline([AssignRoles(), InsertObservers(), Scale()]).run(graph, PassContext(images(2)))
+        Pipeline([AssignRoles(), PlanOperands(), InsertObservers(), Scale()]).run(graph, PassContext(images(2)))
+    steps = [AssignRoles(), PlanOperands(), FoldSqb(), Scale(), InsertObservers()]
     with pytest.raises(VerificationError, match=r"before InsertObservers.*one of these passes did it: .*Scale\("):
-        Pipeline([AssignRoles(), FoldSqb(), Scale(), InsertObservers()]).run(graph, PassContext(images(2)))
+        Pipeline(steps).run(graph, PassContext(images(2)))
 
 
 def test_what_is_meant_is_allowed(graph: GraphModule) -> None:
     context = PassContext(images(2))
-    Pipeline([AssignRoles(), FoldSqb(), ScaleOnPurpose(), InsertObservers()]).run(graph, context)
+    Pipeline([AssignRoles(), PlanOperands(), FoldSqb(), ScaleOnPurpose(), InsertObservers()]).run(graph, context)
     noted = [entry.step.partition("(")[0] for entry in context.journal.entries if "proof" in entry.notes]
     assert noted == ["FoldSqb", "InsertObservers"]
     with pytest.raises(PipelineError, match=r"write Effect\.EXACT"):
@@ -141,7 +143,7 @@ def test_a_graph_that_is_not_the_callers_model_is_refused_before_calibration(gra
     context = PassContext(images(2), expected=graph(images(2)) + 0.1)
     with pytest.raises(VerificationError, match=r"before FoldSqb.*does not compute the model it was made from"):
         quick().run(graph, context)
-    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", "CheckBudget()"]
+    assert [entry.step for entry in context.journal.entries] == ["AssignRoles()", repr(PlanOperands()), "CheckBudget()"]
 
 
 def test_what_hangs_on_the_callers_model_is_computed_or_refused() -> None:
@@ -185,7 +187,7 @@ def quantized(model: nn.Module) -> fxquant.Compiled:
 
 @pytest.mark.parametrize("chains", [True, False])
 def test_a_wrong_lowering_is_refused_by_the_layer_that_differs(quantized: fxquant.Compiled, chains: bool) -> None:
-    pipeline = Pipeline([BrokenLower(chains=chains)], assumes=[Fact.QUANTIZED])
+    pipeline = Pipeline([BrokenLower(chains=chains)], assumes=[QUANTIZED])
     for answers in (None, quantized.answers):
         with pytest.raises(BackendError, match=r"first layer that differs is 'blocks\.0\.mlp\.fc2'.*load\(path\)"):
             pipeline.run(quantized.graph_module, PassContext(answers=answers))
@@ -195,7 +197,7 @@ def test_a_right_lowering_says_how_far_it_is(quantized: fxquant.Compiled) -> Non
     notes = quantized.lowered("auto").journal.entries[-1].notes
     assert notes["proof"]["difference"] <= notes["proof"]["tolerance"] / 10
     graph_module = quantized.graph_module
-    Pipeline([Lower("simulated")], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
+    Pipeline([Lower("simulated")], assumes=[QUANTIZED]).run(graph_module, PassContext())
 
 
 def test_a_pipeline_that_goes_on_to_integers(model: nn.Module) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache, signature
+from fxquant.artefact.container import write_file
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import facts_of
+from fxquant.quantizers.search import search_weight
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
@@ -19,13 +23,11 @@ from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
-from passes.pipeline.search_cache import run_prefix, split
 from passes.recipes import recipe
-from passes.search.search_scales import SearchScales
-from tests.passes.models import ARCHITECTURES, images, vit
+from passes.search.search_cache import run_prefix, split
+from tests.models import ARCHITECTURES, images, vit
 
 IMAGES = images(4)
-TRACED = trace(vit(depth=1), IMAGES[:2])
 FEW: dict[str, Any] = {"bits": (3, 4, 8)}
 PIPELINES = {
     "best, fully quantized": lambda: recipe("best")("W4A4", fully_quantized=True, **FEW),
@@ -39,23 +41,26 @@ PIPELINES = {
 LATE = ("corrected", "reconstructed", "trained")  # what is before bits are allocated, others show
 
 
+@pytest.fixture(scope="module")
+def traced() -> GraphModule:
+    return trace(vit(depth=1), IMAGES[:2])
+
+
 class Killed(BaseException):
     """Stands for a signal: nothing catches it."""
 
 
-class Dies(Cache):
-    """Stops the process as soon as it has kept so many new things."""
+def dies(monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """Stop the process as soon as it has kept so many new things from now on."""
 
-    def __init__(self, folder: Path, left: int) -> None:
-        super().__init__(folder)
-        self.left = left
-
-    def _put(self, name: str, content: bytes) -> bool:
-        kept = super()._put(name, content)
-        self.left -= 1
-        if not self.left:
+    def write(file: Path, content: bytes) -> None:
+        nonlocal left
+        write_file(file, content)
+        left -= 1
+        if not left:
             raise Killed
-        return kept
+
+    monkeypatch.setattr("fxquant.artefact.cache.write_file", write)
 
 
 @pytest.fixture
@@ -64,11 +69,11 @@ def _every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoint, "save", lambda self, state, *, last=False: save(self, state, last=True))
 
 
-def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
+def outcome(pipeline: Pipeline, traced: GraphModule, cache: Cache) -> tuple[dict[str, Tensor], list[Any]]:
     """Tensors of the quantized model; its code, and the journal without times."""
     context = PassContext(IMAGES, batch_size=2, cache=cache, journal=Journal())
     prefix, rest = split(pipeline)
-    quantized = rest.run(run_prefix(prefix, TRACED, context), context)
+    quantized = rest.run(run_prefix(prefix, traced, context), context)
     timed = {"recalled": None, "proof": None}
     notes = [(entry.step, entry.nodes_changed, entry.notes | timed) for entry in context.journal.entries]
     return quantized.state_dict(), [quantized.code, *notes]
@@ -76,15 +81,18 @@ def outcome(pipeline: Pipeline, cache: Cache) -> tuple[dict[str, Tensor], list[A
 
 @pytest.mark.usefixtures("_every_state_is_kept")
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_run_killed_again_and_again_ends_in_the_same_model(name: str, tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_in_the_same_model(
+    name: str, traced: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = PIPELINES[name]()
-    tensors, told = outcome(pipeline, Cache())
+    tensors, told = outcome(pipeline, traced, Cache())
     if name in LATE:
-        run_prefix(split(pipeline)[0], TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+        run_prefix(split(pipeline)[0], traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
     kills = 0
     while True:
+        dies(monkeypatch, left=2 if name in LATE else 8)
         try:
-            found, told_again = outcome(pipeline, Dies(tmp_path, left=2 if name in LATE else 8))
+            found, told_again = outcome(pipeline, traced, Cache(tmp_path))
             break
         except Killed:
             kills += 1
@@ -96,30 +104,31 @@ def test_a_run_killed_again_and_again_ends_in_the_same_model(name: str, tmp_path
 
 @pytest.mark.usefixtures("_every_state_is_kept")
 def test_no_layer_is_searched_twice_and_parts_go_once_the_whole_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[str] = []
-    weight = SearchScales._weight
 
-    def counted(self: SearchScales, graph_module: Any, node: Any, observer: Any) -> Any:
-        searched.append(node.name)
-        return weight(self, graph_module, node, observer)
+    def counted(weight_oi: Tensor, *statistics: Any, **options: Any) -> Any:
+        searched.append(signature(weight_oi))
+        return search_weight(weight_oi, *statistics, **options)
 
-    monkeypatch.setattr(SearchScales, "_weight", counted)
+    monkeypatch.setattr("passes.search.search_scales.search_weight", counted)
     prefix, _ = split(recipe("best")("W4A4", **FEW))
     for _ in range(99):
+        dies(monkeypatch, left=1)
         try:
-            run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Dies(tmp_path, left=1)))
+            run_prefix(prefix, traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
             break
         except Killed:
             suffixes = [file.suffix for file in tmp_path.iterdir()]
             if ".safetensors" in suffixes:
                 break
-    assert len(searched) == len(set(searched)) == 8
+    assert len(searched) == len(set(searched)) == 6, "the weights of one block, of the patches and of the head"
     assert any(file.suffix == ".part" for file in tmp_path.iterdir())
     (whole,) = tmp_path.glob("*.safetensors")
     whole.unlink()
-    run_prefix(prefix, TRACED, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
+    dies(monkeypatch, left=0)
+    run_prefix(prefix, traced, PassContext(IMAGES, batch_size=2, cache=Cache(tmp_path)))
     assert [file.name for file in tmp_path.iterdir()] == [whole.name]
 
 
@@ -131,6 +140,6 @@ def test_a_graph_that_was_kept_has_the_same_signature(name: str) -> None:
     traced = trace(model, x)
     prefix, _ = split(recipe("best")("W4A4", **FEW))
     folded = prefix[: len(prefix) - 2].run(traced, PassContext(x))
-    again = searched_from_file(*searched_to_file(folded, traced), traced)
+    again = searched_from_file(*searched_to_file(folded, traced), traced, facts_of(folded))
     assert again.code == folded.code
     assert signature(again) == signature(folded)

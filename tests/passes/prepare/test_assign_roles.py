@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
-from fxquant.graph.annotation import Fact, annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import ROLES_ASSIGNED, verify
 from fxquant.graph.printer import format_graph
-from fxquant.graph.verifier import verify
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
+from tests.assertions import assert_rewrites
 
 
 def assigned(batch_size: int = 2):
@@ -25,7 +27,7 @@ def assigned(batch_size: int = 2):
 
 def test_layers_blocks_and_costs() -> None:
     graph_module, changed, context = assigned()
-    verify(graph_module, Fact.ROLES_ASSIGNED)
+    verify(graph_module, ROLES_ASSIGNED)
     annotations = {annotation_of(node).layer: annotation_of(node) for node in nodes_with_role(graph_module)}
     assert changed == len(annotations) == 23
     block = ["norm1", "attn.qkv", "attn.qk", "attn.softmax", "attn.av", "attn.proj"]
@@ -36,12 +38,10 @@ def test_layers_blocks_and_costs() -> None:
 
     tokens, heads, width, channels = 5, 2, 6, 12
     qkv, scores = annotations["blocks.1.attn.qkv"], annotations["blocks.1.attn.qk"]
-    assert (qkv.parameters, qkv.macs, qkv.activation_elements) == (36 * 12, tokens * 36 * 12, tokens * channels)
-    assert (scores.macs, scores.activation_elements) == (heads * tokens**2 * width, 2 * tokens * channels)
-    product = annotations["blocks.0.attn.av"]
-    assert product.activation_elements == heads * tokens**2 + tokens * channels
+    assert qkv.macs == tokens * 36 * channels
+    assert scores.macs == heads * tokens**2 * width
     assert annotations["patch_embed.proj"].macs == 4 * 12 * 3 * 4 * 4
-    assert annotations["head"].macs == annotations["head"].parameters == 60
+    assert annotations["head"].macs == 60
     assert context.journal.pending == {"unmatched": []}
 
 
@@ -50,10 +50,9 @@ def test_costs_are_per_image() -> None:
     assert costs[0] == costs[1] == costs[2]
 
 
+@pytest.mark.quick
 def test_idempotent() -> None:
     graph_module, changed, _ = assigned()
-    text = format_graph(graph_module)
     before = [annotation_of(node) for node in graph_module.graph.nodes]
-    assert AssignRoles().apply(graph_module, PassContext()) == changed
-    assert format_graph(graph_module) == text
+    assert assert_rewrites(graph_module, AssignRoles(), format_graph(graph_module)) == changed
     assert [annotation_of(node) for node in graph_module.graph.nodes] == before

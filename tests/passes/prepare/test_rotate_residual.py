@@ -12,7 +12,8 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.structure.residual_stream import residual_streams
 from passes.pipeline.contract import PassContext
 from passes.prepare.rotate_residual import RotateResidual, mean_keeping_rotation
-from tests.passes.models import ARCHITECTURES, images, scrambled, timm_model, vit
+from tests.assertions import assert_same_function
+from tests.models import ARCHITECTURES, images, scrambled, timm_model, vit
 
 BEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 7}
 ROTATED = {
@@ -35,12 +36,11 @@ def test_computes_the_same_in_float64(name: str) -> None:
     model, size = ROTATED[name]()
     model = model.double()
     graph_module = trace(model, images(2, size).double())
-    x = images(3, size, seed=9).double()
-    expected, before = graph_module(x), copy.deepcopy(graph_module.state_dict())
+    before = copy.deepcopy(graph_module.state_dict())
     context = PassContext(images(2, size).double())
     assert RotateResidual().apply(graph_module, context) >= 8
     assert context.journal.pending["refused"] == {}
-    assert float((graph_module(x) - expected).abs().max()) < 1e-9 * max(1.0, float(expected.abs().max()))
+    assert_same_function(model, graph_module, images(3, size, seed=9))
     after = graph_module.state_dict()
     for part in ("patch_embed.proj.weight", "blocks.0.attn.proj.weight", "blocks.1.mlp.fc2.bias", "head.weight"):
         assert not torch.allclose(before[part], after[part]), part
@@ -54,9 +54,9 @@ def test_swin_is_rotated_where_it_can_be() -> None:
     model, size = ARCHITECTURES["swin that pads"]()
     x = images(2, size).double()
     graph_module = trace(model.double(), x)
-    expected, context = graph_module(x), PassContext(x)
+    context = PassContext(x)
     RotateResidual().apply(graph_module, context)
-    assert float((graph_module(x) - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    assert_same_function(model, graph_module, x)
     assert "patch_embed_norm" in context.journal.pending["refused"]
     assert all(context.journal.pending["refused"].values())
 
@@ -100,10 +100,10 @@ class DepthwiseBlocks(nn.Module):
 @pytest.mark.parametrize("groups", [2, 8])
 def test_what_grouped_convolutions_write_is_left_alone(groups: int) -> None:
     x = images(2, 16).double()
-    graph_module = trace(scrambled(DepthwiseBlocks(groups)).double(), x)
-    expected, context = graph_module(x), PassContext(x)
+    model, context = scrambled(DepthwiseBlocks(groups)).double(), PassContext(x)
+    graph_module = trace(model, x)
     RotateResidual().apply(graph_module, context)
-    assert float((graph_module(x) - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    assert_same_function(model, graph_module, x)
     assert f"in {groups} groups of channels" in context.journal.pending["refused"]["norms_0"]
 
 

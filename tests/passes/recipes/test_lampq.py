@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,20 @@ import torch
 
 import fxquant
 from allocators.milp import Milp
-from allocators.module_frontier import Pareto
+from allocators.module_frontier import ModuleFrontier
 from fxquant.data import embedded
 from fxquant.errors import BudgetError
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
 from fxquant.session.compiled import Compiled
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, TypeAwareFisher
 from passes.allocate.score_layers import ScoreLayers
 from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES, best, lampq, mptq_vit, naive_min_max, tsptq_vit, vt_ptq
-from tests.passes.models import images as random_images
-from tests.passes.models import timm_model
+from tests.models import images as random_images
+from tests.models import timm_model
 
 IMAGES = embedded.calibration_images(4)
 QUICK = {"base": naive_min_max, "bits": (2, 3, 4, 5, 8)}
@@ -98,10 +99,11 @@ def test_different_means_are_allocated_free() -> None:
         ({}, TypeAwareFisher(), Milp(tie_weights_and_activations=True), UpdateBits()),
         ({"update": None}, TypeAwareFisher(), Milp(tie_weights_and_activations=True), None),
         ({"type_aware": False}, FisherTrace(), Milp(tie_weights_and_activations=True), UpdateBits()),
-        ({"layer_wise": False}, TypeAwareFisher(), Pareto(), None),
+        ({"layer_wise": False}, TypeAwareFisher(), ModuleFrontier(), None),
         ({"metric": NoiseRatio(), "tied": False}, NoiseRatio(), Milp(), UpdateBits(tied=False)),
     ],
 )
+@pytest.mark.quick
 def test_each_idea_is_a_switch(options: Any, metric: Any, allocator: Any, update: Any) -> None:
     steps = list(lampq("W3A3", base=tsptq_vit, **options))
     assert [s.metric for s in steps if isinstance(s, ScoreLayers)] == [metric]
@@ -110,6 +112,7 @@ def test_each_idea_is_a_switch(options: Any, metric: Any, allocator: Any, update
 
 
 @pytest.mark.parametrize("base", [mptq_vit, best, tsptq_vit, naive_min_max])
+@pytest.mark.quick
 def test_it_composes_with_every_recipe(base: Any) -> None:
     """The steps of the base stay; only the allocation changes."""
     plain, mixed = [type(s) for s in base("W3A3")], [type(s) for s in lampq("W3A3", base=base)]
@@ -120,8 +123,8 @@ def test_it_composes_with_every_recipe(base: Any) -> None:
 def test_options_reach_the_base() -> None:
     allocate = next(s for s in lampq("W3A3", overrides={"head": 8}, bits=(2, 3, 8)) if isinstance(s, AllocateBits))
     assert allocate.overrides == (("head", 8),)
-    chosen = next(s for s in lampq("W3A3", allocator=Pareto()) if isinstance(s, AllocateBits))
-    assert chosen.allocator == Pareto()
+    chosen = next(s for s in lampq("W3A3", allocator=ModuleFrontier()) if isinstance(s, AllocateBits))
+    assert chosen.allocator == ModuleFrontier()
 
 
 def test_vt_ptq_gives_every_module_one_width() -> None:
@@ -145,10 +148,10 @@ def test_swins_reductions_are_outside() -> None:
 
 
 def test_a_second_budget_scores_nothing_again() -> None:
-    prepared = Prepared(embedded.load_model(), IMAGES, recipe="lampq", **QUICK, update=None, type_aware=False)
+    session = Session(embedded.load_model(), IMAGES, recipe=partial(lampq, **QUICK, update=None, type_aware=False))
     steps = []
     for budget in ("W3A3", "W5A5"):
-        journal = prepared.compile(budget).journal.entries
+        journal = session.compile(budget).journal.entries
         steps.append([entry.step.split("(")[0] for entry in journal])
     assert steps[0] == steps[1]
     assert steps[0].count("ScoreLayers") == 1
@@ -165,7 +168,7 @@ def test_budgets_without_means_need_outside_bits() -> None:
 
 @pytest.mark.parametrize("base", ["adalog", "repq_vit"])
 def test_published_bases_give_weights_zero_points(base: str, tmp_path: Path) -> None:
-    found = Prepared(embedded.load_model(), IMAGES, recipe=base, bits=(4,)).compile("W4A4")
+    found = Session(embedded.load_model(), IMAGES, recipe=base, bits=(4,)).compile("W4A4")
     quantizers = [
         module.weight_quantizer for module in found.modules() if isinstance(module, QuantizedLinear | QuantizedConv2d)
     ]

@@ -10,18 +10,19 @@ import fxquant
 from fxquant.errors import BackendError, MissingExtraError, OverrideError, PatternError, PipelineError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
-from fxquant.quantizers.families import FAMILIES, families_named, widest_bits
-from fxquant.runtime.integer.byte_codes import BYTE_FAMILIES, UNIFORM_FAMILIES, byte_code
+from fxquant.quantizers.families import BYTE_FAMILIES, FAMILIES, UNIFORM_FAMILIES, families_named
+from fxquant.runtime.integer.byte_codes import byte_code
 from fxquant.runtime.native.library import UNIFORM
-from fxquant.session.sweep import Prepared
+from fxquant.session.session import Session
 from passes.pipeline.contract import PassContext
 from passes.recipes import adalog, best, mptq_vit, recipe
 from passes.recipes.restrict_families import restrict_families
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, vit
-from tests.quantizers.by_hand import statistics_of
+from tests.models import images, vit
+from tests.operands import input_candidates
+from tests.quantizers.plain_versions import statistics_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +39,7 @@ def test_what_is_said_of_families_is_true_of_every_quantizer_they_build(family: 
 
 
 def test_families_and_widths_that_a_backend_runs() -> None:
-    insert = InsertObservers(post_softmax="log2|adalog-softmax|twin-softmax")
+    insert = PlanOperands(post_softmax="log2|adalog-softmax|twin-softmax")
     assert restrict_families(insert, "simulated") == insert
     native = restrict_families(insert, "cpu-native")
     assert (native.post_softmax, native.post_gelu) == ("log2<=4|twin-softmax", "opt-m")
@@ -56,27 +57,26 @@ def test_families_and_widths_that_a_backend_runs() -> None:
 
 
 def test_limits_are_read_and_checked() -> None:
-    assert families_named("log2<=4|opt-m") == [("log2", 4), ("opt-m", 8)]
-    assert widest_bits("log2<=4") == 4
+    assert families_named("log2<=4|opt-m") == (("log2", 4), ("opt-m", 8))
     for wrong, message in (("log3<=4", "log3"), ("log2<=four", "log2<=four"), ("log2|", "''")):
         with pytest.raises(PatternError, match=message):
-            InsertObservers(post_softmax=wrong)
+            PlanOperands(post_softmax=wrong)
 
 
 def test_at_widths_that_log2_cannot_run_the_other_family_is_taken() -> None:
-    insert = restrict_families(InsertObservers(post_softmax="asymmetric|log2|twin-softmax"), "cpu-native")
+    insert = restrict_families(PlanOperands(post_softmax="asymmetric|log2|twin-softmax"), "cpu-native")
     assert insert.post_softmax == "asymmetric|log2<=4|twin-softmax"
-    pipeline = best(8, bits=(3, 4, 5, 8)).replace(InsertObservers, insert)
+    pipeline = best(8, bits=(3, 4, 5, 8)).replace(PlanOperands, insert)
     searching = pipeline[: pipeline.position(SearchScales) + 1]
     searched = searching.run(trace(vit(depth=1), images(3)), PassContext(images(3)))
     (node,) = nodes_with_role(searched, Role.AV)
-    kinds = [candidate.quantizer.kind for candidate in annotation_of(node).activation_candidates[0]]
+    kinds = [candidate.quantizer.kind for candidate in input_candidates(annotation_of(node))[0]]
     assert kinds[2:] == ["shifted-regions", "uniform"]
 
 
 def only_log2(budget: str, **options: Any) -> fxquant.Pipeline:
-    insert = restrict_families(InsertObservers(post_softmax="log2"), "cpu-native")
-    return mptq_vit(budget, bits=(2, 4, 8), **options).replace(InsertObservers, insert)
+    insert = restrict_families(PlanOperands(post_softmax="log2"), "cpu-native")
+    return mptq_vit(budget, bits=(2, 4, 8), **options).replace(PlanOperands, insert)
 
 
 def test_widths_without_a_family_are_not_allocated() -> None:
@@ -112,8 +112,8 @@ def test_every_layer_a_backend_can_run_runs_as_integers(backend: str, name: str,
         pytest.skip(f"{backend} cannot run on this machine")
     runs = sum(row.execution != "simulated" for row in lowered.layers)
     assert runs == integer or (backend == "openvino" and runs > integer / 2)  # which decides by itself, in small models
-    prepared = Prepared(vit(depth=1), x, recipe=name, backend=backend)
-    assert prepared.compile("W5A6").card["backend"] == found.card["backend"]
+    session = Session(vit(depth=1), x, recipe=name, backend=backend)
+    assert session.compile("W5A6").card["backend"] == found.card["backend"]
 
 
 def test_what_stays_simulated_is_named() -> None:

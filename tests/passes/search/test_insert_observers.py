@@ -5,14 +5,19 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import PatternError
-from fxquant.graph.annotation import STATISTICS, Fact, Role
+from fxquant.graph.annotation import Role, Source
 from fxquant.graph.printer import format_graph
-from fxquant.quantizers.observers import Edge
+from fxquant.quantizers.families import text_of
 from passes.pipeline.contract import PassContext
+from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import InsertObservers, observer_nodes, observers_of, remove_observers
-from tests.passes.models import SWIN, images, timm_model, traced, vit
+from passes.search.plan_operands import PlanOperands
+from passes.search.search_scales import SCALES_SEARCHED
+from passes.substitute.substitute_quantizers import BITS_ALLOCATED
+from tests.assertions import assert_rewrites
+from tests.models import SWIN, images, timm_model, traced, vit
 
-FULLY = InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf")
+FULLY = PlanOperands(softmax_input="symmetric", layer_norm_input="o-2sf")
 
 ATTENTION_AND_MLP = """\
 %observer_blocks_0_attn_qkv_0 = Observer(%blocks_0_norm1)
@@ -51,19 +56,33 @@ ATTENTION_AND_MLP = """\
 return %head"""
 
 
-def observed(insert: InsertObservers = InsertObservers()) -> torch.fx.GraphModule:  # noqa: B008
-    graph_module = traced(vit(depth=1), images(2))
-    insert.apply(graph_module, PassContext())
+def insert(graph_module: torch.fx.GraphModule, plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
+    """Planned and observed, in place."""
+    plan.apply(graph_module, PassContext())
+    InsertObservers().apply(graph_module, PassContext())
     return graph_module
 
 
+def planned(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
+    graph_module = traced(vit(depth=1), images(2))
+    plan.apply(graph_module, PassContext())
+    return graph_module
+
+
+def observed(plan: PlanOperands = PlanOperands()) -> torch.fx.GraphModule:  # noqa: B008
+    return insert(planned(plan), plan)
+
+
+@pytest.mark.quick
 def test_norms_and_softmax_in_float() -> None:
-    text = format_graph(observed())
-    assert text.endswith(ATTENTION_AND_MLP)
+    graph_module = planned()
+    assert_rewrites(graph_module, InsertObservers(), ATTENTION_AND_MLP)
+    text = format_graph(graph_module)
     assert "%observer_patch_embed_proj_0 = Observer(%x)\n%patch_embed_proj = patch_embed(%observer_patch" in text
     assert text.count("Observer(") == 10
 
 
+@pytest.mark.quick
 def test_fully_quantized() -> None:
     expected = ATTENTION_AND_MLP
     for layer, name, source in [
@@ -73,9 +92,9 @@ def test_fully_quantized() -> None:
     ]:
         inserted = f"%observer_{name}_0 = Observer(%{source})\n%{name} = {layer}(%observer_{name}_0)"
         expected = expected.replace(f"%{name} = {layer}(%{source})", inserted)
-    text = format_graph(observed(FULLY))
-    assert text.endswith(expected)
-    assert text.count("Observer(") == 14
+    graph_module = planned(FULLY)
+    assert_rewrites(graph_module, InsertObservers(), expected)
+    assert format_graph(graph_module).count("Observer(") == 14
 
 
 def test_the_graph_computes_the_same() -> None:
@@ -83,19 +102,16 @@ def test_the_graph_computes_the_same() -> None:
     assert torch.equal(observed(FULLY)(x), traced(vit(depth=1), images(2))(x))
 
 
-@pytest.mark.parametrize("insert", [InsertObservers(), FULLY], ids=["float norms", "fully"])
-def test_twice_is_once(insert: InsertObservers) -> None:
-    graph_module = observed(insert)
-    once, names = format_graph(graph_module), list(graph_module.state_dict())
-    insert.apply(graph_module, PassContext())
-    assert format_graph(graph_module) == once
+@pytest.mark.parametrize("plan", [PlanOperands(), FULLY], ids=["float norms", "fully"])
+def test_twice_is_once(plan: PlanOperands) -> None:
+    graph_module = observed(plan)
+    names = list(graph_module.state_dict())
+    assert_rewrites(graph_module, InsertObservers(), format_graph(graph_module))
     assert list(graph_module.state_dict()) == names
-    graph_module.graph.lint()
 
 
 def test_another_protocol_replaces_the_first() -> None:
-    graph_module = observed(FULLY)
-    InsertObservers().apply(graph_module, PassContext())
+    graph_module = insert(observed(FULLY))
     assert format_graph(graph_module) == format_graph(observed())
     assert not any("norm" in name for name, _ in graph_module.named_modules() if name.startswith("observer"))
 
@@ -110,53 +126,54 @@ def test_removal_leaves_the_graph_as_it_was() -> None:
 def test_families_and_edges() -> None:
     graph_module = observed(FULLY)
     found = {
-        (node.name, index): (observer.edge, observer.family, observer.keeps_gram)
+        (node.name, index): (observer.source, text_of(observer.families), observer.keeps_gram)
         for node in graph_module.graph.nodes
         for index, observer in observers_of(graph_module, node)
     }
     assert found == {
-        ("patch_embed_proj", 0): (Edge.IMAGE, "symmetric", True),
-        ("blocks_0_norm1", 0): (Edge.LAYER_NORM_INPUT, "o-2sf", False),
-        ("blocks_0_attn_qkv", 0): (Edge.POST_LAYER_NORM, "symmetric", True),
-        ("matmul_2", 0): (Edge.OTHER, "symmetric", False),
-        ("matmul_2", 1): (Edge.OTHER, "symmetric", False),
-        ("blocks_0_attn_softmax", 0): (Edge.SOFTMAX_INPUT, "symmetric", False),
-        ("matmul_3", 0): (Edge.POST_SOFTMAX, "twin-softmax", False),
-        ("matmul_3", 1): (Edge.OTHER, "symmetric", False),
-        ("blocks_0_attn_proj", 0): (Edge.OTHER, "symmetric", True),
-        ("blocks_0_norm2", 0): (Edge.LAYER_NORM_INPUT, "o-2sf", False),
-        ("blocks_0_mlp_fc1", 0): (Edge.POST_LAYER_NORM, "symmetric", True),
-        ("blocks_0_mlp_fc2", 0): (Edge.POST_GELU, "opt-m", True),
-        ("norm", 0): (Edge.LAYER_NORM_INPUT, "o-2sf", False),
-        ("head", 0): (Edge.OTHER, "symmetric", True),
+        ("patch_embed_proj", 0): (Source.IMAGE, "symmetric", True),
+        ("blocks_0_norm1", 0): (Source.LAYER_NORM_INPUT, "o-2sf", False),
+        ("blocks_0_attn_qkv", 0): (Source.POST_LAYER_NORM, "symmetric", True),
+        ("matmul_2", 0): (Source.OTHER, "symmetric", False),
+        ("matmul_2", 1): (Source.OTHER, "symmetric", False),
+        ("blocks_0_attn_softmax", 0): (Source.SOFTMAX_INPUT, "symmetric", False),
+        ("matmul_3", 0): (Source.POST_SOFTMAX, "twin-softmax", False),
+        ("matmul_3", 1): (Source.OTHER, "symmetric", False),
+        ("blocks_0_attn_proj", 0): (Source.OTHER, "symmetric", True),
+        ("blocks_0_norm2", 0): (Source.LAYER_NORM_INPUT, "o-2sf", False),
+        ("blocks_0_mlp_fc1", 0): (Source.POST_LAYER_NORM, "symmetric", True),
+        ("blocks_0_mlp_fc2", 0): (Source.POST_GELU, "opt-m", True),
+        ("norm", 0): (Source.LAYER_NORM_INPUT, "o-2sf", False),
+        ("head", 0): (Source.OTHER, "symmetric", True),
     }
 
 
 def test_swin_windows_do_not_hide_what_flows() -> None:
     graph_module = traced(timm_model("swin_tiny_patch4_window7_224", **SWIN), images(2, 56))
-    InsertObservers().apply(graph_module, PassContext())
-    edges = [o.edge for node in graph_module.graph.nodes for _, o in observers_of(graph_module, node)]
-    assert edges.count(Edge.POST_SOFTMAX) == 4
-    assert edges.count(Edge.POST_GELU) == 4
-    assert edges.count(Edge.IMAGE) == 1
+    insert(graph_module)
+    edges = [o.source for node in graph_module.graph.nodes for _, o in observers_of(graph_module, node)]
+    assert edges.count(Source.POST_SOFTMAX) == 4
+    assert edges.count(Source.POST_GELU) == 4
+    assert edges.count(Source.IMAGE) == 1
     assert len(edges) == len(observer_nodes(graph_module))
 
 
 def test_an_image_in_float_still_gets_the_gram_matrix() -> None:
-    graph_module = observed(InsertObservers(image=None))
+    graph_module = observed(PlanOperands(image=None))
     (patch_embed,) = [node for node in graph_module.graph.nodes if node.name == "patch_embed_proj"]
     ((_, observer),) = observers_of(graph_module, patch_embed)
-    assert observer.family is None
+    assert observer.families == ()
     assert observer.keeps_gram
 
 
 def test_unknown_families_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(PatternError, match=r"'sigmoid'; there are symmetric, .*opt-m"):
-        InsertObservers(post_gelu="sigmoid")
+    with pytest.raises(PatternError, match=r"'sigmoid'; there are .*opt-m, .*symmetric"):
+        PlanOperands(post_gelu="sigmoid")
 
 
 def test_what_was_known_of_the_old_observers_no_longer_holds() -> None:
-    assert InsertObservers().breaks == {*STATISTICS, Fact.SCALES_SEARCHED, Fact.BITS_ALLOCATED}
+    for step in (PlanOperands(), InsertObservers()):
+        assert all(fact.falls_with(step.provides) for fact in (*STATISTICS, SCALES_SEARCHED, BITS_ALLOCATED))
 
 
 def test_convolutions_that_pad_otherwise_are_refused() -> None:
@@ -173,10 +190,10 @@ def test_convolutions_that_pad_otherwise_are_refused() -> None:
     graph_module = traced(Convolves().eval(), images(2, 16))
     graph_module.get_submodule("embed").padding_mode = "circular"  # tracing writes such padding out
     with pytest.raises(PatternError, match="convolution embed pads with 'circular'"):
-        InsertObservers().apply(graph_module, PassContext())
+        PlanOperands().apply(graph_module, PassContext())
 
 
 def test_nodes_of_some_roles_only() -> None:
-    graph_module = observed(InsertObservers(roles=(Role.QKV, Role.AV)))
+    graph_module = observed(PlanOperands(roles=(Role.QKV, Role.AV)))
     names = [node.name for node in observer_nodes(graph_module)]
     assert names == [f"observer_blocks_0_attn_{name}" for name in ("qkv_0", "av_0", "av_1")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import CalibrationError, PipelineError
-from fxquant.graph.annotation import Annotation, Role, annotation_of, nodes_with_role
+from fxquant.graph.annotation import WEIGHT_ROLES, Annotation, Role, annotate, annotation_of, nodes_with_role
+from fxquant.quantizers.families import families_named
 from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
 from passes.search.calibrate import Calibrate, coherence
-from passes.search.insert_observers import InsertObservers, observers_of
+from passes.search.insert_observers import observers_of
 from passes.search.search_scales import SearchScales
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
+from tests.operands import input_candidates, plan_and_observe, weight_candidates
 
 BITS = (2, 4, 8)
 
@@ -23,7 +26,7 @@ BITS = (2, 4, 8)
 def calibrated() -> GraphModule:
     """Copy before use."""
     graph_module = traced(vit(depth=1), images(2))
-    InsertObservers(softmax_input="symmetric", layer_norm_input="o-2sf").apply(graph_module, PassContext())
+    plan_and_observe(graph_module, softmax_input="symmetric", layer_norm_input="o-2sf")
     Calibrate().apply(graph_module, PassContext(images()))
     return graph_module
 
@@ -38,9 +41,9 @@ def test_candidates_for_every_observed_tensor(calibrated: GraphModule) -> None:
     found = searched(calibrated)
     for node in nodes_with_role(calibrated):
         annotation = found[annotation_of(node).layer]
-        assert len(annotation.activation_candidates) == len(observers_of(calibrated, node))
-        assert bool(annotation.weight_candidates) == (annotation.parameters > 0)
-        for group in filter(None, (annotation.weight_candidates, *annotation.activation_candidates)):
+        assert len(input_candidates(annotation)) == len(observers_of(calibrated, node))
+        assert bool(weight_candidates(annotation)) == (annotation.role in WEIGHT_ROLES)
+        for group in filter(None, (weight_candidates(annotation), *input_candidates(annotation))):
             assert [candidate.bits for candidate in group] == list(BITS)
             assert all(0 <= candidate.noise < 1.5 * candidate.signal for candidate in group)
             assert all(candidate.loss >= 0 for candidate in group)
@@ -49,10 +52,10 @@ def test_candidates_for_every_observed_tensor(calibrated: GraphModule) -> None:
 
 
 def test_mse_has_the_least_noise_and_hessian_the_least_loss(calibrated: GraphModule) -> None:
-    by_mse, by_hessian = searched(calibrated, metric="mse"), searched(calibrated)
+    by_mse, by_hessian = searched(calibrated, criterion="mse"), searched(calibrated)
     different = 0
     for layer, annotation in by_mse.items():
-        pairs = zip(annotation.activation_candidates, by_hessian[layer].activation_candidates, strict=True)
+        pairs = zip(input_candidates(annotation), input_candidates(by_hessian[layer]), strict=True)
         for mse, hessian in ((a, b) for left, right in pairs for a, b in zip(left, right, strict=True)):
             assert mse.noise <= hessian.noise * (1 + 1e-6)
             assert mse.loss == pytest.approx(0.5 * mse.noise / 6)
@@ -62,11 +65,11 @@ def test_mse_has_the_least_noise_and_hessian_the_least_loss(calibrated: GraphMod
 
 def test_min_max_covers_the_data(calibrated: GraphModule) -> None:
     graph_module = copy.deepcopy(calibrated)
-    fc1 = searched(graph_module, metric="min-max")["blocks.0.mlp.fc1"]
+    fc1 = searched(graph_module, criterion="min-max")["blocks.0.mlp.fc1"]
     (node,) = [n for n in nodes_with_role(graph_module) if annotation_of(n).layer == "blocks.0.mlp.fc1"]
     observer = observers_of(graph_module, node)[0][1]
     largest = max(-observer.minimum, observer.maximum)
-    for weight, activation in zip(fc1.weight_candidates, fc1.activation_candidates[0], strict=True):
+    for weight, activation in zip(weight_candidates(fc1), input_candidates(fc1)[0], strict=True):
         top = 2 ** (weight.bits - 1) - 1
         assert float(activation.quantizer.scale) == pytest.approx(largest / top)
         matrix = graph_module.get_submodule("blocks.0.mlp.fc1").weight
@@ -75,11 +78,11 @@ def test_min_max_covers_the_data(calibrated: GraphModule) -> None:
 
 def test_hessian_without_gradients_says_what_is_missing() -> None:
     graph_module = traced(vit(depth=1), images(2))
-    InsertObservers().apply(graph_module, PassContext())
+    plan_and_observe(graph_module)
     Calibrate(gradient=False).apply(graph_module, PassContext(images()))
     with pytest.raises(CalibrationError, match=r"needs gradients or output errors, and Calibrate gathered neither"):
         SearchScales(BITS).apply(graph_module, PassContext())
-    SearchScales(BITS, metric="mse").apply(graph_module, PassContext())
+    SearchScales(BITS, criterion="mse").apply(graph_module, PassContext())
 
 
 class TestTwice:
@@ -108,7 +111,7 @@ def test_statistics_are_released(calibrated: GraphModule, keep_grams: bool) -> N
             assert observer.histogram is None
             assert observer.output_weight is None
             grams += observer.gram is not None
-    assert grams == (sum(bool(annotation_of(n).weight_candidates) for n in nodes_with_role(graph_module)) * keep_grams)
+    assert grams == (sum(bool(weight_candidates(annotation_of(n))) for n in nodes_with_role(graph_module)) * keep_grams)
 
 
 @pytest.mark.parametrize("bits", [(), (4, 3), (4, 4), (1, 4), (4, 9)])
@@ -121,8 +124,10 @@ def test_of_two_families_the_one_of_less_loss_is_taken_at_every_width(calibrated
     def losses(family: str) -> list[tuple[float, str]]:
         graph_module = copy.deepcopy(calibrated)
         for node in nodes_with_role(graph_module, Role.AV):
-            observers_of(graph_module, node)[0][1].family = family
-        found = searched(graph_module)["blocks.0.attn.av"].activation_candidates[0]
+            left, right = annotation_of(node).operands
+            annotate(node, operands=(replace(left, families=families_named(family)), right))
+            observers_of(graph_module, node)[0][1].families = families_named(family)
+        found = input_candidates(searched(graph_module)["blocks.0.attn.av"])[0]
         return [(candidate.loss, candidate.quantizer.kind) for candidate in found]
 
     either = losses("log2|twin-softmax")
@@ -133,7 +138,7 @@ def test_of_two_families_the_one_of_less_loss_is_taken_at_every_width(calibrated
 def test_output_errors_need_no_gradients() -> None:
     """Weights of the metric are then squared column norms of the weight, whatever the loss."""
     graph_module = traced(vit(depth=1), images(2))
-    InsertObservers().apply(graph_module, PassContext())
+    plan_and_observe(graph_module)
     Calibrate(gradient=False, output_error=True).apply(graph_module, PassContext(images()))
     (node,) = nodes_with_role(graph_module, Role.FC1)
     linear = graph_module.get_submodule(str(node.target))
@@ -146,7 +151,7 @@ def test_output_errors_need_no_gradients() -> None:
 def test_only_a_table_without_zero_pays_for_coherent_errors() -> None:
     for family, is_coherent in (("adalog-softmax", True), ("twin-softmax", False)):
         graph_module = traced(vit(depth=1), images(2))
-        InsertObservers(post_softmax=family).apply(graph_module, PassContext())
+        plan_and_observe(graph_module, post_softmax=family)
         Calibrate(draws=1).apply(graph_module, PassContext(images()))
         (node,) = nodes_with_role(graph_module, Role.AV)
         (_, probabilities), (_, values) = observers_of(graph_module, node)

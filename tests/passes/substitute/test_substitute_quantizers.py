@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.search.insert_observers import observer_nodes
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers, chosen
-from tests.passes.models import images, traced, vit
+from tests.models import images, traced, vit
+
+pytestmark = pytest.mark.quick
 
 BITS = (3, 4, 5, 6, 8)
 
@@ -93,12 +97,12 @@ def test_outputs_are_those_of_quantizers_applied_by_hand(searched: GraphModule) 
     found = annotations(quantized)
 
     def weight(layer: str) -> torch.Tensor:
-        candidate = chosen(found[layer].weight_candidates, 5, layer)
+        candidate = chosen(found[layer].weight, layer)
         matrix = searched.get_submodule(layer).weight
         return candidate.quantizer(matrix.flatten(1)).reshape(matrix.shape)
 
     def operand(layer: str, x: torch.Tensor, bits: int = 4, index: int = 0) -> torch.Tensor:
-        return chosen(found[layer].activation_candidates[index], bits, layer).quantizer(x)
+        return chosen(replace(found[layer].inputs[index], bits=bits), layer).quantizer(x)
 
     def linear(layer: str, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(operand(layer, x), weight(layer), searched.get_submodule(layer).bias)
@@ -131,12 +135,12 @@ class TestOverrides:
     def test_name_glob_and_role_reach_the_nodes(self, searched: GraphModule) -> None:
         overrides = {"blocks.0.mlp.fc2": 8, "*.attn.q*": (None, 6), Role.HEAD: (3, 5)}
         found = annotations(tail("W6A6", overrides=overrides, allocator=Greedy()).run(searched, PassContext()))
-        assert (found["blocks.0.mlp.fc2"].weight_bits, found["blocks.0.mlp.fc2"].activation_bits) == (8, 8)
-        assert found["blocks.0.attn.qk"].activation_bits == 6
-        assert found["blocks.0.attn.qkv"].activation_bits == 6
-        assert (found["head"].weight_bits, found["head"].activation_bits) == (3, 5)
-        assert found["head"].pinned
-        assert not found["blocks.0.attn.proj"].pinned
+        assert (found["blocks.0.mlp.fc2"].weight_bits, found["blocks.0.mlp.fc2"].input_bits[-1]) == (8, 8)
+        assert found["blocks.0.attn.qk"].input_bits[-1] == 6
+        assert found["blocks.0.attn.qkv"].input_bits[-1] == 6
+        assert (found["head"].weight_bits, found["head"].input_bits[-1]) == (3, 5)
+        assert found["head"].operands[0].pinned
+        assert not found["blocks.0.attn.proj"].operands[0].pinned
 
     def test_later_ones_win(self, searched: GraphModule) -> None:
         overrides = {"*": 6, "head": 3}
@@ -147,8 +151,8 @@ class TestOverrides:
     def test_first_and_last(self, searched: GraphModule) -> None:
         found = annotations(tail("W7A5", first_last_bits=8, allocator=Greedy()).run(searched, PassContext()))
         assert found["patch_embed.proj"].weight_bits == 8
-        assert (found["head"].weight_bits, found["head"].activation_bits) == (8, 8)
-        assert found["head"].pinned
+        assert (found["head"].weight_bits, found["head"].input_bits[-1]) == (8, 8)
+        assert found["head"].operands[0].pinned
         assert found["blocks.0.mlp.fc1"].weight_bits < 8
 
     def test_mistakes_are_typed(self, searched: GraphModule) -> None:
@@ -173,14 +177,12 @@ def test_weights_are_held_as_codes(searched: GraphModule) -> None:
 
 def test_bits_the_layers_do_not_have_are_left_out() -> None:
     """Matmuls have no weight bits, and the patch embedding's image may stay in float."""
-    from passes.search.insert_observers import InsertObservers
-
-    pipeline = mptq_vit("W5A4", bits=BITS).replace(InsertObservers, InsertObservers(image=None))
+    pipeline = mptq_vit("W5A4", bits=BITS).changed(PlanOperands, image=None)
     quantized = pipeline.run(traced(vit(depth=1), images(2)), PassContext(images()))
     text = format_graph(quantized)
     assert "%patch_embed_proj = patch_embed[w" in text
     patch_embed = annotations(quantized)["patch_embed.proj"]
-    assert patch_embed.activation_bits is None
+    assert patch_embed.input_bits[-1] is None
     assert quantized.get_submodule("patch_embed.proj").input_quantizer is None
 
 
@@ -190,7 +192,7 @@ def test_fully_quantized_norms_and_softmax_compute_on_quantized_inputs() -> None
     seen = []
     quantized.get_submodule("blocks.0.norm1").inner.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
     quantized(images(3))
-    bits = annotations(quantized)["blocks.0.norm1"].activation_bits
+    bits = annotations(quantized)["blocks.0.norm1"].input_bits[-1]
     for channel in range(24):
         assert len(seen[0][..., channel].unique()) <= 2**bits
     assert SearchScales in {type(step) for step in pipeline}

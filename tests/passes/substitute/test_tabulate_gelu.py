@@ -13,13 +13,14 @@ import fxquant
 from fxquant.data import embedded
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_table import BITS
-from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.substitute.tabulate_gelu import TabulateGelu, input_quantizer
+from tests.lowering import needs_kernels
+from tests.models import embedded_compiled
 
-MODEL, IMAGES = embedded.load_model(), embedded.calibration_images(16)
+MODEL, IMAGES = embedded.load_model(), embedded.calibration_images(8)
 
 
 def tabulated(graph_module: torch.fx.GraphModule) -> list[QuantizedInput]:
@@ -28,7 +29,7 @@ def tabulated(graph_module: torch.fx.GraphModule) -> list[QuantizedInput]:
 
 @pytest.fixture(scope="module")
 def quantized() -> fxquant.Compiled:
-    return fxquant.compile(MODEL, "W4A4", calibration=IMAGES, recipe="mptq_vit")
+    return embedded_compiled("W4A4", "mptq_vit", len(IMAGES))
 
 
 def test_every_gelu_of_few_levels_has_a_table_and_keeps_its_result(quantized: fxquant.Compiled) -> None:
@@ -45,7 +46,7 @@ def test_every_gelu_of_few_levels_has_a_table_and_keeps_its_result(quantized: fx
     assert errors[1] < 1.2 * errors[0]  # single codes change, here and there, and so do those that follow
 
 
-@pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+@needs_kernels
 def test_kernels_look_up_what_the_graph_computes(quantized: fxquant.Compiled) -> None:
     graph_module = copy.deepcopy(quantized.graph_module).double()
     TabulateGelu().apply(graph_module, PassContext(IMAGES))
@@ -59,8 +60,8 @@ def test_kernels_look_up_what_the_graph_computes(quantized: fxquant.Compiled) ->
 
 
 def test_levels_too_close_for_a_table_keep_gelu() -> None:
-    quantized = fxquant.compile(MODEL, "W8A8", calibration=IMAGES, recipe="mptq_vit")
-    assert TabulateGelu().apply(quantized.graph_module, PassContext(IMAGES)) < 6
+    graph_module = copy.deepcopy(embedded_compiled("W8A8", "mptq_vit", len(IMAGES)).graph_module)
+    assert TabulateGelu().apply(graph_module, PassContext(IMAGES)) < 6
 
 
 @pytest.mark.parametrize("top", [0.2, 0.5, 0.9, 1.0, 1.1, 1.2, 2.0, 9.0])

@@ -6,14 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.quantizers.families import FAMILIES, OF_ROWS, midpoints
+from fxquant.quantizers.families import FAMILIES
+from fxquant.quantizers.family import midpoints
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
-from tests.quantizers.by_hand import by_table, squared_error, statistics_of, to_bf16
+from tests.quantizers.plain_versions import by_table, squared_error, statistics_of, to_bf16
+
+pytestmark = pytest.mark.quick
 
 BFLOAT16_STEP = 2.0**-8
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - OF_ROWS))
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.of_rows])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_equal_fake_quantization_with_the_quantizer_built(family: str, bits: int) -> None:
     torch.manual_seed(bits)
@@ -22,7 +25,7 @@ def test_errors_equal_fake_quantization_with_the_quantizer_built(family: str, bi
         x = x.abs()
     weight = torch.rand(4, 500)
     statistics = statistics_of(x, weight)
-    proposals = FAMILIES[family](statistics, bits)
+    proposals = FAMILIES[family].propose(statistics, bits)
     plain, weighted = statistics.moments.errors(proposals.levels, proposals.thresholds)
     count = len(proposals.levels)
     for index in {0, count // 3, (4 * count) // 7, count - 1}:

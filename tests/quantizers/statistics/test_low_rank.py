@@ -38,6 +38,16 @@ def test_directions_that_hold_next_to_nothing_are_left_to_the_diagonal() -> None
     assert LowRank.of(gram_of(2 * RANK, decay=0.2)).factor_ir.shape[1] < RANK / 4
 
 
+def test_weaker_directions_are_left_to_the_diagonal_where_fewer_are_asked_for() -> None:
+    found = LowRank.of(gram_of(2 * RANK))
+    fewer = found.strongest(16)
+    assert fewer.factor_ir.shape[1] == 16
+    assert float(fewer.factor_ir.square().sum(0).min()) >= float(found.factor_ir[:, :-16].square().sum(0).max())
+    diagonals = [seen.factor_ir.square().sum(1) + seen.rest_i for seen in (found, fewer)]
+    assert torch.allclose(*diagonals, rtol=1e-5)
+    assert found.strongest(RANK) is found
+
+
 def test_no_error_costs_anything_where_the_loss_does_not_depend_on_the_layer() -> None:
     assert not LowRank.of(torch.zeros(200, 200)).cost(torch.ones(3, 200)).any()
 

@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact, Role, nodes_with_role
+from fxquant.graph.annotation import Role, nodes_with_role
+from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.lowered import IntegerAttention
-from fxquant.runtime.native import library
-from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
-from tests.passes.models import images, scrambled, traced
-from tests.passes.shared_layers import Transformer
-
-needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+from tests.lowering import lower, needs_kernels
+from tests.models import images, scrambled, traced
+from tests.shared_layers import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +25,21 @@ def simulated() -> torch.fx.GraphModule:
     return recipe.run(traced(scrambled(Transformer("lists")), x), PassContext(x))
 
 
-def lower(graph_module: torch.fx.GraphModule, chains: bool) -> torch.fx.GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(graph_module, PassContext())
-
-
 @needs_kernels
 @pytest.mark.parametrize("chains", [False, True])
 def test_attentions_of_one_scope_do_not_replace_each_other(simulated: torch.fx.GraphModule, chains: bool) -> None:
-    low, x = lower(simulated, chains), images(6, 16, seed=4)
+    low, x = lower(simulated, chains=chains), images(6, 16, seed=4)
     with torch.inference_mode():
         wanted = simulated(x)
         assert (low(x) - wanted).square().mean() < 1e-4 * wanted.square().mean()
     targets = [n.target for n in low.graph.nodes if "integer_attention" in str(n.target)]
-    assert targets == ([] if chains else ["qkv.integer_attention", "qkv.integer_attention_1"])
+    assert targets == ([] if chains else ["integer_attention", "integer_attention_1"])
 
 
 @needs_kernels
 @pytest.mark.parametrize("role", [Role.AV, "split"])
 def test_shapes_that_the_graph_contradicts_are_not_believed(simulated: torch.fx.GraphModule, role: Role | str) -> None:
-    graph_module = Pipeline([], assumes=[Fact.QUANTIZED]).run(simulated, PassContext())
+    graph_module = Pipeline([], assumes=[QUANTIZED]).run(simulated, PassContext())
     nodes = nodes_with_role(graph_module, Role.AV)
     if role == "split":
         nodes += [n for n in graph_module.graph.nodes if n.target in ("reshape", "view") and len(n.args) > 4]

@@ -8,34 +8,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 import fxquant
 from allocators.uniform import Uniform
-from fxquant.graph.annotation import Fact
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.printer import format_graph
-from fxquant.runtime.native import library
 from passes.lower.lower import Lower
+from passes.lower.rewrites.order_rows import OrderRows
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.recipes import RECIPES
-from tests.passes.models import ARCHITECTURES, images, scrambled
+from tests.lowering import lower, needs_kernels, quantized
+from tests.models import ARCHITECTURES, images, scrambled
 
-pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
+pytestmark = needs_kernels
+
+
 CHANNELS = 8
-
-
-def lower(graph_module: GraphModule, chains: bool = False) -> GraphModule:
-    return Pipeline([Lower("cpu-native", chains)], assumes=[Fact.QUANTIZED]).run(
-        copy.deepcopy(graph_module), PassContext()
-    )
 
 
 class Attention(nn.Module):
@@ -164,6 +159,8 @@ KINDS = [
     "size of the norm",
     "residual read twice",
 ]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     **{f"windows, {kind}": (partial(Windows, kind), (16, 16)) for kind in KINDS},
     "windows, not square": (Windows, (16, 24)),
@@ -194,12 +191,12 @@ def test_what_looks_like_windows_computes_the_same(
 
     graph_module = trace(scrambled(build().eval()), draw(traced_with, 1))
     AssignRoles().apply(graph_module, PassContext())
-    options: dict[str, Any] = {"bits": (3, 4, 6, 8), "allocator": Uniform()}
-    graph_module = RECIPES["mptq_vit"]("W4A6", **options).run(graph_module, PassContext(draw(4, 2)))
+    recipe = RECIPES["mptq_vit"]("W4A6", bits=(4, 6, 8), allocator=Uniform())
+    graph_module = recipe.run(graph_module, PassContext(draw(2, 2)))
     apart, chained = lower(graph_module), lower(graph_module, chains=True)
-    again = Pipeline([Lower("cpu-native")], assumes=[Fact.QUANTIZED]).run(chained, PassContext())
+    again = Pipeline([Lower("cpu-native")], assumes=[QUANTIZED]).run(chained, PassContext())
     assert format_graph(again) == format_graph(chained)
-    monkeypatch.setattr("passes.lower.lower.order_rows", lambda plan, shapes: None)
+    monkeypatch.setattr(OrderRows, "apply", lambda *_: 0)
     as_traced = lower(graph_module)
     with torch.inference_mode():
         for count in (1, 2, 3, 5):
@@ -215,3 +212,31 @@ def test_models_in_float64_stay_as_they_are() -> None:
     x = images(3, size).double()
     with torch.inference_mode():
         assert torch.equal(compiled.lowered("cpu-native")(x), compiled(x))
+
+
+def test_windows_are_ordered_once_for_a_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph_module, x = quantized("swin"), images(5, 32, seed=5)
+    low = lower(copy.deepcopy(graph_module))
+    text = format_graph(low)
+    block = text[text.index("%windows_layers_0_blocks_1_norm1") : text.index("%layers_1_downsample_norm")]
+    assert block == (
+        "%windows_layers_0_blocks_1_norm1 = ReorderRows(%reshape_3)\n"
+        "%layers_0_blocks_1_norm1 = layer_norm(%windows_layers_0_blocks_1_norm1)\n"
+        "%layers_0_blocks_1_attn_qkv = qkv[w4a6](%layers_0_blocks_1_norm1)\n"
+        "%layers_0_blocks_1_attn_integer_attention = IntegerAttention(%layers_0_blocks_1_attn_qkv)\n"
+        "%layers_0_blocks_1_attn_proj = "
+        "proj[w4a6](%layers_0_blocks_1_attn_integer_attention, %windows_layers_0_blocks_1_norm1)\n"
+        "%image_layers_0_blocks_1_norm1 = ReorderRows(%layers_0_blocks_1_attn_proj)\n"
+        "%reshape_6 = reshape(%image_layers_0_blocks_1_norm1, %getitem, -1, 12)\n"
+        "%layers_0_blocks_1_norm2 = layer_norm(%reshape_6)\n"
+        "%layers_0_blocks_1_mlp_fc1 = fc1[w4a6](%layers_0_blocks_1_norm2)\n"
+        "%layers_0_blocks_1_mlp_fc2 = fc2[w4a6](%layers_0_blocks_1_mlp_fc1, %reshape_6)\n"
+        "%merge_layers_1_downsample_norm = ReorderRows(%layers_0_blocks_1_mlp_fc2)\n"
+    )
+    assert "roll" not in text
+    monkeypatch.setattr(OrderRows, "apply", lambda *_: 0)
+    as_traced = lower(graph_module)
+    assert "roll" in format_graph(as_traced)
+    with torch.inference_mode():
+        assert torch.equal(low(x), as_traced(x))
+        assert torch.equal(low(x[:1]), as_traced(x[:1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.fx import GraphModule
 
 from fxquant.graph.capture.tracing import trace
 from passes.lower.integer_plan import shape_of
-from passes.lower.rewrites.select_tokens import select_tokens
+from passes.lower.rewrites.select_tokens import SelectTokens
+from passes.pipeline.contract import PassContext
+
+pytestmark = pytest.mark.quick
 
 
 class Head(nn.Module):
@@ -31,7 +35,7 @@ class Head(nn.Module):
 
 def selected(model: nn.Module, x: Tensor) -> tuple[GraphModule, int]:
     graph_module = copy.deepcopy(trace(model.eval(), x))
-    moved = select_tokens(graph_module)
+    moved = SelectTokens().apply(graph_module, PassContext())
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, moved

@@ -1,0 +1,70 @@
+"""The whole model as OpenVINO runs its ONNX export; what it makes of each layer is asked of the compiled model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule
+
+from fxquant.errors import MissingExtraError
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.openvino_model import OpenvinoModel, check_openvino
+from fxquant.graph.facts import Fact
+from fxquant.graph.names import add_module
+from fxquant.graph.nodes import image_of
+from fxquant.quantizers.families import UNIFORM_FAMILIES
+from passes.lower.backend import Backend
+from passes.lower.integer_plan import note_kernel
+from passes.lower.rewrite import REQUIRES
+from passes.lower.rewrites.exchange_linears import UNIFORM_INSTEAD, uniform_nodes
+from passes.pipeline.contract import PassContext
+
+_MODULE = "openvino_model"
+
+
+def _why_absent() -> MissingExtraError | None:
+    try:
+        check_openvino()
+    except MissingExtraError as error:
+        return error
+    return None
+
+
+@dataclass(frozen=True)
+class CallOpenvino:
+    """One call in the place of all nodes; only the check of the image's shape stays."""
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Replace in place; returns 1, or 0 where that was done before. Raises BackendError, ExportError."""
+        graph = graph_module.graph
+        if any(isinstance(module, OpenvinoModel) for module in graph_module.modules()):
+            return 0
+        module = OpenvinoModel(to_onnx(graph_module).content)
+        path = add_module(graph_module, _MODULE, module)
+        image, output = image_of(graph_module), graph.output_node()
+        with graph.inserting_before(output):
+            scores = graph.call_module(path, (image,))
+        simulated: Any = output.args[0]
+        scores.meta.update({key: value for key, value in simulated.meta.items() if key == "tensor_meta"})
+        output.args = (scores,)
+        graph.eliminate_dead_code()
+        for layer, kernel in module.kernels().items():
+            note_kernel(graph_module, kernel, layer)
+        return 1
+
+
+BACKEND = Backend(
+    name="openvino",
+    summary="what OpenVINO makes of the exported model",
+    families=UNIFORM_FAMILIES,
+    edges=("post_gelu", "post_softmax", "other", "image"),
+    instead=UNIFORM_INSTEAD,
+    finds=uniform_nodes,
+    why_absent=_why_absent,
+    pipeline=(CallOpenvino(),),
+)

@@ -1,0 +1,88 @@
+"""PlanOperands: which operands nodes have, what they hold, and what they may become."""
+
+from __future__ import annotations
+
+import pytest
+from torch.fx import GraphModule
+
+from fxquant.errors import PatternError, VerificationError
+from fxquant.graph.annotation import Annotation, Role, Source, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.facts import declare, verify
+from passes.allocate.build_table import build_table
+from passes.pipeline.contract import PassContext
+from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands
+from tests.models import images, traced, vit
+
+TOKENS, CHANNELS, HEADS = 5, 24, 3
+
+
+def planned(plan: PlanOperands = PlanOperands()) -> GraphModule:  # noqa: B008
+    graph_module = traced(vit(depth=1), images(2))
+    plan.apply(graph_module, PassContext())
+    return graph_module
+
+
+def by_layer(graph_module: GraphModule) -> dict[str, Annotation]:
+    return {annotation_of(node).layer: annotation_of(node) for node in nodes_with_role(graph_module)}
+
+
+def test_a_weight_and_its_input_or_the_inputs_of_a_product() -> None:
+    found = by_layer(planned())
+    kinds = {layer: [(o.argument, o.source) for o in annotation.operands] for layer, annotation in found.items()}
+    assert kinds["patch_embed.proj"] == [(None, Source.WEIGHT), (0, Source.IMAGE)]
+    assert kinds["blocks.0.attn.qkv"] == [(None, Source.WEIGHT), (0, Source.POST_LAYER_NORM)]
+    assert kinds["blocks.0.attn.qk"] == [(0, Source.OTHER), (1, Source.OTHER)]
+    assert kinds["blocks.0.attn.av"] == [(0, Source.POST_SOFTMAX), (1, Source.OTHER)]
+    assert kinds["blocks.0.mlp.fc2"] == [(None, Source.WEIGHT), (0, Source.POST_GELU)]
+    assert kinds["blocks.0.attn.softmax"] == [(0, Source.SOFTMAX_INPUT)]
+    elements = {layer: [o.elements for o in annotation.operands] for layer, annotation in found.items()}
+    assert elements["blocks.0.attn.qkv"] == [3 * CHANNELS**2, TOKENS * CHANNELS], "of one image"
+    assert elements["blocks.0.attn.av"] == [HEADS * TOKENS**2, TOKENS * CHANNELS]
+
+
+def test_what_stays_float_has_no_families() -> None:
+    found = by_layer(planned(PlanOperands(image=None)))
+    assert [bool(o.families) for o in found["patch_embed.proj"].operands] == [True, False]
+    assert not found["blocks.0.norm1"].is_planned
+    assert not found["blocks.0.mlp.act"].is_planned
+    fully = by_layer(planned(PlanOperands(softmax_input="symmetric", layer_norm_input="o-2sf")))
+    assert fully["blocks.0.norm1"].inputs[0].families == (("o-2sf", 8),)
+    assert fully["blocks.0.attn.softmax"].is_planned
+    some = planned(PlanOperands(roles=(Role.FC1,)))
+    assert [annotation_of(node).role for node in planned_nodes(some)] == [Role.FC1]
+
+
+def test_tied_inputs_are_one_width_of_the_table_and_free_ones_two() -> None:
+    graph_module = planned(PlanOperands(tied=(Role.QK,)))
+    annotations = [annotation_of(node) for node in planned_nodes(graph_module)]
+    groups = {annotation.layer: annotation.groups for annotation in annotations}
+    assert groups["blocks.0.attn.qk"] == ((), (0, 1))
+    assert groups["blocks.0.attn.av"] == groups["head"] == ((0,), (1,))
+    table = build_table(annotations, (2, 4, 8), image_bits=8)
+    row = table.layers.index("blocks.0.attn.qk")
+    assert table.elements[:, row].tolist() == [0, 2 * TOKENS * CHANNELS]
+    row = table.layers.index("blocks.0.attn.av")
+    assert table.elements[:, row].tolist() == [HEADS * TOKENS**2, TOKENS * CHANNELS]
+    assert table.elements[1, table.layers.index("patch_embed.proj")] == 0, "images come in 8 bits"
+
+
+def test_planning_again_looks_through_observers() -> None:
+    graph_module = planned()
+    before = by_layer(graph_module)
+    InsertObservers().apply(graph_module, PassContext())
+    PlanOperands().apply(graph_module, PassContext())
+    assert by_layer(graph_module) == before
+
+
+def test_the_fact_needs_something_to_quantize() -> None:
+    graph_module = planned(PlanOperands(roles=()))
+    declare(graph_module, [OPERANDS_PLANNED])
+    with pytest.raises(VerificationError, match="nothing is to be quantized; run PlanOperands"):
+        verify(graph_module, OPERANDS_PLANNED)
+
+
+@pytest.mark.parametrize("options", [{"weight": "log2"}, {"post_gelu": "sigmoid"}, {"tied": 4}])
+def test_options_that_do_not_fit(options: dict[str, object]) -> None:
+    with pytest.raises(PatternError):
+        PlanOperands(**options)  # type: ignore[arg-type]
