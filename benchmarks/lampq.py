@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def point(
     recipe, options = row
     allocator = options.pop("allocator", None)
     start = time.perf_counter()
-    quantized = Session(model, calibration, recipe=recipe, seed=seed, cache=cache, **options).compile(budget, allocator)
+    quantized = Session(model, calibration, recipe=partial(RECIPES[recipe], **options), seed=seed, cache=cache).compile(
+        budget, allocator
+    )
     seconds = time.perf_counter() - start
     notes = {entry.step.split("(")[0]: entry for entry in quantized.journal.entries}
     own = {step: notes[step].seconds for step in ("ScoreLayers", "AllocateBits", "UpdateBits") if step in notes}

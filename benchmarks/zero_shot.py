@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fxquant.data import embedded
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results
 from fxquant.synthesis.synthesize import Pictures, Synthesis
+from passes.recipes import RECIPES
 
 COUNT = 32
 PICTURES: dict[str, dict[str, Any]] = {"embedded": {"mean": (embedded.MEAN,), "std": (embedded.STD,)}}
@@ -66,7 +68,7 @@ def main() -> None:
                 if session is None:
                     pixels, cpu_s = calibration(model, real, source, seed, PICTURES.get(given.model, {}))
                     own = OWN.get(given.recipe, {})
-                    session = Session(model, pixels, recipe=given.recipe, seed=seed, **own)
+                    session = Session(model, pixels, recipe=partial(RECIPES[given.recipe], **own), seed=seed)
                 quantized = session.compile(budget, Swaps() if given.recipe in OWN else None)
                 point = {
                     "images": source if isinstance(source, str) else f"2 x {source} steps",

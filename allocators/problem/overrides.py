@@ -75,8 +75,13 @@ def _of_layers(pattern: str, matched: Sequence[int], sides: Sequence[Side], bits
 def _of_inputs(pattern: str, layers: Sequence[str], roles: Sequence[str], sides: Sequence[Side], bits: Bits) -> Wanted:
     """What an override of one input of products pins. Raises OverrideError where there is none of this name."""
     name, _, place = pattern.rpartition(".")
-    matched = _named(name, layers, roles) if place in _INPUTS else []
-    if not matched:
+    matched = _named(name, layers, roles) if name else []
+    if len({roles[layer] for layer in matched}) == 1 and place not in _INPUTS:
+        raise OverrideError(
+            f"override {pattern!r} names no operand of {layers[matched[0]]!r}: one input of a product is named "
+            f'"{name}.left" or "{name}.right", and a weight by a pair, {{"{name}": (4, None)}}'
+        )
+    if not matched or place not in _INPUTS:
         known = list(dict.fromkeys([*roles, *layers, *_inputs(layers, sides)]))
         close = difflib.get_close_matches(pattern, known, n=5, cutoff=0.4) or known[:5]
         raise OverrideError(f"override {pattern!r} matches no layer, role or glob; close names: {', '.join(close)}")

@@ -16,6 +16,7 @@ import enum
 import functools
 import inspect
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -141,11 +142,15 @@ def described(annotation: Any) -> str:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations by argument; those of a TypedDict that `**options` unpacks among them."""
+    """Annotations by argument; those of a TypedDict that `**options` unpacks among them.
+
+    Types that are texts may name modules in full, which are then imported somewhere.
+    """
     found = typing.get_type_hints(function)
+    loaded = {name: module for name, module in sys.modules.items() if "." not in name}
     unpacked = [each for each in found.values() if typing.get_origin(each) is typing.Unpack]
     for each in unpacked:
-        found |= typing.get_type_hints(typing.get_args(each)[0])
+        found |= typing.get_type_hints(typing.get_args(each)[0], localns=loaded)
     return found
 
 

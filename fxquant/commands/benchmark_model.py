@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
-from fxquant.graph.notes import IMAGE_SHAPE
 
 
 def benchmark_model(
@@ -29,6 +28,7 @@ def benchmark_model(
     import torch
 
     from fxquant.commands.console import emit, show
+    from fxquant.graph.notes import IMAGE_SHAPE
     from fxquant.measure.timing import Timing, Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.compiling import Compiling, compiling
 
 
+@compiling
 def compile_model(
     model: o.Model,
     budget: Annotated[str, typer.Argument(help='"W4A4", "W3.5A5", "6MB", "W4, 2GBOPs", "W4A8, 5ms", ...')],
@@ -21,14 +23,7 @@ def compile_model(
     synthesis_steps: o.SynthesisSteps = None,
     recipe: o.Recipe = "best",
     allocator: o.AllocatorName = None,
-    override: o.Override = None,
-    first_last_bits: o.FirstLastBits = None,
-    fully_quantized: o.FullyQuantized = False,
-    backend: o.Backend = "simulated",
-    latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1,
-    latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1,
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 8,
+    given: Compiling = Compiling(),
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
     report: Annotated[Path | None, typer.Option(help="Report to write as JSON.")] = None,
     cache: o.CacheFolder = None,
@@ -50,25 +45,21 @@ def compile_model(
     from fxquant.report.picture import check_picture
     from fxquant.report.progress import RichProgress
     from fxquant.session.session import compile
-    from passes.allocate.measure_latency import MeasureLatency
 
-    wanted, chosen, overrides = Budget.parse(budget), o.allocator_or_none(allocator), o.parse_overrides(override)
+    wanted, chosen = Budget.parse(budget), o.allocator_or_none(allocator)
+    given.options()  # which is read before anything takes long
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
+    found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
     card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
     with RichProgress() as progress:
-        quantized = compile(
-            named.model, wanted, calibration=found, recipe=recipe, allocator=chosen, overrides=overrides,
-            first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
-            latency=MeasureLatency(latency_batch, latency_threads), seed=seed,
-            batch_size=batch_size, progress=progress, cache=kept, card=card,
-        )  # fmt: skip
+        options = given.options(recipe=recipe, progress=progress, cache=kept, card=card)
+        quantized = compile(named.model, wanted, calibration=found, allocator=chosen, **options)
     if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
         say(f"calibrated and searched before: recalled from {kept}")
     summary = quantized.report()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from allocators import ALLOCATORS, allocator_named
-from fxquant.errors import ArtefactError, DataError, ModelError, OverrideError
+from fxquant.errors import ArtefactError, DataError, ModelError, OptionError, OverrideError
 from passes.lower.backends import backend_names
+from passes.options import RECIPE_NAMES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,17 +53,11 @@ Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
 STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
 SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
-RECIPE_HELP = "best, best_thorough, mptq_vit, lampq, mix_qvit, vt_ptq, adalog, repq_vit, tsptq_vit, naive_min_max."
+RECIPE_HELP = f"{', '.join(RECIPE_NAMES)}."
 Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
 ALLOCATOR_HELP = f"{', '.join(ALLOCATORS)}; else the recipe's own."
 AllocatorName = Annotated[str | None, typer.Option("--allocator", help=ALLOCATOR_HELP)]
-Override = Annotated[
-    list[str] | None, typer.Option(help="layer=6 or layer=4/8 (weight/activation); name, role or glob. Repeatable.")
-]
-FirstLastBits = Annotated[int | None, typer.Option(help="Pin patch embedding and head to these bits.")]
-FullyQuantized = Annotated[bool, typer.Option("--fully-quantized", help="Quantize softmax and LayerNorm inputs too.")]
 BACKENDS_HELP = ", ".join(backend_names())
-Backend = Annotated[str, typer.Option(help=f"Only what it runs as integers; simulated: anything. {BACKENDS_HELP}.")]
 Seed = Annotated[int, typer.Option(help="Of every random draw, and of which calibration images are taken.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step; bounds memory.")]
 ImageSize = Annotated[int | None, typer.Option(help="Height and width of the model's input.")]
@@ -119,6 +114,14 @@ def parse_overrides(texts: list[str] | None) -> dict[str, Bits]:
 
 def _is_width(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 4
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """`3,4,8` as widths. Raises OptionError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(map(_is_width, parts)):
+        raise OptionError(f"bits are widths with commas between, such as 3,4,8; found {text!r}")
+    return tuple(map(int, parts))
 
 
 def parse_numbers(text: str | None, name: str) -> tuple[float, ...] | None:

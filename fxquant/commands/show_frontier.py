@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.compiling import Compiling, compiling
 
 
+@compiling
 def show_frontier(
     model: o.Model,
     axis: Annotated[
@@ -33,12 +35,7 @@ def show_frontier(
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
     recipe: o.Recipe = "best",
-    override: o.Override = None,
-    first_last_bits: o.FirstLastBits = None,
-    fully_quantized: o.FullyQuantized = False,
-    backend: o.Backend = "simulated",
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 8,
+    given: Compiling = Compiling(),
     plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
     cache: o.CacheFolder = None,
     no_cache: o.NoCache = False,
@@ -58,20 +55,16 @@ def show_frontier(
     o.check_output(plot)
     if plot is not None:
         check_plot(plot)
-    wanted, overrides = o.parse_numbers(limits, "limits"), o.parse_overrides(override)
+    wanted = o.parse_numbers(limits, "limits")
+    given.options()  # which is read before anything takes long
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
-    data = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
-    options: dict[str, Any] = {
-        "overrides": overrides, "first_last_bits": first_last_bits, "fully_quantized": fully_quantized,
-        "backend": backend,
-    }  # fmt: skip
+    data = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     with RichProgress() as progress:
         found = frontier(
-            named.model, data, axis=axis, limits=wanted, recipe=recipe, exact=not fast,
-            realised="divergence" if realised else None, seed=seed, batch_size=batch_size, cache=kept,
-            progress=progress, **options,
+            named.model, data, axis=axis, limits=wanted, exact=not fast, realised="divergence" if realised else None,
+            **given.options(recipe=recipe, cache=kept, progress=progress),
         )  # fmt: skip
     if plot is not None:
         found.plot(plot)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.compiling import Compiling, compiling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fxquant.session.sweep import Sweep
 
 
+@compiling
 def sweep_budgets(
     model: o.Model,
     budgets: Annotated[str, typer.Option(help='Separated by commas, or by ";" where a budget has commas.')],
@@ -31,11 +33,7 @@ def sweep_budgets(
     synthesis_steps: o.SynthesisSteps = None,
     recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "best",
     allocator: Annotated[str | None, typer.Option(help=f"One or more of {o.ALLOCATOR_HELP}")] = None,
-    first_last_bits: o.FirstLastBits = None,
-    fully_quantized: o.FullyQuantized = False,
-    backend: o.Backend = "simulated",
-    seed: o.Seed = 0,
-    batch_size: o.BatchSize = 8,
+    given: Compiling = Compiling(),
     limit: o.Limit = None,
     results: Annotated[Path | None, typer.Option(help="JSON file of results; points already in it are kept.")] = None,
     cache: o.CacheFolder = None,
@@ -62,6 +60,7 @@ def sweep_budgets(
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
     allocators = [o.allocator_or_none(name.strip()) for name in allocator.split(",")] if allocator else [None]
+    options = given.options()
     o.check_output(results, plot)
     if plot is not None:
         check_plot(plot)
@@ -69,20 +68,16 @@ def sweep_budgets(
     named = o.named_model(model, weights, num_classes, model_option)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded", classes, labels)
-    found = o.calibration_images(calibration, images, preprocessing, seed, model == "embedded", synthesis_steps)
+    found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
-    options: dict[str, Any] = {
-        "first_last_bits": first_last_bits, "fully_quantized": fully_quantized, "backend": backend
-    }  # fmt: skip
     data_used = found if isinstance(found, Tensor) else repr(found)
     known = [tested.name, tested.count, tested.labels, tested.names]
-    settings = signature(named.model, data_used, card, options, seed, batch_size, *known, limit)
+    settings = signature(named.model, data_used, card, repr(options), *known, limit)
     with RichProgress() as progress:
-        common: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress, "cache": folder}
-        sessions = {
-            name: Session(named.model, found, recipe=name, card={**card, "recipe": name}, **common, **options)
-            for name in map(str.strip, recipe.split(","))
-        }
+        sessions = {}
+        for name in map(str.strip, recipe.split(",")):
+            own = given.options(recipe=name, card={**card, "recipe": name}, progress=progress, cache=folder)
+            sessions[name] = Session(named.model, found, **own)
 
         def measure(runs: nn.Module, label: str) -> Accuracy:
             return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")

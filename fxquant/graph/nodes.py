@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
@@ -90,3 +91,26 @@ def module_uses(graph_module: GraphModule) -> dict[str, int]:
             target = str(node.target) if node.op == "call_module" else str(node.target).rpartition(".")[0]
             counts[target] = counts.get(target, 0) + 1
     return counts
+
+
+def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
+    """The module that a node calls, None where it calls none."""
+    is_call = node is not None and node.op == "call_module"
+    return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
+
+
+def readers(node: Node) -> list[Node]:
+    """Users of a node that read its numbers, not only its shape."""
+    return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]
+
+
+def input_of(node: Node | None, index: int = 0) -> Node | None:
+    """The node that an argument of a node is, None where it is something else."""
+    found = node.args[index] if node is not None and len(node.args) > index else None
+    return found if isinstance(found, Node) else None
+
+
+def only_reader(node: Node | None) -> Node | None:
+    """The one user that reads a node's numbers, None where there are several or none."""
+    found = [] if node is None else readers(node)
+    return found[0] if len(found) == 1 else None

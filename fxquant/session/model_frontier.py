@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,11 @@ from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.sensitivity.objective import Objective, Outputs
 from fxquant.session.compiled import Compiled
+from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
 from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
-from passes.pipeline.contract import ProgressReporter, check_images, reporter_of
+from passes.options import documented
+from passes.pipeline.contract import check_images, reporter_of
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
@@ -124,27 +126,23 @@ class Frontier(Document):
 
 
 @checked(OptionError, **BY_ARGUMENT, axis=BudgetError, limits=BudgetError, realised=BudgetError)
+@documented(SessionOptions)
 def frontier(
     model: nn.Module,
     calibration: Tensor | Iterable[Any] | Synthesis | None = None,
     *,
     axis: str = MEAN_BITS,
     limits: Sequence[float] | None = None,
-    recipe: str = "best",
     exact: bool = True,
     realised: Literal["divergence"] | Callable[[nn.Module], float] | None = None,
     images: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    cache: str | PathLike[str] | None = None,
-    progress: ProgressReporter | None = None,
-    **options: Any,
+    **options: Unpack[SessionOptions],
 ) -> Frontier:
     """The Pareto set of budget and predicted loss.
 
     Args:
-        model: a Vision Transformer; it is not changed.
-        calibration, recipe, seed, batch_size, cache, options: as in `fxquant.compile`.
+        model: the caller's; it is not modified.
+        calibration: images, float (N, C, H, W), or how to make them; see `fxquant.compile`.
         axis: "mean_bits" (weights and activations alike) or one of "mean_weight_bits", "mean_activation_bits",
             "weight_bytes", "bit_operations", "latency_ms" (with backend="cpu-native").
         limits: budgets in that unit; by default a quarter bit apart over the whole range. Widths that the recipe avoids
@@ -152,8 +150,8 @@ def frontier(
         exact: solve the integer program at every budget, else take the convex hull.
         realised: measure every point: "divergence", mean divergence from the float model in the unit of the objective,
             or a function of the compiled model.
-        images: what the divergence is measured on, float (N, C, H, W); None: the calibration images.
-        progress: shows how far it is; None: nothing is shown.
+        images: what the divergence is measured on, float (N, C, H, W); the calibration images if not given.
+        {options}
 
     Raises as `fxquant.compile` does; BudgetError for an unknown axis, InfeasibleBudgetError for a limit out of reach.
     """
@@ -161,10 +159,8 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = reporter_of(progress)
-    session = Session(
-        model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, **options
-    )
+    progress = reporter_of(options.get("progress"))
+    session = Session(model, calibration, **options)
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:
         session.check(lowest)
@@ -175,6 +171,7 @@ def frontier(
     task.close()
     if realised is None:
         return Frontier(axis, tuple(points), unit=session.objective.unit)
+    batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
     measured = session.calibration if images is None else images
     measure = _Divergence(model, session.objective, measured, batch_size) if realised == "divergence" else realised
     task = progress.track("measuring", len(points))

@@ -16,11 +16,9 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
-from os import PathLike
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,82 +27,78 @@ from torch.fx import GraphModule
 from allocators.allocator import Allocator
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
-from allocators.problem.overrides import Bits
 from fxquant.artefact.cache import Cache
-from fxquant.checks.arguments import json_values
+from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.known_answers import KnownAnswers, range_of
-from fxquant.sensitivity.objective import AUTO, Objective
+from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
 from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
+from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
-from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED
-from passes.pipeline.contract import Journal, PassContext, ProgressReporter, check_images, reporter_of
+from passes.options import SharedOptions, documented
+from passes.pipeline.contract import Journal, PassContext, check_images, reporter_of
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe as recipe_named
 from passes.search.search_cache import run_prefix, split
 
 __all__ = ["Compiled", "Session", "compile", "load"]
 
-_BROUGHT = "budget, allocator, overrides, first_last_bits, fully_quantized, backend and latency"
+_BROUGHT = f"budget, allocator, {', '.join(SharedOptions.__annotations__)}"
 
 
 class Session:
     """A model with its calibration images and a recipe, to be compiled for any number of budgets and allocators.
 
-    Args:
-        model: the caller's; it is not modified.
-        calibration: see `compile`.
-        recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget and options.
-        seed: of every random draw.
-        batch_size: images per forward where outputs are compared.
-        progress: where long steps report.
-        cache: folder that keeps the calibrated and searched model for other processes.
-        card: entries to add to the protocol card.
-        objective: see `compile`.
-        inputs: see `compile`.
-        options: of the recipe (overrides, first_last_bits, fully_quantized, ...).
-
     What `compile` returns equals what `fxquant.compile` returns for the same budget, allocator and options.
     """
 
     @checked(OptionError, **BY_ARGUMENT)
+    @documented(SessionOptions)
     def __init__(
         self,
         model: nn.Module,
         calibration: Tensor | Iterable[Any] | Synthesis | None = None,
-        *,
-        recipe: str | Pipeline = "best",
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: ProgressReporter | None = None,
-        cache: str | PathLike[str] | None = None,
-        card: Mapping[str, Any] | None = None,
-        objective: str | Objective = AUTO,
-        inputs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[SessionOptions],
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
 
-        Raises CalibrationError, ModelError, PipelineError.
+        Args:
+            model: the caller's; it is not modified.
+            calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
+                DataLoader or other iterable of images or (images, labels), which is gone through once and may give
+                1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
+        {options}
+
+        Raises CalibrationError, ModelError, OptionError, PipelineError.
         """
-        self.model, self.card = model, json_values("card", card or {}, OptionError)
+        self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
             check_images(calibration)
-        self._recipe, self._options = recipe, options
-        if isinstance(recipe, Pipeline):
-            self._check_own(recipe)
-        self._example = self.pipeline(None if isinstance(recipe, Pipeline) else "W8A8")  # refuses unknown options
-        settings = seed, batch_size, Cache(cache), reporter_of(progress), objective, inputs
-        self._source = ModelSource(model, calibration, *settings)
+        self._recipe = options.get("recipe", DEFAULT_RECIPE)
+        self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
+        if isinstance(self._recipe, Pipeline):
+            self._check_own(self._recipe)
+        self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
+        self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
+        self._source = ModelSource(
+            model,
+            calibration,
+            options.get("seed", DEFAULT_SEED),
+            options.get("batch_size", DEFAULT_BATCH_SIZE),
+            Cache(options.get("cache")),
+            reporter_of(options.get("progress")),
+            options.get("objective", DEFAULT_OBJECTIVE),
+            options.get("inputs"),
+        )
 
     def _check_own(self, pipeline: Pipeline) -> None:
         """Raise PipelineError for a pipeline of the caller's that leaves nothing quantized, and for options with it."""
@@ -145,7 +139,11 @@ class Session:
             if budget is not None or allocator is not None:
                 self._refuse_beside_own()
             return self._recipe
-        return recipe_named(self._recipe)(budget, allocator=allocator, **self._options)
+        recipe = recipe_named(self._recipe) if isinstance(self._recipe, str) else self._recipe
+        found = recipe(budget, allocator=allocator, **self._options)
+        if not isinstance(found, Pipeline):
+            raise PipelineError.for_type(f"the recipe {recipe!r} returned {shown(found)}, not a Pipeline")
+        return found
 
     @torch.inference_mode(False)
     def check(self, budget: Any, allocator: Allocator | None = None) -> None:
@@ -167,13 +165,13 @@ class Session:
         pipeline = self.pipeline(budget, allocator)
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
-        if last and "_searched" not in self.__dict__:
+        if last and not self._searched:
             context = replace(self._source.context, journal=Journal())
             is_kept = context.cache.folder is not None  # as what differs from the traced model
             traced = self._source.traced if is_kept else self._source.given_up()
             searched = run_prefix(prefix, traced, context, in_place=not is_kept)
             return self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
-        searched, context = self._searched, self._after_search()
+        searched, context = self._after_search(prefix)
         return self._compiled(pipeline, rest.run(searched, context), context.journal)
 
     @torch.inference_mode(False)
@@ -185,25 +183,27 @@ class Session:
         that the recipe avoids are left out where the budget `lowest` can be met without them, and by default.
         """
         pipeline = self.pipeline(budget)
-        _, rest = split(pipeline)
-        found = rest[: rest.position(AllocateBits)].run(self._searched, self._after_search())
+        prefix, rest = split(pipeline)
+        searched, context = self._after_search(prefix)
+        found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
 
-    @cached_property
-    def _searched(self) -> GraphModule:
-        """The graph as it is before bits are allocated; no budget has any say in it."""
-        prefix, _ = split(self._example)
-        return run_prefix(prefix, self._source.traced, self._source.context)
+    def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
+        """The graph after the passes before bits are allocated, and a context whose journal tells of them.
 
-    def _after_search(self) -> PassContext:
-        """The context of one point: its journal begins with what led to `_searched`."""
-        context = self._source.context
-        return replace(context, journal=Journal(list(context.journal.entries)))
+        No budget has a say in these passes of our recipes; where one has, in a recipe of the caller's, they run for it.
+        """
+        key = tuple(map(repr, prefix))
+        if key not in self._searched:
+            context = replace(self._source.context, journal=Journal())
+            self._searched[key] = run_prefix(prefix, self._source.traced, context), context.journal
+        searched, journal = self._searched[key]
+        return searched, replace(self._source.context, journal=Journal(list(journal.entries)))
 
     def _compiled(self, pipeline: Pipeline, quantized: GraphModule, journal: Journal) -> Compiled:
         """What a pipeline has made of the traced model, with what it says of itself and its known answers."""
-        source, backend = self._source, self._options.get("backend", SIMULATED)
+        source, backend = self._source, str(self._options.get("backend", SIMULATED))
         card = {**protocol_card(self.model, source, pipeline, quantized, backend), **self.card}
         outputs = source.model_outputs
         answers = KnownAnswers.measured(quantized, outputs.answers, range_of(source.images))
@@ -212,59 +212,27 @@ class Session:
 
 
 @checked(OptionError, **BY_ARGUMENT)
+@documented(SessionOptions)
 def compile(
     model: nn.Module,
     budget: Any,
     *,
     calibration: Tensor | Iterable[Any] | Synthesis | None = None,
-    recipe: str | Pipeline = "best",
     allocator: Allocator | None = None,
-    overrides: Mapping[str, Bits] | None = None,
-    first_last_bits: int | None = None,
-    fully_quantized: bool = False,
-    backend: str = SIMULATED,
-    latency: MeasureLatency | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    progress: ProgressReporter | None = None,
-    cache: str | PathLike[str] | None = None,
-    card: Mapping[str, Any] | None = None,
-    objective: str | Objective = AUTO,
-    inputs: Mapping[str, Any] | None = None,
+    **options: Unpack[SessionOptions],
 ) -> Compiled:
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: a Vision Transformer in inference mode; it is not modified.
-        budget: what the result may use: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget.
-        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a
-            list, DataLoader or other iterable of images or (images, labels), which is gone through once and may give
-            1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
-        recipe: a name of `passes.recipes.RECIPES`, or a Pipeline, which brings its own budget (give None) and options.
-        allocator, overrides, first_last_bits, fully_quantized: see `passes.recipes.assembly.Options`.
-        backend: "cpu-native", "cpu-onednn" or "auto" searches only quantizers and widths that this backend runs as
-            integers. The result is simulated all the same, and its report says how many layers will run so when it is
-            loaded with the backend.
-        latency: the batch size and the threads that a budget in ms holds for; None means one image on one thread. It
-            needs backend="cpu-native".
-        objective: what quantization must keep of the output: "classes" (the distribution over classes), "features"
-            (every tensor), "embeddings" (directions of vectors), an Objective of your own, or "auto": classes where the
-            model gives class scores, features where it gives anything else.
-        seed: seeds every random draw.
-        batch_size: how many images a forward takes where outputs are compared. It bounds memory.
-        progress: shows how far it is; None: nothing is shown.
-        cache: a folder in which all that was calibrated, searched and scored is kept, so that the next budget on the
-            same model, images and options only allocates, in any process. None keeps nothing.
-        card: entries to add to the protocol card, for example the name of the data.
-        inputs: further arguments of the model's forward, by name, with the value that they always have, such as
-            {"interpolate_pos_encoding": False}. The result is called with images alone.
+        model: the caller's.
+        budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
+            DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024
+            images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
+        allocator: what chooses bits; None for the recipe's own.
+        {options}
 
     Raises CalibrationError, ModelError, TraceError, CoverageError, BudgetError, InfeasibleBudgetError, OverrideError,
-    BackendError or PipelineError.
+    BackendError, OptionError or PipelineError.
     """
-    session = Session(
-        model, calibration, recipe=recipe, seed=seed, batch_size=batch_size, progress=progress, cache=cache, card=card,
-        overrides=overrides, first_last_bits=first_last_bits, fully_quantized=fully_quantized, backend=backend,
-        latency=latency, objective=objective, inputs=inputs,
-    )  # fmt: skip
-    return session.compile(budget, allocator, last=True)
+    return Session(model, calibration, **options).compile(budget, allocator, last=True)

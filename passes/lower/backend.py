@@ -19,7 +19,7 @@ class Backend:
         name: as users write it; the module's name, with "-" for "_".
         summary: what runs as integers, in a few words, for help texts.
         families: of quantizers that it runs, by name, with their widest widths in bits.
-        edges: into layers that it runs, as `InsertObservers` calls them.
+        edges: into layers that it runs, as `PlanOperands` calls them.
         instead: by edge, the family that takes the place of those that it does not run; where an edge has none, a
             recipe without any that it runs is refused.
         finds: the nodes of a simulated graph that will run as integers.

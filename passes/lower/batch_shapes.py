@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.graph.facts import Fact
-from fxquant.graph.nodes import image_of
-from passes.lower.integer_plan import input_of, module_of, moves, shape_of
+from fxquant.graph.nodes import image_of, input_of, module_of
+from passes.lower.integer_plan import moves, shape_of
 from passes.lower.moved import COUNTS
 from passes.lower.rewrite import REQUIRES
 from passes.pipeline.contract import PassContext

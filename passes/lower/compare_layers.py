@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.graph.annotation import annotation_of
+from fxquant.graph.nodes import module_of
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
 from fxquant.runtime.integer.lowered import RowLogToCodes, ToCodes
 from fxquant.runtime.simulated import QuantizedMatmul, QuantizedWeightModule
-from passes.lower.integer_plan import layer_of, module_of
+from passes.lower.integer_plan import layer_of
 from passes.pipeline.contract import Pass, PassContext
 
 EDGE, FLOATS = 1e-3, 1e-3

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn import functional
 
 from fxquant.graph.annotation import annotation_of
+from fxquant.graph.nodes import input_of, module_of
 from fxquant.graph.notes import EXECUTION
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import Epilogue, RowLogToCodes, ToCodes
@@ -91,12 +91,6 @@ def layer_of(node: Node | None) -> str:
     return "" if node is None else annotation_of(node).layer or node.name
 
 
-def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
-    """The module that a node calls, None where it calls none."""
-    is_call = node is not None and node.op == "call_module"
-    return graph_module.get_submodule(str(node.target)) if node is not None and is_call else None
-
-
 def operation_of(graph_module: GraphModule, node: Node | None) -> str:
     """What a node does, for a person: the class of the module that it calls, or the name of the function."""
     if node is None:
@@ -104,23 +98,6 @@ def operation_of(graph_module: GraphModule, node: Node | None) -> str:
     module = module_of(graph_module, node)
     name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
     return f"'{name}'"
-
-
-def readers(node: Node) -> list[Node]:
-    """Users of a node that read its numbers, not only its shape."""
-    return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]
-
-
-def input_of(node: Node | None, index: int = 0) -> Node | None:
-    """The node that an argument of a node is, None where it is something else."""
-    found = node.args[index] if node is not None and len(node.args) > index else None
-    return found if isinstance(found, Node) else None
-
-
-def only_reader(node: Node | None) -> Node | None:
-    """The one user that reads a node's numbers, None where there are several or none."""
-    found = [] if node is None else readers(node)
-    return found[0] if len(found) == 1 else None
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.lower.integer_plan import input_of, moves, shape_of
+from fxquant.graph.nodes import input_of
+from passes.lower.integer_plan import moves, shape_of
 
 COUNTS = (2, 3)
 """Sizes of the first dimension that moves are tried with: none of them may be special."""

@@ -5,7 +5,8 @@ for codes at the edge between two levels: 5 % of the spread of scores, and more 
 all codes were the same, and that is all. Where they do not, single codes fell the other way, or something is wrong by
 little: then the model is lowered again without chains, whose layers are invisible, and every layer is compared on equal
 inputs, tightly (`passes.lower.compare_layers`); and the chains must give what it gives without them. That takes another
-lowering and a run of each graph, half a second for a ViT-tiny, so it is not done where the ends leave nothing to ask.
+lowering and a run of each graph, one to two CPU seconds for a ViT-tiny, so it is not done where the ends leave nothing
+to ask.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     pipeline = mptq_vit("W4A4", allocator=Greedy())            # exactly as published
     pipeline = pipeline.without(FoldSqb)                       # an ablation
 
-By name: `recipe("mptq_vit")`; all of them: `RECIPES`. Options: `passes.recipes.assembly.Options`.
+By name: `recipe("mptq_vit")`; all of them: `RECIPES`. Options: `passes.options.RecipeOptions`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from fxquant.checks.arguments import text
 from fxquant.errors import PipelineError
+from passes.options import RECIPE_NAMES
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
 from passes.recipes.best import best, best_thorough
@@ -35,18 +36,7 @@ __all__ = [
     "vt_ptq",
 ]
 
-RECIPES: dict[str, Callable[..., Pipeline]] = {
-    "best": best,
-    "best_thorough": best_thorough,
-    "mptq_vit": mptq_vit,
-    "lampq": lampq,
-    "mix_qvit": mix_qvit,
-    "vt_ptq": vt_ptq,
-    "tsptq_vit": tsptq_vit,
-    "adalog": adalog,
-    "repq_vit": repq_vit,
-    "naive_min_max": naive_min_max,
-}
+RECIPES: dict[str, Callable[..., Pipeline]] = {name: globals()[name] for name in RECIPE_NAMES}
 
 
 def recipe(name: str) -> Callable[..., Pipeline]:

@@ -7,18 +7,16 @@ So a recipe is a list of passes to read from top to bottom, as it is without opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypedDict
 
-from allocators.allocator import Allocator
-from allocators.problem.overrides import Bits
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
 from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
 from passes.allocate.check_budget import with_check
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, resolved
+from passes.options import RecipeOptions
 from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
@@ -30,24 +28,8 @@ from passes.search.search_scales import SearchScales
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-class Options(TypedDict, total=False):
-    """Options of every recipe.
-
-    allocator: any `Allocator`; None for the recipe's own. overrides, first_last_bits: see AllocateBits.
-    fully_quantized: softmax and LayerNorm compute on quantized inputs too. fold: FoldSqb with other switches, or None.
-    bits: candidate widths. backend: only quantizers and widths that this backend runs as integers, see
-    `passes.recipes.restrict_families`. latency: for which batch size and threads a budget's latency holds.
-    """
-
-    allocator: Allocator | None
-    overrides: Mapping[str, Bits] | None
-    first_last_bits: int | None
-    fully_quantized: bool
-    fold: FoldSqb | None
-    bits: tuple[int, ...]
-    backend: str
-    latency: MeasureLatency | None
-
+Options = RecipeOptions
+"""What every recipe takes."""
 
 checked_recipe = checked(PipelineError, **BY_ARGUMENT)
 """Decorator of a recipe: unknown options, and those of the wrong type or value, raise before anything is built."""

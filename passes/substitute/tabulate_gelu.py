@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.facts import QUANTIZED, Fact
 from fxquant.graph.names import exchange_module
+from fxquant.graph.nodes import input_of, only_reader
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_table import BITS, fits
 from fxquant.runtime.simulated import QuantizedInput, QuantizedLinear
-from passes.lower.integer_plan import input_of, only_reader
 from passes.pipeline.contract import PassContext
 
 LOWEST = -12.0  # GELU is zero in float32 below

@@ -81,7 +81,7 @@ def plain_table(**changes: object) -> CostTable:
 def untied_table(**changes: object) -> CostTable:
     """`plain_table` whose product's inputs have widths of their own: 60 and 90 elements."""
     cost = np.array(plain_table().cost)
-    cost[0, 1] = cost[1, 1] / 2
+    cost[:, 1] = cost[1, 1] / 2
     return plain_table(**{"first_elements": [100, 60, 300], "second_elements": [50, 90, 200], "cost": cost, **changes})
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
-from fxquant.errors import BudgetError
+from fxquant.errors import BudgetError, CalibrationError
 from fxquant.session.model_frontier import Frontier
 from tests.models import images, vit
 
@@ -98,9 +99,7 @@ def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text:
         fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
 
 
-def test_outputs_that_are_no_class_scores() -> None:
-    """Where there are no class scores, what is realised is measured on the outputs themselves."""
-
+def test_outputs_that_are_no_class_scores_have_the_divergence_of_their_features() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,7 +108,10 @@ def test_outputs_that_are_no_class_scores() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.embed(x).flatten(2).transpose(1, 2))
 
-    found = fxquant.frontier(
-        Tokens(), images(2, 16), limits=[8], recipe="naive_min_max", realised="divergence", bits=(4, 8)
-    )
-    assert found.points[0].realised < 1e-2, "a relative squared error of the outputs"
+    options: dict[str, Any] = {"recipe": "naive_min_max", "realised": "divergence", "bits": (4, 8)}
+    model, x = Tokens(), images(2, 16)
+    found = fxquant.frontier(model, x, limits=[4, 8], **options)
+    assert found.unit == "relative squared error per image"
+    assert 0 < found.realised[1] < found.realised[0] < 1
+    with pytest.raises(CalibrationError, match="the realised divergence needs class scores"):
+        fxquant.frontier(model, x, limits=[8], objective="classes", **options)

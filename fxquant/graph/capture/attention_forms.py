@@ -53,7 +53,10 @@ def scaled_dot_product_attention(
 
 
 def attention_probabilities(query: Any, key: Any, attn_mask: Any = None, scale: float | None = None) -> Any:
-    """softmax(q k^T * scale + mask), (..., L, S); arguments as of `scaled_dot_product_attention`."""
+    """softmax(q k^T * scale + mask), (..., L, S).
+
+    Args: see `torch.nn.functional.scaled_dot_product_attention`.
+    """
     scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + _additive(attn_mask, query.dtype)

@@ -100,7 +100,9 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Any, Any]:
-    """`torch.nn.functional.multi_head_attention_forward`, written out; its arguments, tokens before images.
+    """The function of torch written out; tokens come before images.
+
+    Args: see `torch.nn.functional.multi_head_attention_forward`.
 
     Raises TraceError where probabilities are dropped at random, and for keys that come from no token.
     """

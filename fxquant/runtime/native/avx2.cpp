@@ -55,7 +55,9 @@ struct DeepLoop {
 struct WideLoop {
     using Left = int16_t;
     using Right = int16_t;
+    static constexpr int64_t limit = 0;
     explicit WideLoop(int64_t) {}
+    void split(int, int16_t *, int64_t) {}
 };
 
 // Of numbers from 0 to most_left times numbers of most_right in size.
@@ -72,14 +74,7 @@ void choose_loop(int64_t depth, const Task &task) {
     else task(WideLoop(depth));
 }
 
-// For weights, which are looked at where that pays: so few rows take no longer than looking does.
-constexpr int64_t kDeep = 8, kFewRows = 48;
-DeepLoop loop_for_weights(int64_t most_left, int64_t most_weight, int64_t rows) {
-    const int64_t sure = depth_of(most_left, most_weight);
-    DeepLoop loop(sure);
-    if (sure == 0 || (sure < kDeep && rows >= kFewRows)) loop.limit = kMostSum / most_left;
-    return loop;
-}
+constexpr int64_t kDeep = 8, kFewRows = 48;  // so few take no longer than looking at weights does
 
 // `at_once` groups of inputs from `from` on, whose sums 16 bits hold, row by row.
 template <int rows, int at_once>
@@ -198,6 +193,20 @@ void tile(const Loop &loop, int rows, int vectors, const typename Loop::Left *le
 
 #include "split.inl"
 
+// Calls task(loop) for weights, which are looked at where that pays; first_panel(groups): the first 16 columns of them.
+template <class Panel, class Task>
+void choose_for_weights(int64_t most_left, int64_t most_weight, int64_t rows, const Panel &first_panel, const Task &task) {
+    const int64_t sure = depth_of(most_left, most_weight);
+    DeepLoop loop(sure);
+    if (sure == 0 || (sure < kDeep && rows >= kFewRows)) loop.limit = kMostSum / most_left;
+    if (sure == 0 && rows >= kFewRows) {
+        int64_t groups = 0;
+        const int8_t *const panel = first_panel(&groups);
+        if (is_better_wide(panel, groups, loop.limit)) return task(WideLoop(0));
+    }
+    task(loop);
+}
+
 // Bytes to the left of a product as 16 bits: in every four, the even ones first.
 void widen_left(const uint8_t *bytes, int64_t count, int16_t *out) {
     const __m128i even_first = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
@@ -223,6 +232,7 @@ void widen_right(const int8_t *bytes, int64_t groups, int16_t *out) {
 #include "epilogue.inl"
 #include "reach.inl"
 #include "linear.inl"
+#include "product.inl"
 #include "attention.inl"
 
 }  // namespace

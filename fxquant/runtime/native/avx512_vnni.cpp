@@ -79,6 +79,7 @@ void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t lef
 #include "epilogue.inl"
 #include "reach.inl"
 #include "linear.inl"
+#include "product.inl"
 #include "attention.inl"
 
 }  // namespace

@@ -89,6 +89,7 @@ void tile(const ByteLoop &loop, int rows, int vectors, const Left *left, int64_t
 #include "epilogue.inl"
 #include "reach.inl"
 #include "linear.inl"
+#include "product.inl"
 #include "attention.inl"
 
 }  // namespace

@@ -35,6 +35,20 @@ static void unpack(int32_t bits, const uint8_t *packed, int64_t tiles, int8_t *o
     }
 }
 
+// The same as numbers that a loop takes.
+template <class Number>
+static void unpack_panel(int32_t bits, const uint8_t *packed, int64_t tiles, Number *out) {
+    if constexpr (sizeof(Number) == 1) {
+        unpack(bits, packed, tiles, out);
+    } else {
+        alignas(64) int8_t bytes[kGroups * kGroupBytes];
+        for (int64_t t = 0; t < tiles; ++t, packed += 64 * bits, out += kGroups * kGroupBytes) {
+            unpack(bits, packed, 1, bytes);
+            widen_right(bytes, kGroups, out);
+        }
+    }
+}
+
 // Rows of bytes as rows of one digit each, less `low`, padded to whole groups, whose weights are zero: (rows, padded).
 template <class Number>
 static void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_t *codes, int64_t stride, int64_t rows,
@@ -58,13 +72,12 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
     [[maybe_unused]] const Session session;
     using Left = typename Loop::Left;
     using Right = typename Loop::Right;
-    static_assert(sizeof(Left) == 1 && sizeof(Right) == 1, "weights are bytes");
     const FxqLinear &spec = *call.spec;
     const int64_t inner = spec.in_features, padded = round_up(inner, kInnerStep), tiles = call.places.tiles;
     const int64_t unit_bytes = tiles * 64 * spec.weight_bits;
     const int digits = spec.input.count;
     // Bytes are used where they lie if they are digits already, rows are whole groups and tiles are whole.
-    const bool is_direct = spec.input.identity && low == 0 && inner == padded;
+    const bool is_direct = sizeof(Left) == 1 && spec.input.identity && low == 0 && inner == padded;
     const int64_t last = is_direct ? rows / kWholeRows * kWholeRows : 0, others = rows - last;
     Left *copied = nullptr;  // the rows from `last` on
     if (others) {
@@ -74,7 +87,7 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
             expand(spec.input, d, low, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
     }
     const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
-    const bool is_plain = spec.weight_bits == 8 && inner == padded && !loop.limit;
+    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded && !loop.limit;
     // Inputs in chunks whose panel stays in the first-level cache; between them, sums wait in memory.
     const int64_t chunk = padded < 2 * kMostInner ? padded : kMostInner, chunks = (padded + chunk - 1) / chunk;
     const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(chunk, kTileInputs) * kUnit;
@@ -101,7 +114,7 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
             const uint8_t *packed = call.layout + call.places.weights + u * unit_bytes + first_tile * 64 * spec.weight_bits;
             const int64_t count_tiles = (tiles - first_tile) * kTileInputs < inputs ? tiles - first_tile : (inputs + kTileInputs - 1) / kTileInputs;
             for (int v = 0; v < vectors && !is_plain; ++v)
-                unpack(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
+                unpack_panel(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
             for (int v = 0; v < vectors && loop.limit; ++v) loop.split(v, panel + v * unit_elements, inputs / 4);
             const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
             int32_t *memory = waiting;
@@ -158,11 +171,19 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
     FxqLinear moved;
     LinearCall less = call;
     if (reach.low) moved = spec, moved.input.zero -= reach.low, less.spec = &moved;
-    const auto loop = loop_for_weights(reach.most, most_weight, rows);
-    switch (sum_kind(spec.input, spec.in_features, most_weight)) {
-        case kOneDigit: linear_by_epilogue<kOneDigit>(loop, reach.low, less, row, rows, unit, units); break;
-        case kNarrow: linear_by_epilogue<kNarrow>(loop, reach.low, less, row, rows, unit, units); break;
-        default: linear_by_epilogue<kWide>(loop, reach.low, less, row, rows, unit, units);
-    }
+    const auto first_panel = [&](int64_t *groups) {
+        const int64_t tiles = call.places.tiles < kMostInner / kTileInputs ? call.places.tiles : kMostInner / kTileInputs;
+        int8_t *const panel = static_cast<int8_t *>(scratch(kPanel, size_t(tiles * kGroups * kGroupBytes)));
+        unpack(spec.weight_bits, call.layout + call.places.weights + unit * call.places.tiles * 64 * spec.weight_bits, tiles, panel);
+        *groups = tiles * kGroups;
+        return panel;
+    };
+    choose_for_weights(reach.most, most_weight, rows, first_panel, [&](const auto &loop) {
+        switch (sum_kind(spec.input, spec.in_features, most_weight)) {
+            case kOneDigit: linear_by_epilogue<kOneDigit>(loop, reach.low, less, row, rows, unit, units); break;
+            case kNarrow: linear_by_epilogue<kNarrow>(loop, reach.low, less, row, rows, unit, units); break;
+            default: linear_by_epilogue<kWide>(loop, reach.low, less, row, rows, unit, units);
+        }
+    });
     snap_columns(call, row, rows, unit, units);
 }

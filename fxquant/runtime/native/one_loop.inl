@@ -12,7 +12,10 @@ using Right = ByteLoop::Right;
 
 constexpr bool kChooses = false;
 constexpr int64_t depth_of(int64_t, int64_t) { return 1; }
-inline ByteLoop loop_for_weights(int64_t, int64_t, int64_t) { return ByteLoop(1); }
+template <class Panel, class Task>
+void choose_for_weights(int64_t, int64_t, int64_t, const Panel &, const Task &task) {
+    task(ByteLoop(1));
+}
 template <class Task>
 void choose_loop(int64_t depth, const Task &task) {
     task(ByteLoop(depth));

@@ -36,6 +36,7 @@ void tile(const ByteLoop &, int rows, int, const Left *left, int64_t left_stride
 #include "epilogue.inl"
 #include "reach.inl"
 #include "linear.inl"
+#include "product.inl"
 #include "attention.inl"
 
 }  // namespace

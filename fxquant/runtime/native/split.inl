@@ -34,16 +34,18 @@ static FXQ_INLINE int64_t walk(const int8_t *panel, int64_t groups, int64_t dept
     return count;
 }
 
+// Times of a group, in each of the loops.
+constexpr double kOne = 1.05, kTwo = 0.85, kFour = 0.79, kEight = 0.71, kWide16 = 1.3;
+
 // The depth at which a panel takes the least time, with the groups that it would be without.
 static int64_t best_depth(const int8_t *panel, int64_t groups, int64_t sure, int64_t limit) {
     struct Choice {
         int64_t depth;
-        double time;  // of a group, by loop
+        double time;
     };
-    static constexpr double kOne = 1.05;
-    static constexpr Choice kChoices[] = {{8, 0.71}, {4, 0.79}, {2, 0.85}};
+    static constexpr Choice kChoices[] = {{8, kEight}, {4, kFour}, {2, kTwo}};
     int64_t best = sure;
-    double least = sure >= 4 ? 0.79 : sure >= 2 ? 0.85 : kOne;
+    double least = sure >= 4 ? kFour : sure >= 2 ? kTwo : kOne;
     for (const Choice &choice : kChoices) {
         if (choice.depth <= sure || choice.time >= least) continue;
         const int64_t most = static_cast<int64_t>((least - choice.time) / kOne * double(groups));
@@ -52,6 +54,12 @@ static int64_t best_depth(const int8_t *panel, int64_t groups, int64_t sure, int
         if (time < least) least = time, best = choice.depth;
     }
     return best;
+}
+
+// Whether so many pairs are beyond the limit by themselves that 16 bits times 16 bits takes less.
+static bool is_better_wide(const int8_t *panel, int64_t groups, int64_t limit) {
+    const int64_t most = static_cast<int64_t>((kWide16 - kOne) / kOne * double(groups));
+    return walk(panel, groups, 1, limit, most, [](int64_t, int, int64_t, __m256i, __m256i) {}) > most;
 }
 
 // Pairs of weights go out whole, but where one is beyond the limit by itself: of that one only the odd weight.

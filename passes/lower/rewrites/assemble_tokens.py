@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
-from fxquant.graph.nodes import argument, constant_of
+from fxquant.graph.nodes import argument, constant_of, only_reader
 from fxquant.runtime.integer import lowered
-from passes.lower.integer_plan import SUMS, only_reader, shape_of
+from passes.lower.integer_plan import SUMS, shape_of
 from passes.lower.rewrite import REQUIRES
 from passes.pipeline.contract import PassContext
 

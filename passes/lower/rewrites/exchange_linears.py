@@ -10,12 +10,13 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import exchange_module
+from fxquant.graph.nodes import module_of
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.torch_linear import TorchLinear
 from fxquant.runtime.native.library import UNIFORM
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.lower.exact_codes import integer_nodes, simulated_layers
-from passes.lower.integer_plan import module_of, note_kernel
+from passes.lower.integer_plan import note_kernel
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 

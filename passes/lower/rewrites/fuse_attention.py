@@ -19,19 +19,16 @@ from torch.fx import GraphModule, Node
 from fxquant.graph.annotation import Role, annotation_of
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
-from fxquant.graph.nodes import constant_of
+from fxquant.graph.nodes import constant_of, input_of, module_of, only_reader
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import AttentionCodes, SeparateAttention
 from fxquant.runtime.native import library
 from passes.lower.integer_plan import (
     SUMS,
     code_of,
-    input_of,
     layer_of,
-    module_of,
     moves,
     note_kernel,
-    only_reader,
     operation_of,
     planned_nodes,
     planned_of,

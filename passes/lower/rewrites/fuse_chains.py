@@ -16,11 +16,12 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
+from fxquant.graph.nodes import module_of
 from fxquant.runtime.integer.chain import ChainLayer, IntegerChain, RowOrder, Step
 from fxquant.runtime.integer.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.integer.row_order import ReorderRows
 from passes.lower.batch_shapes import by_image, copy_batch_values, has_batch_shapes, note_batch_shapes
-from passes.lower.integer_plan import module_of, shape_of
+from passes.lower.integer_plan import shape_of
 from passes.lower.rewrite import REQUIRES
 from passes.pipeline.contract import PassContext
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
+from fxquant.graph.nodes import input_of, module_of, only_reader
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.byte_table import byte_table
 from fxquant.runtime.integer.lowered import Epilogue
@@ -22,10 +23,7 @@ from passes.lower.integer_plan import (
     SUMS,
     code_of,
     factor_of,
-    input_of,
     layer_of,
-    module_of,
-    only_reader,
     operation_of,
     planned_nodes,
     planned_of,

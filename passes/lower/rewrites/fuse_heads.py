@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module, exchange_module
+from fxquant.graph.nodes import input_of, module_of, only_reader, readers
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.lowered import Epilogue, IntegerAttention, SeparateAttention
 from fxquant.runtime.native import library
@@ -28,14 +29,10 @@ from passes.lower.integer_plan import (
     Planned,
     code_of,
     factor_of,
-    input_of,
     layer_of,
-    module_of,
     moves,
-    only_reader,
     operation_of,
     planned_of,
-    readers,
     set_dtype,
     set_planned,
     set_shape,

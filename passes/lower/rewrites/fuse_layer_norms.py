@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import exchange_module
+from fxquant.graph.nodes import input_of, module_of, only_reader
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import LayerNormToCodes
-from passes.lower.integer_plan import code_of, input_of, layer_of, module_of, only_reader, set_dtype, shape_of
+from passes.lower.integer_plan import code_of, layer_of, set_dtype, shape_of
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 

@@ -23,24 +23,13 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import image_of, input_of, module_of, only_reader
 from fxquant.runtime.integer.lowered import IntegerAttention
 from fxquant.runtime.integer.row_order import ReorderRows
 from fxquant.runtime.native.library import MAX_PARTS
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.lower.batch_shapes import batch_values, by_image, copy_batch_values, has_batch_shapes
-from passes.lower.integer_plan import (
-    SUMS,
-    code_of,
-    input_of,
-    layer_of,
-    module_of,
-    moves,
-    only_reader,
-    planned_of,
-    set_shape,
-    shape_of,
-)
+from passes.lower.integer_plan import SUMS, code_of, layer_of, moves, planned_of, set_shape, shape_of
 from passes.lower.moved import COUNTS, run_moves
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext

@@ -10,10 +10,11 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import exchange_module
+from fxquant.graph.nodes import module_of
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, IntegerMatmul
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedLinear
-from passes.lower.integer_plan import Planned, module_of, note_kernel, planned_nodes, planned_of, set_planned
+from passes.lower.integer_plan import Planned, note_kernel, planned_nodes, planned_of, set_planned
 from passes.lower.rewrite import REQUIRES
 from passes.pipeline.contract import PassContext
 

@@ -12,21 +12,11 @@ from torch.nn import functional
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
+from fxquant.graph.nodes import input_of, readers
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import RowLogToCodes, ToCodes
 from passes.lower.exact_codes import integer_nodes, simulated_layers
-from passes.lower.integer_plan import (
-    Planned,
-    code_of,
-    factor_of,
-    input_of,
-    moves,
-    pads_zero,
-    readers,
-    set_dtype,
-    set_planned,
-    shape_of,
-)
+from passes.lower.integer_plan import Planned, code_of, factor_of, moves, pads_zero, set_dtype, set_planned, shape_of
 from passes.lower.rewrite import REQUIRES, note_misses
 from passes.pipeline.contract import PassContext
 

@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.graph.facts import Fact
+from fxquant.graph.nodes import module_of, only_reader
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
-from passes.lower.integer_plan import layer_of, module_of, only_reader, shape_of
+from passes.lower.integer_plan import layer_of, shape_of
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 

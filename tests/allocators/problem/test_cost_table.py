@@ -252,7 +252,8 @@ class TestProductsOfTwoWidths:
             ({"qk.left": 5}, r"asks for 5 left bits; the candidates are \[2, 4, 8\]"),
             ({"qk.left": (4, 4)}, "names one operand and must give one width"),
             ({"head.left": 4}, "'head', which has no width of its own"),
-            ({"qk.middle": 4}, "matches no layer, role or glob; close names: .*qk.*left"),
+            ({"qk.middle": 4}, r'names no operand of .*one input of a product is named "qk\.left"'),
+            ({"av.left": 4}, "matches no layer, role or glob; close names: .*qk.*left"),
             ({"qk": (4, None)}, "no matched layer has weights"),
         ],
     )

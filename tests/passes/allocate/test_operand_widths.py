@@ -121,7 +121,7 @@ def test_overrides_reach_one_input_by_name_role_and_glob() -> None:
     [
         ({"*.av.left": 9}, "asks for 9 left bits; the candidates"),
         ({"av.left": (4, 4)}, "names one operand and must give one width"),
-        ({"av.softmax": 4}, r"matches no layer, role or glob; close names: .*av\.left"),
+        ({"av.softmax": 4}, r"names no operand of .*av': one input of a product is named \"av\.left\" or"),
         ({"qk.left": 4}, r"names one input of 'blocks\.0\.attn\.qk', which has no width of its own"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_swins_reductions_are_outside() -> None:
 
 
 def test_a_second_budget_scores_nothing_again() -> None:
-    session = Session(embedded.load_model(), IMAGES, recipe="lampq", **QUICK, update=None, type_aware=False)
+    session = Session(embedded.load_model(), IMAGES, recipe=partial(lampq, **QUICK, update=None, type_aware=False))
     steps = []
     for budget in ("W3A3", "W5A5"):
         journal = session.compile(budget).journal.entries

@@ -10,9 +10,10 @@ from torch.fx import GraphModule, Node
 
 from allocators.uniform import Uniform
 from fxquant.graph.annotation import Role, annotation_of
+from fxquant.graph.nodes import input_of
 from fxquant.graph.printer import format_graph
 from fxquant.runtime.native import library
-from passes.lower.integer_plan import input_of, moves
+from passes.lower.integer_plan import moves
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES

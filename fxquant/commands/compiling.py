@@ -1,0 +1,90 @@
+"""Options of whatever compiles, as `compile`, `sweep` and `frontier` take them, in the words of their Python calls.
+
+    @compiling
+    def compile_model(model: o.Model, given: Compiling = Compiling(), json: o.Json = False) -> None:
+
+`given` becomes one option a field on the command line, and arrives as the value of all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Unpack, get_type_hints
+
+import typer
+
+from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_overrides
+from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_SEED, SessionOptions
+from passes.options import words
+
+
+def _says(name: str, more: str = "") -> str:
+    """Help: what the option means, and how it is written here."""
+    return f"{words(SessionOptions, name)} {more}".rstrip()
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """All options of `fxquant.compile` that a command line can give but the recipe, the allocator and the cache."""
+
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help=_says("overrides", "layer=6, or layer=4/8 for weight/activation bits. Repeatable.")),
+    ] = None
+    first_last_bits: Annotated[int | None, typer.Option(help=_says("first_last_bits"))] = None
+    fully_quantized: Annotated[bool, typer.Option("--fully-quantized", help=_says("fully_quantized"))] = False
+    bits: Annotated[str | None, typer.Option(help=_says("bits", "With commas: 3,4,8."))] = None
+    backend: Annotated[str, typer.Option(help=_says("backend", f"{BACKENDS_HELP}."))] = "simulated"
+    latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1
+    latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1
+    objective: Annotated[str, typer.Option(help=_says("objective"))] = DEFAULT_OBJECTIVE
+    seed: Annotated[int, typer.Option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
+    batch_size: Annotated[int, typer.Option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
+
+    def options(self, **more: Unpack[SessionOptions]) -> SessionOptions:
+        """As Python takes them, with more beside them. Raises OverrideError, OptionError for what cannot be read."""
+        from passes.allocate.measure_latency import MeasureLatency
+
+        found: SessionOptions = {
+            "overrides": parse_overrides(self.override),
+            "first_last_bits": self.first_last_bits,
+            "fully_quantized": self.fully_quantized,
+            "backend": self.backend,
+            "latency": MeasureLatency(self.latency_batch, self.latency_threads),
+            "objective": self.objective,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+        if self.bits is not None:
+            found["bits"] = parse_bits(self.bits)
+        return {**found, **more}
+
+
+def compiling(command: Callable[..., None]) -> Callable[..., None]:
+    """A decorator: the parameter annotated as `Compiling` becomes one option a field."""
+    signature = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(Compiling, include_extras=True)
+    fields = dataclasses.fields(Compiling)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.annotation is Compiling:
+            parameters += [
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+                )
+                for field in fields
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def run(**given: Any) -> None:
+        own = Compiling(**{field.name: given.pop(field.name) for field in fields})
+        command(given=own, **given)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

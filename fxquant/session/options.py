@@ -1,0 +1,50 @@
+"""Options of `fxquant.compile`, `Session`, `frontier` and their commands, each written down once: `passes.options`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from passes.options import SharedOptions
+
+if TYPE_CHECKING:
+    import collections.abc
+    import os
+    import typing
+
+    import fxquant.sensitivity.objective
+    import passes.pipeline.contract
+    import passes.pipeline.pipeline
+
+
+class SessionOptions(SharedOptions, total=False):
+    """How a model is calibrated, searched and compiled, besides its images and its budget."""
+
+    recipe: Annotated[
+        "str | passes.pipeline.pipeline.Pipeline | collections.abc.Callable[..., passes.pipeline.pipeline.Pipeline]",
+        "A name of passes.recipes.RECIPES; or a function like them, such as partial(lampq, update=None), which has "
+        "further options; or a Pipeline, which brings its own budget (give None) and options.",
+    ]
+    objective: Annotated[
+        "str | fxquant.sensitivity.objective.Objective",
+        "What quantization must keep of the output: classes (the distribution over classes), features (every tensor), "
+        "embeddings (the direction of vectors); auto: classes where the model gives class scores, else features.",
+    ]
+    inputs: Annotated[
+        "collections.abc.Mapping[str, typing.Any] | None",
+        "Further arguments of the model's forward, by name, with the value that they always have, such as "
+        "interpolate_pos_encoding=False; the result is called with images alone.",
+    ]
+    seed: Annotated["int", "Of every random draw."]
+    batch_size: Annotated["int", "Images per forward where outputs are compared; bounds memory."]
+    progress: Annotated["passes.pipeline.contract.ProgressReporter | None", "Where long steps report."]
+    cache: Annotated[
+        "str | os.PathLike[str] | None",
+        "Folder that keeps what was calibrated, searched and scored, so that the next budget on the same model, images "
+        "and options only allocates, in any process; None keeps nothing.",
+    ]
+    card: Annotated[
+        "collections.abc.Mapping[str, typing.Any] | None",
+        "Entries to add to the protocol card, for example the name of the data.",
+    ]
+
+
+DEFAULT_RECIPE, DEFAULT_OBJECTIVE, DEFAULT_SEED, DEFAULT_BATCH_SIZE = "best", "auto", 0, 8
+"""What the options are where they are not given; all others change nothing then."""
