@@ -71,7 +71,7 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], type[FxQuantError], str]] = {
     "NaN in an image": ({"calibration": pixel(float("nan"))}, CalibrationError, "image 2 has NaN"),
     "infinite pixel": ({"calibration": pixel(float("inf"))}, CalibrationError, "image 2 has NaN or infinite"),
     "one image without a batch": ({"calibration": images(1)[0]}, CalibrationError, "N, C, H, W"),
-    "a list": ({"calibration": [1, 2]}, CalibrationError, "must be a Tensor"),
+    "a list": ({"calibration": [1, 2]}, CalibrationError, "item 0 is a int"),
     "nothing, and no image size": ({"model": Unsized(), "calibration": None}, CalibrationError, "image_shape="),
     "wrong size": ({"calibration": images(4, 48)}, CalibrationError, "32"),
     "wrong channels": ({"calibration": images(4, 32, 1)}, CalibrationError, "3"),

@@ -27,6 +27,9 @@ from torch.nn import functional
 from fxquant.errors import TraceError
 from fxquant.graph.capture.attention_forms import HIDDEN, attention_probabilities
 
+TAKE_TENSORS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""Modules whose own code asks whether a mask is a tensor, and takes no proxy for one."""
+
 
 @contextmanager
 def written_out(root: nn.Module) -> Iterator[None]:

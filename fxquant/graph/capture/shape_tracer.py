@@ -47,7 +47,7 @@ from fxquant.graph.capture.einops_backend import register_proxies
 from fxquant.graph.capture.in_place import Memory, assigned, in_place_call, share_memory, whole_index
 from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
-from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward, written_out
+from fxquant.graph.capture.multi_head_attention import TAKE_TENSORS, multi_head_attention_forward, written_out
 from fxquant.graph.capture.size_only import made_of_sizes
 from fxquant.graph.names import free_name
 from fxquant.graph.output_tree import flatten
@@ -165,9 +165,8 @@ class ShapeTracer(fx.Tracer):
             return args[0] if args else next(iter(kwargs.values()))
         if m is self.root or self._evaluating or not varies((args, kwargs)):
             return forward(*args, **kwargs)
-        # A tensor that the model has made meets the batch size behind this call, as in mask.expand(batch, -1, -1).
-        args = tuple(self._constant(a) if isinstance(a, torch.Tensor) else a for a in args)
-        kwargs = {key: self._constant(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+        args = tuple(self._handed_on(m, argument) for argument in args)
+        kwargs = {key: self._handed_on(m, argument) for key, argument in kwargs.items()}
         path = self.path_of_module(m)
         calls = self.num_calls.get(path, 0)
         self.num_calls[path] = calls + 1
@@ -184,6 +183,13 @@ class ShapeTracer(fx.Tracer):
                 raise
             finally:
                 self.module_stack.popitem()
+
+    def _handed_on(self, module: nn.Module, argument: Any) -> Any:
+        """An argument as the module takes it."""
+        if isinstance(module, TAKE_TENSORS):  # their masks may be tensors only
+            return argument.batch_values[0] if isinstance(argument, ConstantProxy) else argument
+        # A tensor that the model has made meets the batch size behind this call, as in mask.expand(batch, -1, -1).
+        return self._constant(argument) if isinstance(argument, torch.Tensor) else argument
 
     def proxy(self, node: fx.Node) -> BatchProxy:
         """A proxy that can carry values."""

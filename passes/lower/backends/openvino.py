@@ -60,13 +60,13 @@ class CallOpenvino:
 
 def _in_the_place_of(simulated: Any, found: Node) -> Any:
     """The node that gives what OpenVINO found, or one for each tensor, with the shapes of those they replace."""
-    is_one = isinstance(simulated, Node)
+    results = leaves(simulated)
     nodes = []
-    for place, result in enumerate(leaves(simulated)):
-        node = found if is_one else found.graph.call_function(operator.getitem, (found, place))
+    for place, result in enumerate(results):
+        node = found if len(results) == 1 else found.graph.call_function(operator.getitem, (found, place))
         node.meta.update({key: value for key, value in result.meta.items() if key == "tensor_meta"})
         nodes.append(result if result.op == "get_attr" else node)
-    return nodes[0] if is_one else tuple(nodes)
+    return nodes[0] if isinstance(simulated, Node) else tuple(nodes)
 
 
 BACKEND = Backend(

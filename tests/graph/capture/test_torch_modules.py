@@ -47,6 +47,11 @@ def attention(**options) -> nn.Module:
     return nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True, **options})
 
 
+def with_mask(module: nn.Module) -> nn.Module:
+    module.register_buffer("causal", CAUSAL)
+    return module
+
+
 def padded(m, x):
     return m(x, src_key_padding_mask=PADDED.repeat(x.shape[0], 1))[:, : TOKENS - 3]
 
@@ -91,6 +96,8 @@ MODELS = {
     "encoder, norms first": (encoder(batch_first=True, norm_first=True), lambda m, x: m(x)),
     "encoder, tokens first": (encoder(), lambda m, x: m(x.transpose(0, 1)).transpose(0, 1)),
     "encoder, causal": (encoder(batch_first=True), lambda m, x: m(x, mask=CAUSAL, is_causal=True)),
+    "encoder, causal by a buffer": (with_mask(encoder(batch_first=True)), lambda m, x: m(x, mask=m.causal)),
+    "attention, causal by a buffer": (with_mask(attention()), lambda m, x: m(x, x, x, attn_mask=m.causal)[0]),
     "encoder, padded": (encoder(batch_first=True), padded),
     "layer without biases": (layer(batch_first=True, bias=False), lambda m, x: m(x)),
     "attention": (attention(), lambda m, x: x + m(x, x, x, need_weights=False)[0]),
