@@ -16,7 +16,6 @@ values cannot be traced, by design.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -29,25 +28,22 @@ from torch.fx._symbolic_trace import _is_fx_tracing_context
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import Scope, ScopeContextManager
-from torch.nn import functional
 
 from fxquant.errors import TraceError
-from fxquant.graph.capture import contractions
-from fxquant.graph.capture.attention_forms import scaled_dot_product_attention
 from fxquant.graph.capture.batch_proxy import (
     BatchProxy,
     ConstantProxy,
     at_batch,
     fakes_in,
-    is_constant,
     proxies_in,
     varies,
 )
 from fxquant.graph.capture.einops_backend import register_proxies
+from fxquant.graph.capture.forms import FORMS
 from fxquant.graph.capture.in_place import Memory, assigned, in_place_call, share_memory, whole_index
 from fxquant.graph.capture.interception import intercepted
 from fxquant.graph.capture.leaves import has_no_effect, is_leaf
-from fxquant.graph.capture.multi_head_attention import TAKE_TENSORS, multi_head_attention_forward, written_out
+from fxquant.graph.capture.multi_head_attention import TAKE_TENSORS, written_out
 from fxquant.graph.capture.size_only import made_of_sizes
 from fxquant.graph.names import free_name
 from fxquant.graph.output_tree import flatten
@@ -56,17 +52,6 @@ from fxquant.graph.output_tree import flatten
 _BATCH_SIZES = (2, 3)
 _IMAGE = "x"
 _CONVERSIONS = frozenset({"to", "float", "double", "type", "type_as"})
-_FORMS: dict[Any, Callable[..., Any]] = {
-    functional.scaled_dot_product_attention: scaled_dot_product_attention,
-    functional.multi_head_attention_forward: multi_head_attention_forward,
-    torch.einsum: functools.partial(contractions.einsum, is_constant),
-    torch.tensordot: functools.partial(contractions.tensordot, is_constant),
-    torch.inner: functools.partial(contractions.inner, is_constant),
-    "inner": functools.partial(contractions.inner, is_constant),
-    **dict.fromkeys(
-        (torch.baddbmm, torch.addmm, "baddbmm", "addmm"), functools.partial(contractions.baddbmm, is_constant)
-    ),
-}
 
 
 class ShapeTracer(fx.Tracer):
@@ -215,7 +200,7 @@ class ShapeTracer(fx.Tracer):
             written = in_place_call(kind, target, args, kwargs)
             if written is not None:
                 return self.write(written[0], written[1]())
-            form = _FORMS.get(target)
+            form = FORMS.get(target)
             result = NotImplemented if form is None else form(*args, **kwargs)
             if result is not NotImplemented:
                 return result
