@@ -6,7 +6,7 @@ Only a latency has to wait for AllocateBits, since digits of codes are known onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
@@ -17,7 +17,7 @@ from fxquant.errors import OverrideError
 from fxquant.graph.annotation import Annotation, Source, annotation_of, nodes_with_role, planned_nodes
 from fxquant.graph.facts import Fact
 from passes.allocate.allocate_bits import AllocateBits
-from passes.pipeline.contract import PassContext
+from passes.pipeline.contract import Pass, PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands
 from passes.search.search_scales import SearchScales
@@ -27,20 +27,26 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class CheckBudget:
-    """Check a budget against what is planned. Recipes write the fields, see `with_check`.
+    """Check a budget against what is planned. A pipeline fills in the fields from the passes that follow.
 
     Args:
-        allocate: the AllocateBits that follows.
+        allocate: the AllocateBits that follows; None where there is none, as in a slice of a pipeline. Nothing is
+            checked then.
         bits: the candidate widths that SearchScales will offer it.
     """
 
     # Not shown, as what is kept of the passes up to AllocateBits is told by how they show: it holds for every budget.
-    allocate: AllocateBits = field(repr=False)
-    bits: tuple[int, ...] = field(repr=False)
+    allocate: AllocateBits | None = field(default=None, repr=False)
+    bits: tuple[int, ...] = field(default=(), repr=False)
 
     requires: ClassVar[frozenset[Fact]] = frozenset({OPERANDS_PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def among(self, passes: Sequence[Pass]) -> CheckBudget:
+        """The check of the allocation that these passes make; see `passes.pipeline.contract.Dependent`."""
+        search, allocate = _first(passes, SearchScales), _first(passes, AllocateBits)
+        return CheckBudget() if search is None or allocate is None else CheckBudget(allocate, search.bits)
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change nothing; returns 0. Raises InfeasibleBudgetError or OverrideError."""
@@ -50,6 +56,8 @@ class CheckBudget:
     def check(self, planned: Sequence[Annotation]) -> None:
         """The same, of annotations of nodes that are to be quantized."""
         allocate, bits = self.allocate, self.bits
+        if allocate is None:
+            return
         inputs = [operand for annotation in planned for operand in annotation.inputs if operand.families]
         if allocate.image_bits not in bits and any(operand.source is Source.IMAGE for operand in inputs):
             raise OverrideError(
@@ -62,29 +70,17 @@ class CheckBudget:
             table.check_feasible(replace(budget, latency_ms=None))
 
 
-def with_check(pipeline: Pipeline) -> Pipeline:
-    """The pipeline with a CheckBudget after PlanOperands, of the AllocateBits and the widths that it has now."""
-    check = _check_of(pipeline)
-    bare = pipeline.without(CheckBudget) if _first(pipeline, CheckBudget) else pipeline
-    return bare if check is None else bare.after(PlanOperands, check)
-
-
 def check_budget(pipeline: Pipeline, with_roles: GraphModule) -> None:
     """Refuse a budget before anything long is done. with_roles: the traced model after AssignRoles; unchanged.
 
     Does nothing where the pipeline does not plan, search and allocate. Raises InfeasibleBudgetError or OverrideError.
     """
-    plan, check = _first(pipeline, PlanOperands), _check_of(pipeline)
-    if plan is not None and check is not None:
+    plan = _first(pipeline, PlanOperands)
+    if plan is not None:
         nodes = nodes_with_role(with_roles)
         planned = [replace(annotation_of(node), operands=plan.operands(node)) for node in nodes]
-        check.check([annotation for annotation in planned if annotation.is_planned])
+        CheckBudget().among(tuple(pipeline)).check([annotation for annotation in planned if annotation.is_planned])
 
 
-def _check_of(pipeline: Pipeline) -> CheckBudget | None:
-    search, allocate = _first(pipeline, SearchScales), _first(pipeline, AllocateBits)
-    return None if search is None or allocate is None else CheckBudget(allocate, search.bits)
-
-
-def _first(passes: Pipeline, kind: type[Kind]) -> Kind | None:
+def _first(passes: Iterable[Pass], kind: type[Kind]) -> Kind | None:
     return next((step for step in passes if isinstance(step, kind)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
@@ -277,6 +277,14 @@ class Pass(Protocol):
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change the graph module in place and return the number of nodes changed."""
+
+
+@runtime_checkable
+class Dependent(Protocol):
+    """A pass some of whose fields follow from the others of its pipeline."""
+
+    def among(self, passes: Sequence[Pass]) -> Pass:
+        """The pass as it is among these. A pipeline asks when it is built, so an edited one is never out of date."""
 
 
 def check_draws(seed: Any, batch_size: Any) -> tuple[int, int]:

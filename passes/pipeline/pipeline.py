@@ -24,7 +24,7 @@ from fxquant.checks.hints import checked, fitted
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.facts import QUANTIZED, TRACED, Fact, declare, facts_of, known_after, verify
 from fxquant.graph.nodes import image_of
-from passes.pipeline.contract import Pass, PassContext, check_images
+from passes.pipeline.contract import Dependent, Pass, PassContext, check_images
 from passes.pipeline.proof import Proof
 
 
@@ -46,6 +46,8 @@ class Pipeline:
             if isinstance(step, type) or not isinstance(step, Pass):
                 wanted = f"write {step.__name__}()" if isinstance(step, type) else "see passes.pipeline.contract"
                 raise PipelineError.for_type(f"{step!r} is no pass: {wanted}")
+        steps = [step.among(self.passes) if isinstance(step, Dependent) else step for step in self.passes]
+        object.__setattr__(self, "passes", tuple(steps))
         facts = [fitted("assumes", fact, Fact, PipelineError) for fact in assumes]
         object.__setattr__(self, "assumes", frozenset(facts))
         known = self.assumes

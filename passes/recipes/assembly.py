@@ -13,7 +13,7 @@ from dataclasses import replace
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
 from passes.allocate.allocate_bits import AllocateBits, normalized_overrides
-from passes.allocate.check_budget import with_check
+from passes.allocate.check_budget import CheckBudget
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, resolved
 from passes.options import RecipeOptions
@@ -53,7 +53,7 @@ def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
         if isinstance(step, FoldSqb) and "fold" in options:
             continue
         if isinstance(step, PlanOperands):
-            changed.append(restrict_families(step, options.get("backend", SIMULATED)))
+            changed += [restrict_families(step, options.get("backend", SIMULATED)), CheckBudget()]
         elif isinstance(step, InsertObservers):
             fold = options.get("fold")
             changed += [step] if fold is None else [fold, step]
@@ -64,7 +64,7 @@ def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
             changed.append(_allocation(step, bits, options))
         else:
             changed.append(step)
-    return with_check(Pipeline(changed))
+    return Pipeline(changed)
 
 
 def _allocation(step: AllocateBits, bits: tuple[int, ...], options: Options) -> AllocateBits:

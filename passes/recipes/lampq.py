@@ -24,7 +24,6 @@ from allocators.problem.overrides import Bits
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import WEIGHT_ROLES, Role
 from passes.allocate.allocate_bits import AllocateBits
-from passes.allocate.check_budget import with_check
 from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.allocate.score_layers import LAMPQ_ROLES, Metric, ScoreLayers
 from passes.allocate.update_bits import UpdateBits
@@ -93,9 +92,7 @@ def _mixed(
     """The base recipe with scores before its allocation, an allocator, and fixed bits outside the four layers."""
     own: Options = {"allocator": options.get("allocator") or allocator}
     pipeline = base(budget, **(options | own))
-    return with_check(pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits))).before(
-        AllocateBits, score
-    )
+    return pipeline.changed(AllocateBits, role_bits=_outside(budget, outside_bits)).before(AllocateBits, score)
 
 
 def _outside(budget: Budget, bits: Bits | None) -> tuple[tuple[Role, Bits], ...]:

@@ -50,7 +50,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "bytes": (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "preprocess them as for calibration"),
     "complex": (torch.zeros(1, 3, 8, 8, dtype=torch.complex64), r"images are torch\.complex64"),
     "sparse": (torch.zeros(1, 3, 8, 8).to_sparse(), "to_dense"),
-    "on another device": (torch.zeros(1, 3, 8, 8, device="meta"), "images are on meta, the model is on cpu"),
+    "on another device": (torch.zeros(1, 3, 8, 8, device="meta"), "images are on meta, and the model is on cpu"),
 }
 
 

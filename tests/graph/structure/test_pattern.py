@@ -84,7 +84,7 @@ def test_verifier_names_the_node() -> None:
     with pytest.raises(VerificationError, match="run the pass that provides it"):
         verify(graph_module, ROLES_ASSIGNED)
     declare(graph_module, frozenset({ROLES_ASSIGNED}))
-    with pytest.raises(VerificationError, match=r"%embed = Conv2d.*a layer without a role"):
+    with pytest.raises(VerificationError, match=r"%embed = Conv2d.*a layer has no role"):
         verify(graph_module, ROLES_ASSIGNED)
 
 
