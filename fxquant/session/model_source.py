@@ -28,9 +28,12 @@ from passes.prepare.assign_roles import AssignRoles
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the caller's own model gives: for the first two calibration images, and for those of known answers.
+    """What the caller's own model gives.
 
-    tree: how its tensors are arranged, with the model's own containers.
+    Args:
+        first: for the first two calibration images.
+        answers: for the images of known answers.
+        tree: how its tensors are arranged, with the model's own containers.
     """
 
     first: Output
