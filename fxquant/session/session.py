@@ -140,6 +140,10 @@ class Session:
                 self._refuse_beside_own()
             return self._recipe
         recipe = recipe_named(self._recipe) if isinstance(self._recipe, str) else self._recipe
+        if isinstance(recipe, type):
+            raise PipelineError.for_type(
+                f"the recipe is the class {recipe.__name__}: give a name, a function or a Pipeline"
+            )
         found = recipe(budget, allocator=allocator, **self._options)
         if not isinstance(found, Pipeline):
             raise PipelineError.for_type(f"the recipe {recipe!r} returned {shown(found)}, not a Pipeline")

@@ -15,6 +15,7 @@ from fxquant.cli import app
 from fxquant.commands.compiling import Compiling
 from fxquant.errors import OptionError, PipelineError
 from fxquant.session.options import SessionOptions
+from fxquant.session.session import Session
 from passes.options import RECIPE_NAMES, RecipeOptions, SharedOptions, words
 from passes.recipes import RECIPES, naive_min_max
 from tests.models import images, vit
@@ -62,3 +63,8 @@ def test_a_function_is_a_recipe_and_has_options_of_its_own() -> None:
         fxquant.Session(model, x, recipe=lambda budget, **options: 3)  # type: ignore[arg-type,return-value]
     with pytest.raises(OptionError, match="compile has no option 'update'"):
         fxquant.compile(model, 8, calibration=x, recipe="lampq", update=None)  # type: ignore[call-arg]
+
+
+def test_a_class_is_no_recipe() -> None:
+    with pytest.raises(PipelineError, match="the recipe is the class int"):
+        Session(vit(depth=1), images(2), recipe=int)  # type: ignore[arg-type]

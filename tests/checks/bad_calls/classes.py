@@ -29,7 +29,7 @@ from passes.pipeline.contract import PassContext
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
 from passes.search.calibrate import Calibrate
-from passes.search.insert_observers import InsertObservers
+from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 from tests.checks.bad_calls.generator import Entry, Make, is_budget, unfit
 
@@ -46,7 +46,7 @@ def classes() -> list[Entry]:
     }
     known_classes: tuple[Any, ...] = (
         AllocateBits, Augment, BalanceHeads, Budget, Calibrate, CompensateWeights, CorrectWeights, Distil, FisherTrace,
-        FoldSqb, Greedy, InsertObservers, Interaction, Lower, MeasureLatency, Milp, ModuleFrontier, PassContext,
+        FoldSqb, Greedy, Interaction, Lower, MeasureLatency, Milp, ModuleFrontier, PassContext, PlanOperands,
         Preprocessing, Quadratic, Reconstruct, RelevanceSensitivity, ScoreLayers, SearchScales, Swaps, Synthesis,
         TypeAwareFisher, UpdateBits,
     )  # fmt: skip
