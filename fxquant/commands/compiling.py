@@ -16,7 +16,7 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_overrides
+from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_inputs, parse_overrides
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_SEED, SessionOptions
 from passes.options import words
 
@@ -41,6 +41,9 @@ class Compiling:
     latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1
     latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1
     objective: Annotated[str, typer.Option(help=_says("objective"))] = DEFAULT_OBJECTIVE
+    input: Annotated[
+        list[str] | None, typer.Option(help=_says("inputs", "name=value, the value as JSON. Repeatable."))
+    ] = None
     seed: Annotated[int, typer.Option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
     batch_size: Annotated[int, typer.Option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
 
@@ -55,6 +58,7 @@ class Compiling:
             "backend": self.backend,
             "latency": MeasureLatency(self.latency_batch, self.latency_threads),
             "objective": self.objective,
+            "inputs": parse_inputs(self.input),
             "seed": self.seed,
             "batch_size": self.batch_size,
         }

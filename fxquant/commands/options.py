@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -96,6 +97,23 @@ def cache_folder(folder: Path | None, no_cache: bool) -> Path | None:
             raise
         warn(f"{error}; going on without (--cache FOLDER, or --no-cache)")
         return None
+
+
+def parse_inputs(texts: list[str] | None) -> dict[str, Any] | None:
+    """Fixed arguments of the model's forward from texts `name=value`, values as JSON; None where there are none.
+
+    Raises OptionError for a text that is no such pair.
+    """
+    found: dict[str, Any] = {}
+    for text in texts or []:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            raise OptionError(
+                f"--input {text!r} is no name=value with a value in JSON, such as interpolate_pos_encoding=false"
+            ) from error
+    return found or None
 
 
 def parse_overrides(texts: list[str] | None) -> dict[str, Bits]:

@@ -20,7 +20,13 @@ from passes.options import RECIPE_NAMES, RecipeOptions, SharedOptions, words
 from passes.recipes import RECIPES, naive_min_max
 from tests.models import images, vit
 
-WRITTEN_OTHERWISE = {"overrides": "override", "latency": "latency_batch", "cache": "cache", "recipe": "recipe"}
+WRITTEN_OTHERWISE = {
+    "inputs": "input",
+    "overrides": "override",
+    "latency": "latency_batch",
+    "cache": "cache",
+    "recipe": "recipe",
+}
 MADE_BY_THE_COMMAND = {"progress", "card"}
 
 
@@ -68,3 +74,9 @@ def test_a_function_is_a_recipe_and_has_options_of_its_own() -> None:
 def test_a_class_is_no_recipe() -> None:
     with pytest.raises(PipelineError, match="the recipe is the class int"):
         Session(vit(depth=1), images(2), recipe=int)  # type: ignore[arg-type]
+
+
+def test_fixed_inputs_are_json_values_by_name() -> None:
+    assert Compiling(input=["size=3", "mask=null"]).options()["inputs"] == {"size": 3, "mask": None}
+    with pytest.raises(OptionError, match="no name=value with a value in JSON"):
+        Compiling(input=["size=three"]).options()
