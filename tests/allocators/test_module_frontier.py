@@ -121,8 +121,8 @@ def test_overrides() -> None:
     table = block_table(1).override({"blocks.0.attn.proj": 6})
     found = ModuleFrontier().allocate(table, Budget.parse("W3A3"))
     assert found.weight_bits["blocks.0.attn.proj"] == 6
-    half: dict[str, Any] = {"allowed_weight": table.allowed_weight.copy()}
-    half["allowed_weight"][0], half["allowed_weight"][2] = [True, True, False, False], [False, False, True, True]
+    half: dict[str, Any] = {"allowed": table.allowed.copy()}
+    half["allowed"][0, 0], half["allowed"][0, 2] = [True, True, False, False], [False, False, True, True]
     values = {**table.to_dict(), **half, "allowed_activation": np.ones_like(table.allowed_activation)}
     with pytest.raises(OverrideError, match="no width is allowed for all"):
         ModuleFrontier().allocate(CostTable(**values), Budget.parse("W6A6"))

@@ -110,11 +110,11 @@ def test_a_run_that_stopped_goes_on_where_it_was(
     sensitivity_of, measured = Divergence.sensitivity, []
     stop_after = 5
 
-    def counted(divergence: Divergence, node: Any, **options: Any) -> Any:
+    def counted(divergence: Divergence, node: Any, *places: Any, **options: Any) -> Any:
         if len(measured) == stop_after:
             raise KeyboardInterrupt
         measured.append(annotation_of(node).layer)
-        return sensitivity_of(divergence, node, **options)
+        return sensitivity_of(divergence, node, *places, **options)
 
     monkeypatch.setattr(Divergence, "sensitivity", counted)
     with pytest.raises(KeyboardInterrupt):
