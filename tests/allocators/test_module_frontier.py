@@ -121,9 +121,10 @@ def test_overrides() -> None:
     table = block_table(1).override({"blocks.0.attn.proj": 6})
     found = ModuleFrontier().allocate(table, Budget.parse("W3A3"))
     assert found.weight_bits["blocks.0.attn.proj"] == 6
-    half: dict[str, Any] = {"allowed": table.allowed.copy()}
+    half: dict[str, Any] = {"allowed": np.array(table.allowed)}
     half["allowed"][0, 0], half["allowed"][0, 2] = [True, True, False, False], [False, False, True, True]
-    values = {**table.to_dict(), **half, "allowed_activation": np.ones_like(table.allowed_activation)}
+    half["allowed"][1] = True
+    values = {**table.to_dict(), **half}
     with pytest.raises(OverrideError, match="no width is allowed for all"):
         ModuleFrontier().allocate(CostTable(**values), Budget.parse("W6A6"))
 
