@@ -66,3 +66,8 @@ EXECUTION: Note[dict[str, str]] = Note("execution", dict, "run Lower first")
 
 FACTS: Note[frozenset[Any]] = Note("facts", frozenset)
 """Which facts have been declared. Written and read by `fxquant.graph.facts` only."""
+
+
+def execution_of(graph_module: GraphModule) -> dict[str, str]:
+    """By layer, the kernel that runs it, such as "linear avx512-vnni", or "simulated"; empty before Lower."""
+    return dict(EXECUTION.get(graph_module) or {})

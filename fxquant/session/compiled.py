@@ -24,6 +24,7 @@ from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError,
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
+from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import TREE, Tree, leaves
 from fxquant.graph.structure import pattern
 from fxquant.report.picture import write_picture
@@ -33,7 +34,7 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares, with_execution
 from fxquant.runtime.state import check_names, check_state, description
-from passes.lower.lower import SIMULATED, Lower, execution_of, execution_summary
+from passes.lower.lower import SIMULATED, Lower, execution_summary
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
 

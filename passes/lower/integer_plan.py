@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.nodes import input_of, module_of
-from fxquant.graph.notes import EXECUTION
+from fxquant.graph.notes import EXECUTION, execution_of
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.lowered import Epilogue, RowLogToCodes, ToCodes
 
@@ -83,7 +83,7 @@ def code_of(graph_module: GraphModule, node: Node | None) -> ByteCode | None:
 
 def note_kernel(graph_module: GraphModule, kernel: str, *layers: str) -> None:
     """Note which kernel runs layers, by their public names."""
-    EXECUTION.write(graph_module, (EXECUTION.get(graph_module) or {}) | dict.fromkeys(layers, kernel))
+    EXECUTION.write(graph_module, execution_of(graph_module) | dict.fromkeys(layers, kernel))
 
 
 def layer_of(node: Node | None) -> str:

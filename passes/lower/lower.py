@@ -1,9 +1,9 @@
 """Lower: run quantized nodes as integers where kernels can do so exactly; the rest stays simulated, and says so.
 
 The lowered graph computes what the simulated one does: the same codes, outputs within float rounding. Which kernel
-each layer got is in `execution_of(graph_module)`; what stayed behind, and why, in the notes of the journal's entry
-(`passes.lower.rewrite`). A lowered graph belongs to the machine it was lowered on: save the simulated one. Running it
-again changes nothing.
+each layer got is in `fxquant.graph.notes.execution_of(graph_module)`; what stayed behind, and why, in the notes of the
+journal's entry (`passes.lower.rewrite`). A lowered graph belongs to the machine it was lowered on: save the simulated
+one. Running it again changes nothing.
 
 How is said by the backend: each is a value with a pipeline of passes (`passes.lower.backends`).
 """
@@ -21,7 +21,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import BackendError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.facts import LOWERED, QUANTIZED, Fact, facts_of
-from fxquant.graph.notes import EXECUTION
+from fxquant.graph.notes import EXECUTION, execution_of
 from passes.lower.backends import AUTO, backend_names, backends
 from passes.lower.batch_shapes import forget_batch_shapes
 from passes.lower.prove_lowering import prove_lowering
@@ -80,11 +80,6 @@ class Lower:
         if resolved(self.backend) == SIMULATED or LOWERED in facts_of(simulated):
             return None
         return prove_lowering(simulated, lowered, self, replace(self, chains=False), context.answers)
-
-
-def execution_of(graph_module: GraphModule) -> dict[str, str]:
-    """By layer, the kernel that runs it, such as "linear avx512-vnni", or "simulated"; empty before Lower."""
-    return dict(EXECUTION.get(graph_module) or {})
 
 
 def execution_summary(execution: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fxquant.errors import BackendError
 from fxquant.graph.facts import Fact
 from fxquant.graph.nodes import image_of
-from fxquant.graph.notes import EXECUTION
+from fxquant.graph.notes import execution_of
 from fxquant.quantizers.families import UNIFORM_FAMILIES
 from fxquant.runtime.integer.torch_linear import IntMmLinear
 from passes.lower.backend import Backend
@@ -47,7 +47,7 @@ class MoveToGpu:
         graph = graph_module.graph
         image, output = image_of(graph_module), graph.output_node()
         before = len(graph.nodes)
-        if _KERNEL not in (EXECUTION.get(graph_module) or {}).values() or self._is_moved(graph_module):
+        if _KERNEL not in execution_of(graph_module).values() or self._is_moved(graph_module):
             return 0
         graph_module.to(self.device)
         with graph.inserting_after(image):

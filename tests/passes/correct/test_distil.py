@@ -17,6 +17,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import facts_of
+from fxquant.graph.notes import execution_of
 from fxquant.quantizers.learned import LearnedCodes
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
@@ -28,7 +29,7 @@ from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs
 from passes.correct.distil import Distil
 from passes.correct.training import NOMINAL_BITS, Training, held_out, mean_bits
-from passes.lower.lower import Lower, execution_of
+from passes.lower.lower import Lower
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit

@@ -13,12 +13,13 @@ import fxquant
 from fxquant.data import embedded
 from fxquant.errors import ArtefactError, BackendError
 from fxquant.graph.facts import QUANTIZED
+from fxquant.graph.notes import execution_of
 from fxquant.graph.printer import format_graph
 from fxquant.runtime import simulated
 from fxquant.runtime.native import library
 from passes.lower.backends import backends
 from passes.lower.backends.cuda import BACKEND, MoveToGpu
-from passes.lower.lower import Lower, execution_of, execution_summary, resolved
+from passes.lower.lower import Lower, execution_summary, resolved
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from tests.assertions import exact

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from allocators.uniform import Uniform
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import LOWERED, facts_of
+from fxquant.graph.notes import execution_of
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.row_log import RowLogQuantizer
@@ -20,7 +21,7 @@ from fxquant.runtime import simulated
 from fxquant.runtime.integer import lowered
 from fxquant.runtime.integer.lowered import ToCodes
 from passes.lower.exact_codes import integer_codes
-from passes.lower.lower import Lower, execution_of, execution_summary
+from passes.lower.lower import Lower, execution_summary
 from passes.lower.rewrite import Miss
 from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES

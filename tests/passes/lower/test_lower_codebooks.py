@@ -17,6 +17,7 @@ from fxquant.artefact import artefact
 from fxquant.errors import ArtefactError
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
+from fxquant.graph.notes import execution_of
 from fxquant.graph.printer import format_graph
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -25,7 +26,7 @@ from fxquant.runtime.integer.lowered import IntegerLinear, ToCodes
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.lower.integer_plan import code_of
-from passes.lower.lower import backend_summary, execution_of
+from passes.lower.lower import backend_summary
 from passes.lower.rewrites.plan_integers import PlanIntegers
 from passes.pipeline.contract import PassContext
 from passes.substitute.tabulate_gelu import TabulateGelu

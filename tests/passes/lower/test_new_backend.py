@@ -11,8 +11,9 @@ import torch
 import passes.lower.backends as room
 from allocators.uniform import Uniform
 from fxquant.errors import BackendError
+from fxquant.graph.notes import execution_of
 from passes.lower.backends import backend_names, backends
-from passes.lower.lower import Lower, backend_summary, execution_of, resolved
+from passes.lower.lower import Lower, backend_summary, resolved
 from passes.pipeline.contract import PassContext
 from passes.recipes import RECIPES
 from passes.recipes.restrict_families import restrict_families

@@ -13,11 +13,12 @@ from torch.fx import GraphModule
 import fxquant
 from allocators.uniform import Uniform
 from fxquant.graph.facts import QUANTIZED
+from fxquant.graph.notes import execution_of
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.lowered import IntegerAttention, SeparateAttention
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedLinear
-from passes.lower.lower import Lower, execution_of
+from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES

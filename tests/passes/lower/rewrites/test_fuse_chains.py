@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
+from fxquant.graph.notes import execution_of
 from fxquant.graph.printer import format_graph
 from fxquant.runtime.integer.chain import IntegerChain
-from passes.lower.lower import execution_of
 from tests.lowering import lower, needs_kernels, quantized
 from tests.models import ARCHITECTURES, images
 
