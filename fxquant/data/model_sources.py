@@ -108,8 +108,7 @@ def _torchvision(name: str, options: dict[str, Any]) -> Found:
     models: Any = _needed("torchvision.models", "torchvision", f"torchvision:{name}")
     if name not in models.list_models():
         raise ModelError(f"no torchvision model is called {name!r}: torchvision.models.list_models() has their names")
-    given = {key: value for key, value in options.items() if key != "num_classes" or value is not None}
-    model = models.get_model(name, weights=None, **{"weights_backbone": None, **given} if "rcnn" in name else given)
+    model = models.get_model(name, weights=None, **{"weights_backbone": None, **options} if "rcnn" in name else options)
     return model, _preset(models, name, model), False
 
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from fxquant.errors import VerificationError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.nodes import module_of
 from fxquant.graph.notes import EXECUTION, FACTS
 from fxquant.graph.printer import describe
 
@@ -161,7 +162,7 @@ def _check_quantized(graph_module: fx.GraphModule) -> None:
         raise missing("no node has bits", "AllocateBits and SubstituteQuantizers")
     for node in nodes:
         annotation = annotation_of(node)
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(graph_module, node)
         if not isinstance(module, ComputesInBits):
             raise broken_at(node, "it has bits and computes in float", "run SubstituteQuantizers again")
         weight, inputs = module.operand_bits()

@@ -58,13 +58,11 @@ class Proposals:
         levels: float64 (C, L), the levels of each candidate, ascending.
         thresholds: float64 (C, L - 1), the values at which one level gives way to the next.
         build: takes the index of a candidate and returns its quantizer.
-        of_rows: levels are of values relative to the largest of their row.
     """
 
     levels: Array
     thresholds: Array
     build: Callable[[int], Quantizer]
-    of_rows: bool = False
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def row_log(statistics: Statistics, bits: int) -> Proposals:
     exponents = base * np.arange(last - 1, -1, -1)
     levels = np.concatenate([[0.0], np.rint(LARGEST * np.exp2(-exponents)) / LARGEST])
     thresholds = np.exp2(-exponents - base / 2)
-    return Proposals(levels[None], thresholds[None], lambda _: RowLogQuantizer(bits, base), of_rows=True)
+    return Proposals(levels[None], thresholds[None], lambda _: RowLogQuantizer(bits, base))
 
 
 FAMILIES = (Family("row-log", row_log, byte_bits=8, of_rows=True),)

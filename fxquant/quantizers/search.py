@@ -51,7 +51,7 @@ def search_activation(
     for width in bits:
         proposals = family.propose(statistics, width)
         moments, coherence = statistics.moments, statistics.coherence
-        if proposals.of_rows and statistics.row_moments is not None:
+        if family.of_rows and statistics.row_moments is not None:
             moments, coherence = statistics.row_moments, 0.0
         plain, sensitive = moments.errors(proposals.levels, proposals.thresholds, coherence)
         # A tensor the loss does not depend on has weights of zero; it still gets the scale that fits it best.

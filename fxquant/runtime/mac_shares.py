@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import annotation_of
-from fxquant.graph.nodes import argument, image_of, scope_of, shape_of
+from fxquant.graph.nodes import argument, image_of, module_of, scope_of, shape_of
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.simulated import QuantizedMatmul, QuantizedWeightModule
 
@@ -98,7 +98,7 @@ def node_macs(graph_module: GraphModule) -> dict[Node, int]:
 
 
 def _is_quantized(graph_module: GraphModule, node: Node) -> bool:
-    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_of(graph_module, node)
     if isinstance(module, QuantizedWeightModule):
         return module.weight_quantizer is not None and module.input_quantizer is not None
     if isinstance(module, QuantizedMatmul):

@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
+from fxquant.graph.nodes import module_of
 from fxquant.graph.structure.kind import Kind, is_quick_gelu, kind_of, tensor_inputs
 from fxquant.sensitivity.sums import Sums
 
@@ -178,7 +179,7 @@ def rewritten(graph_module: GraphModule) -> GraphModule:
 def _rule_of(graph_module: GraphModule, node: Node, varying: set[Node]) -> tuple[nn.Module, tuple[Any, ...]] | None:
     """The module that replaces a node and its arguments; None where the gradient is the rule."""
     kind = kind_of(graph_module, node)
-    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_of(graph_module, node)
     if isinstance(module, nn.LayerNorm):
         return _LayerNorm(module), node.args[:1]
     if module is not None and kind in (Kind.GELU, Kind.ACTIVATION):

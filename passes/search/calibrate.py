@@ -18,6 +18,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
+from fxquant.graph.nodes import module_of
 from fxquant.graph.recorder import Recorder
 from fxquant.graph.rows import gradient_rows, weight_rows
 from fxquant.quantizers.observers import Observer
@@ -199,7 +200,7 @@ def _update(
     squared: Tensor | None,
 ) -> None:
     """squared: of the gradient that the node's metric needs."""
-    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_of(graph_module, node)
     for index, observer in found:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
             layer = annotation_of(node).layer

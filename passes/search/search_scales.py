@@ -22,6 +22,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
+from fxquant.graph.nodes import module_of
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
@@ -110,7 +111,7 @@ class SearchScales:
         if cache.folder is None:
             return searched()
         statistics = [[o.families, o.keeps_gram, o.images, o.state()] for o in observers.values()]
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(graph_module, node)
         weights = annotation.weight and annotation.weight.families
         key = cache.key_of(repr(self), statistics, module, weights)
         kept = cache.read(key, part=True)

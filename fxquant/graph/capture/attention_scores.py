@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.capture.attention_forms import HIDDEN
 from fxquant.graph.names import free_name
-from fxquant.graph.nodes import argument, constant_of
+from fxquant.graph.nodes import argument, constant_of, module_of
 
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul")
 _QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div")
@@ -52,7 +52,7 @@ class _Scores:
 def normalize_scores(graph_module: GraphModule) -> None:
     """Write the scores under every softmax in the form described above, in place."""
     for node in list(graph_module.graph.nodes):
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(graph_module, node)
         if not isinstance(module, nn.Softmax) or not isinstance(node.args[0], Node):
             continue
         found = _scores_above(graph_module, node.args[0])

@@ -30,6 +30,7 @@ from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weig
 from fxquant.graph.capture.shape_tracer import ShapeTracer
 from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
+from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import CLASSES, COVERAGE, IMAGE_SHAPE
 from fxquant.graph.output_tree import TREE, Tree, flatten, leaves
 from fxquant.graph.structure.class_scores import declared_classes
@@ -245,7 +246,7 @@ def _propagate_shapes(graph_module: fx.GraphModule, example_bchw: torch.Tensor) 
 def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
     """Refuse images of another size at run time, which reshapes could otherwise mix up silently."""
     graph = graph_module.graph
-    image = next(node for node in graph.nodes if node.op == "placeholder")
+    image = image_of(graph_module)
     message = f"this graph takes images of shape (B, {', '.join(map(str, image_shape))}): resize them or trace again"
     with graph.inserting_after(image):
         shape: Any = graph.call_function(getattr, (image, "shape"))

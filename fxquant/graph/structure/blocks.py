@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import annotation_of
+from fxquant.graph.nodes import image_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Block:
 
 def cut(graph_module: GraphModule) -> list[Block]:
     """The blocks of a graph with roles, in order; the first starts at the image, the last ends at the output."""
-    image = next(node for node in graph_module.graph.nodes if node.op == "placeholder")
+    image = image_of(graph_module)
     groups: list[tuple[str | None, Node]] = []  # label and last node of every block so far
     opening = False  # whether the last group is a norm that waits for the layer it leads to
     for stretch in _stretches(graph_module, image):

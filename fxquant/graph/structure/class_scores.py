@@ -24,7 +24,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from fxquant.graph.nodes import moves_data, reads_shape, shape_of
+from fxquant.graph.nodes import module_of, moves_data, reads_shape, shape_of
 from fxquant.graph.notes import CLASSES
 
 _KEEP_CLASSES_APART = {
@@ -78,7 +78,7 @@ def _why_no_scores(graph_module: GraphModule, output: Node, classes: int) -> str
         if node in seen:
             continue
         seen.add(node)
-        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(graph_module, node)
         size = _head_size(module)
         if size is not None:
             name = str(node.target).rpartition(".")[2].lower()
