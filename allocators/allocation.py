@@ -170,7 +170,8 @@ _VALID = {
 
 def _binding(table: CostTable, assignment: Assignment, budget: Budget) -> tuple[str, ...]:
     """The budgeted quantities that some one-step upgrade would raise, and that none can raise within the limit."""
-    usage = table.usage(assignment, budget)
+    meter = table.meter(budget)
+    usage = meter.total(*table.widths(assignment))
     fits: dict[str, list[bool]] = {quantity: [] for quantity in budget.limits}
     for row, side in enumerate(table.sides):
         for layer in range(len(table.layers)):
@@ -180,7 +181,7 @@ def _binding(table: CostTable, assignment: Assignment, budget: Budget) -> tuple[
                 continue
             upgraded = assignment.copy()
             upgraded[row, layer] = wider[0]
-            raised = table.usage(upgraded, budget)
+            raised = meter.total(*table.widths(upgraded))
             exceeded = budget.exceeded(raised)
             for quantity in budget.limits:
                 if raised[quantity] > usage[quantity]:

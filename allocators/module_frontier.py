@@ -111,7 +111,7 @@ class ModuleFrontier:
 
 
 class _Module(NamedTuple):
-    """Layers, their columns int64 [layers, 2, P], and what each of P widths costs [P] and uses [4, P]."""
+    """Layers, their columns int64 [layers, 2, P], and what each of P widths costs [P] and uses [5, P]."""
 
     layers: list[int]
     columns: IntArray

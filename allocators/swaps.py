@@ -65,7 +65,7 @@ class Swaps:
         limits = np.array(list(budget.limits.values()))
         meter = table.meter(budget)
         assignment = table.highest()
-        while budget.exceeded(table.usage(assignment, budget)):
+        while budget.exceeded(meter.total(*table.widths(assignment))):
             used = meter.sums(*table.widths(assignment))[limited]
             down = _steps(table, meter, assignment, limited, -1)
             freed = (np.where(used > limits, -down.usage.T, 0.0) / limits).sum(axis=1)
@@ -144,7 +144,7 @@ def _best_trade(
         if second:
             trade[down.rows[second - 1], down.layers[second - 1]] = down.columns[second - 1]
         # A pair within one layer changes bit operations by more than the sum of its steps.
-        if not budget.exceeded(table.usage(trade, budget)):
+        if not budget.exceeded(meter.total(*table.widths(trade))):
             return trade
     return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Final, Self
 
 import numpy as np
@@ -127,12 +128,12 @@ class CostTable:
                 f"allow one of {list(self.bits)}"
             )
 
-    @property
+    @cached_property
     def is_product(self) -> BoolArray:
         """Layers that multiply two inputs, bool [L]; the others multiply an input by a weight."""
         return np.isin(self.roles, MATMUL_ROLES)
 
-    @property
+    @cached_property
     def sides(self) -> tuple[Side, Side]:
         """The first operands and the second ones, in the row order of an assignment."""
         free = self.is_product & ~np.asarray(self.tied)
@@ -150,7 +151,7 @@ class CostTable:
         )
         return first, second
 
-    @property
+    @cached_property
     def is_weight(self) -> BoolArray:
         """Operands that are weights, bool [2, L]; all others are activations."""
         return np.stack([~self.is_product, np.zeros(len(self.layers), dtype=bool)])
@@ -210,10 +211,7 @@ class CostTable:
                 )
             columns, bits = columns[:, equal], bits[:, equal]
         cost = sum(
-            (
-                np.where(chosen >= 0, side.cost[layer, chosen], 0.0)
-                for side, chosen in zip(self.sides, columns, strict=True)
-            ),
+            (np.where(chosen >= 0, side.cost[layer, chosen], 0.0) for side, chosen in zip(sides, columns, strict=True)),
             start=np.zeros(columns.shape[1]),
         )
         return Choices(columns, bits, cost, self.meter(budget).use(layer, *bits))
@@ -230,11 +228,13 @@ class CostTable:
 
     def lowest(self, *, tied: bool = False) -> Assignment:
         """Every layer at its lowest allowed width (at its lowest common one when `tied`)."""
-        return np.stack([self.choices(layer, tied=tied).columns[:, 0] for layer in self._range], axis=1)
+        if tied:
+            return np.stack([self.choices(layer, tied=True).columns[:, 0] for layer in self._range], axis=1)
+        return np.array([[side.columns(layer)[0] for layer in self._range] for side in self.sides])
 
     def highest(self) -> Assignment:
         """Every layer at its highest allowed width."""
-        return np.stack([self.choices(layer).columns[:, -1] for layer in self._range], axis=1)
+        return np.array([[side.columns(layer)[-1] for layer in self._range] for side in self.sides])
 
     @property
     def _range(self) -> range:

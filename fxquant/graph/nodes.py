@@ -44,12 +44,17 @@ def image_of(graph_module: GraphModule) -> Node:
     return next(node for node in graph_module.graph.nodes if node.op == "placeholder")  # type: ignore[no-any-return]
 
 
+def tensor_at(graph_module: GraphModule, node: Node) -> torch.Tensor:
+    """The tensor that a `get_attr` node stands for."""
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)  # type: ignore[no-any-return]
+
+
 def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
     """The tensor behind a `get_attr` node, None for anything else."""
     if not isinstance(value, Node) or value.op != "get_attr":
         return None
-    owner, _, name = str(value.target).rpartition(".")
-    return getattr(graph_module.get_submodule(owner), name)  # type: ignore[no-any-return]
+    return tensor_at(graph_module, value)
 
 
 def scope_of(node: Node) -> str:

@@ -167,7 +167,7 @@ def layer_table(layers: Sequence[LayerRow], found: Totals) -> Table:
             Cell(row.layer),
             Cell(row.role),
             Cell(_or_dash(row.weight_bits), row.weight_bits),
-            Cell(input_label(row.input_bits), Tile.of(row).shade[1]),
+            Cell(input_label(row.input_bits), row.activation_bits),
             Cell(_or_dash(row.weight and row.weight.sqnr_db, ".1f")),
             Cell(_or_dash(row.input_sqnr_db, ".1f")),
             Cell(f"{row.predicted_loss:.2e}"),

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from fxquant.errors import CalibrationError, SensitivityError
 from fxquant.graph.annotation import Role, annotation_of, nodes_with_role
-from fxquant.graph.nodes import module_of
+from fxquant.graph.nodes import module_of, tensor_at
 from fxquant.graph.structure.kind import Kind, is_quick_gelu, kind_of, tensor_inputs
 from fxquant.sensitivity.sums import Sums
 
@@ -116,7 +116,7 @@ class Relevance:
         """What became of the logits of these images; see `Balance`."""
         softmaxes = [n for n in self.graph_module.graph.nodes if annotation_of(n).role is Role.SOFTMAX]
         biases = [p for name, p in self.graph_module.named_parameters() if name.rpartition(".")[2] == "bias"]
-        constants = [_constant(self.graph_module, n) for n in self.graph_module.graph.nodes if n.op == "get_attr"]
+        constants = [tensor_at(self.graph_module, n) for n in self.graph_module.graph.nodes if n.op == "get_attr"]
         leaves = [*biases, *(c for c in {id(c): c for c in constants}.values() if c.is_floating_point())]
         for leaf in leaves:
             leaf.requires_grad_(True)
@@ -278,9 +278,3 @@ class _Recorder(Interpreter):
 
 def _multiplies(role: Role | None) -> bool:
     return role is not None and (role.has_weight or role.is_matmul)
-
-
-def _constant(graph_module: GraphModule, node: Node) -> Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    found: Tensor = getattr(graph_module.get_submodule(owner), name)
-    return found

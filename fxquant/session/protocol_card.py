@@ -37,7 +37,7 @@ def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
                 macs=annotation.macs,
                 operands=tuple(map(_operand_row, annotation.operands, found)),
                 predicted_loss=sum(candidate.loss for candidate in found if candidate is not None),
-                execution="simulated",
+                execution=SIMULATED,
             )
         )
     return rows
@@ -86,7 +86,7 @@ def protocol_card(
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],
         "first_last_weight_bits": bits_by_role,
-        "execution": "simulated",
+        "execution": SIMULATED,
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
         "multiply_accumulates": mac_shares(graph_module),

@@ -30,7 +30,7 @@ from fxquant.graph.annotation import (
     Operand,
     Role,
     Source,
-    annotate_operands,
+    annotate,
     annotation_of,
     planned_nodes,
 )
@@ -111,7 +111,7 @@ class AllocateBits:
         widths = table.widths(allocation.assignment(table))
         for layer, node in enumerate(nodes):
             operands = self._allocated(annotation_of(node), widths[:, layer], table.allowed[:, layer].sum(axis=1) <= 1)
-            annotate_operands(node, bits=[o.bits for o in operands], pinned=[o.pinned for o in operands])
+            annotate(node, operands=tuple(operands))
         ALLOCATION.write(graph_module, allocation)
         COST_TABLE.write(graph_module, table)
         context.note(

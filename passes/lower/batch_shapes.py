@@ -37,12 +37,8 @@ class NoteBatchShapes:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Note in place; returns for how many nodes."""
         norms = [node for node in graph_module.graph.nodes if isinstance(module_of(graph_module, node), nn.LayerNorm)]
-        is_moved = any(_is_moved(input_of(norm)) or any(map(_is_moved, norm.users)) for norm in norms)
+        is_moved = any(moves(input_of(norm)) or any(map(moves, norm.users)) for norm in norms)
         return note_batch_shapes(graph_module) if is_moved else 0
-
-
-def _is_moved(node: Node | None) -> bool:
-    return node is not None and moves(node)
 
 
 def has_batch_shapes(graph_module: GraphModule) -> bool:

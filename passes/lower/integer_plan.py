@@ -126,9 +126,14 @@ def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
     node.meta["tensor_meta"] = metadata._replace(shape=torch.Size(shape))
 
 
-def moves(node: Node) -> bool:
-    """Whether a node only moves numbers around."""
-    return node.op in ("call_method", "call_function") and node.target in _MOVES and input_of(node) is not None
+def moves(node: Node | None) -> bool:
+    """Whether a node only moves numbers around; None does not."""
+    return (
+        node is not None
+        and node.op in ("call_method", "call_function")
+        and node.target in _MOVES
+        and input_of(node) is not None
+    )
 
 
 def factor_of(node: Node | None) -> float | None:

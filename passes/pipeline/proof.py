@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
+from fxquant.graph.nodes import tensor_at
 from fxquant.graph.output_tree import Output, leaves
 from fxquant.graph.printer import describe
 from fxquant.runtime.known_answers import answer_images_for
@@ -193,7 +194,7 @@ def float_tensors(graph_module: GraphModule, copied: bool) -> Tensors:
         if node.op == "call_module":
             own = _state(graph_module.get_submodule(str(node.target)))
         elif node.op == "get_attr":
-            own = {"": _constant(graph_module, node)}
+            own = {"": tensor_at(graph_module, node)}
         for name, tensor in own.items():
             kept = taken.setdefault(id(tensor), tensor.detach().clone() if copied else tensor.detach())
             found.setdefault(node.name, {})[name] = kept
@@ -272,12 +273,6 @@ def _in_float(module: nn.Module, tensors: Mapping[str, Tensor], arguments: Any, 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _constant(graph_module: GraphModule, node: Node) -> Tensor:
-    owner, _, name = str(node.target).rpartition(".")
-    value: Tensor = getattr(graph_module.get_submodule(owner), name)
-    return value
 
 
 def _images(graph_module: GraphModule, given: Tensor | None) -> Tensor:

@@ -25,9 +25,6 @@ from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales
 
-CANDIDATE_BITS = (2, 3, 4, 5, 6, 7, 8)
-
-
 Options = RecipeOptions
 """What every recipe takes."""
 
@@ -48,7 +45,7 @@ def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:
     run the recipe's quantizers.
     """
     changed: list[Pass] = []
-    bits = options.get("bits", CANDIDATE_BITS)
+    bits = options.get("bits", SearchScales.bits)
     for step in passes:
         if isinstance(step, FoldSqb) and "fold" in options:
             continue

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from fxquant.errors import BackendError
-from fxquant.quantizers.families import families_named
+from fxquant.graph.annotation import Allowed
+from fxquant.quantizers.families import families_named, text_of
 from passes.lower.backends import AUTO, backends
 from passes.lower.lower import check_backend, resolved
 from passes.search.plan_operands import PlanOperands
@@ -34,12 +35,11 @@ def restrict_families(plan: PlanOperands, backend: str) -> PlanOperands:
         if text is None:
             continue
         known = [(family, widest) for family, widest in families_named(text) if family in found.families]
-        kept = [(family, min(widest, found.families[family])) for family, widest in known]
+        kept = [Allowed(family, min(widest, found.families[family])) for family, widest in known]
         if not kept and edge not in found.instead:
             raise BackendError(
                 f"{found.name} cannot run the quantizers of {edge}={text!r} as integers at any width: take a recipe "
                 f"with others, such as 'best', leave the backend out, or name some of {', '.join(found.families)}"
             )
-        named = [family if widest == 8 else f"{family}<={widest}" for family, widest in kept]
-        changes[edge] = "|".join(named) or found.instead[edge]
+        changes[edge] = text_of(kept) or found.instead[edge]
     return replace(plan, **changes)

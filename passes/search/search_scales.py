@@ -61,7 +61,6 @@ class SearchScales:
             observers have gathered is released.
         negligible: a difference of predicted losses, in the unit of the objective, that does not count: of an operand's
             families the first named is taken that loses at most so much more than the best.
-        weights: "asymmetric" gives weights zero-points; no kernel takes them, so such layers stay simulated.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)

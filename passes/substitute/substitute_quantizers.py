@@ -70,8 +70,7 @@ def chosen(operand: Operand, layer: str) -> Candidate | None:
     """The candidate of an operand's width, None where it has no bits.
 
     Args:
-        candidates: of one tensor, ascending by bits.
-        bits: the width that the tensor was given; None: it stays float.
+        operand: with its candidates, and the width that it was given.
         layer: the layer's name, for the message.
 
     Raises VerificationError, naming the layer, where it has bits and no candidate of that width.

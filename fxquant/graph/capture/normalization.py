@@ -99,7 +99,7 @@ def _call_module(graph_module: GraphModule, node: Node, home: str, stem: str, mo
         _replace(node, node.graph.call_module(path, (argument(node, 0, "input"),)))
 
 
-def _home_of_weight(node: Node, weight: Node, default: str) -> tuple[str, str]:
+def _home_of_weight(weight: Node, default: str) -> tuple[str, str]:
     """Where the module made from a weight belongs: the weight's owner, and the name of a child if that is taken."""
     owner, _, name = str(weight.target).rpartition(".")
     stem = name.removesuffix("weight").rstrip("_")
@@ -116,7 +116,7 @@ def _rewrite_matmul(graph_module: GraphModule, node: Node) -> None:
         channels_in, channels_out = weight_ic_oc.shape
         linear = nn.Linear(channels_in, channels_out, bias=False, device="meta")
         _set_parameters(linear, weight_ic_oc.t().contiguous(), None)
-        _call_module(graph_module, node, *_home_of_weight(node, right, "linear"), linear)
+        _call_module(graph_module, node, *_home_of_weight(right, "linear"), linear)
         return
     with node.graph.inserting_before(node):
         _replace(node, node.graph.call_function(torch.matmul, (left, right)))
@@ -149,7 +149,7 @@ def _rewrite_linear(graph_module: GraphModule, node: Node) -> None:
     channels_out, channels_in = weight_oc_ic.shape
     linear = nn.Linear(channels_in, channels_out, bias=bias_oc is not None, device="meta")
     _set_parameters(linear, weight_oc_ic, bias_oc)
-    _call_module(graph_module, node, *_home_of_weight(node, weight, "linear"), linear)
+    _call_module(graph_module, node, *_home_of_weight(weight, "linear"), linear)
 
 
 def _rewrite_convolution(graph_module: GraphModule, node: Node) -> None:
@@ -170,7 +170,7 @@ def _rewrite_convolution(graph_module: GraphModule, node: Node) -> None:
         device="meta",
     )
     _set_parameters(convolution, kernel, bias_oc)
-    _call_module(graph_module, node, *_home_of_weight(node, weight, "conv"), convolution)
+    _call_module(graph_module, node, *_home_of_weight(weight, "conv"), convolution)
 
 
 def _rewrite_layer_norm(graph_module: GraphModule, node: Node) -> None:
@@ -186,7 +186,7 @@ def _rewrite_layer_norm(graph_module: GraphModule, node: Node) -> None:
         device="meta",
     )
     _set_parameters(norm, weight_c, bias_c)
-    home = _home_of_weight(node, weight, "norm") if weight is not None else (scope_of(node), "norm")
+    home = _home_of_weight(weight, "norm") if weight is not None else (scope_of(node), "norm")
     _call_module(graph_module, node, *home, norm)
 
 
@@ -196,19 +196,19 @@ def _set_parameters(module: nn.Module, weight: torch.Tensor | None, bias: torch.
             setattr(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
 
 
-def _drop(graph_module: GraphModule, node: Node) -> None:
+def _drop(node: Node) -> None:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     node.graph.erase_node(node)
 
 
 def _drop_dropout(graph_module: GraphModule, node: Node) -> None:
     if argument(node, 2, "training", True) is False or argument(node, 1, "p", 0.5) == 0:
-        _drop(graph_module, node)
+        _drop(node)
 
 
 def _drop_empty_padding(graph_module: GraphModule, node: Node) -> None:
     if not any(argument(node, 1, "pad")):
-        _drop(graph_module, node)
+        _drop(node)
 
 
 def _drop_whole_slice(graph_module: GraphModule, node: Node) -> None:
@@ -218,7 +218,7 @@ def _drop_whole_slice(graph_module: GraphModule, node: Node) -> None:
         return
     is_whole = index[0] == slice(None) and all(isinstance(i, slice) and i.step in (None, 1) for i in index)
     if is_whole:
-        _drop(graph_module, node)
+        _drop(node)
 
 
 _REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {

@@ -65,7 +65,7 @@ class _Search:
             node = self.pending.pop()
             self._look_back(node)
             for user in node.users:
-                self._look_ahead(node, user)
+                self._look_ahead(user)
         return self.stream
 
     def _add(self, node: Node) -> None:
@@ -101,7 +101,7 @@ class _Search:
             return vectors[0], layers[0]
         return None
 
-    def _look_ahead(self, node: Node, user: Node) -> None:
+    def _look_ahead(self, user: Node) -> None:
         """Who reads a tensor of the stream."""
         if _is_norm(user, self.modules):
             if user not in self.stream.norms:

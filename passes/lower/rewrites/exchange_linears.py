@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +38,8 @@ class ExchangeLinears:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Exchange in place; returns how many layers."""
-        note_misses(context, self, _misses(graph_module), outcome="simulated")
         found = uniform_linears(graph_module)
+        note_misses(context, self, _misses(graph_module, found), outcome="simulated")
         for node, code in found.items():
             module = module_of(graph_module, node)
             assert isinstance(module, QuantizedLinear)  # it is a linear layer
@@ -59,9 +60,11 @@ def uniform_linears(graph_module: GraphModule) -> dict[Node, ByteCode]:
     return {node: code for node, code in found if isinstance(module_of(graph_module, node), QuantizedLinear)}
 
 
-def _misses(graph_module: GraphModule) -> list[Miss]:
+def _misses(graph_module: GraphModule, exchanged: Collection[Node]) -> list[Miss]:
     misses = simulated_layers(graph_module)
-    for node in integer_nodes(graph_module).keys() - uniform_linears(graph_module).keys():
+    for node in integer_nodes(graph_module):
+        if node in exchanged:
+            continue
         is_linear = isinstance(module_of(graph_module, node), QuantizedLinear)
         reason = "its input has no uniform quantizer" if is_linear else "only linear layers run as integers here"
         misses.append(Miss(annotation_of(node).layer, f"{reason}: 'cpu-native' runs it"))

@@ -83,9 +83,9 @@ class OrderRows:
         """Reorder in place; returns how many orders there are."""
         nodes = list(graph_module.graph.nodes)
         attentions = [node for node in nodes if isinstance(module_of(graph_module, node), IntegerAttention)]
-        windowed = [node for node in attentions if _is_moved(input_of(input_of(node)))]
+        windowed = [node for node in attentions if moves(input_of(input_of(node)))]
         norms = [node for node in nodes if isinstance(module_of(graph_module, node), nn.LayerNorm)]
-        merged = [node for node in norms if _is_moved(input_of(node))]
+        merged = [node for node in norms if moves(input_of(node))]
         if not has_batch_shapes(graph_module) or not (windowed or merged):
             return 0
         _read_batch_size_from_image(graph_module)
@@ -106,10 +106,6 @@ class OrderRows:
             ordered += 1
         note_misses(context, self, misses)
         return ordered
-
-
-def _is_moved(node: Node | None) -> bool:
-    return node is not None and moves(node)
 
 
 def _read_batch_size_from_image(graph_module: GraphModule) -> None:

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxquant.graph.facts import Fact
 from fxquant.graph.nodes import module_of, only_reader
 from fxquant.runtime.integer.lowered import IntegerConv2d, IntegerLinear, LayerNormToCodes, ToCodes
-from passes.lower.integer_plan import layer_of, shape_of
+from passes.lower.integer_plan import layer_of, set_shape, shape_of
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 
@@ -116,6 +115,5 @@ def _selection(source: Any, token: int) -> Node:
 
 def _set_tokens(node: Node, like: Any) -> None:
     """Note that a node holds one token of what another holds."""
-    metadata: TensorMetadata = like.meta["tensor_meta"]
-    batch, _, channels = metadata.shape
-    node.meta["tensor_meta"] = metadata._replace(shape=type(metadata.shape)((batch, 1, channels)))
+    batch, _, channels = like.meta["tensor_meta"].shape
+    set_shape(node, (batch, 1, channels), like)
