@@ -24,7 +24,7 @@ from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import IMAGE_SHAPE
-from fxquant.graph.output_tree import TREE, Tree
+from fxquant.graph.output_tree import tree_of
 
 INPUT, OUTPUT = "images", "scores"
 WEIGHT_TYPES = ("int8", "int4")
@@ -86,11 +86,11 @@ def to_onnx(
 
 def output_names(graph_module: GraphModule) -> list[str]:
     """What an ONNX file calls the tensors that a graph returns, in order, each name once."""
-    document = TREE.get(graph_module)
-    if document is None:
+    tree = tree_of(graph_module)
+    if tree.is_bare:
         return [OUTPUT]
     taken, found = {INPUT}, []
-    for name in Tree.from_json(document).names:
+    for name in tree.names:
         name = f"output.{name}" if not name or name[0].isdigit() else name
         while name in taken:
             name = f"{name}_"

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxquant.errors import ArtefactError, TraceError
 from fxquant.graph.notes import Note
@@ -205,3 +206,9 @@ def flat(output: Any) -> tuple[Tree, Output]:
 def leaves(output: Any) -> tuple[Any, ...]:
     """The tensors of what a graph returned, or the nodes of what it is to return."""
     return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
+def tree_of(graph_module: GraphModule) -> Tree:
+    """How what a graph returns is arranged; without a note it is one tensor and nothing around it."""
+    document = TREE.get(graph_module)
+    return Tree(TENSOR) if document is None else Tree.from_json(document)

@@ -110,7 +110,8 @@ class LayerRow:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON values."""
-        return {**asdict(self), "operands": [asdict(operand) for operand in self.operands]}
+        values = asdict(self)
+        return {**values, "operands": list(values["operands"])}
 
     @classmethod
     def from_dict(cls, values: Any) -> LayerRow:

@@ -25,7 +25,7 @@ from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
-from fxquant.graph.output_tree import TREE, Tree, leaves
+from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
@@ -67,8 +67,7 @@ class Compiled(nn.Module):
         tree: Tree | None = None,
     ) -> None:
         super().__init__()
-        document = TREE.get(graph_module)
-        self.tree = tree or (Tree("tensor") if document is None else Tree.from_json(document))
+        self.tree = tree or tree_of(graph_module)
         self.graph_module, self.answers = graph_module, answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
         self.border = Border.of(graph_module)

@@ -9,7 +9,7 @@ from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
-from passes.recipes.assembly import Options, checked_recipe, with_options
+from passes.recipes.assembly import Options, checked_recipe, norm_inputs, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
@@ -37,7 +37,7 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
                 post_softmax="adalog-softmax",
                 other="asymmetric",
                 weight="asymmetric",
-                **_norm_inputs(options),
+                **norm_inputs(options, "asymmetric", "asymmetric"),
             ),
             REPARAMETERISE,
             InsertObservers(),
@@ -61,7 +61,7 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
                 post_softmax="log-sqrt2",
                 other="asymmetric",
                 weight="asymmetric",
-                **_norm_inputs(options),
+                **norm_inputs(options, "asymmetric", "asymmetric"),
             ),
             REPARAMETERISE,
             InsertObservers(),
@@ -71,8 +71,3 @@ def repq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
             SubstituteQuantizers(),
         ],
     )
-
-
-def _norm_inputs(options: Options) -> dict[str, Any]:
-    asymmetric = {"softmax_input": "asymmetric", "layer_norm_input": "asymmetric"}
-    return asymmetric if options.get("fully_quantized") else {}

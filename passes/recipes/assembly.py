@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, PipelineError
@@ -30,6 +31,17 @@ Options = RecipeOptions
 
 checked_recipe = checked(PipelineError, **BY_ARGUMENT)
 """Decorator of a recipe: unknown options, and those of the wrong type or value, raise before anything is built."""
+
+
+def norm_inputs(options: Options, softmax: str, layer_norm: str) -> dict[str, Any]:
+    """For PlanOperands: families of the inputs of softmax and LayerNorm, where these compute on quantized ones.
+
+    Args:
+        options: of the recipe, whose `fully_quantized` decides.
+        softmax: the recipe's family of softmax inputs.
+        layer_norm: its family of LayerNorm inputs.
+    """
+    return {"softmax_input": softmax, "layer_norm_input": layer_norm} if options.get("fully_quantized") else {}
 
 
 def with_options(options: Options, passes: Sequence[Pass]) -> Pipeline:

@@ -16,7 +16,7 @@ from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
 from passes.prepare.rotate_residual import RotateResidual
-from passes.recipes.assembly import Options, checked_recipe, with_options
+from passes.recipes.assembly import Options, checked_recipe, norm_inputs, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
@@ -46,8 +46,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     """
     parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
-    plan: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if fully_quantized else {}
-    plan["tied"] = (Role.QK,)
+    plan: dict[str, Any] = {"tied": (Role.QK,), **norm_inputs(options, "symmetric", "o-2sf")}
     allocate = AllocateBits(
         parsed,
         Milp(),

@@ -10,7 +10,7 @@ from passes.allocate.allocate_bits import AllocateBits
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 from passes.prepare.fold_sqb import FoldSqb
-from passes.recipes.assembly import Options, checked_recipe, with_options
+from passes.recipes.assembly import Options, checked_recipe, norm_inputs, with_options
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
@@ -29,7 +29,7 @@ def mptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            PlanOperands(**_norm_inputs(options)),
+            PlanOperands(**norm_inputs(options, "symmetric", "o-2sf")),
             FoldSqb(),
             InsertObservers(),
             Calibrate(),
@@ -47,7 +47,7 @@ def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
         options,
         [
             AssignRoles(),
-            PlanOperands(post_gelu="twin-gelu", **_norm_inputs(options)),
+            PlanOperands(post_gelu="twin-gelu", **norm_inputs(options, "symmetric", "o-2sf")),
             InsertObservers(),
             Calibrate(),
             SearchScales(),
@@ -60,13 +60,12 @@ def tsptq_vit(budget: Any, **options: Unpack[Options]) -> Pipeline:
 @checked_recipe
 def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
     """Symmetric uniform quantizers whose range just covers the data; uniform bits: where every comparison starts."""
-    norms: dict[str, Any] = {"softmax_input": "symmetric", "layer_norm_input": "symmetric"}
     return with_options(
         options,
         [
             AssignRoles(),
             PlanOperands(
-                post_gelu="symmetric", post_softmax="symmetric", **(norms if options.get("fully_quantized") else {})
+                post_gelu="symmetric", post_softmax="symmetric", **norm_inputs(options, "symmetric", "symmetric")
             ),
             InsertObservers(),
             Calibrate(gradient=False),
@@ -75,7 +74,3 @@ def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
             SubstituteQuantizers(),
         ],
     )
-
-
-def _norm_inputs(options: Options) -> dict[str, Any]:
-    return {"softmax_input": "symmetric", "layer_norm_input": "o-2sf"} if options.get("fully_quantized") else {}
