@@ -173,7 +173,11 @@ def frontier(
         return Frontier(axis, tuple(points), unit=session.objective.unit)
     batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
     measured = session.calibration if images is None else images
-    measure = _Divergence(model, session.objective, measured, batch_size) if realised == "divergence" else realised
+    measure = (
+        _Divergence(session.float_model(), session.objective, measured, batch_size)
+        if realised == "divergence"
+        else realised
+    )
     task = progress.track("measuring", len(points))
     losses = []
     for point in points:
@@ -204,13 +208,8 @@ class _Divergence:
 
     def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
         self._objective, self._batches = objective, torch.split(images_bchw, batch_size)
-        is_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                self._expected = [self._doubled(model(batch)) for batch in self._batches]
-        finally:
-            model.train(is_training)
+        with torch.inference_mode():
+            self._expected = [self._doubled(model(batch)) for batch in self._batches]
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:

@@ -118,12 +118,16 @@ class ModelSource:
             objective=self.objective,
         )
 
+    def float_model(self) -> nn.Module:
+        """A copy of the caller's model in inference mode, with all that hangs on it and its fixed inputs."""
+        return copy_of(self._model, self._inputs)
+
     @cached_property
     def model_outputs(self) -> ModelOutputs:
-        """Outputs of a copy of the caller's model, with all that hangs on it, in inference mode."""
+        """Outputs of `float_model`."""
         first = self.images[torch.arange(IMAGES) % len(self.images)]
         more = answer_images_for(self.traced, pixels=range_of(self.images))
-        model = copy_of(self._model, self._inputs)
+        model = self.float_model()
         with torch.no_grad():
             tree, outputs = flat(model(first.clone()))
             return ModelOutputs(outputs, flat(model(more))[1], tree)

@@ -123,6 +123,11 @@ class Session:
         with torch.inference_mode(False):
             return self._source.images
 
+    def float_model(self) -> nn.Module:
+        """A copy of the model in inference mode, called with images alone: what quantized ones are held against."""
+        with torch.inference_mode(False):
+            return self._source.float_model()
+
     @property
     def objective(self) -> Objective:
         """What quantization must keep of the output. Raises as `fxquant.trace` where the model cannot be traced."""

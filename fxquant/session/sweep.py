@@ -96,8 +96,10 @@ def sweep(
     for key, (_, each, budget, allocator) in zip(keys, planned, strict=True):
         if key not in results.points:
             each.check(budget, allocator)
-    model = next(iter(sessions.values())).model
-    baseline = results.point(signature(settings, "float32"), lambda: {"accuracy": _measured(measure, model, "float32")})
+    first = next(iter(sessions.values()))
+    baseline = results.point(
+        signature(settings, "float32"), lambda: {"accuracy": _measured(measure, first.float_model(), "float32")}
+    )
     points = [
         results.point(key, partial(_point, name, each, budget, allocator, measure))
         for key, (name, each, budget, allocator) in zip(keys, planned, strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxquant
@@ -115,3 +115,31 @@ def test_outputs_that_are_no_class_scores_have_the_divergence_of_their_features(
     assert 0 < found.realised[1] < found.realised[0] < 1
     with pytest.raises(CalibrationError, match="the realised divergence needs class scores"):
         fxquant.frontier(model, x, limits=[8], objective="classes", **options)
+
+
+class _Scaled(nn.Module):
+    """A model with a second argument and a part that stays in inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.frozen = vit(depth=1), nn.Dropout(0.5).eval()
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.frozen(self.body(x)) * scale
+
+
+def test_what_is_realised_is_measured_against_the_model_with_its_fixed_inputs() -> None:
+    model = _Scaled().train()
+    model.frozen.eval()
+    found = fxquant.frontier(
+        model,
+        images(3),
+        limits=[8],
+        realised="divergence",
+        recipe="naive_min_max",
+        inputs={"scale": 2.0},
+        bits=(4, 8),
+    )
+    assert found.realised[0] < 0.1
+    assert model.training, "the caller's model keeps its modes"
+    assert not model.frozen.training, "of every part"
