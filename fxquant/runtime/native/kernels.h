@@ -119,6 +119,18 @@ extern const Kernels kAmxInt8;
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__GNUC__)
+#define FXQ_NEON 1
+extern const Kernels kNeon;
+// Compilers whose header has the further instructions whatever the rest of a file is compiled for.
+#if !defined(__clang__) || (defined(__apple_build_version__) ? __clang_major__ >= 15 : __clang_major__ >= 16)
+#define FXQ_NEON_EXTENSIONS 1
+extern const Kernels kNeonDotprod, kNeonI8mm;
+bool has_neon_dotprod();
+bool has_neon_i8mm();
+#endif
+#endif
+
 constexpr int64_t kMaxSize = int64_t(1) << 24, kMaxElements = int64_t(1) << 40;
 
 inline bool is_size(int64_t n, int64_t most = kMaxSize) { return n >= 1 && n <= most; }
