@@ -226,8 +226,10 @@ const char *fxq_message(int32_t status) {
         "the layout is damaged, or of another version",
         "out of memory",
         "this CPU does not have that instruction set",
+        "the file cannot be read",
+        "this is no model of this version, or it is damaged",
     };
-    return status >= 0 && status <= FXQ_UNSUPPORTED ? kMessages[status] : "unknown error";
+    return status >= 0 && status <= FXQ_PROGRAM ? kMessages[status] : "unknown error";
 }
 
 int32_t fxq_best(void) { return best(); }
