@@ -24,7 +24,6 @@ def export_model(
 ) -> None:
     """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes, or a program for the C library."""
     from fxquant.commands.console import emit, show
-    from fxquant.errors import ExportError
     from fxquant.export.onnx_check import check_onnxruntime
     from fxquant.export.onnx_file import check_export
     from fxquant.export.program_file import SUFFIX

@@ -271,8 +271,8 @@ class Compiled(nn.Module):
         """Write the file that the C library `libfxquant` runs, without Python (docs/c_library.md); returns its bytes.
 
         Its outputs equal those of `lowered("cpu-native")` bit for bit, which is checked on two images before the file
-        is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels; BackendError
-        without kernels; ArtefactError where the file cannot be written.
+        is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels;
+        BackendError without kernels; ArtefactError where the file cannot be written.
         """
         model = self if self._is_lowered else self.lowered("cpu-native")
         content = to_program(model.graph_module, self.card)

@@ -106,16 +106,21 @@ struct Kernels {
 
 // A further set joins by a file with its own `tile` that includes the .inl files, and a line in entry.cpp.
 extern const Kernels kScalar;
+// FXQ_PORTABLE, FXQ_AVX2_ONLY: a small library leaves sets out, see Makefile.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
 #define FXQ_X86 1
-extern const Kernels kAvx2, kAvx512Vnni;
+extern const Kernels kAvx2;
+#if !defined(FXQ_AVX2_ONLY)
+#define FXQ_AVX512 1
+extern const Kernels kAvx512Vnni;
 #if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12)
 #define FXQ_AVX_VNNI 1
 extern const Kernels kAvxVnni;
-#endif
-#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#if defined(__linux__)
 #define FXQ_AMX 1
 extern const Kernels kAmxInt8;
+#endif
+#endif
 #endif
 #endif
 
