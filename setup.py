@@ -4,13 +4,33 @@ Where no C++ compiler is found, or it refuses, the package installs without them
 Everything else about the package is in pyproject.toml.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("fxquant/runtime/native")
 
+
+class BuildAtOnce(build_ext):
+    """Compiles the sources of an extension side by side, as many as there are processors."""
+
+    def build_extensions(self):
+        compile_all = self.compiler.compile
+
+        def compile_at_once(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_all([source], **options), sources)
+                return [path for paths in objects for path in paths]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
+
+
 setup(
+    cmdclass={"build_ext": BuildAtOnce},
     ext_modules=[
         Extension(
             "fxquant.runtime.native._kernels",
@@ -26,5 +46,5 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,
         )
-    ]
+    ],
 )  # fmt: skip
