@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-#ifdef FXQ_X86
+#ifdef FXQ_AVX512
 
 #include <immintrin.h>
 
