@@ -127,7 +127,7 @@ extern const Kernels kAmxInt8;
 #endif
 #endif
 
-#if defined(__aarch64__) && defined(__GNUC__)
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
 #define FXQ_NEON 1
 extern const Kernels kNeon;
 // Compilers whose header has the further instructions whatever the rest of a file is compiled for.
