@@ -23,6 +23,7 @@ from fxquant.checks.hints import checked
 from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
+from fxquant.export.program_file import to_program
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
@@ -291,6 +292,19 @@ class Compiled(nn.Module):
             check_in_onnxruntime(found.content, answers, answers.images_for(graph_module))
         write_file(Path(path), found.content)
         return found.layers
+
+    @checked(ArtefactError)
+    def export_program(self, path: str | PathLike[str]) -> int:
+        """Write the file that the C library `libfxquant` runs, without Python (docs/c_library.md); returns its bytes.
+
+        Its outputs equal those of `lowered("cpu-native")` bit for bit, which is checked on two images before the file
+        is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels;
+        BackendError without kernels; ArtefactError where the file cannot be written.
+        """
+        model = self if self._is_lowered else self.lowered("cpu-native")
+        content = to_program(model.graph_module, self.card)
+        write_file(Path(path), content)
+        return len(content)
 
     def _graph_at(self, size: tuple[int, int] | None) -> GraphModule:
         sizes = self.sizes or SizedGraphs(self.graph_module, {})

@@ -210,7 +210,7 @@ class Proof:
         listed = f"one of these passes did it: {', '.join(self._unproven)}" if self._unproven else "no pass has run yet"
         return (
             f"{first}{listed}; repair it or leave it out, pipeline.without(...), or let it declare its effect, "
-            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/writing_a_pass.md)"
+            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/how_to/writing_a_pass.md)"
         )
 
 
