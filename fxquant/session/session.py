@@ -22,6 +22,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
@@ -31,6 +32,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
+from fxquant.graph.capture.exported import module_of_program
 from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.notes import SIZES
 from fxquant.runtime.known_answers import KnownAnswers, range_of
@@ -67,14 +69,14 @@ class Session:
     @documented(SessionOptions)
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | ExportedProgram,
         calibration: Tensor | Iterable[Any] | Synthesis | None = None,
         **options: Unpack[SessionOptions],
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
 
         Args:
-            model: the caller's; it is not modified.
+            model: the caller's; it is not modified. Also what `torch.export` made of one, with a batch of any size.
             calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
                 DataLoader or other iterable of images or (images, labels), which is gone through once and may give
                 1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
@@ -82,6 +84,8 @@ class Session:
 
         Raises CalibrationError, ModelError, OptionError, PipelineError.
         """
+        if isinstance(model, ExportedProgram):
+            model = module_of_program(model)
         self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
@@ -232,7 +236,7 @@ class Session:
 @checked(OptionError, **BY_ARGUMENT)
 @documented(SessionOptions)
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     budget: Any,
     *,
     calibration: Tensor | Iterable[Any] | Synthesis | None = None,
@@ -242,7 +246,7 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: the caller's.
+        model: the caller's. Also what `torch.export` made of one, with a batch of any size.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
         calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
             DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024
