@@ -103,7 +103,7 @@ def plot_mean_distances(path: str | PathLike[str], distances: Mapping[str, Seque
     for marker, (name, values) in zip("os^D", distances.items(), strict=False):
         axes.plot(range(len(labels)), values, marker=marker, markersize=4.5, label=name)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize="small")
-    axes.set_ylabel("distance of one image's means from all images'")
+    axes.set_ylabel("distance of an image's means")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
