@@ -3,7 +3,7 @@
 A family turns (statistics, bits) into `Proposals`: level and threshold tables of C candidates, and a builder that makes
 the quantizer of the chosen one. The search (`fxquant.quantizers.search`) evaluates every table exactly, whatever the
 family. A module of this package that makes a family ends in `FAMILIES = (Family(...), ...)`, and
-`fxquant.quantizers.families` finds it there; docs/adding_a_family.md builds one.
+`fxquant.quantizers.families` finds it there; docs/how_to/adding_a_family.md builds one.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ so that half the mean squared gradient of v . y predicts D for small errors, wha
     FEATURES      v = sqrt(2 / tensors) r / |y|                    the root mean square of y, all entries alike
     EMBEDDINGS    v = (r - u (u . r)) / |y|,  u = y / |y|          what turns y; what only lengthens it costs nothing
 
-One's own is one file: docs/adding_an_objective.md.
+One's own is one file: docs/how_to/adding_an_objective.md.
 """
 
 from __future__ import annotations

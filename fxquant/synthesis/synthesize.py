@@ -51,7 +51,8 @@ class Synthesis:
     Args:
         count: how many images are made.
         steps: how many steps each of the two stages takes. The paper takes 500 (`Synthesis.thorough()`); from the
-            default on, accuracy after quantization rises by no more than its standard error (docs/methods.md).
+            default on, accuracy after quantization rises by no more than its standard error
+            (docs/explanation/methods.md).
         learning_rate: Adam's rate on normalised pixels; the paper takes 0.25 for Swin.
         variation: the range V* is drawn from at 224 x 224, in units of the picture's range.
         jitter: largest shift in the second stage, as a share of the image's side.
