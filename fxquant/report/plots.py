@@ -83,7 +83,7 @@ def plot_sensitivity(
     check_plot(path)
     if not panels or not all(max(scores.values(), default=0) > 0 for scores in panels.values()):
         raise ArtefactError(f"{path}: every panel of a sensitivity plot needs a score above zero")
-    figure = _pyplot_free_figure()(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
+    figure = new_figure(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
     for index, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         for marker, role in zip("os^D" * 4, dict.fromkeys(role_of[layer] for layer in scores), strict=False):
@@ -128,7 +128,7 @@ def plot_frontier(
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
     check_plot(path)
-    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for marker, (name, values) in zip("os^D" * 4, losses.items(), strict=False):
         axes.plot(limits, values, marker=marker, markersize=4, label=name)
@@ -138,9 +138,7 @@ def plot_frontier(
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
-    write_file(Path(path), content.getvalue())
+    write_figure(path, figure)
 
 
 def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, float]]) -> None:
@@ -149,7 +147,7 @@ def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, fl
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
     check_plot(path)
-    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     variants = list(dict.fromkeys(variant for variant, _, _ in timings))
     sizes = list(dict.fromkeys(size for _, size, _ in timings))
@@ -162,9 +160,7 @@ def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, fl
     axes.set_ylabel("images per second")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
-    write_file(Path(path), content.getvalue())
+    write_figure(path, figure)
 
 
 def _pyplot_free_figure() -> Any:

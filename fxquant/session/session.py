@@ -210,6 +210,15 @@ class Session:
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
 
+    @torch.inference_mode(False)
+    def searched(self) -> GraphModule:
+        """The graph with quantizers found at every width and none chosen; calibrates on the first call only.
+
+        It is this session's own: read it, and do not change it. Raises as `fxquant.compile` does.
+        """
+        prefix, _ = split(self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8"))
+        return self._after_search(prefix)[0]
+
     def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
         """The graph after the passes before bits are allocated, and a context whose journal tells of them.
 
