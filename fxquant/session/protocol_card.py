@@ -80,6 +80,7 @@ def protocol_card(
         "calibration": source.described,
         "calibration_images": len(source.images),
         "image_shape": list(source.images.shape[1:]),
+        **({"image_sizes": [list(sized.size) for sized in source.sized]} if source.sized else {}),
         "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
         "seed": source.context.seed,
         "objective": source.context.objective.described,

@@ -32,6 +32,7 @@ from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.facts import QUANTIZED
+from fxquant.graph.notes import SIZES
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
@@ -39,6 +40,7 @@ from fxquant.session.compiled import Compiled, load
 from fxquant.session.model_source import ModelSource
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
 from fxquant.session.protocol_card import layer_rows, protocol_card
+from fxquant.session.sizes import checked_sizes
 from fxquant.synthesis.synthesize import Synthesis
 from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
@@ -48,6 +50,7 @@ from passes.pipeline.contract import Journal, PassContext, check_images, reporte
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe as recipe_named
 from passes.search.search_cache import run_prefix, split
+from passes.substitute.add_sizes import AddSizes
 
 __all__ = ["Compiled", "Session", "compile", "load"]
 
@@ -83,6 +86,7 @@ class Session:
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
             check_images(calibration)
+        self._sizes = checked_sizes(options.get("image_sizes") or ())
         self._recipe = options.get("recipe", DEFAULT_RECIPE)
         self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
         if isinstance(self._recipe, Pipeline):
@@ -98,6 +102,7 @@ class Session:
             reporter_of(options.get("progress")),
             options.get("objective", DEFAULT_OBJECTIVE),
             options.get("inputs"),
+            self._sizes,
         )
 
     def _check_own(self, pipeline: Pipeline) -> None:
@@ -143,7 +148,7 @@ class Session:
         if isinstance(self._recipe, Pipeline):
             if budget is not None or allocator is not None:
                 self._refuse_beside_own()
-            return self._recipe
+            return self._with_sizes(self._recipe)
         recipe = recipe_named(self._recipe) if isinstance(self._recipe, str) else self._recipe
         if isinstance(recipe, type):
             raise PipelineError.for_type(
@@ -152,7 +157,10 @@ class Session:
         found = recipe(budget, allocator=allocator, **self._options)
         if not isinstance(found, Pipeline):
             raise PipelineError.for_type(f"the recipe {recipe!r} returned {shown(found)}, not a Pipeline")
-        return found
+        return self._with_sizes(found)
+
+    def _with_sizes(self, pipeline: Pipeline) -> Pipeline:
+        return Pipeline((*pipeline, AddSizes()), pipeline.assumes) if self._sizes else pipeline
 
     @torch.inference_mode(False)
     def check(self, budget: Any, allocator: Allocator | None = None) -> None:
@@ -217,7 +225,8 @@ class Session:
         outputs = source.model_outputs
         answers = KnownAnswers.measured(quantized, outputs.answers, range_of(source.images))
         allocation, rows = ALLOCATION.get(quantized), layer_rows(quantized)
-        return Compiled(quantized, allocation, journal, rows, card, answers, outputs.tree)
+        sizes = quantized.meta.pop(SIZES.key, {})
+        return Compiled(quantized, allocation, journal, rows, card, answers, outputs.tree, sizes)
 
 
 @checked(OptionError, **BY_ARGUMENT)

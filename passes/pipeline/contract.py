@@ -141,6 +141,28 @@ def reporter_of(progress: ProgressReporter | None) -> ProgressReporter:
 
 
 @dataclass(frozen=True)
+class SizedModel:
+    """The same model at another image size.
+
+    Args:
+        graph_module: traced at that size, with roles; its layers hold no weights.
+        images_bchw: two images, float (2, C, H, W).
+        expected: what the model gives for them.
+        padded: names of LayerNorm nodes behind which zeros are padded in at this size.
+    """
+
+    graph_module: GraphModule
+    images_bchw: torch.Tensor
+    expected: Output
+    padded: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images_bchw.shape[2], self.images_bchw.shape[3]
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What every pass is given.
 
@@ -158,6 +180,7 @@ class PassContext:
         objective: what quantization must keep of the output, which gradients and divergences are of.
         answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
             lowered.
+        sized: the model at other image sizes, for which AddSizes makes graphs.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -169,6 +192,7 @@ class PassContext:
     objective: Objective = CLASSES
     expected: Output | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
+    sized: tuple[SizedModel, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
@@ -188,6 +212,11 @@ class PassContext:
                 "this pass needs calibration images and the context has 0: give it some; 32 are usual"
             )
         return self.images_bchw
+
+    @property
+    def padded(self) -> frozenset[str]:
+        """Names of LayerNorm nodes behind which zeros are padded in at one of the other sizes."""
+        return frozenset().union(*(sized.padded for sized in self.sized))
 
     def gather(
         self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
@@ -224,8 +253,16 @@ class PassContext:
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph, images, seed, objective, versions and settings."""
+        padded = [sorted(self.padded)] if self.padded else []  # nothing else of the other sizes has a say
         return signature(
-            graph_module, graph_module.code, self.images, self.seed, self.objective.key, code_signature(), *settings
+            graph_module,
+            graph_module.code,
+            self.images,
+            self.seed,
+            self.objective.key,
+            code_signature(),
+            *padded,
+            *settings,
         )
 
     def note(self, **notes: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 8
+ABI = 9
 MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS, MAX_CODES = 3, 32768, 3, 8, 256, 32
 UNIFORM, REGIONS, LOG2, ROW_LOG, CODEBOOK = range(5)
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
@@ -96,6 +96,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_layer_norm": (
         [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, c_float, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_norm": ([_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, c_float, _POINTER, _SIZE, _INT], _INT),
+    "fxq_mean": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT], _INT),
     "fxq_matmul": (
         [_POINTER, _INT, c_float, _POINTER, _SIZE, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE,
          _INT], _INT,
@@ -109,6 +111,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_tokens": (
         [_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_open_memory": ([_POINTER, _SIZE, POINTER(c_void_p)], _INT),
+    "fxq_close": ([_POINTER], None),
+    "fxq_last_error": ([], c_char_p),
+    "fxq_run": ([_POINTER, _POINTER, _SIZE, POINTER(c_void_p), _INT], _INT),
     "fxq_chain": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
 }  # fmt: skip
 

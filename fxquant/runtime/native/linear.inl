@@ -66,7 +66,7 @@ static void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_
     }
 }
 
-// low: what the loop takes off the bytes, and the zero-point in `call` has lost already.
+// low: what the loop takes off the bytes. The zero-point in `call` has lost it already, and what tiles take off.
 template <Sum sum, class Row, class Loop>
 static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
     [[maybe_unused]] const Session session;
@@ -87,7 +87,7 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
             expand(spec.input, d, low, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
     }
     const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
-    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded && !loop.limit;
+    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded && !loop.prepares();
     // Inputs in chunks whose panel stays in the first-level cache; between them, sums wait in memory.
     const int64_t chunk = padded < 2 * kMostInner ? padded : kMostInner, chunks = (padded + chunk - 1) / chunk;
     const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(chunk, kTileInputs) * kUnit;
@@ -115,7 +115,7 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
             const int64_t count_tiles = (tiles - first_tile) * kTileInputs < inputs ? tiles - first_tile : (inputs + kTileInputs - 1) / kTileInputs;
             for (int v = 0; v < vectors && !is_plain; ++v)
                 unpack_panel(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
-            for (int v = 0; v < vectors && loop.limit; ++v) loop.split(v, panel + v * unit_elements, inputs / 4);
+            for (int v = 0; v < vectors && loop.prepares(); ++v) loop.prepare(v, panel + v * unit_elements, inputs / 4);
             const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
             int32_t *memory = waiting;
             for (int64_t r = 0; r < rows; memory += digits * kTile) {
@@ -170,7 +170,8 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
     const LeftReach reach = left_reach(spec.input, call.codes + row * spec.in_features, spec.in_features, rows, spec.in_features);
     FxqLinear moved;
     LinearCall less = call;
-    if (reach.low) moved = spec, moved.input.zero -= reach.low, less.spec = &moved;
+    const int32_t taken = reach.low + shift_of(spec.input);
+    if (taken) moved = spec, moved.input.zero -= taken, less.spec = &moved;
     const auto first_panel = [&](int64_t *groups) {
         const int64_t tiles = call.places.tiles < kMostInner / kTileInputs ? call.places.tiles : kMostInner / kTileInputs;
         int8_t *const panel = static_cast<int8_t *>(scratch(kPanel, size_t(tiles * kGroups * kGroupBytes)));
