@@ -38,9 +38,8 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "ignore-module-all": True}
 python_maximum_signature_line_length = 100
 python_display_short_literal_types = True
-# Annotations name classes by their short names, and several rooms may have a class of the same name. A folder may have
-# no page besides those that are named.
-suppress_warnings = ["ref.python", "toc.empty_glob"]
+# Annotations name classes by their short names, and several rooms may have a class of the same name.
+suppress_warnings = ["ref.python"]
 
 
 def setup(app: Sphinx) -> None:
