@@ -1,8 +1,8 @@
 """The optional extension: integer kernels in C++ with a C interface, loaded with ctypes.
 
 Where they cannot be built, the package installs without them. Why is said at the end of the build, and stands in a file
-in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the package is
-in pyproject.toml.
+in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the package
+is in pyproject.toml.
 """
 
 import atexit

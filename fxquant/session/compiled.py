@@ -47,7 +47,7 @@ class Compiled(nn.Module):
     Args:
         graph_module: the annotated graph that runs.
         allocation: bits by layer and how they were found.
-        journal: one entry per pass.
+        journal: what each pass did, one entry per pass.
         layers: one row per quantized layer.
         card: the protocol (data, policies, what stays float, versions).
         answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
@@ -272,7 +272,7 @@ class Compiled(nn.Module):
         Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata.
 
         Args:
-            path: of the file.
+            path: where the file is written.
             weight_type: "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or
                 "simulated" (float operators); what runs as int8 is up to the runtime.
             check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.

@@ -37,7 +37,7 @@ class SessionOptions(SharedOptions, total=False):
         "Further sizes (height, width) of images that the result takes, each by a graph that shares every layer; "
         "calibrated are all by the size of the calibration images.",
     ]
-    seed: Annotated["int", "Of every random draw."]
+    seed: Annotated["int", "The seed of every random draw: of images, rotations, gradients and training."]
     batch_size: Annotated["int", "Images per forward where outputs are compared; bounds memory."]
     progress: Annotated["passes.pipeline.contract.ProgressReporter | None", "Where long steps report."]
     cache: Annotated[

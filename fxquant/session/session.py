@@ -176,8 +176,8 @@ class Session:
         """The model quantized within one budget; calibrates and searches on the first call only.
 
         Args:
-            budget: see `pipeline`.
-            allocator: None for the recipe's own.
+            budget: what the bits may use at most; see `pipeline`.
+            allocator: what chooses the bits; None takes the recipe's own.
             last: nothing more will be asked of this session, so that it keeps nothing for later: the one traced model
                 becomes the quantized one where no folder keeps it, which halves the memory.
 
@@ -255,7 +255,7 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: the caller's. Also what `torch.export` made of one, with a batch of any size.
+        model: the caller's model, which is not changed; or what `torch.export` made of one, with a batch of any size.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
         calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
             DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024

@@ -31,7 +31,7 @@ class JournalEntry:
     Args:
         step: the repr of the pass.
         nodes_changed: how many nodes it changed.
-        seconds: wall time.
+        seconds: how long the pass took by the clock.
         peak_mib: largest resident memory of the process so far, in MiB.
         notes: what the pass says of its run, JSON values.
     """
@@ -67,7 +67,7 @@ class Journal:
         Args:
             step: the repr of the pass.
             nodes_changed: how many nodes it changed.
-            seconds: wall time.
+            seconds: how long the pass took by the clock.
             peak_mib: largest resident memory of the process so far, in MiB.
         """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
@@ -170,10 +170,10 @@ class PassContext:
         images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
         batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
             memory, does not change results beyond float rounding. Statistics are gathered image by image.
-        seed: of every random draw.
+        seed: the seed of every random draw.
         cache: where scores are kept, in memory unless it has a folder.
-        progress: where long steps report.
-        journal: where notes go.
+        progress: what long steps report their progress to.
+        journal: takes what passes note of their runs.
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.
