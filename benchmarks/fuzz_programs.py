@@ -19,7 +19,7 @@ from tests.lowering import lower, quantized
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "fxquant/runtime/native"
-FLAGS = "-std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wno-psabi -Wno-uninitialized".split()
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

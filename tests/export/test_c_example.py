@@ -107,5 +107,11 @@ def test_records_are_as_long_as_in_c() -> None:
     assert re.findall(r"^ {4}(\w+) = (\d+)", header, re.MULTILINE) == [
         (do.name.lower(), str(int(do))) for do in program.Do
     ]
-    sizes = {"TensorRecord": 24, "OperationRecord": 56, "OutputRecord": 80, "PreprocessingRecord": 40}
+    sizes = {
+        "TensorRecord": 24,
+        "OperationRecord": 56,
+        "OutputRecord": 80,
+        "PreprocessingRecord": 40,
+        "FileRecord": 168,
+    }
     assert {name: ctypes.sizeof(getattr(program, name)) for name in sizes} == sizes
