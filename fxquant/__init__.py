@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from passes.pipeline.contract import PassContext
     from passes.pipeline.pipeline import Pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Budget",
     "Compiled",

@@ -46,11 +46,11 @@ class Frontier(Document):
     """Points by ascending budget.
 
     Args:
-        axis: what is limited.
+        axis: the quantity that budgets limit, such as mean_bits.
         points: the best allocation within each budget.
         realised: measured losses, one a point; empty if not asked.
-        realised_name: what was measured.
-        unit: of the losses.
+        realised_name: what was measured of the compiled models, such as divergence.
+        unit: the unit of the losses.
     """
 
     axis: str

@@ -44,9 +44,9 @@ def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss], ou
     """Add misses to the notes of the running pass.
 
     Args:
-        context: of the running pass.
+        context: the context of the pass that is running.
         rewrite: what missed; its name is noted.
-        misses: where and why.
+        misses: the places where it did not fit, each with the reason.
         outcome: how the layers run instead, for the report; "" where nobody needs to know.
     """
     name = type(rewrite).__name__

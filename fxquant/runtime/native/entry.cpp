@@ -77,6 +77,13 @@ const Set kSets[] = {
 #ifdef FXQ_AMX
     {&kAmxInt8, has_amx_and_avx512},
 #endif
+#ifdef FXQ_NEON
+    {&kNeon, always},
+#ifdef FXQ_NEON_EXTENSIONS
+    {&kNeonDotprod, has_neon_dotprod},
+    {&kNeonI8mm, has_neon_i8mm},
+#endif
+#endif
 };
 constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
 
