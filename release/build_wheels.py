@@ -3,8 +3,8 @@
 python release/build_wheels.py --out dist [--platform linux_x86_64 ...]
 
 The kernels have a C interface and are loaded with ctypes, so they belong to a platform and to no version of Python. zig
-(the package `ziglang`) compiles them for every platform from any of them, with its own C++ library inside. What is made is
-checked, as `auditwheel` would: which functions the library shows, what it needs of the system, and which glibc.
+(the package `ziglang`) compiles them for every platform from any of them, with its own C++ library inside. What is made
+is checked, as `auditwheel` would: which functions the library shows, what it needs of the system, and which glibc.
 """
 
 from __future__ import annotations
