@@ -18,6 +18,7 @@ class BuildAtOnce(build_ext):
     """Compiles the sources of an extension side by side, as many as there are processors."""
 
     def build_extensions(self):
+        """Build all extensions, with a compiler that takes the sources of each at once."""
         compile_all = self.compiler.compile
 
         def compile_at_once(sources, **options):
