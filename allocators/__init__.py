@@ -5,7 +5,7 @@ line is to know it, by the module's name, a last line such as
 
     ALLOCATOR = Greedy()
 
-docs/adding_an_allocator.md builds one.
+docs/how_to/adding_an_allocator.md builds one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/own_pipeline.py
 
-How to write a pass, step by step: docs/writing_a_pass.md.
+How to write a pass, step by step: docs/how_to/writing_a_pass.md.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,14 @@
 """README and docs: every Python block runs, every doctest holds, every command and link exists.
 
 The Python blocks of one page share their names, as a reader's session would. A block is left out where the line
-`<!-- not run: reason -->` stands before it. Pages ask for 32 calibration images and get 4, and what one page has
-calibrated and searched is kept for the next.
+`<!-- not run: reason -->` stands before it, and where `<!-- needs: package -->` does and the package is not installed.
+Pages ask for 32 calibration images and get 4, and what one page has calibrated and searched is kept for the next.
 """
 
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -21,8 +22,11 @@ from typer.main import get_command
 from fxquant.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
-BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+AT_THE_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+WRITTEN = (ROOT / "docs" / "reference" / "commands.md", ROOT / "docs" / "_build")  # by a build of the site
+FOUND = [page for page in sorted(ROOT.glob("docs/**/*.md")) if not {page, *page.parents} & set(WRITTEN)]
+PAGES = [*(ROOT / name for name in AT_THE_TOP), *FOUND]
+BLOCK = re.compile(r"(?:<!-- (not run|needs): ([^>]+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```([a-z]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"^(?:.* \.venv/bin/)?fxquant ([a-z]+)(.*)$", re.MULTILINE)
@@ -31,11 +35,13 @@ COMMAND = re.compile(r"^(?:.* \.venv/bin/)?fxquant ([a-z]+)(.*)$", re.MULTILINE)
 def blocks(page: Path) -> list[tuple[int, str]]:
     """The blocks to run, with the number of the line before each."""
     text = page.read_text()
-    return [(text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text) if not match[1]]
+    found = [match for match in BLOCK.finditer(text) if match[1] != "not run"]
+    run = [match for match in found if match[1] is None or importlib.util.find_spec(match[2]) is not None]
+    return [(text.count("\n", 0, match.start(3)), match[3]) for match in run]
 
 
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")
@@ -53,19 +59,18 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             exec(compile("\n" * line + source, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     targets = [target for target in LINK.findall(FENCED.sub("", page.read_text())) if "://" not in target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_commands_in_the_readme_exist() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_their_options_exist(page: Path) -> None:
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    shell = [source for language, source in FENCED.findall((ROOT / "README.md").read_text()) if language == "bash"]
-    found = COMMAND.findall("".join(shell))
-    assert {name for name, _ in found} == set(group.commands)
-    for name, rest in found:
+    shell = [source for language, source in FENCED.findall(page.read_text()) if language == "bash"]
+    for name, rest in COMMAND.findall("\n".join(shell)):
         known = {option for parameter in group.commands[name].params for option in parameter.opts}
         used = set(re.findall(r"--[a-z-]+", rest))
         assert used <= known, f"{name}: {used - known}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.artefact.container import compress, decompress, pack_file, read_file, read_texts, stored_bytes, write_file
-from fxquant.artefact.graph_json import graph_from_json, graph_to_json
+from fxquant.artefact.graph_json import Size, graph_to_json, graphs_from_json
 from fxquant.artefact.module_json import CODES, claimed_bits, unpacked_bytes
 from fxquant.artefact.shape_check import check_shapes
 from fxquant.checks import untrusted
@@ -56,11 +56,12 @@ class LoadedArtefact(LoadedTexts):
     """What an artefact holds.
 
     graph_module: in inference mode, on the CPU. answers: what the model gave for images from a seed, None where none
-    were saved.
+    were saved. sizes: by (height, width), graphs for images of other sizes, which call the same modules.
     """
 
     graph_module: GraphModule = field(kw_only=True)
     answers: KnownAnswers | None = field(default=None, kw_only=True)
+    sizes: dict[Size, GraphModule] = field(default_factory=dict, kw_only=True)
 
 
 def save(
@@ -71,21 +72,23 @@ def save(
     allocation_json: str | None = None,
     journal: list[dict[str, Any]] | None = None,
     answers: KnownAnswers | None = None,
+    sizes: Mapping[Size, GraphModule] | None = None,
 ) -> None:
     """Write one file, in one step; an existing file is replaced, and kept as it was if anything fails.
 
     Args:
-        path: of the file.
-        graph_module: simulated.
-        card, journal: JSON values.
+        path: where the file is written.
+        graph_module: the simulated graph that the file is made of.
+        card, journal: the protocol and the entries of all passes, as JSON values.
         allocation_json: a JSON text. The model is rebuilt from what was written before the file is put in place, so
             what was saved can be loaded.
         answers: what the model gives for images from a seed; None: not known.
+        sizes: by (height, width), graphs for images of other sizes, which call the same modules.
 
     Raises ArtefactError for a folder or a missing parent folder, for values that are not JSON, and, naming the node or
     module, for what a file cannot hold.
     """
-    document, tensors = graph_to_json(graph_module)
+    document, tensors = graph_to_json(graph_module, sizes)
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     graph_text = untrusted.to_json(document, "the graph")
     texts = {
@@ -99,7 +102,7 @@ def save(
         texts["answers"] = compress(untrusted.to_json(answers.to_json(), "the known answers"))
     content = pack_file(texts, tensors)
     _Texts(texts, len(content), path)
-    _graph(json.loads(graph_text), tensors, len(content), path)
+    _graphs(json.loads(graph_text), tensors, len(content), path)
     write_file(Path(path), content)
 
 
@@ -111,13 +114,14 @@ def load(path: str | PathLike[str]) -> LoadedArtefact:
     file = Path(path)
     texts, tensors = read_file(file)
     found = _Texts(texts, file.stat().st_size, path)
-    graph_module = _graph(found.parsed("graph", dict), tensors, found.file_bytes, path)
+    graph_module, sizes = _graphs(found.parsed("graph", dict), tensors, found.file_bytes, path)
     return LoadedArtefact(
         found.card(),
         found.allocation(),
         found.parsed("journal", list),
         graph_module=graph_module,
         answers=KnownAnswers.from_json(found.parsed("answers", dict)) if "answers" in texts else None,
+        sizes=sizes,
     )
 
 
@@ -197,8 +201,10 @@ class _Texts:
         return f"the {key} of {self._path}"
 
 
-def _graph(document: Any, tensors: Mapping[str, Tensor], file_bytes: int, path: str | PathLike[str]) -> GraphModule:
-    """The graph module, once it is known to be no larger than a file of this size makes one, and to run."""
+def _graphs(
+    document: Any, tensors: Mapping[str, Tensor], file_bytes: int, path: str | PathLike[str]
+) -> tuple[GraphModule, dict[Size, GraphModule]]:
+    """The graph modules, once each is known to be no larger than a file of this size makes one, and to run."""
     modules = untrusted.field(document, "modules", dict, "the graph")
     held = sum(tensor.nbytes for tensor in tensors.values())
     held += sum(unpacked_bytes(spec, name) for name, spec in modules.items())
@@ -207,9 +213,10 @@ def _graph(document: Any, tensors: Mapping[str, Tensor], file_bytes: int, path: 
             f"the model in {path} takes {held >> 20} MiB, and a file of {file_bytes} bytes may take {limit >> 20} MiB: "
             "many of its tensors are one, under several names"
         )
-    graph_module = graph_from_json(document, tensors)
-    check_shapes(graph_module, file_bytes)
-    return graph_module
+    graph_module, sizes = graphs_from_json(document, tensors)
+    for each in (graph_module, *sizes.values()):
+        check_shapes(each, file_bytes)
+    return graph_module, sizes
 
 
 def _checked_json(text: str) -> str:

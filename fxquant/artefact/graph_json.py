@@ -8,47 +8,35 @@ the caller's, shows when shapes are propagated (`shape_check`).
 
 from __future__ import annotations
 
-import builtins
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxquant.artefact.allowlist import ATTRIBUTES, CODE_NAMES, FUNCTION_NAMES, FUNCTIONS, METHODS
-from fxquant.artefact.argument_json import MOST_VALUES, value_to_json, values_from_json
+from fxquant.artefact.argument_json import MOST_VALUES
 from fxquant.artefact.module_json import module_from_json, module_to_json
-from fxquant.artefact.operand_json import (
-    OPERANDS,
-    WITHOUT_OPERANDS,
-    operand_to_json,
-    operands_from_json,
-    operands_of_before,
-)
+from fxquant.artefact.node_json import node_from_json, node_to_json
 from fxquant.checks.untrusted import (
     NUMBER,
     OBJECT,
     SHAPE,
     TEXT,
-    Rule,
     check_identifier,
     check_path,
-    check_variable,
     choice,
-    dtype_named,
     listed,
     record,
     take,
-    whole,
 )
 from fxquant.errors import ArtefactError
-from fxquant.graph.annotation import Annotation, Role, annotate, annotation_of
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, declare, facts_of
 from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
 from fxquant.graph.output_tree import TENSOR, TREE, Tree, leaves
+
+MOST_SIZES = 16
+"""Graphs for other image sizes that one file may have."""
+Size = tuple[int, int]
 
 _FACTS = {fact.name: fact for fact in (TRACED, ROLES_ASSIGNED, QUANTIZED)}
 """What a graph in a file can be said to be. Other facts are of candidates, observers and notes, which are not kept."""
@@ -58,40 +46,61 @@ _FORMER_FACTS = (
     "folded", "observed", "calibrated", "Gram matrices known", "scales searched", "scored", "latency known",
     "bits allocated",
 )  # fmt: skip
-_ANNOTATED: dict[str, Rule] = {
-    "role": choice(*map(str, Role)), "layer": TEXT, "block": whole(0, 10**6), "macs": whole()
-}  # fmt: skip
-_NOTES = {**_ANNOTATED, "operands": OPERANDS, **WITHOUT_OPERANDS}
+_NODES = listed(OBJECT, longest=10_000)
 _GRAPH = {
     "class": TEXT,
     "facts": listed(choice(*_FACTS, *_FORMER_FACTS)),
     "coverage": NUMBER,
     "image_shape": SHAPE,
     "modules": OBJECT,
-    "nodes": listed(OBJECT, longest=10_000),
+    "nodes": _NODES,
 }
+_SIZE = {"image_shape": SHAPE, "nodes": _NODES}
 _GRAPH_OPTIONS = {
+    "sizes": listed(OBJECT, longest=MOST_SIZES),  # graphs of the same modules for images of other sizes
     "folds": listed(TEXT, longest=100),  # earlier versions wrote it; nothing reads it
     "output": OBJECT,  # how the tensors that the graph returns are arranged; without it, it returns one
 }
-_NODE = {"name": TEXT, "op": TEXT, "target": TEXT}
-_ANY = Rule("a value", lambda value: True)
-_NODE_OPTIONS = {"args": listed(_ANY, 1000), "kwargs": OBJECT, "shape": SHAPE, "dtype": TEXT, "notes": OBJECT}
 _MOST_MODULES = 10_000  # those that hold others counted in
-_CALLS = ("call_function", "call_method", "call_module")
 
 
-def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON values and named tensors from which `graph_from_json` makes the same graph module.
+def graph_to_json(
+    graph_module: GraphModule, sizes: Mapping[Size, GraphModule] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON values and named tensors from which `graphs_from_json` makes the same graph modules.
+
+    Args:
+        graph_module: the graph of the main image size.
+        sizes: by (height, width), graphs for images of other sizes, which call the same modules.
 
     Kept: computation, names, roles, bits, costs, shapes, and whether the graph is traced, has roles and is quantized.
     Not kept: candidates, observers, what passes know besides, stack traces.
     Raises ArtefactError, naming the node, for calls that are not allowed and values that cannot be kept.
     """
-    nodes = list(graph_module.graph.nodes)
-    index = {node: position for position, node in enumerate(nodes)}
     modules: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    others = [
+        {"image_shape": list(IMAGE_SHAPE.of(other)), "nodes": _nodes_to_json(other, modules, tensors)}
+        for other in (sizes or {}).values()
+    ]
+    document = {
+        "class": type(graph_module).__name__,
+        "facts": sorted(fact.name for fact in facts_of(graph_module) & frozenset(_FACTS.values())),
+        "coverage": 1.0 if (coverage := COVERAGE.get(graph_module)) is None else coverage,
+        "image_shape": list(IMAGE_SHAPE.get(graph_module) or ()),
+        "nodes": _nodes_to_json(graph_module, modules, tensors),
+        "modules": modules,
+        **({} if (tree := TREE.get(graph_module)) is None else {"output": tree}),
+        **({"sizes": others} if others else {}),
+    }
+    return document, tensors
+
+
+def _nodes_to_json(
+    graph_module: GraphModule, modules: dict[str, Any], tensors: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """A graph's nodes; what they call and read is added to the modules and tensors."""
+    nodes = list(graph_module.graph.nodes)
     for node in nodes:
         target = str(node.target)
         if node.op == "call_module" and target not in modules:
@@ -100,41 +109,73 @@ def graph_to_json(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, 
         elif node.op == "get_attr":
             owner, _, name = check_path(target).rpartition(".")
             tensors[target] = getattr(graph_module.get_submodule(owner), name)
-    document = {
-        "class": type(graph_module).__name__,
-        "facts": sorted(fact.name for fact in facts_of(graph_module) & frozenset(_FACTS.values())),
-        "coverage": 1.0 if (coverage := COVERAGE.get(graph_module)) is None else coverage,
-        "image_shape": list(IMAGE_SHAPE.get(graph_module) or ()),
-        "modules": modules,
-        "nodes": [_node_to_json(node, index) for node in nodes],
-        **({} if (tree := TREE.get(graph_module)) is None else {"output": tree}),
-    }
-    return document, tensors
+    index = {node: position for position, node in enumerate(nodes)}
+    return [node_to_json(node, index) for node in nodes]
 
 
 def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule:
-    """The graph module, in inference mode, on the CPU. tensors: by name, as `graph_to_json` gave them.
+    """The graph module of the main image size alone, see `graphs_from_json`."""
+    return graphs_from_json(document, tensors)[0]
+
+
+def graphs_from_json(document: Any, tensors: Mapping[str, Tensor]) -> tuple[GraphModule, dict[Size, GraphModule]]:
+    """The graph module, in inference mode, on the CPU; and by (height, width) those of other image sizes.
+
+    tensors: by name, as `graph_to_json` gave them. The graphs call the same modules, and hold the same constants.
 
     Raises ArtefactError for anything that is malformed, not allowed or does not fit together.
     """
     read = record(document, _GRAPH, "the graph", _GRAPH_OPTIONS)
-    graph = Graph()
-    nodes: list[Node] = []
+    sizes = [record(values, _SIZE, "a graph of another image size") for values in read.get("sizes", [])]
     constants: dict[str, Any] = {}
     budget = [MOST_VALUES]
-    for position, values in enumerate(read["nodes"]):
-        nodes.append(_node_from_json(values, position, graph, nodes, budget))
+    graphs = [_graph_from_json(values["nodes"], constants, tensors, budget) for values in (read, *sizes)]
+    every_node = [node for graph in graphs for node in graph.nodes]
+    _check_modules(every_node, read["modules"], constants)
+    contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
+    pairs = zip(graphs, (read, *sizes), strict=True)
+    main, *others = [_finished(graph, contents, read, values) for graph, values in pairs]
+    by_size = {(shape[1], shape[2]): other for other in others if len(shape := IMAGE_SHAPE.of(other)) == 3}
+    channels, *own = IMAGE_SHAPE.of(main) or (0,)
+    if len(by_size) < len(others) or tuple(own) in by_size or any(IMAGE_SHAPE.of(o)[0] != channels for o in others):
+        raise ArtefactError("the graphs of other image sizes are not each of another height and width")
+    return main, by_size
+
+
+def _graph_from_json(
+    document: list[Any], constants: dict[str, Any], tensors: Mapping[str, Tensor], budget: list[int]
+) -> Graph:
+    """The graph of some nodes; the constants that it reads are added to those known."""
+    graph = Graph()
+    nodes: list[Node] = []
+    for position, values in enumerate(document):
+        nodes.append(node_from_json(values, position, graph, nodes, budget))
         if nodes[-1].op == "get_attr":
             path = str(nodes[-1].target)
             if path not in constants:
                 constants[path] = _constant(path, tensors, values)
-    _check_structure(nodes, read["modules"], constants)
-    contents = constants | {path: module_from_json(spec, path, tensors) for path, spec in read["modules"].items()}
-    graph_module = _assemble(graph, contents, check_identifier(read["class"], "class"))
-    declare(graph_module, [_FACTS[name] for name in read["facts"] if name in _FACTS])
-    COVERAGE.write(graph_module, float(read["coverage"]))
-    IMAGE_SHAPE.write(graph_module, tuple(read["image_shape"]))
-    tree = _checked_tree(read.get("output", {TENSOR: 0}), nodes[-1].args[0])
+    _check_structure(nodes)
+    return graph
+
+
+def _finished(
+    graph: Graph, contents: dict[str, Any], document: Mapping[str, Any], size: Mapping[str, Any]
+) -> GraphModule:
+    """The graph with its modules, and what the file says of it.
+
+    Args:
+        graph: of one image size.
+        contents: modules and constants by path.
+        document: what all graphs of the file have in common.
+        size: with the shape of its images.
+    """
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    own = {path: content for path, content in contents.items() if path in used}
+    graph_module = _assemble(graph, own, check_identifier(document["class"], "class"))
+    declare(graph_module, [_FACTS[name] for name in document["facts"] if name in _FACTS])
+    COVERAGE.write(graph_module, float(document["coverage"]))
+    IMAGE_SHAPE.write(graph_module, tuple(size["image_shape"]))
+    tree = _checked_tree(document.get("output", {TENSOR: 0}), graph.output_node().args[0])
     if not tree.is_bare:
         TREE.write(graph_module, tree.to_json())
     return graph_module.eval()
@@ -182,7 +223,7 @@ def _constant(path: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any
     return tensor.clone()
 
 
-def _check_structure(nodes: list[Node], modules: Mapping[str, Any], constants: Mapping[str, Tensor]) -> None:
+def _check_structure(nodes: list[Node]) -> None:
     ops = [node.op for node in nodes]
     inputs = ops.count("placeholder")
     if ops.count("output") != 1 or ops[-1] != "output" or inputs == 0:
@@ -193,6 +234,10 @@ def _check_structure(nodes: list[Node], modules: Mapping[str, Any], constants: M
         raise ArtefactError("the graph does not begin with its inputs: the image, and others that have a default")
     if len({node.target for node in nodes[:inputs]}) != inputs:
         raise ArtefactError("two inputs of the graph have the same name")
+
+
+def _check_modules(nodes: list[Node], modules: Mapping[str, Any], constants: Mapping[str, Tensor]) -> None:
+    """Raise ArtefactError unless nodes, of all graphs together, call the modules that there are."""
     paths = [check_path(path).split(".") for path in {*modules, *constants}]
     if len({tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}) > _MOST_MODULES:
         raise ArtefactError(f"the graph has more than {_MOST_MODULES} modules, which no model has")
@@ -202,98 +247,3 @@ def _check_structure(nodes: list[Node], modules: Mapping[str, Any], constants: M
             raise ArtefactError(f"node {node.name} calls module '{node.target}', which the graph does not have")
     if unused := modules.keys() - called:
         raise ArtefactError(f"the graph has module '{min(unused):.100}', which no node calls")
-
-
-def _node_to_json(node: Node, index: Mapping[Node, int]) -> dict[str, Any]:
-    where = f"node {node.name}"
-    target: Any = node.target
-    if node.op == "call_function":
-        target = FUNCTION_NAMES.get(target, target)
-    check_target(node.op, target, node.args, where)
-    record: dict[str, Any] = {"name": node.name, "op": node.op, "target": target}
-    if node.args:
-        record["args"] = [value_to_json(value, index, where) for value in node.args]
-    if node.kwargs:
-        record["kwargs"] = {key: value_to_json(value, index, where) for key, value in node.kwargs.items()}
-    metadata = node.meta.get("tensor_meta")
-    if isinstance(metadata, TensorMetadata):
-        record["shape"] = list(metadata.shape)
-        if metadata.dtype != torch.float32:
-            record["dtype"] = str(metadata.dtype).removeprefix("torch.")
-    annotation, empty = annotation_of(node), Annotation()
-    notes = {key: getattr(annotation, key) for key in _ANNOTATED}
-    notes = {key: value for key, value in notes.items() if value != getattr(empty, key)}
-    if annotation.operands:
-        notes["operands"] = [operand_to_json(operand) for operand in annotation.operands]
-    return record | ({"notes": notes} if notes else {})
-
-
-def _node_from_json(values: Any, position: int, graph: Graph, nodes: list[Node], budget: list[int]) -> Node:
-    read = record(values, _NODE, f"node {position}", _NODE_OPTIONS)
-    name = check_variable(read["name"], "node name", CODE_NAMES)
-    where = f"node {name}"
-    op, target = read["op"], read["target"]
-    given = read.get("kwargs", {})
-    values = values_from_json([*read.get("args", []), *given.values()], nodes, where, budget)
-    args = tuple(values[: len(values) - len(given)])
-    names = (check_identifier(key, f"{where}: argument") for key in given)
-    kwargs = dict(zip(names, values[len(args) :], strict=True))
-    check_target(op, target, args, where)
-    if op == "output" and (len(args) != 1 or kwargs):
-        raise ArtefactError(f"{where} is an output of not exactly one value")
-    if op in ("placeholder", "get_attr") and (kwargs or len(args) > (op == "placeholder")):
-        raise ArtefactError(f"{where} is a {op} with arguments")
-    # Functions of torch.nn that were recorded as they are give out=None, as normalize does.
-    if kwargs.get("out") is not None or (op == "call_module" and kwargs):
-        raise ArtefactError(f"{where} has arguments that graphs in files may not give: {sorted(kwargs)}")
-    node = graph.create_node(op, FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name=name)
-    if node.name != name:
-        raise ArtefactError(f"{where}: the name is there twice or reserved")
-    if "shape" in read:
-        shape = torch.Size(read["shape"])
-        dtype = dtype_named(read.get("dtype", "float32"), where)
-        stride = tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
-        node.meta["tensor_meta"] = TensorMetadata(shape, dtype, False, stride, None, False, {})
-    if "notes" in read:
-        _annotate(node, record(read["notes"], {}, f"{where}: notes", _NOTES), where)
-    return node
-
-
-def _annotate(node: Node, notes: dict[str, Any], where: str) -> None:
-    """Write what a file says of a node, by fields of its annotation or as files said it before there were operands."""
-    kept = {name: value for name, value in notes.items() if name in _ANNOTATED}
-    role = Role(notes["role"]) if "role" in notes else None
-    if "operands" in notes:
-        operands = operands_from_json(notes["operands"], where)
-    else:
-        operands = operands_of_before(notes, role) if notes.keys() & WITHOUT_OPERANDS.keys() else ()
-    annotate(node, **{**kept, "role": role, "operands": operands})
-
-
-def check_target(op: str, target: Any, args: tuple[Any, ...], where: str) -> None:
-    """Raise ArtefactError, naming `where` and the target, unless a node may call or read it.
-
-    Args:
-        op: the node's op, as torch.fx has it.
-        target: for functions the name in the allowlist.
-        args: the node's arguments.
-        where: the node, for the message.
-    """
-    if op == "call_function" and target not in FUNCTIONS:
-        raise ArtefactError(
-            f"{where} calls {target!r}, which graphs in files may not call: use a torch function from "
-            "fxquant/artefact/allowlist.py, or add it there"
-        )
-    if op == "call_method" and target not in METHODS:
-        raise ArtefactError(f"{where} calls the method {target!r}, which is not in fxquant/artefact/allowlist.py")
-    is_getattr = op == "call_function" and FUNCTIONS[target] is builtins.getattr
-    if is_getattr and not (len(args) == 2 and type(args[1]) is str and args[1] in ATTRIBUTES):
-        raise ArtefactError(f"{where} reads the attribute {args[1:]!r}; graphs in files may read {sorted(ATTRIBUTES)}")
-    if op in ("call_module", "get_attr"):
-        check_path(target)
-    elif op == "placeholder":
-        check_variable(target, f"{where}: target", CODE_NAMES)
-    elif op == "output":
-        check_identifier(target, f"{where}: target")
-    elif op not in _CALLS:
-        raise ArtefactError(f"{where} has the unknown op {op!r}")

@@ -1,4 +1,4 @@
-"""`fxquant export`: an artefact as an ONNX model for other runtimes."""
+"""`fxquant export`: an artefact as an ONNX model for other runtimes, or as a program for the C library."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.errors import ExportError
 
 
 def export_model(
     artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
-    out: Annotated[Path, typer.Argument(help="ONNX model to write, such as model.onnx.")],
+    out: Annotated[Path, typer.Argument(help="What to write: model.onnx, or model.fxm for the C library.")],
     weight_type: Annotated[
         str, typer.Option(help="int8; or int4, which writes weights of at most 4 bits as INT4.")
     ] = "int8",
@@ -21,13 +22,20 @@ def export_model(
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes."""
+    """Write an ONNX model with QuantizeLinear and DequantizeLinear nodes, or a program for the C library."""
     from fxquant.commands.console import emit, show
     from fxquant.export.onnx_check import check_onnxruntime
     from fxquant.export.onnx_file import check_export
+    from fxquant.export.program_file import SUFFIX
     from fxquant.session.compiled import load
 
     o.check_output(out)
+    if out.suffix == SUFFIX:
+        if weight_type != "int8" or check:
+            raise ExportError(f"--weight-type and --check are for ONNX; a {SUFFIX} file is checked in any case")
+        size = load(artefact).export_program(out)
+        emit({"program": str(out), "bytes": size}) if json else show(f"{out}: {size / 1e6:.3f} MB; checked bit by bit")
+        return
     check_export(weight_type)
     if check:
         check_onnxruntime()

@@ -40,8 +40,8 @@ class NamedModel:
     """A model in eval mode, where its weights come from (a file's name, "embedded" or "random") and what it eats.
 
     Args:
-        model: in eval mode.
-        name: as the user gave it.
+        model: the model, in inference mode.
+        name: the model's name, as the user gave it.
         weights: where they come from: a file's name, "embedded" or "random".
         preprocessing: how a picture becomes the model's input.
     """

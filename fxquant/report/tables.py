@@ -3,6 +3,7 @@
     print(quantized.report())               # plain text, the same at every terminal width
     rich.print(quantized.report())          # coloured by bits
     json.dumps(quantized.report().to_dict())
+    Path("report.html").write_text(quantized.report().to_html())
 
 What the pieces are: `fxquant.report.sections`; how they are drawn: `fxquant.report.render`.
 """
@@ -17,7 +18,7 @@ from allocators.allocation import Allocation
 from fxquant.artefact.artefact import LoadedTexts
 from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Rule, checked, listed, mapped, whole
 from fxquant.errors import ArtefactError
-from fxquant.report import sections
+from fxquant.report import html_page, sections
 from fxquant.report.actions import actions_for
 from fxquant.report.render import Document
 from fxquant.report.sections import Lines, Table
@@ -43,9 +44,9 @@ class Report(Document):
 
     Args:
         layers: one row per quantized layer.
-        allocation: None for pipelines that allocate nothing.
+        allocation: the bits and how they were found; None for pipelines that allocate nothing.
         journal: one entry per pass.
-        card: the protocol.
+        card: the protocol card of the compiled model.
         show_layers: whether the printed report has the table of all layers.
     """
 
@@ -94,6 +95,10 @@ class Report(Document):
         found += [sections.actions(self.actions), *([] if self.missed is None else [self.missed])]
         found += [sections.protocol(self.card), sections.journal_table(self.journal)]
         return found
+
+    def to_html(self) -> str:
+        """One HTML page that needs no network: `fxquant.report.html_page`. Raises ArtefactError for odd notes."""
+        return html_page.to_html(self)
 
     def brief(self) -> Report:
         """The report without the table of all layers."""

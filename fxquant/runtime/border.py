@@ -28,20 +28,22 @@ class Border:
     """What a graph takes and gives.
 
     Args:
-        image_shape: (C, H, W).
-        dtype: of the images.
+        image_shape: channels, height and width of one image.
+        dtype: the dtype that images must have.
         by_image: of every tensor of the result, whether its first dimension is the batch.
         constant: of every tensor of the result, whether it is the same for all images.
+        others: in words, what other sizes graphs beside this one take; for messages.
     """
 
     image_shape: tuple[int, ...]
     dtype: torch.dtype
     by_image: tuple[bool, ...]
     constant: tuple[bool, ...]
+    others: str = ""
 
     @classmethod
-    def of(cls, graph_module: GraphModule) -> Border:
-        """The border of a traced graph."""
+    def of(cls, graph_module: GraphModule, others: str = "") -> Border:
+        """The border of a traced graph. others: sizes that graphs beside it take, in words."""
         image = image_of(graph_module).meta["tensor_meta"]
         results: Any = leaves(graph_module.graph.output_node().args[0])
         shapes = [shape_of(result) for result in results]
@@ -50,13 +52,13 @@ class Border:
             shape is not None and shape[:1] == image.shape[:1] and not same
             for shape, same in zip(shapes, constant, strict=True)
         )
-        return cls(tuple(image.shape[1:]), image.dtype, by_image, constant)
+        return cls(tuple(image.shape[1:]), image.dtype, by_image, constant, others)
 
     def run(self, model: Callable[[Tensor], Output], images_bchw: Any, device: torch.device | None) -> Output:
         """What the model gives for checked images; see the module for NaN and for no images.
 
         Args:
-            model: from images to what the graph returns.
+            model: the function from images to what the graph returns.
             images_bchw: (B, C, H, W), of the border's dtype; anything else is refused.
             device: where the images have to be; None: anywhere.
 
@@ -108,7 +110,8 @@ class Border:
             )
         if images_bchw.ndim != 4 or tuple(images_bchw.shape[1:]) != self.image_shape:
             one = ": add the batch, images[None]" if tuple(images_bchw.shape) == self.image_shape else ""
-            resize = one or ": resize the images, or compile for this size"
+            wanted += f", and images of {self.others}" if self.others else ""
+            resize = one or ": resize the images, or compile with image_sizes=[(height, width)] that name this size too"
             raise InputError(f"images have shape {tuple(images_bchw.shape)}; the model takes {wanted}{resize}")
         if images_bchw.dtype != self.dtype:
             raise InputError(

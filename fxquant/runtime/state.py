@@ -23,10 +23,14 @@ from fxquant.runtime.simulated import QuantizedWeightModule
 EXTRA = "_extra_state"
 
 
-def description(graph_module: GraphModule) -> Tensor:
-    """What the tensors of a simulated graph belong to: the graph's code and every quantizer's settings; uint8 (n,)."""
+def description(graph_module: GraphModule, sizes: Iterable[GraphModule] = ()) -> Tensor:
+    """What the tensors of a simulated graph belong to: the graph's code and every quantizer's settings; uint8 (n,).
+
+    sizes: graphs of the same modules for other image sizes.
+    """
     quantizers = {path: m.settings() for path, m in graph_module.named_modules() if isinstance(m, Quantizer)}
-    code = hashlib.sha256(graph_module.code.encode()).hexdigest()
+    codes = [graph.code for graph in (graph_module, *sizes)]
+    code = hashlib.sha256("".join(codes).encode()).hexdigest()
     text = json.dumps({"graph": code, "quantizers": quantizers}, sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -41,15 +45,16 @@ def check_names(own: Iterable[str], state: Any) -> None:
         raise StateError(f"the state {found}; {len(missing)} names are missing and {len(unknown)} unknown")
 
 
-def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]) -> None:
+def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any], own: Tensor) -> None:
     """Raise StateError, before anything is loaded, unless what a state has of a simulated graph fits it.
 
     Args:
         graph_module: the simulated graph that the state is to be loaded into.
         prefix: of the names of its tensors; the description stands beside them.
         state: tensors and the description by name, as `state_dict` gave them.
+        own: the model's own description.
     """
-    _check_description(graph_module, state.get(f"{prefix.removesuffix('graph_module.')}{EXTRA}"))
+    _check_description(own, state.get(f"{prefix.removesuffix('graph_module.')}{EXTRA}"))
     for name, tensor in graph_module.state_dict(prefix=prefix).items():
         if name in state:
             _check_like(name, state[name], tensor)
@@ -60,11 +65,10 @@ def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]
             _check_scales(f"{prefix}{path}", module, state)
 
 
-def _check_description(graph_module: GraphModule, found: Any) -> None:
+def _check_description(own: Tensor, found: Any) -> None:
     remedy = "load the artefact it was saved as, fxquant.load, or compile the float model with these weights"
     if not isinstance(found, Tensor) or found.dtype != torch.uint8:
         raise StateError(f"the state is not one of a quantized model, which has {EXTRA!r}: {remedy}")
-    own = description(graph_module)
     if torch.equal(found.cpu(), own):
         return
     try:

@@ -1,8 +1,10 @@
 """Sums by name that grow batch by batch, in a form that can be kept between two batches.
 
-sums = Sums()
-for _, batch in context.gather("relevance", sums, graph_module):     # a resumed run gets the batches that are left
-    sums.add("blocks.0.attn.qkv", ...)
+    sums = Sums()
+    for _, batch in context.gather("relevance", sums, graph_module):
+        sums.add("blocks.0.attn.qkv", ...)
+
+A run that was killed and begun again gets from `gather` only the batches that its sums have not seen.
 """
 
 from __future__ import annotations

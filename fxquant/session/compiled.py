@@ -23,10 +23,12 @@ from fxquant.checks.hints import checked
 from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
 from fxquant.export.onnx_file import to_onnx
+from fxquant.export.program_file import to_program
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
+from fxquant.report import summary
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime.border import Border
@@ -34,6 +36,7 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares, with_execution
 from fxquant.runtime.state import check_names, check_state, description
+from fxquant.session.sized_graphs import SizedGraphs, described, share_tensors
 from passes.lower.lower import SIMULATED, Lower, execution_summary
 from passes.pipeline.contract import Journal, PassContext
 from passes.pipeline.pipeline import Pipeline
@@ -45,12 +48,13 @@ class Compiled(nn.Module):
     Args:
         graph_module: the annotated graph that runs.
         allocation: bits by layer and how they were found.
-        journal: one entry per pass.
+        journal: what each pass did, one entry per pass.
         layers: one row per quantized layer.
         card: the protocol (data, policies, what stays float, versions).
         answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
         tree: how the tensors are arranged that it returns; by default as the graph says, in plain tuples, lists and
             dicts.
+        sizes: by (height, width), graphs for images of other sizes, which call the same modules.
 
     It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
     compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
@@ -65,12 +69,14 @@ class Compiled(nn.Module):
         card: dict[str, Any],
         answers: KnownAnswers | None = None,
         tree: Tree | None = None,
+        sizes: Mapping[tuple[int, int], GraphModule] | None = None,
     ) -> None:
         super().__init__()
         self.tree = tree or tree_of(graph_module)
         self.graph_module, self.answers = graph_module, answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
-        self.border = Border.of(graph_module)
+        self.border = Border.of(graph_module, described(list(sizes or ())))
+        self.sizes = SizedGraphs(graph_module, sizes) if sizes else None
         self._is_lowered = LOWERED in facts_of(graph_module)
         self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
@@ -80,14 +86,23 @@ class Compiled(nn.Module):
         """Float (B, C, H, W) images to what the original model returns for them: a tensor, or tensors in the same tree.
 
         An image with a NaN or infinite pixel gives NaN, and leaves the others as they are; no images give (0, ...).
+        Images are of the size it was calibrated on or one of `image_sizes`, all of a batch alike.
         Raises InputError for images of another shape, dtype, layout or device, a TypeError too for what is no tensor.
         """
-        output = self.border.run(self.graph_module, images_bchw, self._device())
+        at_size = None if self.sizes is None else self.sizes.at(images_bchw)
+        graph_module, border = at_size or (self.graph_module, self.border)
+        output = border.run(graph_module, images_bchw, self._device())
         return output if self.tree.is_bare else self.tree.build(leaves(output))
 
     def report(self) -> Report:
         """Tables per layer and in total; print it, or take `.to_dict()`."""
         return Report(self.layers, self.allocation, self.journal, self.card)
+
+    def __repr__(self) -> str:
+        return summary.line_of(self.report())
+
+    def _repr_html_(self) -> str:
+        return summary.html_of(self.report())
 
     def to_networkx(self) -> networkx.DiGraph:
         """The annotated graph, one networkx node per graph node."""
@@ -110,6 +125,10 @@ class Compiled(nn.Module):
         pipeline = Pipeline([Lower(backend)], assumes=[QUANTIZED])
         journal = Journal(list(self.journal.entries))
         graph_module = pipeline.run(self.graph_module, PassContext(journal=journal, answers=self.answers))
+        sizes: dict[tuple[int, int], GraphModule] = {}
+        for size, graph in (self.sizes.graphs if self.sizes else {}).items():
+            sizes[size] = pipeline.run(graph, PassContext(answers=self._answers_at(graph)))
+            share_tensors(graph_module, sizes[size])
         kernels = execution_of(graph_module)
         layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
         shares = with_execution(checked_shares(self.card.get("multiply_accumulates")), layers)
@@ -117,7 +136,11 @@ class Compiled(nn.Module):
         if (in_float := shares.get("float_share", 0.0)) > 0:
             summary += f"; {in_float:.1%} of all multiply-accumulates stay in float"
         card = {**self.card, "execution": summary, "multiply_accumulates": shares}
-        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers, self.tree)
+        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers, self.tree, sizes)
+
+    def _answers_at(self, graph_module: GraphModule) -> KnownAnswers:
+        """Known answers of the graph of another size, which no file holds."""
+        return KnownAnswers.measured(graph_module, pixels=self.answers.pixels if self.answers else None)
 
     def check_answers(self) -> float:
         """Hold this model against its known answers; returns the relative difference, 0 where it has none.
@@ -148,7 +171,7 @@ class Compiled(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the tensors of the state belong to, see `fxquant.runtime.state`."""
-        return description(self.graph_module)
+        return description(self.graph_module, self.sizes.graphs.values() if self.sizes else ())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: it has been compared with this model's."""
@@ -170,7 +193,7 @@ class Compiled(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         self._refuse_lowered("takes no state dict")
-        check_state(self.graph_module, f"{prefix}graph_module.", state_dict)
+        check_state(self.graph_module, f"{prefix}graph_module.", state_dict, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
@@ -188,7 +211,10 @@ class Compiled(nn.Module):
                 f"a {'lowered' if self._is_lowered else 'quantized'} model cannot be moved to {after.device}: move "
                 "the model it was lowered from, or lower that with backend='cuda'"
             )
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.sizes is not None:
+            self.sizes.point(self.graph_module)
+        return self
 
     def _refuse_lowered(self, what: str) -> None:
         if self._is_lowered:
@@ -236,21 +262,28 @@ class Compiled(nn.Module):
             allocation_json=allocation,
             journal=journal,
             answers=self.answers,
+            sizes=self.sizes.graphs if self.sizes else {},
         )
 
     @checked(ExportError, path=ArtefactError)
     def export_onnx(
-        self, path: str | PathLike[str], *, weight_type: str = "int8", check: bool = False
+        self,
+        path: str | PathLike[str],
+        *,
+        weight_type: str = "int8",
+        check: bool = False,
+        image_size: tuple[int, int] | None = None,
     ) -> dict[str, str]:
         """Write an ONNX model (opset 21) with QuantizeLinear and DequantizeLinear, for other runtimes.
 
         Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata.
 
         Args:
-            path: of the file.
+            path: where the file is written.
             weight_type: "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or
                 "simulated" (float operators); what runs as int8 is up to the runtime.
             check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.
+            image_size: (height, width), the main size or one of `image_sizes`; a file takes one. None: the main size.
 
         Raises MissingExtraError without onnx and onnxscript, or, where a check is asked for, without onnxruntime;
         ExportError for a lowered model, an unknown weight_type, operations that torch cannot export, and a file that
@@ -258,16 +291,39 @@ class Compiled(nn.Module):
         """
         if check:
             check_onnxruntime()
-        found = to_onnx(self.graph_module, weight_type=weight_type, card=self.card)
+        graph_module = self._graph_at(image_size)
+        found = to_onnx(graph_module, weight_type=weight_type, card=self.card)
         if check:
-            answers = self.answers or KnownAnswers.measured(self.graph_module)
-            check_in_onnxruntime(found.content, answers, answers.images_for(self.graph_module))
+            known = self.answers if graph_module is self.graph_module else None
+            answers = known or self._answers_at(graph_module)
+            check_in_onnxruntime(found.content, answers, answers.images_for(graph_module))
         write_file(Path(path), found.content)
         return found.layers
+
+    @checked(ArtefactError)
+    def export_program(self, path: str | PathLike[str]) -> int:
+        """Write the file that the C library `libfxquant` runs, without Python (docs/c_library.md); returns its bytes.
+
+        Its outputs equal those of `lowered("cpu-native")` bit for bit, which is checked on two images before the file
+        is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels;
+        BackendError without kernels; ArtefactError where the file cannot be written.
+        """
+        model = self if self._is_lowered else self.lowered("cpu-native")
+        content = to_program(model.graph_module, self.card)
+        write_file(Path(path), content)
+        return len(content)
+
+    def _graph_at(self, size: tuple[int, int] | None) -> GraphModule:
+        sizes = self.sizes or SizedGraphs(self.graph_module, {})
+        height, width = self.border.image_shape[1:]
+        other = None if size is None else sizes.named(size, (height, width))
+        return self.graph_module if other is None else other
 
 
 def _answer_anew(model: Compiled, incompatible_keys: object) -> None:
     """After another state was loaded: its answers take the place of those known; the float model's are not its own."""
+    if model.sizes is not None:
+        model.sizes.point(model.graph_module)
     if model.answers is not None:
         model.answers = KnownAnswers.measured(model.graph_module, pixels=model.answers.pixels)
 
@@ -292,6 +348,7 @@ def load(path: str | PathLike[str], backend: str = "simulated") -> Compiled:
     found = artefact.load(path)
     report = Report.of_texts(found, str(path))
     compiled = Compiled(
-        found.graph_module, report.allocation, report.journal, report.layers, dict(report.card), found.answers
-    )
+        found.graph_module, report.allocation, report.journal, report.layers, dict(report.card), found.answers,
+        sizes=found.sizes,
+    )  # fmt: skip
     return compiled if backend == SIMULATED else compiled.lowered(backend)

@@ -19,8 +19,9 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.output_tree import Output, Tree, flat
 from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
+from fxquant.session.sizes import sized_model
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
-from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
+from passes.pipeline.contract import PassContext, ProgressReporter, SizedModel, check_draws
 from passes.pipeline.pipeline import Pipeline
 from passes.pipeline.proof import IMAGES
 from passes.prepare.assign_roles import AssignRoles
@@ -31,8 +32,8 @@ class ModelOutputs:
     """What the caller's own model gives.
 
     Args:
-        first: for the first two calibration images.
-        answers: for the images of known answers.
+        first: the outputs for the first two calibration images.
+        answers: the outputs for the images that known answers are about.
         tree: how its tensors are arranged, with the model's own containers.
     """
 
@@ -45,14 +46,15 @@ class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
     Args:
-        model: the caller's.
+        model: the caller's model, which is not changed.
         calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
-        seed: of every random draw.
+        seed: the seed of every random draw.
         batch_size: images per forward where outputs are compared.
-        cache: where results are kept.
-        progress: where long steps report.
+        cache: the folder that keeps results.
+        progress: what long steps report their progress to.
         objective: what quantization must keep of the output, or its name.
         inputs: arguments of the model's forward besides the images, by name, which are always the same.
+        image_sizes: further (height, width) of images, see `fxquant.session.sizes`.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class ModelSource:
         progress: ProgressReporter,
         objective: str | Objective = AUTO,
         inputs: Mapping[str, Any] | None = None,
+        image_sizes: tuple[tuple[int, int], ...] = (),
     ) -> None:
         check_objective(objective)
         check_model(model, inputs)
-        self._inputs = inputs
+        self._inputs, self._image_sizes = inputs, image_sizes
         seed, batch_size = check_draws(seed, batch_size)
         self._model, self._given = model, Synthesis() if calibration is None else calibration
         self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
@@ -116,7 +119,19 @@ class ModelSource:
             progress=self._progress,
             expected=self.model_outputs.first,
             objective=self.objective,
+            sized=self.sized,
         )
+
+    @cached_property
+    def sized(self) -> tuple[SizedModel, ...]:
+        """The model at the other image sizes. Raises as `fxquant.trace`, naming the size."""
+        others = [size for size in self._image_sizes if size != tuple(self.images.shape[2:])]
+        return tuple(sized_model(self._model, self.first_images, size, self.traced, self._inputs) for size in others)
+
+    @property
+    def first_images(self) -> Tensor:
+        """The first two images; one of them twice where there is one."""
+        return self.images[torch.arange(IMAGES) % len(self.images)]
 
     def float_model(self) -> nn.Module:
         """A copy of the caller's model in inference mode, with all that hangs on it and its fixed inputs."""
@@ -125,7 +140,7 @@ class ModelSource:
     @cached_property
     def model_outputs(self) -> ModelOutputs:
         """Outputs of `float_model`."""
-        first = self.images[torch.arange(IMAGES) % len(self.images)]
+        first = self.first_images
         more = answer_images_for(self.traced, pixels=range_of(self.images))
         model = self.float_model()
         with torch.no_grad():

@@ -51,7 +51,8 @@ class Synthesis:
     Args:
         count: how many images are made.
         steps: how many steps each of the two stages takes. The paper takes 500 (`Synthesis.thorough()`); from the
-            default on, accuracy after quantization rises by no more than its standard error (docs/methods.md).
+            default on, accuracy after quantization rises by no more than its standard error
+            (docs/explanation/methods.md).
         learning_rate: Adam's rate on normalised pixels; the paper takes 0.25 for Swin.
         variation: the range V* is drawn from at 224 x 224, in units of the picture's range.
         jitter: largest shift in the second stage, as a share of the image's side.
@@ -89,7 +90,10 @@ class Synthesis:
                 f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}, found {self}"
             )
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
-            raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
+            raise CalibrationError(
+                f"learning_rate must be above 0, variation a range of numbers from 0 on, and jitter "
+                f"at least 0 and below 1; found {self}"
+            )
 
     def described(self, seed: int) -> str:
         """For the protocol card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +24,8 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
 
+_LOGGER = logging.getLogger("fxquant")
+
 
 @dataclass(frozen=True)
 class JournalEntry:
@@ -31,7 +34,7 @@ class JournalEntry:
     Args:
         step: the repr of the pass.
         nodes_changed: how many nodes it changed.
-        seconds: wall time.
+        seconds: how long the pass took by the clock.
         peak_mib: largest resident memory of the process so far, in MiB.
         notes: what the pass says of its run, JSON values.
     """
@@ -62,16 +65,17 @@ class Journal:
     pending: dict[str, Any] = field(default_factory=dict)
 
     def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left.
+        """Append the entry of a pass that has ended, with the notes it left, and log it.
 
         Args:
             step: the repr of the pass.
             nodes_changed: how many nodes it changed.
-            seconds: wall time.
+            seconds: how long the pass took by the clock.
             peak_mib: largest resident memory of the process so far, in MiB.
         """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
+        _LOGGER.info("%s: %d nodes changed, %.2f s", step, nodes_changed, seconds)
 
 
 class ProgressReporter(Protocol):
@@ -141,6 +145,28 @@ def reporter_of(progress: ProgressReporter | None) -> ProgressReporter:
 
 
 @dataclass(frozen=True)
+class SizedModel:
+    """The same model at another image size.
+
+    Args:
+        graph_module: traced at that size, with roles; its layers hold no weights.
+        images_bchw: two images, float (2, C, H, W).
+        expected: what the model gives for them.
+        padded: names of LayerNorm nodes behind which zeros are padded in at this size.
+    """
+
+    graph_module: GraphModule
+    images_bchw: torch.Tensor
+    expected: Output
+    padded: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images_bchw.shape[2], self.images_bchw.shape[3]
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What every pass is given.
 
@@ -148,16 +174,17 @@ class PassContext:
         images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
         batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
             memory, does not change results beyond float rounding. Statistics are gathered image by image.
-        seed: of every random draw.
+        seed: the seed of every random draw.
         cache: where scores are kept, in memory unless it has a folder.
-        progress: where long steps report.
-        journal: where notes go.
+        progress: what long steps report their progress to.
+        journal: takes what passes note of their runs.
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.
         objective: what quantization must keep of the output, which gradients and divergences are of.
         answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
             lowered.
+        sized: the model at other image sizes, for which AddSizes makes graphs.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -169,6 +196,7 @@ class PassContext:
     objective: Objective = CLASSES
     expected: Output | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
+    sized: tuple[SizedModel, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
@@ -188,6 +216,11 @@ class PassContext:
                 "this pass needs calibration images and the context has 0: give it some; 32 are usual"
             )
         return self.images_bchw
+
+    @property
+    def padded(self) -> frozenset[str]:
+        """Names of LayerNorm nodes behind which zeros are padded in at one of the other sizes."""
+        return frozenset().union(*(sized.padded for sized in self.sized))
 
     def gather(
         self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
@@ -224,8 +257,16 @@ class PassContext:
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph, images, seed, objective, versions and settings."""
+        padded = [sorted(self.padded)] if self.padded else []  # nothing else of the other sizes has a say
         return signature(
-            graph_module, graph_module.code, self.images, self.seed, self.objective.key, code_signature(), *settings
+            graph_module,
+            graph_module.code,
+            self.images,
+            self.seed,
+            self.objective.key,
+            code_signature(),
+            *padded,
+            *settings,
         )
 
     def note(self, **notes: Any) -> None:

@@ -29,14 +29,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.nodes import tensor_at
+from fxquant.graph.notes import SIZES
 from fxquant.graph.output_tree import Output, leaves
 from fxquant.graph.printer import describe
 from fxquant.runtime.known_answers import answer_images_for
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
-from passes.pipeline.contract import Effect, Pass, PassContext, effect_of
+from passes.pipeline.contract import Effect, Pass, PassContext, SizedModel, effect_of
 
 IMAGES = 2
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
+_MODEL = "the model it was made from"
 _SAMPLES = 256  # values of a node that are kept, evenly spaced
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -75,14 +77,14 @@ class Proof:
 
         Args:
             given: what the pipeline was given, if no pass changes it.
-            graph_module: what passes change.
+            graph_module: the graph that passes change.
             context: with the outputs of the caller's model, where they are known.
         """
         self._given = given
         self._simulated: GraphModule | None = None
         self._is_float = LOWERED not in facts_of(graph_module)
         self._expected = context.expected
-        self._whose = "the model it was made from"
+        self._whose = _MODEL
         self._given_images = context.images_bchw
         self._run: Run | None = None  # the last that was right
         self._is_proven = False  # whether the graph is still the one of that run
@@ -153,6 +155,33 @@ class Proof:
         """Prove the whole, where there is something to hold it against and it has changed. Raises VerificationError."""
         if self._is_float and self._expected is not None and not self._is_proven:
             self._prove(graph_module, "the graph, its quantizers bypassed and its float weights restored,", context)
+        if context is not None:
+            for sized, other in zip(context.sized, (SIZES.get(graph_module) or {}).values(), strict=False):
+                self._prove_size(graph_module, other, sized)
+
+    def _prove_size(self, graph_module: GraphModule, other: GraphModule, sized: SizedModel) -> None:
+        """Hold the graph of another image size against the model at that size."""
+        height, width = sized.size
+        remedy = "leave the size out of image_sizes, and compile for it by itself"
+        if self._whose != _MODEL:
+            raise VerificationError(
+                f"images of {height} x {width} cannot be proven right, since a pass changes what the graph computes "
+                f"(Effect.FUNCTION): {remedy}"
+            )
+        names = {str(node.target): node.name for node in graph_module.graph.nodes if node.op == "call_module"}
+        restored = {
+            node.name: (self._restored or {}).get(names.get(str(node.target), ""), {})
+            for node in other.graph.nodes
+            if node.op == "call_module"
+        }
+        run = run_in_float(other, sized.images_bchw, restored)
+        found, allowed = furthest(run.output, sized.expected)
+        if not found <= allowed:
+            raise VerificationError(
+                f"the graph for images of {height} x {width}, its quantizers bypassed, does not compute what the model "
+                f"does at that size: outputs on two images differ by {found:.3g}, and {allowed:.3g} is allowed; "
+                f"{remedy}"
+            )
 
     def _prove(self, graph_module: GraphModule, what: str, context: PassContext | None = None) -> None:
         started = time.process_time()
@@ -181,7 +210,7 @@ class Proof:
         listed = f"one of these passes did it: {', '.join(self._unproven)}" if self._unproven else "no pass has run yet"
         return (
             f"{first}{listed}; repair it or leave it out, pipeline.without(...), or let it declare its effect, "
-            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/writing_a_pass.md)"
+            f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/how_to/writing_a_pass.md)"
         )
 
 
@@ -206,9 +235,9 @@ def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensor
     """The graph on images, float (B, C, H, W), with every quantizer bypassed.
 
     Args:
-        graph_module: simulated, or with observers.
+        graph_module: a simulated graph, or one with observers.
         images_bchw: float (B, C, H, W).
-        tensors: used where a node has some.
+        tensors: float tensors that take the place of a module's own, where there are some for it.
     """
     interpreter = _Bypass(graph_module, tensors)
     output: Any = interpreter.run(images_bchw.clone())

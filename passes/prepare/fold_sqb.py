@@ -75,7 +75,7 @@ class FoldSqb:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of LayerNorms and linear layers changed."""
-        paths = channel_paths(graph_module, context.images)
+        paths = channel_paths(graph_module, context.images, context.padded)
         modules = dict(graph_module.named_modules())
         counts = module_uses(graph_module)
         refused, groups = {}, {}

@@ -24,7 +24,7 @@ from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
-from passes.pipeline.contract import Effect, PassContext
+from passes.pipeline.contract import Effect, Journal, PassContext
 from passes.prepare.folds import FOLDED, note_fold
 
 
@@ -41,7 +41,7 @@ class RotateResidual:
         """Rotate in place; returns the number of norms, layers and parameters changed."""
         modules = dict(graph_module.named_modules())
         readers: dict[Node, list[Node]] = {}
-        paths = channel_paths(graph_module, context.images)
+        paths = channel_paths(graph_module, context.images, context.padded)
         rotated, refused = [], {}
         changed = 0
         for index, stream in enumerate(residual_streams(graph_module)):
@@ -55,14 +55,39 @@ class RotateResidual:
             if reasons:
                 refused[stream.norms[0].name] = reasons[0]
                 continue
-            generator = torch.Generator().manual_seed(context.seed * 7919 + index)
-            changed += _rotate(graph_module, stream, {norm: readers[norm] for norm in stream.norms}, generator)
+            q = _drawn(context.seed, index, _width(modules[str(stream.norms[0].target)]))
+            changed += _rotate(graph_module, stream, {norm: readers[norm] for norm in stream.norms}, q)
             rotated.append(stream.norms[0].name)
         graph_module.graph.lint()
         graph_module.recompile()
         note_fold(graph_module, type(self).__name__)
         context.note(rotated=rotated, refused=refused)
         return changed
+
+
+def rotate_constants(graph_module: GraphModule, journal: Journal, seed: int) -> None:
+    """Do to a graph's constants, in place, what the passes in a journal have done to those of the same model's graph at
+    another image size; layers, whose weights both graphs share, stay as they are.
+
+    Args:
+        graph_module: traced, and not rotated.
+        journal: of the pipeline that the other graph went through.
+        seed: of its context.
+    """
+    for entry in journal.entries:
+        rotated = entry.notes.get("rotated", ()) if entry.step == repr(RotateResidual()) else ()
+        for index, stream in enumerate(residual_streams(graph_module)):
+            if stream.norms[0].name not in rotated:
+                continue
+            for product, vector, layer in stream.layer_scales:
+                _drop_layer_scale(graph_module, product, vector, layer)
+            norm: Any = graph_module.get_submodule(str(stream.norms[0].target))
+            _turn_parameters(graph_module, stream, _drawn(seed, index, _width(norm)))
+
+
+def _drawn(seed: int, index: int, width: int) -> Tensor:
+    """The rotation of the index-th stream."""
+    return mean_keeping_rotation(width, torch.Generator().manual_seed(seed * 7919 + index))
 
 
 def mean_keeping_rotation(width: int, generator: torch.Generator) -> Tensor:
@@ -77,12 +102,9 @@ def mean_keeping_rotation(width: int, generator: torch.Generator) -> Tensor:
     return reflection @ turned @ reflection
 
 
-def _rotate(
-    graph_module: GraphModule, stream: ResidualStream, readers: dict[Node, list[Node]], generator: torch.Generator
-) -> int:
+def _rotate(graph_module: GraphModule, stream: ResidualStream, readers: dict[Node, list[Node]], q: Tensor) -> int:
     modules: dict[str, Any] = dict(graph_module.named_modules())
     norms = {node: modules[str(node.target)] for node in stream.norms}
-    q = mean_keeping_rotation(_width(next(iter(norms.values()))), generator)
     for product, vector, layer in stream.layer_scales:
         _fold_layer_scale(graph_module, product, vector, layer)
     for node in (*stream.layers, *(layer for _, _, layer in stream.layer_scales)):
@@ -92,6 +114,13 @@ def _rotate(
         _set(module, "weight", (q.T.to(weight.dtype) @ weight.flatten(1)).reshape(weight.shape))
         if module.bias is not None:
             _set(module, "bias", (module.bias.detach().double() @ q).to(weight.dtype))
+    _turn_parameters(graph_module, stream, q)
+    for node, norm in norms.items():
+        _read_rotated(norm, [modules[str(reader.target)] for reader in readers[node]], q)
+    return len(stream.layers) + len(stream.layer_scales) + len(stream.parameters) + len(norms)
+
+
+def _turn_parameters(graph_module: GraphModule, stream: ResidualStream, q: Tensor) -> None:
     for node in {str(node.target): node for node in stream.parameters}.values():
         owner, _, name = str(node.target).rpartition(".")
         value = _parameter(graph_module, node)
@@ -99,9 +128,6 @@ def _rotate(
         if isinstance(value, nn.Parameter):
             turned = nn.Parameter(turned, requires_grad=False)
         setattr(graph_module.get_submodule(owner), name, turned)
-    for node, norm in norms.items():
-        _read_rotated(norm, [modules[str(reader.target)] for reader in readers[node]], q)
-    return len(stream.layers) + len(stream.layer_scales) + len(stream.parameters) + len(norms)
 
 
 def _read_rotated(norm: Any, linears: list[Any], q: Tensor) -> None:
@@ -125,6 +151,10 @@ def _fold_layer_scale(graph_module: GraphModule, product: Node, vector: Node, la
     _set(linear, "weight", linear.weight.detach() * scale[:, None])
     if linear.bias is not None:
         _set(linear, "bias", linear.bias.detach() * scale)
+    _drop_layer_scale(graph_module, product, vector, layer)
+
+
+def _drop_layer_scale(graph_module: GraphModule, product: Node, vector: Node, layer: Node) -> None:
     product.replace_all_uses_with(layer)
     graph_module.graph.erase_node(product)
     if not vector.users:

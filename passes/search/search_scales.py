@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -26,11 +26,15 @@ from fxquant.graph.nodes import module_of
 from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
+from fxquant.quantizers.statistics.outline import CHANNEL, ROW, VALUE, Outline
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
 Criterion = Literal["hessian", "mse", "min-max"]
+
+OUTLINES = "histograms"
+"""The journal's note of the operands' outlines, by layer."""
 
 
 def _check_scales(graph_module: GraphModule) -> None:
@@ -85,17 +89,23 @@ class SearchScales:
             raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Search every observed node; returns how many nodes were given candidates."""
+        """Search every observed node; returns how many nodes were given candidates.
+
+        Notes, by layer, the outline of every operand that is quantized, None for the others.
+        """
         nodes = planned_nodes(graph_module)
         task = context.progress.track("searching scales", len(nodes))
+        outlines: dict[str, list[Any]] = {}
         for node in nodes:
             observers = dict(observers_of(graph_module, node))
             found = self._recalled(graph_module, node, observers, context.cache)
+            outlines[annotation_of(node).layer] = _outlines(graph_module, node, observers)
             annotate_operands(node, candidates=found, scores=[()] * len(found))
             for observer in observers.values():
                 observer.release(keep_gram=self.keep_grams)
             task.advance()
         task.close()
+        context.note(**{OUTLINES: outlines})
         return len(nodes)
 
     def _recalled(
@@ -170,3 +180,20 @@ class SearchScales:
             search=self.criterion != "min-max",
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],
         )
+
+
+def _outlines(graph_module: GraphModule, node: Node, observers: Mapping[int, Observer]) -> list[Any]:
+    """JSON values: of each operand its outline, None where it stays float."""
+    found: list[Any] = []
+    for operand in annotation_of(node).operands:
+        module = module_of(graph_module, node)
+        if operand.families and operand.argument is not None:
+            statistics = observers[operand.argument].statistics()
+            unit = ROW if statistics.moments is statistics.row_moments else VALUE
+            unit = unit if statistics.channel_factor is None else CHANNEL
+            found.append(Outline.of_moments(statistics.moments, unit).to_json())
+        elif operand.families and isinstance(module, nn.Linear | nn.Conv2d):
+            found.append(Outline.of_tensor(module.weight).to_json())
+        else:
+            found.append(None)
+    return found

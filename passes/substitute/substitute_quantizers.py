@@ -16,6 +16,7 @@ from fxquant.errors import PatternError, VerificationError
 from fxquant.graph.annotation import Annotation, Candidate, Operand, annotation_of, nodes_with_role
 from fxquant.graph.facts import QUANTIZED, Fact, broken_at, missing
 from fxquant.graph.names import add_module, exchange_module
+from fxquant.quantizers.levels import levels_of
 from fxquant.runtime.simulated import QuantizedConv2d, QuantizedInput, QuantizedLinear, QuantizedMatmul
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import STATISTICS
@@ -42,6 +43,10 @@ BITS_ALLOCATED = Fact("bits allocated", _check_bits, rests_on=frozenset({SCALES_
 """
 
 
+LEVELS = "levels"
+"""The journal's note of the levels of the chosen quantizers, by layer."""
+
+
 @dataclass(frozen=True)
 class SubstituteQuantizers:
     """Put the chosen quantizers into the graph."""
@@ -51,14 +56,20 @@ class SubstituteQuantizers:
     breaks: ClassVar[frozenset[Fact]] = STATISTICS | {OBSERVED, SCALES_SEARCHED}
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
-        """Substitute in place; returns the number of nodes that now compute in low bits."""
+        """Substitute in place; returns the number of nodes that now compute in low bits.
+
+        Notes, by layer, the levels of every operand's quantizer to five digits, None where an operand stays float.
+        """
         changed = 0
+        levels: dict[str, list[list[float] | None]] = {}
         for node in nodes_with_role(graph_module):
             annotation = annotation_of(node)
             if not annotation.has_bits:
                 continue
             _replace(graph_module, node, _quantized(graph_module, node, annotation))
+            levels[annotation.layer] = [_levels(operand, annotation.layer) for operand in annotation.operands]
             changed += 1
+        context.note(**{LEVELS: levels})
         remove_observers(graph_module)
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
@@ -105,6 +116,14 @@ def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation) ->
     if 0 in inputs:
         return QuantizedInput(module, inputs[0])
     raise PatternError(f"node {node.name} has bits, and there is no quantizer for a {type(module).__name__}")
+
+
+def _levels(operand: Operand, layer: str) -> list[float] | None:
+    candidate = chosen(operand, layer)
+    if candidate is None:
+        return None
+    found = levels_of(candidate.quantizer, of_weight=operand.argument is None)
+    return [float(f"{level:.5g}") for level in found]
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: nn.Module) -> None:

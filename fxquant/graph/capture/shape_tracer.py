@@ -30,6 +30,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import Scope, ScopeContextManager
 
 from fxquant.errors import TraceError
+from fxquant.graph.capture.batch_number import RecordSizes, counted
 from fxquant.graph.capture.batch_proxy import (
     BatchProxy,
     ConstantProxy,
@@ -94,7 +95,7 @@ class ShapeTracer(fx.Tracer):
             self._path_of_tensor[id(tensor)] = path
         register_proxies()
         # The flag is this thread's own: functions compiled by torch.compile refuse proxies by it.
-        with written_out(root), intercepted(root, self), _is_fx_tracing_context(True):
+        with written_out(root), intercepted(root, self), _is_fx_tracing_context(True), RecordSizes():
             result = root(self.create_proxy("placeholder", _IMAGE, (), {}))
         tree, tensors = flatten(result, lambda value: isinstance(value, (BatchProxy, torch.Tensor)))
         for proxy in proxies_in(tensors):
@@ -221,7 +222,7 @@ class ShapeTracer(fx.Tracer):
         if _is_aggregate(first) and len(first) == len(second):
             getters = [self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(first))]
             return getters if isinstance(first, list) else tuple(getters)
-        return proxy
+        return counted(proxy)
 
     def write(self, written: Any, value: Any) -> Any:
         """Let the proxy that is written to stand for the value from now on, and return it."""
@@ -246,8 +247,8 @@ class ShapeTracer(fx.Tracer):
 
         Args:
             target: the tensor that is written to.
-            index: which of its elements.
-            value: what they get.
+            index: which of its elements are written, as in target[index].
+            value: what is written to them.
         """
         if isinstance(target, ConstantProxy) and not varies((index, value)):
             target.batch_values[0][at_batch(index, 0)] = at_batch(value, 0)

@@ -34,14 +34,21 @@ class ChannelPath:
     refusal: str | None = None
 
 
-def channel_paths(graph_module: GraphModule, example_bchw: Tensor) -> dict[Node, ChannelPath]:
+def channel_paths(
+    graph_module: GraphModule, example_bchw: Tensor, padded: frozenset[str] = frozenset()
+) -> dict[Node, ChannelPath]:
     """For each nn.LayerNorm node, the linear layers that read its output.
 
-    example_bchw: float, at least one image; what linear layers make of it is not computed.
+    Args:
+        graph_module: traced.
+        example_bchw: float, at least one image; what linear layers make of it is not computed.
+        padded: names of norms behind which zeros are padded in at another image size.
     """
     tracer = _PathTracer(graph_module)
     with torch.no_grad():
         tracer.run(example_bchw[:1])
+    for node, path in tracer.paths.items():
+        path.padded |= node.name in padded
     return tracer.paths
 
 

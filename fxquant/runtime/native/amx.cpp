@@ -20,6 +20,7 @@ namespace {
 constexpr int kMaxVectors = 2, kTileRows = 32, kWholeRows = 16, kInnerStep = 64, kRowBlock = 32;
 constexpr int64_t kMostInner = 512;
 constexpr bool kBegins = true;
+constexpr int32_t kShift = 0;
 
 int vectors_for(int64_t units) { return units < 2 ? 1 : 2; }
 int rows_for(int) { return kTileRows; }

@@ -23,6 +23,7 @@ namespace {
 constexpr int kMaxVectors = 2, kTileRows = 12, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = 768;  // of a panel in the first-level cache, with the rows that it meets
 constexpr bool kBegins = true, kChooses = true;
+constexpr int32_t kShift = 0;
 
 struct Session {};
 
@@ -48,16 +49,17 @@ struct DeepLoop {
     bool is_chosen = false, takes_pairs = false;  // by the first panel
     Extra extra[kMaxVectors];
     explicit DeepLoop(int64_t most) : depth(most) {}
-    void split(int vector, int8_t *panel, int64_t groups);
+    bool prepares() const { return limit != 0; }
+    void prepare(int vector, int8_t *panel, int64_t groups);
 };
 
 // 16 bits times 16 bits: exact for all bytes. In a group of 4 inputs the even ones come first.
 struct WideLoop {
     using Left = int16_t;
     using Right = int16_t;
-    static constexpr int64_t limit = 0;
     explicit WideLoop(int64_t) {}
-    void split(int, int16_t *, int64_t) {}
+    static constexpr bool prepares() { return false; }
+    void prepare(int, int16_t *, int64_t) {}
 };
 
 // Of numbers from 0 to most_left times numbers of most_right in size.
@@ -101,14 +103,14 @@ FXQ_INLINE void few_groups(const uint8_t *left, int64_t stride, const int8_t *ri
 // What sums begin at, and the groups beside the panel.
 template <int rows>
 FXQ_INLINE void begin_sums(const Extra &extra, const uint8_t *left, const Place &place, __m256i *sum) {
-    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = place.first(i / 2, i % 2); });
+    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = first_of(place, i / 2, i % 2); });
     for (int64_t e = 0; e < extra.count; ++e)
         few_groups<rows, 1>(left + extra.group[e] * 4, place.left_stride, extra.numbers + e * 64, sum);
 }
 
 template <int rows>
 FXQ_INLINE void store_sums(const __m256i *sum, const Place &place) {
-    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2)); });
+    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2 * 8)); });
 }
 
 // Sums in 16 bits last for one to three groups: all sums are in registers.
@@ -147,7 +149,7 @@ void deep(const DeepLoop &loop, int vector, const uint8_t *left, const int8_t *r
         while (++g < end) multiply(false);
         each<2 * rows>([&](int i) FXQ_ALWAYS {
             const __m256i found = _mm256_madd_epi16(pairs[i], ones);
-            int32_t *const at = place.at(i / 2, i % 2);
+            int32_t *const at = place.at(i / 2, i % 2 * 8);
             if (in_memory) store_bytes(_mm256_add_epi32(load_bytes(at), found), at);
             else sum[i] = _mm256_add_epi32(sum[i], found);
         });
@@ -158,7 +160,7 @@ void deep(const DeepLoop &loop, int vector, const uint8_t *left, const int8_t *r
 template <int rows>
 void wide(const WideLoop &, int, const int16_t *left, const int16_t *right, const Place &place) {
     __m256i sum[2 * rows];
-    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = place.first(i / 2, i % 2); });
+    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = first_of(place, i / 2, i % 2); });
     for (int64_t pair = 0; pair < 2 * place.groups; ++pair) {
         const __m256i low = load_bytes(right + pair * 32), high = load_bytes(right + pair * 32 + 16);
         each<rows>([&](int r) FXQ_ALWAYS {

@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 
-#ifdef FXQ_X86
+#ifdef FXQ_AVX512
 
 #include <immintrin.h>
 
@@ -20,6 +20,7 @@ namespace {
 constexpr int kMaxVectors = 4, kTileRows = 8, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 constexpr bool kBegins = false;  // all sums begin at zero
+constexpr int32_t kShift = 0;
 
 struct Session {};
 

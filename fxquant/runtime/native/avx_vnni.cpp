@@ -37,6 +37,7 @@ namespace {
 constexpr int kMaxVectors = 2, kTileRows = 12, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = 768;  // of a panel in the first-level cache, with the rows that it meets
 constexpr bool kBegins = true;
+constexpr int32_t kShift = 0;
 
 struct Session {};
 
@@ -63,7 +64,7 @@ FXQ_INLINE __m256i plus_products(__m256i sum, __m256i codes, __m256i numbers) {
 template <int rows>
 void piece(const ByteLoop &, int, const uint8_t *left, const int8_t *right, const Place &place) {
     __m256i sum[2 * rows];
-    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = place.first(i / 2, i % 2); });
+    each<2 * rows>([&](int i) FXQ_ALWAYS { sum[i] = first_of(place, i / 2, i % 2); });
     for (int64_t g = 0; g < place.groups; ++g) {
         const __m256i low = load_bytes(right + g * 64), high = load_bytes(right + g * 64 + 32);
         each<rows>([&](int r) FXQ_ALWAYS {
@@ -73,7 +74,7 @@ void piece(const ByteLoop &, int, const uint8_t *left, const int8_t *right, cons
             keep(sum[2 * r], sum[2 * r + 1]);
         });
     }
-    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2)); });
+    each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2 * 8)); });
 }
 
 template <class Work>

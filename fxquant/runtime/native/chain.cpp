@@ -38,6 +38,7 @@ struct Chain {
     std::vector<Step> steps;
     std::vector<Value> values;
     std::vector<int64_t> slots;  // bytes of a row
+    Chain(const uint8_t *memory, int64_t bytes, int64_t tokens) : memory(memory), bytes(bytes), tokens(tokens) {}
 
     // A part of the chain's memory that holds `count` floats, null where there is none; false where it does not fit.
     bool floats(int64_t offset, int64_t count, const float **found) const {
@@ -61,7 +62,7 @@ struct Chain {
         for (const int64_t slot : slots) sum += slot;
         return sum;
     }
-    int32_t open();
+    int32_t open(int64_t images);
     int32_t open_order();
     int32_t open(Step &s, Value *result);
     void place();
@@ -72,7 +73,10 @@ struct Chain {
     void give_back(int64_t first, int64_t images, const uint8_t *rows, uint8_t *out) const;
 };
 
-int32_t Chain::open() {
+// images: of `tokens` rows of value 0 each, which fill whole images of x and whole groups of biases.
+int32_t Chain::open(int64_t images) {
+    if (reinterpret_cast<uintptr_t>(memory) % 4) return FXQ_LAYOUT;
+    if (!is_size(tokens)) return FXQ_SIZE;
     if (bytes < static_cast<int64_t>(sizeof header)) return FXQ_LAYOUT;
     std::memcpy(&header, memory, sizeof header);
     if (header.magic != FXQ_CHAIN_MAGIC || header.version != kVersion || !is_size(header.count, kMaxSteps) ||
@@ -90,8 +94,10 @@ int32_t Chain::open() {
             values[static_cast<size_t>(value)].last = static_cast<int64_t>(i);
         }
         if (const int32_t status = open(steps[i], &values[i + 1])) return status;
+        if (step.bias_groups && images % step.bias_groups) return FXQ_SIZE;
     }
-    return FXQ_OK;
+    const int64_t rows = product(images, tokens, header.parts);
+    return rows < 0 || (order && rows % header.order_rows) ? FXQ_SIZE : FXQ_OK;
 }
 
 int32_t Chain::open_order() {
@@ -264,6 +270,14 @@ bool Chain::run_step(const Place &place, size_t i, int64_t row, int64_t rows, in
 }
 
 }  // namespace
+
+int32_t check_chain(const uint8_t *memory, int64_t bytes, int64_t images, int64_t tokens, ChainRows *found) {
+    Chain chain(memory, bytes, tokens);
+    if (const int32_t status = chain.open(images)) return status;
+    *found = {chain.values.front().width, chain.values.back().width, chain.values.back().bytes};
+    return FXQ_OK;
+}
+
 }  // namespace fxq
 
 using namespace fxq;
@@ -271,18 +285,13 @@ using namespace fxq;
 int32_t fxq_chain(const uint8_t *memory, int64_t memory_bytes, int64_t images, int64_t tokens, const float *x,
                   int64_t x_bytes, void *out, int64_t out_bytes, int32_t threads) try {
     if (!memory || !x || !out) return FXQ_NULL;
-    if (reinterpret_cast<uintptr_t>(memory) % 4) return FXQ_LAYOUT;
-    if (!is_size(tokens)) return FXQ_SIZE;
-    Chain chain{memory, memory_bytes, tokens};
-    if (const int32_t status = chain.open()) return status;
+    Chain chain(memory, memory_bytes, tokens);
+    if (const int32_t status = chain.open(images)) return status;
     chain.place();
     const Value &first = chain.values.front(), &last = chain.values.back();
     const int64_t rows = product(images, tokens);
     if (rows < 0 || !holds(x_bytes, product(rows, first.width), 4)) return FXQ_SIZE;
     if (!holds(out_bytes, product(rows, last.width), last.bytes)) return FXQ_SIZE;
-    if (chain.order && product(rows, chain.header.parts) % chain.header.order_rows) return FXQ_SIZE;
-    for (const Step &s : chain.steps)
-        if (s.step.bias_groups && images % s.step.bias_groups) return FXQ_SIZE;
     if (rows == 0) return FXQ_OK;
     int64_t piece = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, chain.row_bytes() * tokens));
     piece = std::min(piece, std::max<int64_t>(1, (images + threads - 1) / std::max(threads, 1)));

@@ -17,17 +17,15 @@
 namespace fxq {
 namespace {
 
+#ifdef FXQ_AMX
 // Linux lets a process use the tile registers once it has asked.
 bool has_amx() {
-#ifdef FXQ_AMX
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
                                   syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return permitted;
-#else
-    return false;
-#endif
 }
+#endif
 
 bool always() { return true; }
 
@@ -42,6 +40,7 @@ bool has_avx512_vnni() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
 }
 
+#ifdef FXQ_AVX_VNNI
 // Compilers do not all know its name.
 bool has_avx_vnni() {
 #ifdef FXQ_AVX_VNNI_AS
@@ -51,8 +50,11 @@ bool has_avx_vnni() {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 #endif
 }
+#endif
 
+#ifdef FXQ_AMX
 bool has_amx_and_avx512() { return has_avx512_vnni() && has_amx(); }
+#endif
 #endif
 
 struct Set {
@@ -68,10 +70,19 @@ const Set kSets[] = {
 #ifdef FXQ_AVX_VNNI
     {&kAvxVnni, has_avx_vnni},
 #endif
+#ifdef FXQ_AVX512
     {&kAvx512Vnni, has_avx512_vnni},
+#endif
 #endif
 #ifdef FXQ_AMX
     {&kAmxInt8, has_amx_and_avx512},
+#endif
+#ifdef FXQ_NEON
+    {&kNeon, always},
+#ifdef FXQ_NEON_EXTENSIONS
+    {&kNeonDotprod, has_neon_dotprod},
+    {&kNeonI8mm, has_neon_i8mm},
+#endif
 #endif
 };
 constexpr int32_t kSetCount = sizeof(kSets) / sizeof(kSets[0]);
@@ -226,8 +237,10 @@ const char *fxq_message(int32_t status) {
         "the layout is damaged, or of another version",
         "out of memory",
         "this CPU does not have that instruction set",
+        "the file cannot be read",
+        "this is no model of this version, or it is damaged",
     };
-    return status >= 0 && status <= FXQ_UNSUPPORTED ? kMessages[status] : "unknown error";
+    return status >= 0 && status <= FXQ_PROGRAM ? kMessages[status] : "unknown error";
 }
 
 int32_t fxq_best(void) { return best(); }

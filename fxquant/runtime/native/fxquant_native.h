@@ -13,25 +13,18 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#include "fxquant.h"
+
+// A library of whole models alone keeps these functions to itself: its Makefile says so.
+#if defined(FXQ_API)
+#elif defined(_WIN32)
 #define FXQ_API extern "C" __declspec(dllexport)
 #else
 #define FXQ_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { FXQ_ABI = 8, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
+enum { FXQ_ABI = 9, FXQ_MAX_DIGITS = 3, FXQ_MAX_INNER = 32768, FXQ_MAX_STEPS = 8, FXQ_MAX_PARTS = 256, FXQ_TABLE_ENTRIES = 1 << 14 };
 enum { FXQ_MAX_CODES = 32 };
-
-enum FxqStatus {
-    FXQ_OK = 0,
-    FXQ_NULL = 1,        // a pointer is missing
-    FXQ_SIZE = 2,        // a size is negative, zero, too large, or buffers do not have the lengths that sizes imply
-    FXQ_WIDTH = 3,       // bits outside 2..8
-    FXQ_QUANTIZER = 4,   // a quantizer or its levels are malformed
-    FXQ_LAYOUT = 5,      // a layout is damaged or of another kind or version
-    FXQ_MEMORY = 6,      // no memory
-    FXQ_UNSUPPORTED = 7  // this CPU does not have the instruction set that was asked for
-};
 
 // FXQ_ROW_LOG is for the softmax of an attention only, FXQ_CODEBOOK for everything else.
 enum FxqKind { FXQ_UNIFORM = 0, FXQ_REGIONS = 1, FXQ_LOG2 = 2, FXQ_ROW_LOG = 3, FXQ_CODEBOOK = 4 };
@@ -146,6 +139,15 @@ FXQ_API int32_t fxq_patches(const uint8_t *codes, int64_t code_bytes, int64_t ba
 FXQ_API int32_t fxq_tokens(const float *x, int64_t x_bytes, int64_t batch, int64_t tokens, int64_t channels,
                            const float *positions, int64_t position_bytes, const float *first, int64_t first_bytes,
                            float *out, int64_t out_bytes, int32_t threads);
+
+// What stays in float beside the kernels, so that it rounds alike wherever it runs.
+// out = layer_norm(x) weight + bias. x, out: float32 (rows, channels); weight, bias: (channels,) or null.
+FXQ_API int32_t fxq_norm(const float *x, int64_t rows, int64_t channels, const float *weight, const float *bias,
+                         float epsilon, float *out, int64_t out_bytes, int32_t threads);
+
+// out (groups, channels): means of x (groups, rows, channels) over rows, summed in double precision.
+FXQ_API int32_t fxq_mean(const float *x, int64_t groups, int64_t rows, int64_t channels, float *out, int64_t out_bytes,
+                         int32_t threads);
 
 // A chain is a block of bytes too: FxqChain, `count` FxqSteps, then what their offsets point to (multiples of 64).
 // Values are rows of float32 or bytes, one row a token: value 0 is the input, value i + 1 the result of step i.

@@ -109,16 +109,33 @@ struct Kernels {
 
 // A further set joins by a file with its own `tile` that includes the .inl files, and a line in entry.cpp.
 extern const Kernels kScalar;
-#if defined(__x86_64__) && defined(__GNUC__)
+// FXQ_PORTABLE, FXQ_AVX2_ONLY: a small library leaves sets out, see Makefile.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
 #define FXQ_X86 1
-extern const Kernels kAvx2, kAvx512Vnni;
+extern const Kernels kAvx2;
+#if !defined(FXQ_AVX2_ONLY)
+#define FXQ_AVX512 1
+extern const Kernels kAvx512Vnni;
 #if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12)
 #define FXQ_AVX_VNNI 1
 extern const Kernels kAvxVnni;
-#endif
-#if defined(__linux__) && defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#if defined(__linux__)
 #define FXQ_AMX 1
 extern const Kernels kAmxInt8;
+#endif
+#endif
+#endif
+#endif
+
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
+#define FXQ_NEON 1
+extern const Kernels kNeon;
+// Compilers whose header has the further instructions whatever the rest of a file is compiled for.
+#if !defined(__clang__) || (defined(__apple_build_version__) ? __clang_major__ >= 15 : __clang_major__ >= 16)
+#define FXQ_NEON_EXTENSIONS 1
+extern const Kernels kNeonDotprod, kNeonI8mm;
+bool has_neon_dotprod();
+bool has_neon_i8mm();
 #endif
 #endif
 
@@ -150,6 +167,12 @@ bool are_levels(const FxqLevels &levels);
 int32_t check(const FxqLinear &spec);
 int32_t check(const FxqAttention &spec);
 int32_t open_linear(const uint8_t *layout, int64_t bytes, FxqLinear *spec);
+
+// What a chain reads and gives: elements of a row, bytes of an element of its result. FxqStatus of what does not fit.
+struct ChainRows {
+    int64_t channels, width, element_bytes;
+};
+int32_t check_chain(const uint8_t *chain, int64_t bytes, int64_t images, int64_t tokens, ChainRows *found);
 
 // A call that was checked, on threads; false without memory.
 bool run_linear(const LinearCall &call, int32_t threads);

@@ -14,7 +14,7 @@ from typing import Any
 
 from fxquant.errors import BackendError
 
-ABI = 8
+ABI = 9
 MAX_DIGITS, MAX_INNER, MAX_RANGES, MAX_STEPS, MAX_PARTS, MAX_CODES = 3, 32768, 3, 8, 256, 32
 UNIFORM, REGIONS, LOG2, ROW_LOG, CODEBOOK = range(5)
 FLOAT, RESIDUAL, CODES, GELU_CODES, TABLE_CODES = range(5)
@@ -96,6 +96,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_layer_norm": (
         [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, c_float, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_norm": ([_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, c_float, _POINTER, _SIZE, _INT], _INT),
+    "fxq_mean": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _INT], _INT),
     "fxq_matmul": (
         [_POINTER, _INT, c_float, _POINTER, _SIZE, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE,
          _INT], _INT,
@@ -109,13 +111,23 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_tokens": (
         [_POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT,
     ),
+    "fxq_open_memory": ([_POINTER, _SIZE, POINTER(c_void_p)], _INT),
+    "fxq_close": ([_POINTER], None),
+    "fxq_last_error": ([], c_char_p),
+    "fxq_run": ([_POINTER, _POINTER, _SIZE, POINTER(c_void_p), _INT], _INT),
     "fxq_chain": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
 }  # fmt: skip
 
 
 def library_in(folder: Path) -> ctypes.CDLL | str:
     """The library in a folder, or why there is none."""
-    files = [path for suffix in ("so", "pyd", "dylib") for path in folder.glob(f"_kernels*.{suffix}")]
+    files = [path for suffix in ("so", "pyd", "dylib", "dll") for path in folder.glob(f"_kernels*.{suffix}")]
+    note = folder / "why_absent.txt"  # left by setup.py
+    if not files and note.exists():
+        return (
+            f"the integer kernels were not built when fxquant was installed: {note.read_text(encoding='utf-8')}; "
+            "install fxquant from a wheel of this platform, or with g++ or clang in the variable CXX"
+        )
     if not files:
         return (
             "the integer kernels were not built, since no C++ compiler was found when fxquant was installed: "

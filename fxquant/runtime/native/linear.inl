@@ -101,7 +101,7 @@ static FXQ_APART void end_rows(Waiting &before) {
     before = work.rest();
 }
 
-// low: what the loop takes off the bytes, and the zero-point in `call` has lost already.
+// low: what the loop takes off the bytes. The zero-point in `call` has lost it already, and what tiles take off.
 template <class Loop>
 static FXQ_APART void linear_with(Loop loop, const Finish<Loop> &finish, int32_t low, const LinearCall &call, int64_t row, int64_t rows,
                         int64_t unit, int64_t units) {
@@ -123,7 +123,7 @@ static FXQ_APART void linear_with(Loop loop, const Finish<Loop> &finish, int32_t
             expand(spec.input, d, low, call.codes + (row + last) * inner, inner, others, inner, padded, copied + d * others * padded);
     }
     const Left *left = reinterpret_cast<const Left *>(call.codes + row * inner);
-    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded && !loop.limit;
+    const bool is_plain = sizeof(Right) == 1 && spec.weight_bits == 8 && inner == padded && !loop.prepares();
     // Inputs in chunks whose panel stays in the first-level cache; between them, sums wait in memory.
     const int64_t chunk = padded < 2 * kMostInner ? padded : kMostInner, chunks = (padded + chunk - 1) / chunk;
     const int64_t unit_elements = is_plain ? tiles * kGroups * kGroupBytes : round_up(chunk, kTileInputs) * kUnit;
@@ -151,7 +151,7 @@ static FXQ_APART void linear_with(Loop loop, const Finish<Loop> &finish, int32_t
             const int64_t count_tiles = (tiles - first_tile) * kTileInputs < inputs ? tiles - first_tile : (inputs + kTileInputs - 1) / kTileInputs;
             for (int v = 0; v < vectors && !is_plain; ++v)
                 unpack_panel(spec.weight_bits, packed + v * unit_bytes, count_tiles, panel + v * unit_elements);
-            for (int v = 0; v < vectors && loop.limit; ++v) loop.split(v, panel + v * unit_elements, inputs / 4);
+            for (int v = 0; v < vectors && loop.prepares(); ++v) loop.prepare(v, panel + v * unit_elements, inputs / 4);
             const Right *right = is_plain ? reinterpret_cast<const Right *>(packed) : panel;
             int32_t *memory = waiting;
             for (int64_t r = 0; r < rows; memory += digits * kTile) {
@@ -215,7 +215,8 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
     const LeftReach reach = left_reach(spec.input, call.codes + row * spec.in_features, spec.in_features, rows, spec.in_features);
     FxqLinear moved;
     LinearCall less = call;
-    if (reach.low) moved = spec, moved.input.zero -= reach.low, less.spec = &moved;
+    const int32_t taken = reach.low + shift_of(spec.input);
+    if (taken) moved = spec, moved.input.zero -= taken, less.spec = &moved;
     less.is_wide = is_wide_sum(spec.input, spec.in_features, most_weight);
     const auto first_panel = [&](int64_t *groups) {
         const int64_t tiles = call.places.tiles < kMostInner / kTileInputs ? call.places.tiles : kMostInner / kTileInputs;

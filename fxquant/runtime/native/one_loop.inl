@@ -3,9 +3,9 @@
 struct ByteLoop {
     using Left = uint8_t;
     using Right = int8_t;
-    static constexpr int64_t limit = 0;
     explicit ByteLoop(int64_t) {}
-    void split(int, int8_t *, int64_t) {}
+    static constexpr bool prepares() { return false; }
+    void prepare(int, int8_t *, int64_t) {}
 };
 using Left = ByteLoop::Left;
 using Right = ByteLoop::Right;

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import BackendError
-from fxquant.runtime.native.library import AttentionSpec, LevelsSpec, QuantizerSpec, call
+from fxquant.runtime.native.given_tensors import filled, pointer, readable, spec_pointer, vector
+from fxquant.runtime.native.library import AttentionSpec, LevelsSpec, QuantizerSpec
 
 _LIBRARY: Any = torch.library.Library("fxquant", "DEF")  # type: ignore[no-untyped-call]
 _SCHEMAS = (
     "quantize(Tensor x, Tensor quantizer) -> Tensor",
     "layer_norm(Tensor x, Tensor quantizer, Tensor? weight, Tensor? bias, float epsilon) -> Tensor",
+    "norm(Tensor x, Tensor? weight, Tensor? bias, float epsilon) -> Tensor",
+    "mean(Tensor x) -> Tensor",
     "linear(Tensor codes, Tensor layout, int out_features, bool gives_codes, Tensor? residual=None) -> Tensor",
     "matmul(Tensor left, Tensor right, Tensor levels, int right_zero, float scale, bool transposed) -> Tensor",
     "attention(Tensor qkv, Tensor spec, Tensor? bias=None) -> Tensor",
@@ -37,45 +40,13 @@ def spec_tensor(spec: ctypes.Structure) -> Tensor:
     return torch.frombuffer(bytearray(bytes(spec)), dtype=torch.uint8)
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """The tensor as the kernels read it: contiguous, on the CPU. Raises BackendError for another dtype or device."""
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
-        raise BackendError(f"{what} is {tensor.dtype} on {tensor.device}; the kernel reads {dtype} on the CPU")
-    return tensor.contiguous()
-
-
-def _spec(tensor: Tensor, kind: type[ctypes.Structure], what: str) -> int:
-    if tensor.dtype != torch.uint8 or tensor.numel() != ctypes.sizeof(kind) or not tensor.is_contiguous():
-        raise BackendError(f"{what} is not the bytes of a {kind.__name__}")
-    return tensor.data_ptr()
-
-
-def _vector(tensor: Tensor | None, size: int, what: str) -> Tensor | None:
-    if tensor is None:
-        return None
-    if tensor.numel() != size:
-        raise BackendError(f"{what} has {tensor.numel()} elements, expected {size}")
-    return _bytes(tensor, torch.float32, what)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _filled(out: Tensor, kernel: str, *arguments: Any) -> Tensor:
-    """The result, written by a kernel unless it is empty: kernels take no memory of no size."""
-    if out.numel():
-        call(kernel, *arguments)
-    return out
-
-
 def quantize(x: Tensor, quantizer: Tensor) -> Tensor:
     """Bytes (uint8) of float32 x, same shape. quantizer: the bytes of a `QuantizerSpec`."""
-    x = _bytes(x, torch.float32, "x")
+    x = readable(x, torch.float32, "x")
     out = torch.empty_like(x, dtype=torch.uint8)
-    pointer = _spec(quantizer, QuantizerSpec, "the quantizer")
+    spec_at = spec_pointer(quantizer, QuantizerSpec, "the quantizer")
     threads = torch.get_num_threads()
-    return _filled(out, "quantize", pointer, x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), threads)
+    return filled(out, "quantize", spec_at, x.data_ptr(), x.numel(), out.data_ptr(), out.numel(), threads)
 
 
 def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -88,15 +59,40 @@ def layer_norm(x: Tensor, quantizer: Tensor, weight: Tensor | None, bias: Tensor
         bias: float32 (channels,), or None.
         epsilon: what is added to the variance.
     """
-    x = _bytes(x, torch.float32, "x")
+    x = readable(x, torch.float32, "x")
     channels = x.shape[-1]
-    weight, bias = _vector(weight, channels, "weight"), _vector(bias, channels, "bias")
+    weight, bias = vector(weight, channels, "weight"), vector(bias, channels, "bias")
     out = torch.empty_like(x, dtype=torch.uint8)
-    pointer = _spec(quantizer, QuantizerSpec, "the quantizer")
-    return _filled(
-        out, "layer_norm", pointer, x.data_ptr(), x.numel() // max(channels, 1), channels, _pointer(weight),
-        _pointer(bias), epsilon, out.data_ptr(), out.numel(), torch.get_num_threads(),
+    spec_at = spec_pointer(quantizer, QuantizerSpec, "the quantizer")
+    return filled(
+        out, "layer_norm", spec_at, x.data_ptr(), x.numel() // max(channels, 1), channels, pointer(weight),
+        pointer(bias), epsilon, out.data_ptr(), out.numel(), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """The layer norm of float32 x (..., channels) over its last dimension, in float32.
+
+    Args:
+        x: float32 (..., channels).
+        weight: float32 (channels,), or None.
+        bias: float32 (channels,), or None.
+        epsilon: what is added to the variance.
+    """
+    x, channels = readable(x, torch.float32, "x"), x.shape[-1]
+    weight, bias = vector(weight, channels, "weight"), vector(bias, channels, "bias")
+    out = torch.empty_like(x)
+    return filled(
+        out, "norm", x.data_ptr(), x.numel() // max(channels, 1), channels, pointer(weight), pointer(bias), epsilon,
+        out.data_ptr(), out.nbytes, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def mean(x: Tensor) -> Tensor:
+    """Means over rows, float32 (B, C) of x (B, N, C)."""
+    x = readable(x, torch.float32, "x")
+    out = torch.empty((x.shape[0], x.shape[2]))
+    return filled(out, "mean", x.data_ptr(), *x.shape, out.data_ptr(), out.nbytes, torch.get_num_threads())
 
 
 def linear(
@@ -111,13 +107,13 @@ def linear(
         gives_codes: whether the layout says that the result is bytes.
         residual: float32 (..., out), added to the result; None: nothing is added.
     """
-    codes, layout = _bytes(codes, torch.uint8, "codes"), _bytes(layout, torch.uint8, "the layout")
+    codes, layout = readable(codes, torch.uint8, "codes"), readable(layout, torch.uint8, "the layout")
     rows = codes.numel() // max(codes.shape[-1], 1)
     out = torch.empty((*codes.shape[:-1], out_features), dtype=torch.uint8 if gives_codes else torch.float32)
     if residual is not None:
-        residual = _vector(residual, out.numel(), "residual")
-    return _filled(
-        out, "linear", layout.data_ptr(), layout.numel(), codes.data_ptr(), codes.numel(), rows, _pointer(residual),
+        residual = vector(residual, out.numel(), "residual")
+    return filled(
+        out, "linear", layout.data_ptr(), layout.numel(), codes.data_ptr(), codes.numel(), rows, pointer(residual),
         0 if residual is None else residual.numel() * 4, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -133,13 +129,13 @@ def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: 
         scale: what one unit of the sums is worth.
         transposed: whether the right operand lies with its summed axis last.
     """
-    left, right = _bytes(left, torch.uint8, "left"), _bytes(right, torch.uint8, "right")
+    left, right = readable(left, torch.uint8, "left"), readable(right, torch.uint8, "right")
     columns = right.shape[-2 if transposed else -1]
     if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1 if transposed else -2]:
         raise BackendError(f"codes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
     out = torch.empty((*left.shape[:-1], columns))
-    return _filled(
-        out, "matmul", _spec(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
+    return filled(
+        out, "matmul", spec_pointer(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
         right.data_ptr(), right.numel(), int(transposed), left.shape[:-2].numel(), left.shape[-2], left.shape[-1],
         columns, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
@@ -153,21 +149,21 @@ def attention(qkv: Tensor, spec: Tensor, bias: Tensor | None = None) -> Tensor:
         spec: uint8 (n,), all that the kernel knows of the attention.
         bias: float32 (groups, heads, N, N), image i takes group i mod groups.
     """
-    qkv = _bytes(qkv, torch.uint8, "qkv")
+    qkv = readable(qkv, torch.uint8, "qkv")
     batch, tokens, channels = qkv.shape
     out = torch.empty((batch, tokens, channels // 3), dtype=torch.uint8)
-    pointer = _spec(spec, AttentionSpec, "the spec")
+    spec_at = spec_pointer(spec, AttentionSpec, "the spec")
     size = 0
     if bias is not None:
-        bias, groups = _bytes(bias, torch.float32, "bias"), bias.shape[0]
+        bias, groups = readable(bias, torch.float32, "bias"), bias.shape[0]
         size = bias.nbytes
-        heads = AttentionSpec.from_address(pointer).heads
+        heads = AttentionSpec.from_address(spec_at).heads
         if tuple(bias.shape) != (groups, heads, tokens, tokens) or groups == 0 or batch % groups:
             raise BackendError(
                 f"bias {tuple(bias.shape)} does not fit {batch} images of {heads} heads, {tokens} tokens"
             )
-    return _filled(
-        out, "attention", pointer, qkv.data_ptr(), qkv.numel(), batch, tokens, _pointer(bias), size, out.data_ptr(),
+    return filled(
+        out, "attention", spec_at, qkv.data_ptr(), qkv.numel(), batch, tokens, pointer(bias), size, out.data_ptr(),
         out.numel(), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -180,9 +176,9 @@ def patches(codes: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tens
         kernel: height and width of the kernel.
         stride: steps of the kernel down and to the right.
     """
-    codes = _bytes(codes, torch.uint8, "codes")
+    codes = readable(codes, torch.uint8, "codes")
     out = torch.empty(_patch_sizes(codes, kernel, stride), dtype=torch.uint8)
-    return _filled(
+    return filled(
         out, "patches", codes.data_ptr(), codes.numel(), *codes.shape, *kernel, *stride, out.data_ptr(), out.numel(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -203,11 +199,11 @@ def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
         positions: float32 (N, C), added to x.
         first: float32 (n, C), put before the tokens of every image.
     """
-    x, positions, first = (_bytes(each, torch.float32, "x") for each in (x, positions, first))
+    x, positions, first = (readable(each, torch.float32, "x") for each in (x, positions, first))
     if positions.shape != x.shape[1:] or first.ndim != 2 or first.shape[1:] != x.shape[2:]:
         raise BackendError(f"{tuple(first.shape)} and {tuple(positions.shape)} do not fit tokens {tuple(x.shape)}")
     out = torch.empty(_token_sizes(x, first))
-    return _filled(
+    return filled(
         out, "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
         first.nbytes, out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
@@ -228,13 +224,13 @@ def chain(x: Tensor, layout: Tensor, width: int, gives_codes: bool, tokens: int 
         tokens: rows that attention takes together, 0 for all of an image.
         parts: rows of x in one of the chain's.
     """
-    x, layout = _bytes(x, torch.float32, "x"), _bytes(layout, torch.uint8, "the layout")
+    x, layout = readable(x, torch.float32, "x"), readable(layout, torch.uint8, "the layout")
     out = torch.empty(_chain_sizes(x, width, parts), dtype=torch.uint8 if gives_codes else torch.float32)
     rows = out.shape[0] * out.shape[1]
     tokens = tokens or out.shape[1]
     if rows % max(tokens, 1) or parts < 1:
         raise BackendError(f"{rows} rows are no groups of {tokens}")
-    return _filled(
+    return filled(
         out, "chain", layout.data_ptr(), layout.numel(), rows // max(tokens, 1), tokens, x.data_ptr(), x.nbytes,
         out.data_ptr(), out.nbytes, torch.get_num_threads(),
     )  # fmt: skip
@@ -250,6 +246,14 @@ def _quantize_shape(x: Tensor, quantizer: Tensor) -> Tensor:
 
 def _layer_norm_shape(x: Tensor, quantizer: Tensor, weight: object, bias: object, epsilon: float) -> Tensor:
     return _quantize_shape(x, quantizer)
+
+
+def _norm_shape(x: Tensor, weight: object, bias: object, epsilon: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mean_shape(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2]))
 
 
 def _linear_shape(
@@ -283,6 +287,8 @@ def _tokens_shape(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
 for _name, _kernel, _shape in (
     ("quantize", quantize, _quantize_shape),
     ("layer_norm", layer_norm, _layer_norm_shape),
+    ("norm", norm, _norm_shape),
+    ("mean", mean, _mean_shape),
     ("linear", linear, _linear_shape),
     ("matmul", matmul, _matmul_shape),
     ("attention", attention, _attention_shape),

@@ -77,7 +77,7 @@ struct Product {
     bool is_wide;
     Product(const Loop &a_loop, const FxqLevels &l, int32_t least, const Panel<Loop> &p, int64_t k, int64_t m, int32_t zero)
         : loop(a_loop), levels(l), low(least), panel(p), inner(k), columns(m), right_zero(zero), is_wide(is_wide_sum(l, k, 255)) {
-        levels.zero -= low;
+        levels.zero -= low + shift_of(levels);
         if (is_wide) return;
         for (int64_t c = 0; c < panel.units * 16; ++c)
             panel.column_sum[c] = static_cast<int32_t>(0u - static_cast<uint32_t>(panel.column_sum[c]) * static_cast<uint32_t>(levels.zero));
@@ -121,7 +121,7 @@ struct RowValues {
     FXQ_INLINE RowValues(const Product<Loop> &product, const Block<Loop> &left, const int32_t *all_sums, int64_t row)
         : p(product), sums(all_sums + row * product.stride()), plane(left.count * product.stride()) {
         if (!p.right_zero) return;
-        constant = p.inner * p.levels.zero;
+        constant = p.inner * (p.levels.zero + shift_of(p.levels));  // the bytes that are added up here are whole
         for (int d = 0; d < p.levels.count; ++d) constant -= sum_of(left.plane(d) + row * left.stride, p.padded()) << (8 * d);
         constant *= p.right_zero;
     }

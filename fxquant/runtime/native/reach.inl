@@ -20,6 +20,11 @@ static Reach reach_of(const uint8_t *bytes, int64_t stride, int64_t rows, int64_
     return found;
 }
 
+// What zero-points lose where tiles take kShift off every byte of every digit.
+constexpr int32_t shift_of(const FxqLevels &levels) {
+    return kShift * (levels.count == 1 ? 1 : levels.count == 2 ? 1 + 256 : 1 + 256 + 65536);
+}
+
 // The left operand as loops take it: bytes or digits less `low`, from 0 to `most`.
 struct LeftReach {
     int32_t low = 0, most = 255;

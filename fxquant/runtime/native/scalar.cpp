@@ -10,6 +10,7 @@ namespace {
 constexpr int kMaxVectors = 1, kTileRows = 4, kWholeRows = 1, kInnerStep = 4, kRowBlock = 24;
 constexpr int64_t kMostInner = FXQ_MAX_INNER;  // all inputs at once
 constexpr bool kBegins = false;  // all sums begin at zero
+constexpr int32_t kShift = 0;
 constexpr int kRegisterBytes = 16;
 
 struct Session {};

@@ -63,7 +63,7 @@ static bool is_better_wide(const int8_t *panel, int64_t groups, int64_t limit) {
 }
 
 // Pairs of weights go out whole, but where one is beyond the limit by itself: of that one only the odd weight.
-inline void DeepLoop::split(int vector, int8_t *panel, int64_t groups) {
+inline void DeepLoop::prepare(int vector, int8_t *panel, int64_t groups) {
     if (!is_chosen) depth = depth ? best_depth(panel, groups, depth, limit) : 1, takes_pairs = depth > 1, is_chosen = true;
     const int64_t bytes = round_up(groups * 68, 64);
     int8_t *const numbers = static_cast<int8_t *>(scratch(kExtra, size_t(kMaxVectors * bytes))) + vector * bytes;

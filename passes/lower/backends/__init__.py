@@ -1,7 +1,7 @@
 """One module a backend, which ends in `BACKEND = Backend(...)`; whoever asks for names, help or values asks here.
 
-A backend is added by adding its module (docs/adding_a_backend.md). Names are those of the modules, so that the command
-line can list them without importing any.
+A backend is added by adding its module (docs/how_to/adding_a_backend.md). Names are those of the modules, so that the
+command line can list them without importing any.
 """
 
 from __future__ import annotations

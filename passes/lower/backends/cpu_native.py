@@ -17,6 +17,7 @@ from passes.lower.rewrites.fuse_layer_norms import FuseLayerNorms
 from passes.lower.rewrites.order_rows import OrderRows
 from passes.lower.rewrites.pack_layers import PackLayers
 from passes.lower.rewrites.plan_integers import PlanIntegers
+from passes.lower.rewrites.run_float_rows import RunFloatRows
 from passes.lower.rewrites.select_tokens import SelectTokens
 
 
@@ -44,6 +45,7 @@ BACKEND = Backend(
         SelectTokens(),
         AssembleTokens(),
         FuseChains(),
+        RunFloatRows(),
     ),
     choice=0,
 )

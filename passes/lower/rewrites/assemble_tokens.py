@@ -2,7 +2,8 @@
 
     cat(class, x) + positions,    cat(class, x + positions),    x + positions
 
-Each becomes one node, with the same sums.
+Each becomes one node, with the same sums. A constant that is added to tokens but is not one row for each of them is a
+miss: the sum stays as it is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from fxquant.graph.facts import Fact
 from fxquant.graph.names import add_module
 from fxquant.graph.nodes import argument, constant_of, only_reader
 from fxquant.runtime.integer import lowered
-from passes.lower.integer_plan import SUMS, shape_of
-from passes.lower.rewrite import REQUIRES
+from passes.lower.integer_plan import SUMS, layer_of, shape_of
+from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 
 
@@ -33,10 +34,12 @@ class AssembleTokens:
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Replace in place; returns how many sums there were."""
-        replaced = 0
+        misses, replaced = [], 0
         for node in list(graph_module.graph.nodes):
             found = _assembled(graph_module, node)
-            if found is None:
+            if isinstance(found, Miss):
+                misses.append(found)
+            if not isinstance(found, tuple):
                 continue
             source, positions, first = found
             name = add_module(graph_module, f"tokens_{node.name}", lowered.AssembleTokens(positions, first))
@@ -46,14 +49,17 @@ class AssembleTokens:
             node.replace_all_uses_with(assembled)
             graph_module.graph.eliminate_dead_code()
             replaced += 1
+        note_misses(context, self, misses)
         return replaced
 
 
-def _assembled(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor, Tensor] | None:
+def _assembled(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor, Tensor] | Miss | None:
     """The tokens (B, N, C) that a node adds something to, their positions (N, C) and what is in front (n, C)."""
     if not node.users:
         return None
     added = _with_positions(graph_module, node)
+    if isinstance(added, Miss):
+        return added
     if added is not None:
         source, positions = added
         joined = _joined(graph_module, source) if only_reader(source) is node else None
@@ -66,18 +72,19 @@ def _assembled(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor, Ten
     if joined is None or only_reader(joined[0]) is not node:
         return None
     added = _with_positions(graph_module, joined[0])
-    return None if added is None else (*added, joined[1])
+    return (*added, joined[1]) if isinstance(added, tuple) else None
 
 
-def _with_positions(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor] | None:
-    """x and a constant of x + constant, one float32 row (C,) for each of x's tokens."""
+def _with_positions(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor] | Miss | None:
+    """x and a constant of x + constant, one float32 row (C,) for each of x's tokens; None for another sum."""
     if node.target not in SUMS or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 3:
         return None
     source, constant = node.args[0], constant_of(graph_module, node.args[1])
     if constant is None or not isinstance(source, Node) or shape_of(source) != shape_of(node):
         return None
-    is_per_token = tuple(constant.shape) == (1, *(shape_of(node) or ())[1:]) and constant.dtype == torch.float32
-    return (source, constant[0]) if is_per_token else None
+    if tuple(constant.shape) == (1, *(shape_of(node) or ())[1:]) and constant.dtype == torch.float32:
+        return source, constant[0]
+    return Miss(layer_of(node), "the constant that it adds is not one row of float32 for each token")
 
 
 def _joined(graph_module: GraphModule, node: Node) -> tuple[Node, Tensor] | None:

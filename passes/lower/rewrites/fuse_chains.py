@@ -3,7 +3,8 @@
 Layers are layer norms that give codes, linear layers and attention. A chain sees rows of channels, so views that keep
 rows in their order are nothing to it, and where a run begins with a permutation of rows
 (`passes.lower.rewrites.order_rows`), the chain reads them so; behind the one that undoes it, no attention follows, and
-rows are written back to their places. What else a graph has between layers ends a chain.
+rows are written back to their places. What else a graph has between layers ends a chain; a layer that is in none is a
+miss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fxquant.runtime.integer.chain import ChainLayer, IntegerChain, RowOrder, St
 from fxquant.runtime.integer.lowered import IntegerAttention, IntegerConv2d, IntegerLinear, LayerNormToCodes
 from fxquant.runtime.integer.row_order import ReorderRows
 from passes.lower.batch_shapes import by_image, copy_batch_values, has_batch_shapes, note_batch_shapes
-from passes.lower.integer_plan import shape_of
-from passes.lower.rewrite import REQUIRES
+from passes.lower.integer_plan import layer_of, operation_of, shape_of
+from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 
 _FEWEST = 2
@@ -77,7 +78,18 @@ class FuseChains:
                 position = nodes.index(run.nodes[-1]) + 1
                 made += 1
         graph_module.graph.eliminate_dead_code()
+        alone = [node for node in graph_module.graph.nodes if _layer(graph_module, node) is not None]
+        note_misses(context, self, [_miss(graph_module, node) for node in alone])
         return made
+
+
+def _miss(graph_module: GraphModule, node: Node) -> Miss:
+    """Why a layer is in no chain: none begins with it, or none that began before it came as far."""
+    if isinstance(_layer(graph_module, node), LayerNormToCodes):
+        readers = ", ".join(sorted({operation_of(graph_module, reader) for reader in node.users}))
+        return Miss(layer_of(node), f"no second layer follows that only passes results on: {readers} reads its result")
+    sources = ", ".join(sorted({operation_of(graph_module, source) for source in _reads(node)}))
+    return Miss(layer_of(node), f"a chain begins with a layer norm that gives codes, and this layer reads {sources}")
 
 
 def _longest(graph_module: GraphModule, nodes: list[Node]) -> _Run | None:

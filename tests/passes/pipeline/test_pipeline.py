@@ -39,7 +39,7 @@ from tests.models import images, vit
 
 @dataclass(frozen=True)
 class KeepHigh:
-    """A user's own pass, as docs/writing_a_pass.md shows it: pin every node of one role to a width."""
+    """A user's own pass, as docs/how_to/writing_a_pass.md shows it: pin every node of one role to a width."""
 
     role: Role
     bits: int = 8

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxquant.graph.printer import format_graph
+from passes.lower.rewrite import MISSES
 from passes.lower.rewrites.assemble_tokens import AssembleTokens
 from passes.pipeline.contract import PassContext
 from tests.lowering import lower, needs_kernels, quantized
@@ -52,8 +53,28 @@ def test_what_only_looks_like_tokens_computes_the_same(kind: str) -> None:
     model, x = Positions(kind).eval(), torch.randn(3, 4, 6)
     graph_module = fx.symbolic_trace(model)
     ShapeProp(graph_module).propagate(x)
+    context = PassContext()
     with torch.inference_mode():
         expected = model(x)
-        AssembleTokens().apply(graph_module, PassContext())
+        AssembleTokens().apply(graph_module, context)
         graph_module.recompile()
         assert torch.equal(graph_module(x), expected)
+    assert MISSES not in context.journal.pending, "none of these is nearly one"
+
+
+@needs_kernels
+def test_one_row_for_all_tokens_is_a_miss() -> None:
+    class OneRow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row = nn.Parameter(torch.randn(1, 1, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.row
+
+    graph_module, context = fx.symbolic_trace(OneRow()), PassContext()
+    ShapeProp(graph_module).propagate(torch.randn(3, 4, 6))
+    assert AssembleTokens().apply(graph_module, context) == 0
+    (miss,) = context.journal.pending[MISSES]
+    assert miss["layer"] == "add"
+    assert "not one row of float32 for each token" in miss["reason"]

@@ -7,9 +7,15 @@ import copy
 import pytest
 import torch
 
+from fxquant.graph.nodes import module_of
 from fxquant.graph.notes import execution_of
 from fxquant.graph.printer import format_graph
 from fxquant.runtime.integer.chain import IntegerChain
+from fxquant.runtime.integer.lowered import LayerNormToCodes
+from passes.lower.integer_plan import layer_of
+from passes.lower.rewrite import MISSES
+from passes.lower.rewrites.fuse_chains import FuseChains
+from passes.pipeline.contract import PassContext
 from tests.lowering import lower, needs_kernels, quantized
 from tests.models import ARCHITECTURES, images
 
@@ -51,3 +57,23 @@ def test_blocks_of_a_swin_are_chains() -> None:
     assert [chain.steps for chain in found] == [7, 7, 2, 7, 7]
     assert [chain.tokens for chain in found] == [16, 16, 1, 16, 16]
     assert [chain.parts for chain in found] == [1, 1, 4, 1, 1]
+
+
+@needs_kernels
+def test_layers_that_are_in_no_chain_are_misses() -> None:
+    whole, context = lower(quantized("vit")), PassContext()
+    FuseChains().apply(whole, context)
+    (miss,) = context.journal.pending[MISSES]
+    assert miss["layer"] == "blocks.1.attn.proj", "of the class token alone, which is taken before"
+    assert "this layer reads 'getitem'" in miss["reason"]
+    context = PassContext()
+    apart = lower(quantized("vit"))
+    norm = next(node for node in apart.graph.nodes if isinstance(module_of(apart, node), LayerNormToCodes))
+    with apart.graph.inserting_after(norm):
+        copied = apart.graph.call_method("clone", (norm,))
+    copied.meta["tensor_meta"] = norm.meta["tensor_meta"]
+    norm.replace_all_uses_with(copied, delete_user_cb=lambda user: user is not copied)
+    FuseChains().apply(apart, context)
+    missed = {miss["layer"]: miss["reason"] for miss in context.journal.pending[MISSES]}
+    assert "'clone' reads its result" in missed.pop(layer_of(norm))
+    assert any("this layer reads 'clone'" in reason for reason in missed.values())
