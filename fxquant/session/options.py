@@ -41,7 +41,11 @@ class SessionOptions(SharedOptions, total=False):
     batch_size: Annotated[
         "int", "How many images go through the model at a time where outputs are compared, which bounds memory."
     ]
-    progress: Annotated["passes.pipeline.contract.ProgressReporter | None", "Where long steps report."]
+    progress: Annotated[
+        "passes.pipeline.contract.ProgressReporter | bool | None",
+        "Where long steps report: True draws bars on stderr, False draws none, None draws them where stderr is a "
+        "terminal or a notebook; or an object with the methods of ProgressReporter.",
+    ]
     cache: Annotated[
         "str | os.PathLike[str] | None",
         "Folder that keeps what was calibrated, searched and scored, so that the next budget on the same model, images "
