@@ -72,8 +72,4 @@ setup(
             optional=True,
         )
     ],
-<<<<<<< HEAD
 )
-=======
-)  # fmt: skip
->>>>>>> command
