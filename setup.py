@@ -1,8 +1,8 @@
 """The optional extension: integer kernels in C++ with a C interface, loaded with ctypes.
 
-Where they cannot be built, the package installs without them. Why is said at the end of the build, and stands in a file
-in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the package is
-in pyproject.toml.
+Where they cannot be built, the package installs without them. Why is said at the end of the build, and stands in a
+file in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the
+package is in pyproject.toml.
 """
 
 import atexit
@@ -54,7 +54,9 @@ class BuildKernels(build_ext):
         if why:
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(why, encoding="utf-8")
-            atexit.register(print, f"\nfxquant installs without its integer kernels: {why}.\n", file=sys.stderr, flush=True)
+            atexit.register(
+                print, f"\nfxquant installs without its integer kernels: {why}.\n", file=sys.stderr, flush=True
+            )
 
 
 setup(
