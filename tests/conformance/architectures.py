@@ -70,7 +70,7 @@ OTHERS = [
     Architecture("xcit_nano_12_p16_224", 64, {"img_size": 64, "depth": 1}),
     Architecture("tnt_s_patch16_224", 32, {"img_size": 32, "depth": 1}),
     Architecture("volo_d1_224", 64, {"img_size": 64}),
-    Architecture("pit_ti_224", 224),
+    Architecture("pit_ti_224", 224, {"depth": (1, 1, 1)}),
     Architecture("davit_tiny", 64, STAGES),
     Architecture("gcvit_xxtiny", 224),
     Architecture("mvitv2_tiny", 64, {"img_size": 64}),
@@ -78,7 +78,7 @@ OTHERS = [
     Architecture("poolformer_s12", 64),
     Architecture("convit_tiny", 32, {"img_size": 32, "depth": 1}),
     Architecture("crossvit_tiny_240", 240),
-    Architecture("coat_lite_tiny", 64, {"img_size": 64}),
+    Architecture("coat_lite_tiny", 64, {"img_size": 64, "serial_depths": (1, 1, 1, 1)}),
     Architecture("maxvit_rmlp_pico_rw_256", 256, STAGES),
     Architecture("coatnet_nano_rw_224", 224, STAGES),
     Architecture("efficientformer_l1", 224, STAGES),
@@ -88,7 +88,7 @@ OTHERS = [
     Architecture("tiny_vit_5m_224", 224, STAGES),
     Architecture("edgenext_xx_small", 64, STAGES),
     Architecture("focalnet_tiny_srf", 64),
-    Architecture("nextvit_small", 64),
+    Architecture("nextvit_small", 64, {"depths": (1, 2, 5, 2)}),
     Architecture("resmlp_12_224", 32, {"img_size": 32}),
     Architecture("gmlp_s16_224", 32, {"img_size": 32}),
     Architecture("caformer_s18", 64),
@@ -105,5 +105,5 @@ OTHERS = [
 
 # What stands in the way, and a small instance of it: (image size, overrides, reason).
 KNOWN_UNTRACEABLE: dict[str, tuple[int, dict[str, Any], str]] = {
-    "sequencer2d_s": (32, {"img_size": 32}, "its weights are inside LSTM modules"),
+    "sequencer2d_s": (32, {"img_size": 32, "layers": (1, 1, 1, 1)}, "its weights are inside LSTM modules"),
 }

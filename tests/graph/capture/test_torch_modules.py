@@ -38,9 +38,9 @@ def layer(**options) -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, activation="gelu", **options)
 
 
-def encoder(**options) -> nn.Module:
+def encoder(layers: int = 1, **options) -> nn.Module:
     is_nested = options.get("batch_first", False) and not options.get("norm_first", False)
-    return nn.TransformerEncoder(layer(**options), 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=is_nested)
+    return nn.TransformerEncoder(layer(**options), layers, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=is_nested)
 
 
 def attention(**options) -> nn.Module:
@@ -92,7 +92,7 @@ def swapped(m, x):
 
 
 MODELS = {
-    "encoder": (encoder(batch_first=True), lambda m, x: m(x)),
+    "encoder": (encoder(2, batch_first=True), lambda m, x: m(x)),
     "encoder, norms first": (encoder(batch_first=True, norm_first=True), lambda m, x: m(x)),
     "encoder, tokens first": (encoder(), lambda m, x: m(x.transpose(0, 1)).transpose(0, 1)),
     "encoder, causal": (encoder(batch_first=True), lambda m, x: m(x, mask=CAUSAL, is_causal=True)),
@@ -128,7 +128,7 @@ def roles(graph_module) -> Counter:
 def test_attention_of_torch_is_traced_with_its_products(name) -> None:
     mixer, mix = MODELS[name]
     found = roles(traced(scrambled(Tower(mixer, mix)), IMAGES))
-    depth = 2 if name.startswith("encoder") else 1
+    depth = len(mixer.layers) if isinstance(mixer, nn.TransformerEncoder) else 1
     expected = (Role.QK, Role.AV, Role.SOFTMAX, Role.PROJ)
     assert {role: found[role] for role in expected} == dict.fromkeys(expected, depth)
     assert found[Role.QKV] >= depth

@@ -31,7 +31,7 @@ from passes.search.search_scales import SearchScales
 from tests.models import SWIN, images, timm_model, vit
 from tests.operands import input_candidates, weight_candidates
 
-FEW: dict[str, Any] = {"bits": (2, 3, 4, 8)}
+FEW: dict[str, Any] = {"bits": (2, 4, 8)}
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
