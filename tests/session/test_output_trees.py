@@ -82,7 +82,8 @@ def models() -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def compiled(models) -> dict[str, Any]:
-    return {n: fxquant.compile(m, "W8A8", calibration=IMAGES, recipe="naive_min_max") for n, m in models.items()}
+    options: dict[str, Any] = {"recipe": "naive_min_max", "bits": (8,)}
+    return {n: fxquant.compile(m, "W8A8", calibration=IMAGES, **options) for n, m in models.items()}
 
 
 @pytest.mark.parametrize("name", ARRANGED)
