@@ -61,6 +61,9 @@ IMAGE_SHAPE: Note[tuple[int, ...]] = Note("image_shape", tuple, "make it with fx
 CLASSES = Note("classes", int)
 """How many classes the model says it has; there is no note where it does not say. Written by tracing."""
 
+EXPORTED: Note[str] = Note("exported", str)
+"""Why tracing failed, where torch.export took the model in its place. Written by tracing."""
+
 SIZES: Note[dict[Any, GraphModule]] = Note("sizes", dict, "run AddSizes first")
 """By (height, width), graphs for images of other sizes, which call the same modules. Written by AddSizes."""
 

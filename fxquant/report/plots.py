@@ -21,10 +21,10 @@ class PlotPoint:
     """One compiled model: its line, its mean bits over weights and activations, its top-1 (%) and standard error.
 
     Args:
-        line: which line it belongs to.
-        mean_bits: over weights and activations.
-        top1: in percent.
-        standard_error: of top1, in percent.
+        line: the name of the line that the point belongs to.
+        mean_bits: the mean width over weights and activations.
+        top1: the accuracy in percent.
+        standard_error: the standard error of the accuracy, in percentage points.
     """
 
     line: str
@@ -44,7 +44,7 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     """Accuracy over mean bits, one line per `PlotPoint.line`, float32 as a dashed line; written in one step.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         points: compiled models.
         float_top1: of the float model, in percent; None: not shown.
 
@@ -74,9 +74,9 @@ def plot_sensitivity(
     """Scores of layers along the blocks, one line a role, one panel a metric (LampQ, Figure 5); logarithmic.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         panels: by title, the score of each layer in graph order; scores of one panel share a unit.
-        role_of: by layer.
+        role_of: the role of each layer, by the layer's name.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written or nothing is above 0.
     """
@@ -120,10 +120,10 @@ def plot_frontier(
     """Losses by name over budgets, on a logarithmic scale where all are positive; written in one step.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         axis: what the budget limits.
         limits: the budgets, ascending.
-        losses: by name, one for each budget.
+        losses: for each curve, by its name, the losses at the budgets.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """

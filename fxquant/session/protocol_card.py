@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, nodes_with_role
-from fxquant.graph.notes import COVERAGE
+from fxquant.graph.notes import COVERAGE, EXPORTED
 from fxquant.runtime.layer_row import LayerRow, OperandRow
 from fxquant.runtime.mac_shares import mac_shares
 from fxquant.session.model_source import ModelSource
@@ -60,10 +60,10 @@ def protocol_card(
     """How the numbers came about, as JSON values.
 
     Args:
-        model: the caller's.
+        model: the caller's model.
         source: where calibration images came from.
-        pipeline: what was run.
-        graph_module: what came out of it.
+        pipeline: the pipeline that was run.
+        graph_module: the graph that came out of it.
         backend: what quantizers and widths were restricted to.
     """
     annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]
@@ -90,6 +90,7 @@ def protocol_card(
         "execution": SIMULATED,
         **({} if backend == SIMULATED else {"backend": backend_summary(graph_module, backend)}),
         **({} if timed is None else {"latency": timed.described}),
+        **({} if EXPORTED.get(graph_module) is None else {"captured_by": "torch.export"}),
         "multiply_accumulates": mac_shares(graph_module),
         "coverage": math.nan if (coverage := COVERAGE.get(graph_module)) is None else coverage,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm", "mip")},

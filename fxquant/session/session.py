@@ -17,11 +17,13 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from allocators.allocator import Allocator
@@ -31,8 +33,10 @@ from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
+from fxquant.graph.capture.exported import module_of_program
 from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.notes import SIZES
+from fxquant.report.progress import bars_for, quiet
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
@@ -67,14 +71,14 @@ class Session:
     @documented(SessionOptions)
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | ExportedProgram,
         calibration: Tensor | Iterable[Any] | Synthesis | None = None,
         **options: Unpack[SessionOptions],
     ) -> None:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
 
         Args:
-            model: the caller's; it is not modified.
+            model: the caller's; it is not modified. Also what `torch.export` made of one, with a batch of any size.
             calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
                 DataLoader or other iterable of images or (images, labels), which is gone through once and may give
                 1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
@@ -82,6 +86,8 @@ class Session:
 
         Raises CalibrationError, ModelError, OptionError, PipelineError.
         """
+        if isinstance(model, ExportedProgram):
+            model = module_of_program(model)
         self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
@@ -93,13 +99,16 @@ class Session:
             self._check_own(self._recipe)
         self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
         self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
+        progress = options.get("progress")
+        bars = bars_for(progress)
+        self._bars: AbstractContextManager[Any] = nullcontext() if bars is None else bars
         self._source = ModelSource(
             model,
             calibration,
             options.get("seed", DEFAULT_SEED),
             options.get("batch_size", DEFAULT_BATCH_SIZE),
             Cache(options.get("cache")),
-            reporter_of(options.get("progress")),
+            bars or reporter_of(quiet(progress)),
             options.get("objective", DEFAULT_OBJECTIVE),
             options.get("inputs"),
             self._sizes,
@@ -172,13 +181,17 @@ class Session:
         """The model quantized within one budget; calibrates and searches on the first call only.
 
         Args:
-            budget: see `pipeline`.
-            allocator: None for the recipe's own.
+            budget: what the bits may use at most; see `pipeline`.
+            allocator: what chooses the bits; None takes the recipe's own.
             last: nothing more will be asked of this session, so that it keeps nothing for later: the one traced model
                 becomes the quantized one where no folder keeps it, which halves the memory.
 
         Raises as `fxquant.compile` does.
         """
+        with self._bars:
+            return self._compile(budget, allocator, last)
+
+    def _compile(self, budget: Any, allocator: Allocator | None, last: bool) -> Compiled:
         pipeline = self.pipeline(budget, allocator)
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
@@ -201,7 +214,8 @@ class Session:
         """
         pipeline = self.pipeline(budget)
         prefix, rest = split(pipeline)
-        searched, context = self._after_search(prefix)
+        with self._bars:
+            searched, context = self._after_search(prefix)
         found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
@@ -241,7 +255,7 @@ class Session:
 @checked(OptionError, **BY_ARGUMENT)
 @documented(SessionOptions)
 def compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     budget: Any,
     *,
     calibration: Tensor | Iterable[Any] | Synthesis | None = None,
@@ -251,7 +265,7 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: the caller's.
+        model: the caller's model, which is not changed; or what `torch.export` made of one, with a batch of any size.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
         calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
             DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024

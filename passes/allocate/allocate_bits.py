@@ -58,7 +58,7 @@ class AllocateBits:
     """Choose bits within a budget.
 
     Args:
-        budget: see `Budget`.
+        budget: what the bits may use at most; see `Budget`.
         allocator: `Milp()`, `Greedy()`, `Uniform()` or any other `Allocator`.
         overrides: pairs (layer name, role or glob, or one of these with ".left" or ".right" for one input of a product;
             bits or (weight bits, activation bits)), later ones win.

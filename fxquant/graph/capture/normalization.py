@@ -4,6 +4,8 @@ After `normalize`, whatever the source said:
 
 - linear and convolution are `call_module` of `nn.Linear` / `nn.Conv*d`, also where the model called `F.linear` with a
   parameter of its own; softmax is `nn.Softmax`, GELU is `nn.GELU`, layer norm is `nn.LayerNorm`;
+- a transposed convolution whose kernel is as large as its stride, as feature pyramids have it, is `nn.Conv2d` with a
+  kernel of 1 and a pixel shuffle; every other one stays a function, in float;
 - a product of two activations is `call_function torch.matmul`, the sums of products that einsum and its kin spell too
   (`contractions`, while tracing); a product with a constant matrix is `nn.Linear`;
 - fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing); the scores under every
@@ -173,6 +175,38 @@ def _rewrite_convolution(graph_module: GraphModule, node: Node) -> None:
     _call_module(graph_module, node, *_home_of_weight(weight, "conv"), convolution)
 
 
+def _rewrite_transposed(graph_module: GraphModule, node: Node) -> None:
+    """Kernels that do not overlap: every pixel becomes a square of its own, a linear map of its channels.
+
+    y[c, r i + a, r j + b] = sum_k x[k, i, j] w[k, c, a, b] + bias[c]
+    """
+    weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
+    kernel, bias_oc = constant_of(graph_module, weight), constant_of(graph_module, bias)
+    if kernel is None or (bias is not None and bias_oc is None):
+        return
+    options = (("stride", 3, 1), ("padding", 4, 0), ("output_padding", 5, 0), ("groups", 6, 1), ("dilation", 7, 1))
+    stride, *rest = (argument(node, place, name, default) for name, place, default in options)
+    channels_in, channels_out, side, _ = kernel.shape
+    is_square = tuple(kernel.shape[2:]) == (side, side) and stride in (side, (side, side), [side, side])
+    if not is_square or any(
+        value not in (plain, (plain, plain)) for value, plain in zip(rest, (0, 0, 1, 1), strict=True)
+    ):
+        return
+    convolution = nn.Conv2d(channels_in, channels_out * side**2, 1, bias=bias_oc is not None, device="meta")
+    bias_oc = None if bias_oc is None else bias_oc.repeat_interleave(side**2)
+    _set_parameters(convolution, kernel.flatten(1).t()[..., None, None].contiguous(), bias_oc)
+    shape, meta = shape_of(argument(node, 0, "input")), node.meta["tensor_meta"]
+    if shape is None:
+        return
+    with node.graph.inserting_after(node):
+        shuffled = node.graph.call_function(functional.pixel_shuffle, (node, side))
+    node.replace_all_uses_with(shuffled, delete_user_cb=lambda user: user is not shuffled)
+    shuffled.meta.update({key: value for key, value in node.meta.items() if key != "tensor_meta"}, tensor_meta=meta)
+    between = torch.Size((shape[0], channels_out * side**2, *shape[2:]))
+    node.meta["tensor_meta"] = meta._replace(shape=between)
+    _call_module(graph_module, node, *_home_of_weight(weight, "conv"), convolution)
+
+
 def _rewrite_layer_norm(graph_module: GraphModule, node: Node) -> None:
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     weight_c, bias_c = constant_of(graph_module, weight), constant_of(graph_module, bias)
@@ -224,6 +258,7 @@ def _drop_whole_slice(graph_module: GraphModule, node: Node) -> None:
 _REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {
     functional.linear: _rewrite_linear,
     functional.gelu: _rewrite_gelu,
+    functional.conv_transpose2d: _rewrite_transposed,
     functional.layer_norm: _rewrite_layer_norm,
     torch.layer_norm: _rewrite_layer_norm,
     functional.dropout: _drop_dropout,

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxquant.checks.arguments import number
 from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
+from fxquant.graph.capture.exported import ProgramModule, exported, module_of_program
 from fxquant.graph.capture.leaves import has_global_hooks
 from fxquant.graph.capture.model_checks import check_example, check_model
 from fxquant.graph.capture.normalization import normalize
@@ -31,7 +33,7 @@ from fxquant.graph.capture.shape_tracer import ShapeTracer
 from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
 from fxquant.graph.nodes import image_of
-from fxquant.graph.notes import CLASSES, COVERAGE, IMAGE_SHAPE
+from fxquant.graph.notes import CLASSES, COVERAGE, EXPORTED, IMAGE_SHAPE
 from fxquant.graph.output_tree import TREE, Tree, flatten, leaves
 from fxquant.graph.structure.class_scores import declared_classes
 
@@ -43,7 +45,7 @@ _LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
 @torch.inference_mode(False)
 @torch.no_grad()
 def trace(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_bchw: torch.Tensor,
     *,
     minimum_coverage: float = 0.98,
@@ -70,6 +72,8 @@ def trace(
     model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model that
     stands in the way.
     """
+    if isinstance(model, ExportedProgram):
+        model = module_of_program(model)
     fixed = dict(inputs or {})
     check_model(model, fixed)
     check_example(example_bchw)
@@ -78,6 +82,39 @@ def trace(
     # A copy of its own, since running it may change its state.
     tree, expected = _run_eagerly(copy_of(model, fixed), example_bchw)
     root = copy_of(model, fixed)
+    classes = declared_classes(root)
+    try:
+        graph_module = _graph_of(root, example_bchw, expected, minimum_coverage)
+    except CoverageError:
+        raise
+    except TraceError as error:
+        if isinstance(model, ProgramModule):
+            raise
+        root = _exported(copy_of(model, fixed), example_bchw, error)
+        graph_module = _graph_of(root, example_bchw, expected, minimum_coverage)
+        EXPORTED.write(graph_module, str(error))
+    if not tree.is_bare:
+        TREE.write(graph_module, tree.to_json())
+    if classes is not None:
+        CLASSES.write(graph_module, classes)
+    IMAGE_SHAPE.write(graph_module, tuple(example_bchw.shape[1:]))
+    declare(graph_module, [TRACED])
+    return graph_module
+
+
+def _exported(root: nn.Module, example_bchw: torch.Tensor, error: TraceError) -> nn.Module:
+    """The model as torch.export sees it. Raises the error that tracing raised, and why this fails too."""
+    try:
+        return exported(root, _images(example_bchw, max(_CHECKED_BATCH_SIZES)))
+    except Exception as second:  # whatever torch.export meets in the model's code
+        reason = str(second).strip().partition("\n")[0]
+        raise TraceError(f"{error}. torch.export does not take it either: {reason}") from error
+
+
+def _graph_of(
+    root: nn.Module, example_bchw: torch.Tensor, expected: list[list[torch.Tensor]], minimum_coverage: float
+) -> fx.GraphModule:
+    """The normalized graph of a copy, with shapes and the note COVERAGE, once it gives what is expected."""
     settle_weights(root)
     for module in root.modules():
         if getattr(module, "fused_attn", None) is True:
@@ -92,13 +129,7 @@ def trace(
     graph_module.graph.lint()
     graph_module.recompile()
     _check_equivalence(graph_module, example_bchw, expected)
-    if not tree.is_bare:
-        TREE.write(graph_module, tree.to_json())
     COVERAGE.write(graph_module, coverage)
-    if (classes := declared_classes(root)) is not None:
-        CLASSES.write(graph_module, classes)
-    IMAGE_SHAPE.write(graph_module, tuple(example_bchw.shape[1:]))
-    declare(graph_module, [TRACED])
     return graph_module
 
 

@@ -1,4 +1,5 @@
-"""Convolutions: two-dimensional ones are layers, whatever they pad with; every other kind stays float."""
+"""Convolutions: two-dimensional ones are layers, whatever they pad with; so are transposed
+ones whose kernels do not overlap; every other kind stays float."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ class Around(nn.Module):
     ("layer", "dimensions"),
     [
         (nn.ConvTranspose1d(4, 4, 2, 2), 1),
-        (nn.ConvTranspose2d(4, 4, 2, 2), 2),
+        (nn.ConvTranspose2d(4, 4, 3, 2), 2),
+        (nn.ConvTranspose2d(4, 4, 2, 2, groups=2), 2),
+        (nn.ConvTranspose2d(4, 4, 2, 2, padding=1), 2),
+        (nn.ConvTranspose2d(4, 4, (2, 1), (2, 1)), 2),
         (nn.ConvTranspose3d(4, 4, 1), 3),
         (nn.Conv1d(4, 4, 3), 1),
         (nn.Conv3d(4, 4, 1), 3),
@@ -50,6 +54,18 @@ def test_other_convolutions_have_no_role(layer: nn.Module, dimensions: int) -> N
     }
     assert roles.get("layer") is None
     assert None not in (roles["embed"], roles["head"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_transposed_convolutions_without_overlap_are_layers(side: int, bias: bool) -> None:
+    model = Around(nn.ConvTranspose2d(4, 4, side, side, bias=bias), 2).eval()
+    graph_module = trace(model, IMAGES_BCHW)
+    AssignRoles().apply(graph_module, PassContext())
+    (layer,) = (node for node in graph_module.graph.nodes if node.target == "layer")
+    assert annotation_of(layer).role is not None
+    assert annotation_of(layer).macs == 16 * 4 * 4 * side**2
+    torch.testing.assert_close(graph_module(IMAGES_BCHW), model(IMAGES_BCHW))
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
