@@ -78,7 +78,9 @@ class Milp:
         """Check the options."""
         check_fields(self, BudgetError)
         if not self.time_limit_s > 0 or not 0 <= self.relative_gap < 1 or self.threads < 1:
-            raise BudgetError(f"time_limit_s > 0, 0 <= relative_gap < 1 and threads >= 1 are needed, found {self}")
+            raise BudgetError(
+                f"time_limit_s must be above 0, relative_gap at least 0 and below 1, threads at least 1; found {self}"
+            )
         whole("seed", self.seed, BudgetError, least=0, most=2**31 - 1)
         whole("threads", self.threads, BudgetError, most=1024)
         whole("node_limit", self.node_limit, BudgetError, least=1, most=2**31 - 1)

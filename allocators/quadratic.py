@@ -54,7 +54,9 @@ class Interaction:
         """Raise SensitivityError for a correlation out of range, or an operand with itself."""
         check_fields(self, SensitivityError)
         if not -1 <= self.correlation <= 1 or self.first == self.second:
-            raise SensitivityError(f"two operands and a correlation of -1 to 1 are needed, found {self}")
+            raise SensitivityError(
+                f"an interaction is between two different operands and has a correlation from -1 to 1; found {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Quadratic:
         """Raise BudgetError for options that do not fit."""
         check_fields(self, BudgetError)
         if not self.time_limit_s > 0 or not 0 <= self.relative_gap < 1:
-            raise BudgetError(f"time_limit_s > 0 and 0 <= relative_gap < 1 are needed, found {self}")
+            raise BudgetError(f"time_limit_s must be above 0, and relative_gap at least 0 and below 1; found {self}")
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The bits of every layer.

@@ -40,7 +40,7 @@ def few_images(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and examples get 4 calibration images at most, and calibrate and search what another has not yet."""
     whole = embedded.calibration_images
     monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
-    for name in ("compile", "Session"):
+    for name in ("compile", "Session", "frontier"):
         monkeypatch.setattr(fxquant, name, functools.partial(getattr(fxquant, name), cache=kept))
 
 

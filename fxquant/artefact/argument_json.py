@@ -60,8 +60,8 @@ def values_from_json(values: list[Any], nodes: list[Node], where: str, budget: l
     """The arguments of one node that `value_to_json` wrote.
 
     Args:
-        values: as JSON.
-        nodes: those before it, which it may refer to.
+        values: the arguments, as the file has them in JSON.
+        nodes: the nodes before this one, the only ones that its arguments may refer to.
         where: the node, for messages.
         budget: one number, how many values the arguments of the graph may still have; it is counted down.
 

@@ -79,9 +79,9 @@ def save(
     """Write one file, in one step; an existing file is replaced, and kept as it was if anything fails.
 
     Args:
-        path: of the file.
-        graph_module: simulated.
-        card, journal: JSON values.
+        path: where the file is written.
+        graph_module: the simulated graph that the file is made of.
+        card, journal: the protocol and the entries of all passes, as JSON values.
         allocation_json: a JSON text. The model is rebuilt from what was written before the file is put in place, so
             what was saved can be loaded.
         answers: what the model gives for images from a seed; None: not known.

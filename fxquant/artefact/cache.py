@@ -172,8 +172,8 @@ class Cache:
 
         Args:
             key: the signature of all that the result depends on.
-            texts: by name.
-            tensors: by name.
+            texts: JSON texts to keep, by name.
+            tensors: tensors to keep, by name.
             part: whether the result belongs to work that is not finished.
         """
         return self._writes and self._put(self._name(key, part), pack_file({**texts, "signature": key}, tensors))

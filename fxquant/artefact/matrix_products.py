@@ -22,7 +22,7 @@ def stand_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], reserve: 
     """Zeros in the place of a product of matrices, after `reserve` of their number; None for what has to be run.
 
     Args:
-        name: of the function or method.
+        name: the name of the function or method.
         args, kwargs: its arguments.
         reserve: is told the number of elements before they are made.
 
@@ -66,9 +66,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, reserve: Reserve) -> 
     """Zeros of the shape of x W^T + b. Raises ArtefactError where they do not fit.
 
     Args:
-        x: input of the layer.
-        weight: (out, in).
-        bias: (out,), or None.
+        x: the input of the layer, float (..., in).
+        weight: the layer's weight, float (out, in).
+        bias: the layer's bias, float (out,), or None.
         reserve: is told how many elements the result has before it is made, and may refuse.
     """
     dtypes = {x.dtype, weight.dtype, *([] if bias is None else [bias.dtype])}

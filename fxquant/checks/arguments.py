@@ -23,11 +23,11 @@ def whole(name: str, value: Any, error: Error, least: int | None = None, most: i
     """`value` as an int, within its limits.
 
     Args:
-        name: of the argument, for the message.
+        name: how the message calls the argument.
         value: an int or an integer of numpy; True and 2.0 are none.
         error: what to raise, as its TypeError twin for another type.
-        least: smallest allowed; None for no limit.
-        most: largest allowed.
+        least: the smallest number that is allowed; None sets no limit.
+        most: the largest number that is allowed; None sets no limit.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise error.for_type(f"{name} must be a whole number, found {shown(value)}")

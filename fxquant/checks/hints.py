@@ -35,7 +35,7 @@ def check_fields(instance: Any, error: Error, **errors: Error) -> None:
     Args:
         instance: the dataclass; its fields are set anew.
         error: what to raise, as its TypeError twin for another type.
-        errors: other ones, by field.
+        errors: the classes of error for fields that raise another one, by the field's name.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -49,7 +49,7 @@ def checked(error: Error, **errors: Error) -> Callable[[Callable[Given, Result]]
 
     Args:
         error: what to raise, as its TypeError twin for another type.
-        errors: other ones, by argument.
+        errors: the classes of error for arguments that raise another one, by the argument's name.
     """
 
     def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:

@@ -101,8 +101,8 @@ def checked(value: Any, rule: Rule, what: str) -> Any:
     """The value. Raises ArtefactError, naming `what`, where it breaks the rule.
 
     Args:
-        value: what a file has.
-        rule: what it may be.
+        value: the value that a file has.
+        rule: which values are allowed.
         what: how the message calls it.
     """
     if not rule.holds(value):
@@ -116,10 +116,10 @@ def record(
     """The fields of a JSON object that has all of `rules`, at most `optional` besides, and where each keeps its rule.
 
     Args:
-        document: what a file has.
+        document: the value that a file has; it should be a JSON object.
         rules: the fields that must be there, with what each may be.
         where: how the message calls the object.
-        optional: fields that may be there.
+        optional: rules of the fields that the object may have or lack.
 
     Raises ArtefactError naming `where` and the field.
     """
@@ -207,7 +207,7 @@ def field(document: Any, key: str, wanted: Any, where: str, default: Any = ...) 
     """A field of a JSON object, of exactly the type `wanted` (bool is no int), or the default where it is absent.
 
     Args:
-        document: what a file has.
+        document: the value that a file has; it should be a JSON object.
         key: the name of the field.
         wanted: the type that the value must have, exactly; bool is no int.
         where: how the message calls the object.
@@ -292,7 +292,7 @@ def check_variable(name: Any, what: str, taken: frozenset[str] = frozenset()) ->
     """Return a name that generated code may assign to: an identifier that stands for nothing else there.
 
     Args:
-        name: what a file has.
+        name: the name that a file has.
         what: how the message calls it.
         taken: further names that are spoken for.
 

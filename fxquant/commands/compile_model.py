@@ -25,7 +25,9 @@ def compile_model(
     allocator: o.AllocatorName = None,
     given: Compiling = Compiling(),
     out: Annotated[Path | None, typer.Option(help="Artefact to write, such as model.fxq.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Report to write as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Report to write: .html is a page for a browser, any other name JSON.")
+    ] = None,
     cache: o.CacheFolder = None,
     no_cache: o.NoCache = False,
     picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg or .dot.")] = None,
@@ -56,7 +58,12 @@ def compile_model(
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
-    card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
+    card = {
+        **named.card,
+        "preprocessing": preprocessing.to_dict(),
+        "recipe": given.label(recipe),
+        "calibration_data": data,
+    }
     with RichProgress() as progress:
         options = given.options(recipe=recipe, progress=progress, cache=kept, card=card)
         quantized = compile(named.model, wanted, calibration=found, allocator=chosen, **options)
@@ -67,7 +74,8 @@ def compile_model(
         quantized.save(out)
         say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
     if report is not None:
-        write_file(report, to_json(summary.to_dict()).encode())
+        is_page = report.suffix.lower() in (".html", ".htm")
+        write_file(report, (summary.to_html() if is_page else to_json(summary.to_dict())).encode())
     if picture is not None:
         quantized.draw(picture)
     if json:

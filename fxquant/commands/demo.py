@@ -15,14 +15,17 @@ def demo(
     budget: Annotated[str, typer.Option(help='"W4A4", "W3", "0.4MB", "W4, 0.5GBOPs", ...')] = "W4A4",
     recipe: Recipe = "best",
     allocator: AllocatorName = None,
-    out: Annotated[Path, typer.Option(help="Folder for the artefact and the picture.")] = Path("fxquant-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the artefact, the picture and the page.")] = Path(
+        "fxquant-demo"
+    ),
     limit: Limit = None,
     json: Json = False,
 ) -> None:
-    """Quantize the embedded Vision Transformer: accuracy before and after, bits of every layer, an artefact on disk."""
+    """Quantize the embedded Vision Transformer: accuracy before and after, bits of every layer, artefact and page."""
     import torch
 
     from allocators.problem.budget import Budget
+    from fxquant.artefact.container import write_file
     from fxquant.commands.console import emit, say, show
     from fxquant.data import embedded
     from fxquant.data.images import embedded_test
@@ -40,8 +43,8 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtefactError(f"{out} cannot be made a folder: {error}; give another --out") from error
-    artefact_path, picture_path = out / "model.fxq", out / "bits.svg"
-    check_output(artefact_path, picture_path)
+    artefact_path, picture_path, page_path = out / "model.fxq", out / "bits.svg", out / "report.html"
+    check_output(artefact_path, picture_path, page_path)
     say("The embedded ViT (6 blocks, 0.68 M parameters, Fashion-MNIST); 32 calibration images; takes about a minute.")
     named, data, images = load_model("embedded"), embedded_test(), embedded.calibration_images(32)
     with RichProgress() as progress:
@@ -66,11 +69,18 @@ def demo(
     lowered = load(artefact_path, backend="auto")
     accuracy["as integers"] = evaluate(lowered, data, limit=limit, label="evaluating integers")
     timing = measure({"float32": named.model, "as integers": lowered}, images, seconds=1.0)[1]
-    report, seconds = quantized.report(), time.perf_counter() - started_s
+    report = quantized.report()
+    write_file(page_path, report.to_html().encode())
+    seconds = time.perf_counter() - started_s
     size = artefact_path.stat().st_size
     if json:
         results = {name.replace(" ", "_").replace("-", "_"): found.to_dict() for name, found in accuracy.items()}
-        files = {"artefact": str(artefact_path), "picture": str(picture_path), "artefact_bytes": size}
+        files = {
+            "artefact": str(artefact_path),
+            "picture": str(picture_path),
+            "page": str(page_path),
+            "artefact_bytes": size,
+        }
         emit({"accuracy": results, **files, "reloaded_identical": is_identical, "seconds": seconds,
               "lowered": {"execution": lowered.card["execution"], **timing.to_dict()},
               "report": report.to_dict()})  # fmt: skip
@@ -88,6 +98,6 @@ def demo(
              f"loaded again: {verdict}")  # fmt: skip
         show(f"as integers: {timing.speedup:.1f}x float32 on one core, batch of {timing.batch_size}; "
              f"{lowered.card['execution']}")  # fmt: skip
-        show(f"{picture_path}: the bits, drawn\n{seconds:.0f} s in all")
+        show(f"{picture_path}: the bits, drawn\n{page_path}: the report, to open in a browser\n{seconds:.0f} s in all")
     if not is_identical:
         raise typer.Exit(1)

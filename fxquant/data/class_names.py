@@ -38,7 +38,7 @@ def matched(names: Sequence[str], outputs: int, where: str) -> tuple[list[int], 
     Args:
         names: distinct names of classes, sorted.
         outputs: how many classes the model gives.
-        where: what has the names, for the message.
+        where: how the message calls the data that has the names.
 
     Raises DataError where only some of the names are on ImageNet's list, and where the names say nothing.
     """

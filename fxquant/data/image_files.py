@@ -124,7 +124,7 @@ def labels_of(place: Path, labels: np.ndarray, count: int) -> Tensor:
 
     Args:
         place: the file, for the message.
-        labels: of the file.
+        labels: the array of labels that the file has.
         count: how many images it has.
 
     Raises DataError for others than integers from 0, one an image.

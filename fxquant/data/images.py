@@ -40,10 +40,10 @@ class Preprocessing:
     """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
 
     Args:
-        input_size: (channels, height, width).
+        input_size: channels, height and width of the model's input.
         crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
-        mean, std: per channel, of pixels in 0..1.
-        interpolation: as timm names it.
+        mean, std: what is subtracted from pixels in 0..1, and what the rest is divided by; a number for each channel.
+        interpolation: how pictures are resized: nearest, bilinear or bicubic.
     """
 
     input_size: tuple[int, int, int]
@@ -123,7 +123,7 @@ class ImageData:
 
     Args:
         name: what error messages and reports call it.
-        count: how many.
+        count: how many images there are.
         read: the preprocessed image (C, H, W) of an index.
         labels: int64 (count,); None without. Of data with `names` they count these, else the model's classes.
         classes: how many label values there may be; None where unknown.

@@ -39,8 +39,8 @@ def from_source(name: str, options: Mapping[str, Any]) -> Found:
     """The model behind a name with a prefix.
 
     Args:
-        name: see the module.
-        options: for the function that builds it.
+        name: the model's name with its prefix, such as hf:FOLDER; the module lists the prefixes.
+        options: further arguments of the function that builds the model.
 
     Raises ModelError where there is no such model or it takes other options, DataError for a folder that cannot be
     read, MissingExtraError without the package.

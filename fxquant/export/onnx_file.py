@@ -50,7 +50,7 @@ def to_onnx(
         graph_module: a simulated graph; it is not changed.
         weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half
             the size, for runtimes that have it.
-        card: JSON values for the metadata.
+        card: the protocol card, JSON values, which becomes a metadata entry of the file.
 
     Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, one that is not float32, an
     unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.

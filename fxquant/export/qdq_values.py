@@ -39,7 +39,7 @@ class Codes(nn.Module):
     """Float to codes and back to float.
 
     Args:
-        scale: float32 ().
+        scale: what one step of the codes is worth, float32 ().
         zero: int8 or uint8 (), which is the dtype of the codes.
         bounds: lowest and highest float; None where the dtype bounds the codes by itself.
         nearest: a quantizer or module that gives the nearest level first, where levels are not all the multiples of

@@ -59,11 +59,11 @@ class Candidate:
     """One quantizer found for one tensor at one width.
 
     Args:
-        bits: width in bits.
-        quantizer: the module that quantizes.
+        bits: the width of the codes that this quantizer gives.
+        quantizer: the module that quantizes the operand.
         loss: predicted loss of the whole model when only this tensor is quantized so (KL divergence per image in nats
             under the Hessian-guided metric, squared error under plain MSE).
-        noise: sum of squared quantization error.
+        noise: the sum over all values of the squared quantization error.
         signal: sum of squares (both per calibration set).
     """
 

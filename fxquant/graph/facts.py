@@ -98,8 +98,8 @@ def broken_at(node: fx.Node, problem: str, remedy: str) -> VerificationError:
 
     Args:
         node: the first node that breaks the fact; the message prints it.
-        problem: what is wrong with it, a clause.
-        remedy: what to do about it, an imperative.
+        problem: what is wrong with the node, as a clause of a sentence.
+        remedy: what to do about it, as an imperative.
     """
     return VerificationError(f"at `{describe(node)}`, {problem}; {remedy}")
 

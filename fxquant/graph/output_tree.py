@@ -117,17 +117,21 @@ class Tree:
     @classmethod
     def _from_json(cls, document: Any, counter: Iterator[int], depth: int) -> Tree:
         if type(document) is not dict or len(document) != 1 or depth > _DEEPEST:
-            raise ArtefactError(f"the output's tree has a part that is none: {document!s:.80}")
+            raise ArtefactError(
+                f"a part of the output's tree is neither a tensor, a plain value nor a container: {document!s:.80}"
+            )
         ((kind, content),) = document.items()
         if kind == TENSOR and type(content) is int and content == next(counter):
             return cls(TENSOR)
         if kind == VALUE and _is_value(content):
             return cls(VALUE, content)
         if kind not in (TUPLE, LIST, DICT) or type(content) is not list or len(content) > _MOST:
-            raise ArtefactError(f"the output's tree has a part that is none: {document!s:.80}")
+            raise ArtefactError(
+                f"a part of the output's tree is neither a tensor, a plain value nor a container: {document!s:.80}"
+            )
         has_keys = kind == DICT or any(type(item) is list for item in content)
         if has_keys and not all(type(item) is list and len(item) == 2 and _is_key(item[0]) for item in content):
-            raise ArtefactError(f"the output's tree has a {kind} whose keys are none: {document!s:.80}")
+            raise ArtefactError(f"the output's tree has a {kind} whose keys are no texts or numbers: {document!s:.80}")
         keys = tuple(item[0] for item in content) if has_keys else ()
         if len(set(keys)) < len(keys):
             raise ArtefactError(f"the output's tree has a key twice: {document!s:.80}")

@@ -22,8 +22,8 @@ class Accuracy:
     """How many of `count` images were classified correctly.
 
     Args:
-        correct: images whose class was found.
-        count: images in all.
+        correct: how many images were given their own class.
+        count: how many images there were.
         labels: how they were matched to the model's classes.
     """
 
@@ -75,12 +75,12 @@ def evaluate(
     on these images and outputs that are not class scores (B, classes).
 
     Args:
-        model: in eval mode.
+        model: the model to measure, in inference mode.
         data: images with labels.
-        batch_size: images at a time.
+        batch_size: how many images go through the model at a time.
         limit: how many images at most; None: all.
         progress: shows how far it is; None: nothing is shown.
-        label: how the step is called there.
+        label: how the progress display calls this step.
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])

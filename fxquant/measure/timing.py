@@ -33,10 +33,10 @@ class Timing:
         variant: the name of what was timed.
         batch_size: images in a batch.
         threads: how many threads torch had.
-        rounds: how often it was timed.
+        rounds: in how many rounds it was timed.
         latency_ms: median wall time of a batch, milliseconds.
-        cpu_ms: median processor time of all threads.
-        speedup: against the first variant, wall time.
+        cpu_ms: the median processor time of all threads for one batch, milliseconds.
+        speedup: how many times as fast as the first variant it was, by wall time.
         cpu_speedup: by processor time, which other programs disturb less.
     """
 

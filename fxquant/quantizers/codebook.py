@@ -32,9 +32,9 @@ class CodebookQuantizer(LevelTableQuantizer):
 
     Args:
         bits: width; the book has at most 2^bits codes.
-        scale: float32 scalar s.
-        zero: code of zero, 0 to 255.
-        codes: ascending, 0 to 255.
+        scale: what one step of the 8-bit grid is worth, s; float32 ().
+        zero: the grid's code that stands for zero, 0 to 255.
+        codes: the grid's codes that the book has, ascending, 0 to 255.
     """
 
     kind = "codebook"

@@ -26,13 +26,13 @@ class Statistics:
 
     Args:
         moments: of its values (for O-2SF: divided by `channel_factor`; those of rows where no family asks for others).
-        minimum, maximum: over all values.
+        minimum, maximum: the smallest and the largest of all values.
         mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
         channel_factor: float32 (channels,), powers of two, or None.
         coherence: see `SortedMoments.errors` and `passes.search.calibrate.coherence`.
         row_moments: of the values relative to the largest of their row, each counted with its square; None where no
             family asks for them.
-        row_length: values in a row.
+        row_length: how many values a row of the tensor has.
     """
 
     moments: SortedMoments
@@ -106,7 +106,7 @@ def scaled(
 
     Args:
         relative_tl: float64 (T, L), tables of levels for scale 1, each ascending.
-        scales: float64 (S,).
+        scales: the scales to try, float64 (S,).
         build: takes a scale and the index of a table and returns their quantizer.
         offset: what is subtracted from every level.
     """

@@ -38,7 +38,7 @@ class LearnedScale(nn.Module):
     """A quantizer with a learned scale and dropped quantization.
 
     Args:
-        quantizer: where learning starts.
+        quantizer: the quantizer whose scale learning starts from.
         drop: probability, 0 to 1, that an element stays float.
         generator: of these draws, on the device of the input.
         thinning: the factor learns from the first of so many parts of the batch, which is noisier and cheaper; all
@@ -149,7 +149,7 @@ class LearnedCodes(nn.Module):
     """A weight whose codes and scales learn: W^ = s exp(t) round(clamp(u)), the derivative of rounding taken as 1.
 
     Args:
-        weight: float (out, ...).
+        weight: the weight whose codes are learned, float (out, ...).
         quantizer: uniform, its scale () or (out, 1).
         codes: integer (out, ...), where learning starts, each leaning towards the weight as far as it stays the same
             code; None: the nearest to the weight.
@@ -186,7 +186,7 @@ class SoftRounding(nn.Module):
     """A weight between the two grid points around each of its entries (AdaRound).
 
     Args:
-        weight: float (out, ...).
+        weight: the weight whose codes are learned, float (out, ...).
         quantizer: uniform, its scale () or (out, 1).
         codes: integer (out, ...), where hard rounding starts: the other point is the neighbour towards the weight.
             None: the two points around the weight, and the soft weight equals it wherever it lies within the grid.

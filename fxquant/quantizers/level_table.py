@@ -16,7 +16,7 @@ class LevelTableQuantizer(Quantizer):
 
     Args:
         bits: width; the table has at most 2^bits levels.
-        scale: float32 scalar.
+        scale: what a level of 1 is worth, float32 ().
         offset: what is subtracted from every level, so that a table of positive levels covers values from -offset on.
     """
 

@@ -30,7 +30,7 @@ class Observer(nn.Module):
     Args:
         families: of what will be its quantizer; none where the edge stays float (its linear layer still needs the Gram
             matrix).
-        source: what flows here.
+        source: what the observed operand holds, such as values after a softmax.
         gram: whether to gather the Gram matrix of the inputs.
     """
 

@@ -78,12 +78,12 @@ def search_weight(
     channel's best; asymmetric ranges then move each of their ends, twice.
 
     Args:
-        weight_oi: float (out, in).
-        bits: the widths.
+        weight_oi: the weight to search quantizers for, float (out, in).
+        bits: the candidate widths in bits, ascending.
         images: how many images G covers; losses are per image.
         gram_ii: G above, float (in, in); None for plain squared error of the weight.
         channel_weight_o: b_o, float (out,); None: one for every channel.
-        search: False takes the covering range.
+        search: False takes the scales that cover each channel's range, and tries no others.
         asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
     """
     weight = weight_oi.detach().float()

@@ -32,7 +32,7 @@ class ShiftedRegionsQuantizer(Quantizer):
 
     Args:
         bits: width of the codes, the bits that say the region and the sign included.
-        scale: float32 scalar s0.
+        scale: the scale of the finest region, s0; float32 ().
         shift_small: the scale of the region of small values is scale * 2^shift_small.
         shift_large: the scale of the region of large values is scale * 2^shift_large.
         negative: whether codes are kept for negative values, which takes a sign bit.

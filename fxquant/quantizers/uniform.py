@@ -24,7 +24,7 @@ class UniformQuantizer(Quantizer):
     Args:
         bits: width of the codes.
         scale: float32, shape () or broadcastable to the input.
-        zero_point: int32 of the same shape, or None.
+        zero_point: the code of zero, int32 of the scale's shape; None for a symmetric quantizer.
     """
 
     kind = "uniform"

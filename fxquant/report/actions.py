@@ -60,8 +60,8 @@ def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count
 
     Args:
         layers: one row per quantized layer.
-        allocation: None for pipelines that allocate nothing.
-        count: how many layers at most.
+        allocation: the bits and how they were found; None for pipelines that allocate nothing.
+        count: how many layers are listed at most.
     """
     total = sum(row.predicted_loss for row in layers)
     found: list[Action] = []

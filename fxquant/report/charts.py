@@ -25,7 +25,8 @@ def histogram(outline: Outline, levels: Sequence[float] | None) -> Markup:
     cut: list[str] = []
     for index, height in enumerate(outline.heights):
         if height:
-            bar = f"M{index * width:.1f} {_HEIGHT:.0f}v{-height / _TALLEST * _HEIGHT:.1f}h{width - 0.6:.1f}V{_HEIGHT:.0f}z"
+            up = -height / _TALLEST * _HEIGHT
+            bar = f"M{index * width:.1f} {_HEIGHT:.0f}v{up:.1f}h{width - 0.6:.1f}V{_HEIGHT:.0f}z"
             centre = outline.low + (index + 0.5) * span / BINS
             is_cut = levels is not None and not levels[0] - span / BINS <= centre <= levels[-1] + span / BINS
             (cut if is_cut else reached).append(bar)
@@ -121,7 +122,7 @@ def line_chart(
     place = f'x="{here[0] + shift:.1f}" y="{here[1] - 9:.1f}" text-anchor="{anchor}"'
     parts.append(f'<text class="strong" {place}>this model</text>')
     parts.append(f'<text x="326" y="276" text-anchor="middle">{x_name}</text>')
-    parts.append(f'<text x="8" y="14">{y_name}</text>')
+    parts.append(f'<text x="4" y="16">{y_name}</text>')
     return Markup(
         Markup('<svg class="chart" viewBox="0 0 600 284" role="img" aria-label="{}">').format(label)
         + Markup("".join(parts) + "</svg>")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.allocation import Allocation
-from allocators.frontier import MEAN_BITS, FrontierPoint, frontier
+from allocators.frontier import MEAN_BITS, FrontierPoint, default_limits, frontier
 from allocators.problem.cost_table import CostTable
 from fxquant.errors import FxQuantError
 from fxquant.report.charts import line_chart
@@ -31,8 +31,10 @@ def frontier_of(table: CostTable | None, allocation: Allocation | None) -> dict[
         return None
     axis = _axis(allocation)
     name, scale, unit = _AXES[axis]
+    limits = allocation.budget.limits
+    asked = limits.get("mean_weight_bits" if axis == MEAN_BITS else axis, allocation.usage.get(axis, 0.0))
     try:
-        points = frontier(table, axis)
+        points = frontier(table, axis, [*default_limits(table, axis), asked])
     except FxQuantError:  # pinned so far that there is no second budget
         return None
     shown = [(point.limit / scale, point.loss) for point in points if point.loss > 0]
@@ -40,7 +42,7 @@ def frontier_of(table: CostTable | None, allocation: Allocation | None) -> dict[
     if len({loss for _, loss in shown}) < 2 or shown[0][0] == shown[-1][0] or allocation.objective <= 0:
         return None
     step = f"{points[0].step / scale:.3g} {unit}"
-    near = min(points, key=lambda point: abs(point.limit / scale - here))
+    near = min(points, key=lambda point: abs(point.limit - asked))
     return {
         "chart": line_chart(
             shown, (here, allocation.objective),

@@ -16,11 +16,11 @@ class Tile:
     """One layer in the grid: its name, where it stands, and of each operand its bits (None where float) and elements.
 
     Args:
-        layer: its public name.
-        role: its column.
-        block: its row; None outside blocks.
+        layer: the layer's public name.
+        role: what the layer is for, which is its column in the grid.
+        block: the index of its block, which is its row in the grid; None outside blocks.
         weight: bits (None where float) and elements; None where the layer has none.
-        inputs: the same of each input.
+        inputs: the same for each input of the layer.
     """
 
     layer: str
@@ -75,7 +75,7 @@ class Grid:
         blocks: indices of the blocks, one row each.
         roles: of the layers in blocks, one column each.
         tiles: by block and role; several where a block has several layers of a role.
-        outside: layers of no block.
+        outside: the tiles of layers that are in no block.
     """
 
     blocks: tuple[int, ...]

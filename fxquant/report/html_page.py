@@ -49,8 +49,8 @@ def render(template: str, script: str = "", **values: Any) -> str:
     environment.filters["width_class"] = _width_class
     style, code = ((_TEMPLATES / name).read_text() if name else "" for name in ("style.css", script))
     # Both are ours, and are told to the browser by their hash: nothing else in the file can run, or change its looks.
-    known: dict[str, Any] = {"style_hash": _hash(style), "script_hash": _hash(code)}
-    return environment.get_template(template).render(style=Markup(style), script=Markup(code), **known, **values)
+    texts = {"style_hash": _hash(style), "script_hash": _hash(code), "version": importlib.metadata.version("fxquant")}
+    return environment.get_template(template).render(style=Markup(style), script=Markup(code), **texts, **values)
 
 
 def _hash(text: str) -> str:
@@ -65,9 +65,6 @@ def _width_class(bits: int | None) -> str:
 def _view(report: Report) -> dict[str, Any]:
     """What the template shows, as texts, tables and markup of ours."""
     evidence = Evidence.of(report.journal)
-    tiles = tiles_of(report.layers)
-    first = next((i for i, tile in enumerate(tiles) if tile.block is not None), len(tiles))
-    outside = [(i < first, tile) for i, tile in enumerate(tiles) if tile.block is None]
     times = Times.of(report.card)
     is_lowered = any(row.execution != _SIMULATED for row in report.layers)
     head, protocol = (dict_of(section) for section in (report.sections()[0], sections.protocol(report.card)))
@@ -78,12 +75,8 @@ def _view(report: Report) -> dict[str, Any]:
         "is_random": report.card.get("weights") == "random",
         "tiles": _tiles(report),
         "lacks": evidence.lacks,
-        "grid": grid_of(tiles),
-        "before": [tile for is_before, tile in outside if is_before],
-        "after": [tile for is_before, tile in outside if not is_before],
-        "index": {row.layer: index for index, row in enumerate(report.layers)},
-        "has_pairs": any("x" in tile.labels[1] for tile in tiles),
-        "legend": [None if label == "-" else int(label) for label, _ in legend()],
+        **grid_view(report),
+        "legend": LEGEND,
         "choices": _choices(report, evidence),
         "totals": sections.totals(report.totals),
         "frontier": frontier_of(evidence.table, report.allocation),
@@ -103,9 +96,26 @@ def _view(report: Report) -> dict[str, Any]:
         "card": json.dumps(dict(report.card), indent=2, default=str),
         "journal": sections.journal_table(report.journal),
         "steps": [entry.step for entry in report.journal.entries],
-        "version": importlib.metadata.version("fxquant"),
     }
     return {**found, "sections": [(a, n) for a, n in _SECTIONS if found.get(a, True)]}
+
+
+LEGEND = [None if label == "-" else int(label) for label, _ in legend()]
+"""Widths from narrow to wide, then None for float."""
+
+
+def grid_view(report: Report) -> dict[str, Any]:
+    """The grid of blocks by roles, the layers before and after the blocks, and each layer's place in the report."""
+    tiles = tiles_of(report.layers)
+    first = next((i for i, tile in enumerate(tiles) if tile.block is not None), len(tiles))
+    outside = [(i < first, tile) for i, tile in enumerate(tiles) if tile.block is None]
+    return {
+        "grid": grid_of(tiles),
+        "before": [tile for is_before, tile in outside if is_before],
+        "after": [tile for is_before, tile in outside if not is_before],
+        "index": {row.layer: index for index, row in enumerate(report.layers)},
+        "has_pairs": any("x" in tile.labels[1] for tile in tiles),
+    }
 
 
 _SECTIONS = (

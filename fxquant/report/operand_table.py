@@ -8,7 +8,7 @@ from typing import Any
 
 from fxquant.checks.untrusted import POSITIVE, TEXT, mapped, record
 from fxquant.graph.annotation import Source
-from fxquant.quantizers.statistics.outline import CHANNEL, ROW
+from fxquant.quantizers.statistics.outline import CHANNEL, ROW, Outline
 from fxquant.report.charts import histogram, share_bar
 from fxquant.report.evidence import Evidence
 from fxquant.runtime.layer_row import LayerRow, OperandRow
@@ -53,11 +53,15 @@ def layer_views(
         times: of layers; None: not measured.
         total_loss: the sum that shares are of.
     """
-    return [_layer(row, evidence, times, total_loss) for row in layers]
+    losses = [_loss(row, index, o, evidence) or 0.0 for row in layers for index, o in enumerate(row.operands)]
+    largest = max(losses, default=0.0)
+    return [_layer(row, evidence, times, total_loss, largest) for row in layers]
 
 
-def _layer(row: LayerRow, evidence: Evidence, times: Times | None, total_loss: float) -> dict[str, Any]:
-    operands = [_operand(row, index, operand, evidence, total_loss) for index, operand in enumerate(row.operands)]
+def _layer(
+    row: LayerRow, evidence: Evidence, times: Times | None, total_loss: float, largest_loss: float
+) -> dict[str, Any]:
+    operands = [_operand(row, index, operand, evidence, largest_loss) for index, operand in enumerate(row.operands)]
     time = ""
     if times is not None and row.layer in times.layers:
         found = times.layers[row.layer]
@@ -72,28 +76,37 @@ def _layer(row: LayerRow, evidence: Evidence, times: Times | None, total_loss: f
     }
 
 
-def _operand(row: LayerRow, index: int, operand: OperandRow, evidence: Evidence, total_loss: float) -> dict[str, Any]:
+def _operand(row: LayerRow, index: int, operand: OperandRow, evidence: Evidence, largest: float) -> dict[str, Any]:
     outline, levels = _at(evidence.outlines, row.layer, index), _at(evidence.levels, row.layer, index)
     loss = _loss(row, index, operand, evidence)
     realised = _at(evidence.realised, row.layer, index)
     return {
         "key": f"{row.layer} {index}",
         "place": place_of(row, index),
-        "holds": operand.source.replace("_", " "),
-        "elements": f"{operand.elements:,}",
+        "holds": _holds(operand),
         "bits": operand.bits,
         "pinned": operand.pinned,
         "quantizer": operand.quantizer or "-",
         "sqnr": "-" if operand.sqnr_db is None else f"{operand.sqnr_db:.1f} dB",
         "loss": "-" if loss is None else f"{loss:.2e}",
-        "loss_share": None if loss is None or total_loss <= 0 else loss / total_loss,
-        "bar": "" if loss is None or total_loss <= 0 else share_bar(loss / total_loss),
+        "bar": "" if loss is None or largest <= 0 else share_bar(loss / largest),
         "realised": "-" if realised is None else f"{realised:.2e}",
         "histogram": "" if outline is None else histogram(outline, levels or None),
-        "low": "" if outline is None else f"{outline.low:.3g}",
-        "high": "" if outline is None else f"{outline.high:.3g}",
+        "low": "" if outline is None else _end(outline.low, outline),
+        "high": "" if outline is None else _end(outline.high, outline),
         "unit": "" if outline is None else _UNITS.get(outline.unit, ""),
     }
+
+
+def _holds(operand: OperandRow) -> str:
+    """What it holds, where that says more than its place, and how much of it."""
+    source = operand.source.replace("_", " ")
+    return f"{operand.elements:,} elements" + ("" if source in ("weight", "other") else f", {source}")
+
+
+def _end(value: float, outline: Outline) -> str:
+    """An end of a histogram; 0 for what is nothing beside its span."""
+    return "0" if abs(value) < 1e-3 * (outline.high - outline.low) else f"{value:.3g}"
 
 
 def place_of(row: LayerRow, index: int) -> str:

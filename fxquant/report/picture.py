@@ -33,7 +33,7 @@ def write_picture(path: str | PathLike[str], source: GraphModule | Sequence[Laye
     Args:
         path: of the file; its suffix says what it becomes.
         source: an annotated graph, or the rows of a report, of which no DOT can be made.
-        title: above the picture.
+        title: the text above the picture.
 
     Raises ArtefactError for another suffix, for DOT without a graph, and where the file cannot be written.
     """

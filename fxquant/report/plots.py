@@ -21,10 +21,10 @@ class PlotPoint:
     """One compiled model: its line, its mean bits over weights and activations, its top-1 (%) and standard error.
 
     Args:
-        line: which line it belongs to.
-        mean_bits: over weights and activations.
-        top1: in percent.
-        standard_error: of top1, in percent.
+        line: the name of the line that the point belongs to.
+        mean_bits: the mean width over weights and activations.
+        top1: the accuracy in percent.
+        standard_error: the standard error of the accuracy, in percentage points.
     """
 
     line: str
@@ -44,7 +44,7 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     """Accuracy over mean bits, one line per `PlotPoint.line`, float32 as a dashed line; written in one step.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         points: compiled models.
         float_top1: of the float model, in percent; None: not shown.
 
@@ -74,16 +74,16 @@ def plot_sensitivity(
     """Scores of layers along the blocks, one line a role, one panel a metric (LampQ, Figure 5); logarithmic.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         panels: by title, the score of each layer in graph order; scores of one panel share a unit.
-        role_of: by layer.
+        role_of: the role of each layer, by the layer's name.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written or nothing is above 0.
     """
     check_plot(path)
     if not panels or not all(max(scores.values(), default=0) > 0 for scores in panels.values()):
         raise ArtefactError(f"{path}: every panel of a sensitivity plot needs a score above zero")
-    figure = _pyplot_free_figure()(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
+    figure = new_figure(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
     for index, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         for marker, role in zip("os^D" * 4, dict.fromkeys(role_of[layer] for layer in scores), strict=False):
@@ -120,15 +120,15 @@ def plot_frontier(
     """Losses by name over budgets, on a logarithmic scale where all are positive; written in one step.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         axis: what the budget limits.
         limits: the budgets, ascending.
-        losses: by name, one for each budget.
+        losses: for each curve, by its name, the losses at the budgets.
 
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
     check_plot(path)
-    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for marker, (name, values) in zip("os^D" * 4, losses.items(), strict=False):
         axes.plot(limits, values, marker=marker, markersize=4, label=name)
@@ -138,9 +138,7 @@ def plot_frontier(
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
-    write_file(Path(path), content.getvalue())
+    write_figure(path, figure)
 
 
 def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, float]]) -> None:
@@ -149,7 +147,7 @@ def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, fl
     Raises MissingExtraError without matplotlib, ArtefactError where the file cannot be written.
     """
     check_plot(path)
-    figure = _pyplot_free_figure()(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     variants = list(dict.fromkeys(variant for variant, _, _ in timings))
     sizes = list(dict.fromkeys(size for _, size, _ in timings))
@@ -162,9 +160,7 @@ def plot_latency(path: str | PathLike[str], timings: Sequence[tuple[str, int, fl
     axes.set_ylabel("images per second")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=150)
-    write_file(Path(path), content.getvalue())
+    write_figure(path, figure)
 
 
 def _pyplot_free_figure() -> Any:

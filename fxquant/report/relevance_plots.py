@@ -22,7 +22,7 @@ def plot_importance(path: str | PathLike[str], graph_module: GraphModule, import
     """Importance as one bar a block, stacked by role; layers outside blocks have bars of their own.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         graph_module: where block and role of these layers stand.
         importance: by layer, sums to 1, as `Relevance.importance` gives it or ScoreLayers notes it.
 
@@ -63,11 +63,11 @@ def plot_relevance(path: str | PathLike[str], images_bchw: Tensor, relevance_bch
     """Images above their relevance: red speaks for the predicted class, blue against it; one column an image.
 
     Args:
-        path: of the file.
+        path: where the file is written.
         images_bchw: float (B, 1 or 3, H, W), any range.
         relevance_bchw: float (B, C, h, w), of the patch embedding's output or of the image; summed over channels, h and
             w divide H and W or not.
-        titles: one an image.
+        titles: the text above each image.
 
     Raises as `plot_importance`.
     """

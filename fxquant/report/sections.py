@@ -32,9 +32,9 @@ class Table:
     """Cells in columns; `left` are the indices of columns aligned left.
 
     Args:
-        title: above the table.
-        columns: their headings.
-        rows: cells of each row.
+        title: the text above the table.
+        columns: the headings of the columns.
+        rows: the cells, row by row.
         left: indices of the columns that are aligned left.
     """
 
@@ -56,9 +56,9 @@ def header(model: str, allocation: Allocation | None, card: Mapping[str, Any]) -
     """What was compiled, how, within which budget, and how it executes.
 
     Args:
-        model: its name.
-        allocation: None for pipelines that allocate nothing.
-        card: the protocol.
+        model: the model's name.
+        allocation: the bits and how they were found; None for pipelines that allocate nothing.
+        card: the protocol card of the compiled model.
     """
     lines = [("model", model), ("recipe", _recipe(card)), *_budget_lines(allocation)]
     if card.get("weights") == "random":

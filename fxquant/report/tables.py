@@ -44,9 +44,9 @@ class Report(Document):
 
     Args:
         layers: one row per quantized layer.
-        allocation: None for pipelines that allocate nothing.
+        allocation: the bits and how they were found; None for pipelines that allocate nothing.
         journal: one entry per pass.
-        card: the protocol.
+        card: the protocol card of the compiled model.
         show_layers: whether the printed report has the table of all layers.
     """
 

@@ -27,17 +27,17 @@ class Totals:
     Args:
         parameters: elements of all tensors of the model.
         quantized_parameters: elements of quantized weights.
-        float_bytes: the model in float32.
+        float_bytes: what the whole model takes in float32.
         model_bytes: packed weights plus everything that stays float32.
-        weight_bytes: quantized weights alone.
+        weight_bytes: what the quantized weights alone take, packed at their bits.
         mean_weight_bits, mean_activation_bits: averaged as the budget asks, by elements without a budget; None where
             nothing is quantized.
         macs: multiply-accumulates of one image, of quantized layers.
-        bit_operations: per image.
-        float_bit_operations: these at 32 times 32 bits.
-        int8_bit_operations: these at 8 times 8 bits.
+        bit_operations: multiply-accumulates times the bits of both factors, summed over layers, for one image.
+        float_bit_operations: the same with 32 bits for both factors.
+        int8_bit_operations: the same with 8 bits for both factors.
         compression: float_bytes / model_bytes.
-        predicted_loss: summed.
+        predicted_loss: the predicted losses of all operands, summed.
     """
 
     parameters: int
@@ -61,7 +61,7 @@ class Totals:
         Args:
             layers: one row per quantized layer.
             allocation: says how means are averaged; None: by elements.
-            card: the protocol.
+            card: the protocol card of the compiled model.
         """
         weighted = [row for row in layers if row.weight_bits is not None]
         quantized = sum(row.parameters for row in weighted)

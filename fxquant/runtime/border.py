@@ -28,8 +28,8 @@ class Border:
     """What a graph takes and gives.
 
     Args:
-        image_shape: (C, H, W).
-        dtype: of the images.
+        image_shape: channels, height and width of one image.
+        dtype: the dtype that images must have.
         by_image: of every tensor of the result, whether its first dimension is the batch.
         constant: of every tensor of the result, whether it is the same for all images.
         others: in words, what other sizes graphs beside this one take; for messages.
@@ -58,7 +58,7 @@ class Border:
         """What the model gives for checked images; see the module for NaN and for no images.
 
         Args:
-            model: from images to what the graph returns.
+            model: the function from images to what the graph returns.
             images_bchw: (B, C, H, W), of the border's dtype; anything else is refused.
             device: where the images have to be; None: anywhere.
 

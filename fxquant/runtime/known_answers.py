@@ -89,7 +89,7 @@ class KnownAnswers:
     """Outputs for `answer_images`, float32 (2, n), n at most LARGEST: of larger outputs evenly spaced numbers.
 
     Args:
-        simulated: of the quantized model.
+        simulated: the answers of the quantized model, simulated.
         float_model: of the model that was compiled; None where it is not known.
         seed: what `answer_images` made the images from.
         rounding: how far the quantized model's outputs move, relative, where every node's output moves by JITTER.
@@ -216,7 +216,7 @@ def answer_images_for(graph_module: GraphModule, seed: int = SEED, pixels: Range
 
     Args:
         graph_module: the graph.
-        seed: of the noise.
+        seed: the seed that the noise is drawn from.
         pixels: what the images are clamped to; None: they are not.
     """
     image = image_of(graph_module).meta["tensor_meta"]

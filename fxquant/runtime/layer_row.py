@@ -16,8 +16,8 @@ class OperandRow:
 
     Args:
         source: what it holds; "weight" for the weight.
-        elements: of one image; of a weight, its own.
-        bits: None where it stays float.
+        elements: how many values the operand has, for one image where it is an activation.
+        bits: the width of its codes; None where it stays in float.
         sqnr_db: of the tensor alone, on the calibration images; None where it stays float.
         quantizer: kind of quantizer; None where it stays float.
         pinned: bits fixed by an override or a policy.
@@ -36,7 +36,7 @@ class LayerRow:
     """What one layer got.
 
     Args:
-        layer, role, block: as assigned.
+        layer, role, block: the layer's public name, what it is for, and the index of its block.
         macs: multiply-accumulates of one image.
         operands: the weight and the input, the left and the right input of a product, or the only input.
         predicted_loss: of the whole model if only this layer were quantized (nats per image under the Hessian-guided

@@ -51,7 +51,7 @@ def fisher_traces(
         batches: images, float (B, C, H, W); one batch of activations is alive at a time.
         fisher: how cotangents of class scores are drawn.
         draws: random cotangents of the output per image.
-        seed: of the draws.
+        seed: the seed that gradients are drawn from.
         labels_n: int64, one per image of all batches; then `fisher`, `draws` and `seed` say nothing.
         objective: whose cotangents are drawn; with labels they are those of the cross-entropy of class scores.
         sums: of the batches before these, where there were any.

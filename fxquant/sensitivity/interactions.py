@@ -34,7 +34,7 @@ def correlations(divergence: Divergence, operands: list[Place], bits: int, stron
     Args:
         divergence: measures the network with operands at chosen widths.
         operands: those to choose from, each measured alone; of the `strongest` of them every pair is measured together.
-        bits: width while measured.
+        bits: the width that operands have while they are measured.
         strongest: how many of the operands are paired, those that cost most alone.
 
     Raises SensitivityError as `Divergence.of` does.

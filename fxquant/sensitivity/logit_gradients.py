@@ -24,7 +24,7 @@ def logit_gradients(probabilities_bc: Tensor, fisher: Fisher, draws: int, seed: 
     """v for each draw, float32 (draws, B, classes); drawn image by image, so the batch size has no say in it.
 
     Args:
-        probabilities_bc: float (B, classes).
+        probabilities_bc: the model's distribution over classes, float (B, classes).
         fisher: the rule that gives v, see the module.
         draws: how many gradients each image gets.
         seed: what they are drawn by.
@@ -51,10 +51,10 @@ def random_signs(shapes: Sequence[tuple[int, ...]], images: Iterable[int], draws
     """-1 or 1 at random, float32 (draws, B, *shape) for each shape.
 
     Args:
-        shapes: of one image's tensors.
+        shapes: the shapes of one image's tensors.
         images: indices of the B images among all; each has random numbers of its own.
-        draws: how many.
-        seed: of all.
+        draws: how many signs each element gets.
+        seed: the seed that all signs follow from.
     """
     found = []
     for index in images:

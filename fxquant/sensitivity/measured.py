@@ -42,7 +42,7 @@ class Divergence:
     Args:
         graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read,
             and must stay as it is while this lives.
-        images_bchw: float (B, C, H, W).
+        images_bchw: the images that outputs are compared on, float (B, C, H, W).
         batch_size: images per forward.
         baseline: bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float
             without one; the divergence is to the float output in any case.

@@ -41,9 +41,9 @@ def nuclear_norms(
     """Mean nuclear norm by (block, module).
 
     Args:
-        graph_module: traced, with roles.
+        graph_module: a traced graph whose nodes have roles.
         batches: images, float (B, C, H, W).
-        sums: of the batches before these.
+        sums: what the batches before these have added up to.
 
     Raises SensitivityError for a feature that is not finite.
     """

@@ -49,8 +49,8 @@ class Draws:
     """Random cotangents, drawn image by image, so that the batch size has no say in them.
 
     Args:
-        count: of each image.
-        seed: of the draws.
+        count: how many draws each image gets.
+        seed: the seed that all draws follow from.
         first: index of the batch's first image among all.
         fisher: for class scores, how they are drawn; see `fxquant.sensitivity.logit_gradients`.
     """
@@ -80,7 +80,7 @@ class Objective:
 
     Args:
         name: what reports and cards call it.
-        unit: of its divergence, of one image.
+        unit: the unit of its divergence, such as nats per image.
         needs: what it takes the model's output for, in words.
         remedy: what to do where the output is something else.
         why_not: of a traced graph, why its output is not that; None where it is.
@@ -119,8 +119,8 @@ class Objective:
 
         Args:
             output: what the model returned.
-            needed_by: named in errors.
-            finite: whether they have to be.
+            needed_by: what asks for the outputs, which errors name.
+            finite: whether NaN and infinite outputs are refused.
 
         Raises CalibrationError where there are none, or where one is not finite.
         """
@@ -143,8 +143,8 @@ class Objective:
 
         Args:
             outputs: y, from a forward pass that keeps its graph, which the last draw frees.
-            tensors: what to differentiate by.
-            draws: of v.
+            tensors: the tensors whose gradients are wanted.
+            draws: the random draws of the cotangents v.
         """
         cotangents = self.cotangents(outputs, draws)
         for draw in range(draws.count):

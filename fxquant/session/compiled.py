@@ -28,6 +28,7 @@ from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
+from fxquant.report import summary
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime.border import Border
@@ -47,7 +48,7 @@ class Compiled(nn.Module):
     Args:
         graph_module: the annotated graph that runs.
         allocation: bits by layer and how they were found.
-        journal: one entry per pass.
+        journal: what each pass did, one entry per pass.
         layers: one row per quantized layer.
         card: the protocol (data, policies, what stays float, versions).
         answers: what the model gave for images from a seed, which whatever runs it is held against; None: not known.
@@ -96,6 +97,12 @@ class Compiled(nn.Module):
     def report(self) -> Report:
         """Tables per layer and in total; print it, or take `.to_dict()`."""
         return Report(self.layers, self.allocation, self.journal, self.card)
+
+    def __repr__(self) -> str:
+        return summary.line_of(self.report())
+
+    def _repr_html_(self) -> str:
+        return summary.html_of(self.report())
 
     def to_networkx(self) -> networkx.DiGraph:
         """The annotated graph, one networkx node per graph node."""
@@ -272,7 +279,7 @@ class Compiled(nn.Module):
         Input "images", float32 (B, C, H, W) with any B, output "scores"; the card is in its metadata.
 
         Args:
-            path: of the file.
+            path: where the file is written.
             weight_type: "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or
                 "simulated" (float operators); what runs as int8 is up to the runtime.
             check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.
@@ -295,7 +302,7 @@ class Compiled(nn.Module):
 
     @checked(ArtefactError)
     def export_program(self, path: str | PathLike[str]) -> int:
-        """Write the file that the C library `libfxquant` runs, without Python (docs/c_library.md); returns its bytes.
+        """Write the program that `libfxquant` runs without Python (docs/how_to/c_library.md); returns its bytes.
 
         Its outputs equal those of `lowered("cpu-native")` bit for bit, which is checked on two images before the file
         is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels;

@@ -32,8 +32,8 @@ class ModelOutputs:
     """What the caller's own model gives.
 
     Args:
-        first: for the first two calibration images.
-        answers: for the images of known answers.
+        first: the outputs for the first two calibration images.
+        answers: the outputs for the images that known answers are about.
         tree: how its tensors are arranged, with the model's own containers.
     """
 
@@ -46,12 +46,12 @@ class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
     Args:
-        model: the caller's.
+        model: the caller's model, which is not changed.
         calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
-        seed: of every random draw.
+        seed: the seed of every random draw.
         batch_size: images per forward where outputs are compared.
-        cache: where results are kept.
-        progress: where long steps report.
+        cache: the folder that keeps results.
+        progress: what long steps report their progress to.
         objective: what quantization must keep of the output, or its name.
         inputs: arguments of the model's forward besides the images, by name, which are always the same.
         image_sizes: further (height, width) of images, see `fxquant.session.sizes`.

@@ -60,10 +60,10 @@ def protocol_card(
     """How the numbers came about, as JSON values.
 
     Args:
-        model: the caller's.
+        model: the caller's model.
         source: where calibration images came from.
-        pipeline: what was run.
-        graph_module: what came out of it.
+        pipeline: the pipeline that was run.
+        graph_module: the graph that came out of it.
         backend: what quantizers and widths were restricted to.
     """
     annotations = [annotation_of(node) for node in nodes_with_role(graph_module)]

@@ -17,6 +17,7 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -35,6 +36,7 @@ from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.capture.exported import module_of_program
 from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.notes import SIZES
+from fxquant.report.progress import bars_for, quiet
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
@@ -97,13 +99,16 @@ class Session:
             self._check_own(self._recipe)
         self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
         self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
+        progress = options.get("progress")
+        bars = bars_for(progress)
+        self._bars: AbstractContextManager[Any] = nullcontext() if bars is None else bars
         self._source = ModelSource(
             model,
             calibration,
             options.get("seed", DEFAULT_SEED),
             options.get("batch_size", DEFAULT_BATCH_SIZE),
             Cache(options.get("cache")),
-            reporter_of(options.get("progress")),
+            bars or reporter_of(quiet(progress)),
             options.get("objective", DEFAULT_OBJECTIVE),
             options.get("inputs"),
             self._sizes,
@@ -176,13 +181,17 @@ class Session:
         """The model quantized within one budget; calibrates and searches on the first call only.
 
         Args:
-            budget: see `pipeline`.
-            allocator: None for the recipe's own.
+            budget: what the bits may use at most; see `pipeline`.
+            allocator: what chooses the bits; None takes the recipe's own.
             last: nothing more will be asked of this session, so that it keeps nothing for later: the one traced model
                 becomes the quantized one where no folder keeps it, which halves the memory.
 
         Raises as `fxquant.compile` does.
         """
+        with self._bars:
+            return self._compile(budget, allocator, last)
+
+    def _compile(self, budget: Any, allocator: Allocator | None, last: bool) -> Compiled:
         pipeline = self.pipeline(budget, allocator)
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
@@ -205,10 +214,20 @@ class Session:
         """
         pipeline = self.pipeline(budget)
         prefix, rest = split(pipeline)
-        searched, context = self._after_search(prefix)
+        with self._bars:
+            searched, context = self._after_search(prefix)
         found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
+
+    @torch.inference_mode(False)
+    def searched(self) -> GraphModule:
+        """The graph with quantizers found at every width and none chosen; calibrates on the first call only.
+
+        It is this session's own: read it, and do not change it. Raises as `fxquant.compile` does.
+        """
+        prefix, _ = split(self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8"))
+        return self._after_search(prefix)[0]
 
     def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
         """The graph after the passes before bits are allocated, and a context whose journal tells of them.
@@ -246,7 +265,7 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: the caller's. Also what `torch.export` made of one, with a batch of any size.
+        model: the caller's model, which is not changed; or what `torch.export` made of one, with a batch of any size.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
         calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
             DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024

@@ -79,10 +79,10 @@ def sweep(
     """Compile and measure every recipe at every budget with every allocator; what `results` has is not done again.
 
     Args:
-        sessions: by recipe.
+        sessions: a session for each recipe, by the recipe's name.
         budgets: each is compiled with every recipe.
-        allocators: None for the recipe's own.
-        measure: accuracy of a model, shown under a label.
+        allocators: what chooses the bits; None stands for the recipe's own.
+        measure: a function that returns the accuracy of a model, given the model and a label for the progress display.
         results: keeps the points, so that a sweep that was stopped goes on.
         settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
             before anything is calibrated.

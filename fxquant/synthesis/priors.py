@@ -33,7 +33,7 @@ def similarity_entropy(output: Tensor, prefix_tokens: int = 0, bandwidth: float 
             after the first `prefix_tokens` (class token, registers) are left out. All heads' channels together describe
             a patch.
         prefix_tokens: how many tokens stand before the patches and are left out: class token, registers.
-        bandwidth: h.
+        bandwidth: the width h of the kernel that the density is estimated with.
     """
     patches = output.transpose(1, 2).flatten(2) if output.ndim == 4 else output
     patches = functional.normalize(patches[:, prefix_tokens:].float(), dim=-1)

@@ -19,7 +19,7 @@ def write_sheet(path: Path, images_bchw: Tensor, mean: tuple[float, ...], std: t
     """All images side by side in one PNG. images: float (B, 1 or 3, H, W), normalised with mean and std.
 
     Args:
-        path: of the PNG.
+        path: where the PNG is written.
         images_bchw: float (B, 1 or 3, H, W), normalised.
         mean, std: per channel, what the images were normalised with.
 

@@ -90,7 +90,10 @@ class Synthesis:
                 f"image_shape is (channels, height, width), each 1 to {_LARGEST_SIDE:,}, found {self}"
             )
         if not self.learning_rate > 0 or not 0 <= least <= most or not 0 <= self.jitter < 1:
-            raise CalibrationError(f"learning_rate > 0, 0 <= variation and 0 <= jitter < 1 are needed, found {self}")
+            raise CalibrationError(
+                f"learning_rate must be above 0, variation a range of numbers from 0 on, and jitter "
+                f"at least 0 and below 1; found {self}"
+            )
 
     def described(self, seed: int) -> str:
         """For the protocol card."""

@@ -80,7 +80,9 @@ class MeasureLatency:
         """Raise BudgetError for options that do not fit."""
         check_fields(self, BudgetError)
         if self.batch_size < 1 or self.threads < 1:
-            raise BudgetError(f"a latency is of at least one image on at least one thread, found {self}")
+            raise BudgetError(
+                f"a latency is measured with a batch_size of at least 1 and at least 1 thread; found {self}"
+            )
 
     @property
     def described(self) -> str:

@@ -50,7 +50,7 @@ class FisherTrace:
         """Raise SensitivityError for options out of range."""
         check_fields(self, SensitivityError)
         if not self.gamma > 1 or self.draws < 1:
-            raise SensitivityError(f"gamma > 1 and draws >= 1 are needed, found {self}")
+            raise SensitivityError(f"gamma must be above 1, and draws at least 1; found {self}")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of the nodes that have a weight. Notes `fisher_trace` by layer.
@@ -65,9 +65,9 @@ class FisherTrace:
         """tr(F) by layer.
 
         Args:
-            graph_module: with candidates on the nodes.
+            graph_module: a graph whose nodes have candidates.
             nodes: the nodes to score.
-            context: with the calibration images.
+            context: gives the calibration images.
         """
         sums, weighted = Sums(), _weighted(nodes)
         settings = [self.draws, self.labels, [node.name for node in weighted]]
@@ -130,9 +130,9 @@ class TypeAwareFisher(FisherTrace):
         """The drop of each sampled layer at beta bits, in graph order.
 
         Args:
-            graph_module: with candidates on the nodes.
+            graph_module: a graph whose nodes have candidates.
             nodes: the nodes to score.
-            context: with the calibration images.
+            context: gives the calibration images.
         """
         beta = self._width(nodes)
         sampled = self._sampled(_weighted(nodes), context.seed)

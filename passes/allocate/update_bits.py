@@ -74,7 +74,8 @@ class UpdateBits:
         in_range = 0 <= self.held_out < 1 and 1 <= self.size <= 3 and self.rounds >= 0
         if not in_range or (self.patience is not None and self.patience < 1):
             raise PipelineError(
-                f"0 <= held_out < 1, size 1 to 3, rounds >= 0 and patience >= 1 are needed, found {self}"
+                f"held_out must be at least 0 and below 1, size 1 to 3, rounds at least 0 and patience at least 1; "
+                f"found {self}"
             )
         if self.estimate == "expected" and not self.tied:
             raise PipelineError('estimate="expected" is derived for equal widths of weights and inputs: use tied=True')

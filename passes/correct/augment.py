@@ -36,7 +36,9 @@ class Augment:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if not (0 < self.crop <= 1 and 0 <= self.mixed <= 1 and 0 <= self.colour < 1):
-            raise CalibrationError(f"crop is over 0 and at most 1, mixed and colour are 0 to 1, found {self}")
+            raise CalibrationError(
+                f"crop must be above 0 and at most 1, mixed from 0 to 1, colour at least 0 and below 1; found {self}"
+            )
 
     def __call__(self, images_bchw: Tensor, generator: torch.Generator) -> Tensor:
         """Float (B, C, H, W), on the CPU, to as many others."""

@@ -32,7 +32,7 @@ class BlockPair:
     """One block of both networks and the calibration images' values at its ends.
 
     Args:
-        index: of the block, from 0.
+        index: the position of the block, from 0.
         block: its name and its ends.
         original, quantized: the block as graph modules that share modules with the whole networks.
         float_input, quantized_input, target: float (N, ...), on the device of the networks; target is the float block's
@@ -85,7 +85,7 @@ class BlockPairs:
 
     Args:
         graph_module: with observers and bits; it is not changed.
-        context: with the calibration images.
+        context: gives the calibration images.
         device: where the networks run, images are moved there; None: where the graph's weights are.
     """
 

@@ -55,7 +55,7 @@ class CompensateWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.dampening < 0 or self.block < 1:
-            raise CalibrationError(f"dampening is not negative, and a block has at least one column, found {self}")
+            raise CalibrationError(f"dampening must be at least 0, and block at least 1 column; found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place and let go of Gram matrices; returns how many layers.
@@ -103,10 +103,10 @@ def compensate(
     """GPTQ: a weight on the quantizer's grid with small (W^ - W) G (W^ - W)^T.
 
     Args:
-        weight_oi: float (out, in).
-        gram_ii: float (in, in), positive semi-definite.
+        weight_oi: the weight to round, float (out, in).
+        gram_ii: the Gram matrix of the layer's inputs, float (in, in), positive semi-definite.
         quantizer: its scale is (out, 1) or ().
-        dampening: see CompensateWeights.
+        dampening: the share of the mean diagonal that is added to the diagonal; see CompensateWeights.
         block: columns of which the earlier ones' errors are gathered in one product.
 
     Returns:

@@ -51,8 +51,8 @@ class Correction:
     """What one layer got.
 
     Args:
-        layer: path of its module.
-        ridge: None where no correction was best.
+        layer: the path of the layer's module.
+        ridge: the strength of the ridge that was chosen; None where no correction was best.
         heldout_error: weighted squared error at its output over images left out, after rounding to nearest, relative to
             that of the uncorrected weight.
         weight: the corrected float weight before rounding, shape of the layer's.
@@ -93,7 +93,7 @@ class CorrectWeights:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.folds < 2 or any(ridge <= 0 for ridge in self.ridges) or self.dampening <= 0:
-            raise CalibrationError(f"at least two folds, positive ridges and dampening are needed, found {self}")
+            raise CalibrationError(f"folds must be at least 2, and every ridge and dampening above 0; found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights and biases in place; returns how many layers. Notes each layer's ridge and error."""

@@ -87,9 +87,9 @@ class Distil:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
-            raise CalibrationError(f"steps, images and checks are at least 1, found {self}")
+            raise CalibrationError(f"steps, images and checks must be at least 1; found {self}")
         if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
-            raise CalibrationError(f"rates and the weight of features are not negative, found {self}")
+            raise CalibrationError(f"rates and the weight of features must be at least 0; found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.

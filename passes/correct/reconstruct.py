@@ -92,11 +92,11 @@ class Reconstruct:
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.rank, self.checks) < 1 or not 0 <= self.drop <= 1:
             raise CalibrationError(
-                f"steps, images, rank and checks are at least 1, drop is between 0 and 1, found {self}"
+                f"steps, images, rank and checks must be at least 1, and drop from 0 to 1; found {self}"
             )
         rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
         if min(rates) < 0 or not 0 <= self.warm_up <= 1:
-            raise CalibrationError(f"rates and penalty are not negative, warm_up is between 0 and 1, found {self}")
+            raise CalibrationError(f"rates and penalty must be at least 0, and warm_up from 0 to 1; found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights, biases and activation candidates in place; returns how many layers.

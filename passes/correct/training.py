@@ -42,7 +42,7 @@ class Training:
     """The network in training: what learns, the optimizer, and the best state so far.
 
     Args:
-        options: of the pass.
+        options: the pass whose options say how to train.
         pairs: the float and the quantized network, and what they are given.
         wanted: by layer the float weight (out, ...) that training starts from; for others it is the layer's own.
         train: indices of images to learn from, int64 (N,).

@@ -39,7 +39,7 @@ class Planned:
     """A node that will run as integers.
 
     Args:
-        codes: of its inputs.
+        codes: how each of its inputs is bytes.
         layers: public names of the layers that it runs.
         epilogue: what happens to its result.
     """
@@ -119,7 +119,7 @@ def set_shape(node: Node, shape: tuple[int, ...], like: Node) -> None:
 
     Args:
         node: the node.
-        shape: of the tensor that it holds.
+        shape: the shape of the tensor that the node holds.
         like: a node whose dtype is taken where nothing was known of this one.
     """
     metadata = node.meta.get("tensor_meta", like.meta["tensor_meta"])

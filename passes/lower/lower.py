@@ -10,6 +10,7 @@ How is said by the backend: each is a value with a pipeline of passes (`passes.l
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -120,7 +121,10 @@ def resolved(backend: str) -> str:
     if backend == AUTO:
         choices = [found for found in backends().values() if found.choice is not None]
         ordered = sorted(choices, key=lambda found: found.choice or 0)
-        return next(found.name for found in ordered if found.why_absent() is None)
+        name = next(found.name for found in ordered if found.why_absent() is None)
+        if (missing := ordered[0].why_absent()) is not None:
+            warnings.warn(f"backend 'auto' is {name!r} here: {missing}", stacklevel=2)  # Python shows it once
+        return name
     error = backends()[backend].why_absent()
     if error is not None:
         raise error

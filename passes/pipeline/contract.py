@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,6 +24,8 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
 
+_LOGGER = logging.getLogger("fxquant")
+
 
 @dataclass(frozen=True)
 class JournalEntry:
@@ -31,7 +34,7 @@ class JournalEntry:
     Args:
         step: the repr of the pass.
         nodes_changed: how many nodes it changed.
-        seconds: wall time.
+        seconds: how long the pass took by the clock.
         peak_mib: largest resident memory of the process so far, in MiB.
         notes: what the pass says of its run, JSON values.
     """
@@ -62,16 +65,17 @@ class Journal:
     pending: dict[str, Any] = field(default_factory=dict)
 
     def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left.
+        """Append the entry of a pass that has ended, with the notes it left, and log it.
 
         Args:
             step: the repr of the pass.
             nodes_changed: how many nodes it changed.
-            seconds: wall time.
+            seconds: how long the pass took by the clock.
             peak_mib: largest resident memory of the process so far, in MiB.
         """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
+        _LOGGER.info("%s: %d nodes changed, %.2f s", step, nodes_changed, seconds)
 
 
 class ProgressReporter(Protocol):
@@ -170,10 +174,10 @@ class PassContext:
         images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
         batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
             memory, does not change results beyond float rounding. Statistics are gathered image by image.
-        seed: of every random draw.
+        seed: the seed of every random draw.
         cache: where scores are kept, in memory unless it has a folder.
-        progress: where long steps report.
-        journal: where notes go.
+        progress: what long steps report their progress to.
+        journal: takes what passes note of their runs.
         expected: what the model that was traced gives for the first two images (one of them twice where there is one),
             which the graph is held against (`passes.pipeline.proof`); None: what the graph itself gives before the
             first exact pass.

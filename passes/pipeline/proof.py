@@ -77,7 +77,7 @@ class Proof:
 
         Args:
             given: what the pipeline was given, if no pass changes it.
-            graph_module: what passes change.
+            graph_module: the graph that passes change.
             context: with the outputs of the caller's model, where they are known.
         """
         self._given = given
@@ -235,9 +235,9 @@ def run_in_float(graph_module: GraphModule, images_bchw: Tensor, tensors: Tensor
     """The graph on images, float (B, C, H, W), with every quantizer bypassed.
 
     Args:
-        graph_module: simulated, or with observers.
+        graph_module: a simulated graph, or one with observers.
         images_bchw: float (B, C, H, W).
-        tensors: used where a node has some.
+        tensors: float tensors that take the place of a module's own, where there are some for it.
     """
     interpreter = _Bypass(graph_module, tensors)
     output: Any = interpreter.run(images_bchw.clone())

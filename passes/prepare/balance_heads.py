@@ -55,7 +55,7 @@ class BalanceHeads:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if not 0 < self.dampening < 1:
-            raise CalibrationError(f"dampening is between 0 and 1, found {self}")
+            raise CalibrationError(f"dampening must be above 0 and below 1; found {self}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Fold in place; returns the number of linear layers changed.

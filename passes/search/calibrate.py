@@ -148,7 +148,7 @@ class Calibrate:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
-            raise CalibrationError(f"at least one draw and one image are needed, found {self}")
+            raise CalibrationError(f"draws must be at least 1, and images at least 1 or None; found {self}")
 
     def _squared_gradients(
         self, output: Any, recorder: Recorder, context: PassContext, first: int

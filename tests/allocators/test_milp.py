@@ -134,7 +134,7 @@ def test_out_of_time_returns_the_greedy_answer(capfd):
 
 @pytest.mark.parametrize("options", [{"time_limit_s": 0}, {"relative_gap": -1}, {"threads": 0}])
 def test_options_out_of_range(options):
-    with pytest.raises(BudgetError, match="time_limit_s > 0"):
+    with pytest.raises(BudgetError, match="time_limit_s must be above 0"):
         Milp(**options)
 
 

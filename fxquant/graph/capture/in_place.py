@@ -77,7 +77,7 @@ def assigned(target: Any, index: tuple[Any, ...], value: Any, axis: int = 0) -> 
     Args:
         target: a tensor, or what stands for it during the trace.
         index: integers and slices, one for each axis from `axis` on.
-        value: what the places get.
+        value: the new value of the elements that are assigned to.
         axis: the first axis that is indexed.
     """
     while index and index[0] in _WHOLE:
@@ -133,9 +133,9 @@ class Memory:
         """Raise TraceError where an operation reads the values of a node that is out of date.
 
         Args:
-            proxy: what is about to be recorded.
+            proxy: the call that is about to be recorded.
             target: the function or the name of the method that is called.
-            args: its arguments.
+            args: the arguments of that call.
         """
         name = args[1] if target is getattr else target
         if is_constant(proxy) or proxy.node not in self._written or (isinstance(name, str) and name in _SHAPES):

@@ -247,8 +247,8 @@ class ShapeTracer(fx.Tracer):
 
         Args:
             target: the tensor that is written to.
-            index: which of its elements.
-            value: what they get.
+            index: which of its elements are written, as in target[index].
+            value: what is written to them.
         """
         if isinstance(target, ConstantProxy) and not varies((index, value)):
             target.batch_values[0][at_batch(index, 0)] = at_batch(value, 0)

@@ -41,10 +41,13 @@ struct Session {
     Session &operator=(const Session &) = delete;
 };
 
-// Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns.
-template <bool is_tall, bool is_wide, class Work>
-void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements, int64_t steps,
-             const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
+// Registers 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns. Reads whole rows of 16 or 32, and writes as many, added to
+// `begin` where there is one (one row for all with stride 0); meanwhile does some of `work`.
+template <class Work>
+void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
+          int64_t groups, const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
+    const bool is_tall = rows > 16, is_wide = vectors == 2;
+    const int64_t steps = groups / 16;
     // Copies: stores of bytes may change whatever is in memory. Not const: only so do compilers keep them in registers.
     auto task = work.task();
     Work mine = work;
@@ -84,17 +87,6 @@ void tile_of(const Left *left, int64_t left_stride, const Right *right, int64_t 
     if (is_wide) _tile_stored(1, sums + 16, bytes);
     if (is_tall) _tile_stored(2, sums + tall, bytes);
     if (is_tall && is_wide) _tile_stored(3, sums + tall + 16, bytes);
-}
-
-// Reads whole rows of 16 or 32, and writes as many, added to `begin` where there is one (one row for all with stride 0);
-// meanwhile does some of `work`.
-template <class Work>
-void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t left_stride, const Right *right, int64_t unit_elements,
-          int64_t groups, const int32_t *begin, int64_t begin_stride, int32_t *sums, int64_t sum_stride, Work &work) {
-    const bool is_wide = vectors == 2;
-    (rows > 16 ? is_wide ? tile_of<true, true, Work> : tile_of<true, false, Work>
-               : is_wide ? tile_of<false, true, Work> : tile_of<false, false, Work>)(
-        left, left_stride, right, unit_elements, groups / 16, begin, begin_stride, sums, sum_stride, work);
 }
 
 #include "avx512.inl"

@@ -49,7 +49,7 @@ static void attention_with(const AttentionReach &reach, const AttentionCall &cal
     Block<Loop> queries = queries_of(0);
     // Base-2 logarithms of a row, and the largest; behind them minus infinity.
     const auto scores_of = [&](int64_t row) {
-        const RowValues<kOneDigit, Loop> at(first, queries, sums, row);
+        const RowValues<false, Loop> at(first, queries, sums, row);
         Vec largest[kParts / kLanes];
         for (int i = 0; i < kParts / kLanes; ++i) largest[i] = splat(-__builtin_inff());
         float *__restrict to = scores + row * whole;

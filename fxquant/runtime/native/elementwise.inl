@@ -125,17 +125,22 @@ static void quantize(const FxqQuantizer &quantizer, const float *x, int64_t coun
 constexpr int64_t kNormRows = 16;
 
 // In three passes over a few rows, since what ends a pass of one row takes long.
-template <class Bytes>
-static void layer_norm_with(const Bytes &bytes, const LayerNormCall &call, int64_t row, int64_t rows) {
+static void means_and_gains(const LayerNormCall &call, int64_t row, int64_t rows, float *means, float *gains) {
     const int64_t channels = call.channels;
-    const float *__restrict first = call.x + row * channels, *__restrict weight = call.weight, *__restrict bias = call.bias;
-    uint8_t *__restrict out = call.out + row * channels;
-    float means[kNormRows], gains[kNormRows];
+    const float *__restrict first = call.x + row * channels;
     for (int64_t r = 0; r < rows; ++r) means[r] = sum<1>(first + r * channels, channels, 0.0f) / float(channels);
     for (int64_t r = 0; r < rows; ++r) {
         const float variance = sum<2>(first + r * channels, channels, means[r]) / float(channels);
         gains[r] = 1.0f / __builtin_sqrtf(variance + call.epsilon);
     }
+}
+
+template <class Bytes>
+static void layer_norm_with(const Bytes &bytes, const LayerNormCall &call, int64_t row, int64_t rows, const float *means,
+                            const float *gains) {
+    const int64_t channels = call.channels;
+    const float *__restrict first = call.x + row * channels, *__restrict weight = call.weight, *__restrict bias = call.bias;
+    uint8_t *__restrict out = call.out + row * channels;
     for (int64_t r = 0; r < rows; ++r) {
         const Vec mean = splat(means[r]), gain = splat(gains[r]);
         for (int64_t c = 0; c < channels; c += kLanes) {
@@ -146,12 +151,14 @@ static void layer_norm_with(const Bytes &bytes, const LayerNormCall &call, int64
             store_bytes(bytes(y), out + r * channels + c, left);
         }
     }
-    snap(*call.quantizer, out, rows, channels, channels);
 }
 
 static void layer_norm(const LayerNormCall &call, int64_t row, int64_t rows) {
-    with_bytes(*call.quantizer, [&](const auto &bytes) {
-        for (int64_t r = row; r < row + rows; r += kNormRows)
-            layer_norm_with(bytes, call, r, row + rows - r < kNormRows ? row + rows - r : kNormRows);
-    });
+    float means[kNormRows], gains[kNormRows];
+    for (int64_t r = row; r < row + rows; r += kNormRows) {
+        const int64_t count = row + rows - r < kNormRows ? row + rows - r : kNormRows;
+        means_and_gains(call, r, count, means, gains);
+        with_bytes(*call.quantizer, [&](const auto &bytes) { layer_norm_with(bytes, call, r, count, means, gains); });
+        snap(*call.quantizer, call.out + r * call.channels, count, call.channels, call.channels);
+    }
 }

@@ -2,42 +2,46 @@
 
 constexpr int kTileColumns = kMaxVectors * kUnit;
 
-// How the digits' sums make one number: there is one digit; int32 holds the result; it does not.
-enum Sum { kOneDigit, kNarrow, kWide };
-
-// For sums of `inner` levels times numbers of at most `most_right`.
-static Sum sum_kind(const FxqLevels &levels, int64_t inner, int64_t most_right) {
-    if (levels.count == 1) return kOneDigit;
+// Whether no int32 holds sums of `inner` levels times numbers of at most `most_right`.
+static bool is_wide_sum(const FxqLevels &levels, int64_t inner, int64_t most_right) {
+    if (levels.count == 1) return false;
     int64_t most = 0;
     for (int b = 0; b < 256; ++b) {
         int64_t level = -int64_t(levels.zero);
         for (int d = 0; d < levels.count; ++d) level += int64_t(levels.digit[d][b]) << (8 * d);
         most = level > most ? level : -level > most ? -level : most;
     }
-    return most * inner * most_right < int64_t(1) << 31 ? kNarrow : kWide;
+    return most * inner * most_right >= int64_t(1) << 31;
 }
 
 constexpr int kTileVectors = kTileColumns / kLanes;
 static_assert(kTileVectors * kLanes == kTileColumns, "rows of a tile are whole vectors");
 
-// Digits' sums of kLanes columns as numbers, less what zero-points add: plus `correction`, or where int32 does not hold it,
-// less zero times column_sum, plus a constant. sums: int32, `plane` apart for each digit.
+static FXQ_APART void wide_totals(const FxqLevels &levels, const int32_t *sums, int64_t plane, const int32_t *column_sum,
+                                  double constant, int64_t count, float *totals) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        totals[lane] = 0;
+        if (lane >= count) continue;
+        double value = double(sums[lane]) + 256.0 * double(sums[plane + lane]);
+        if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + lane]);
+        totals[lane] = float(value - double(column_sum[lane]) * double(levels.zero) + constant);
+    }
+}
+
+// Digits' sums of kLanes columns as numbers, less what zero-points add: plus `correction`, or where int32 does not hold it
+// (is_wide), less zero times column_sum, plus a constant. sums: int32, `plane` apart for each digit.
 // Unsigned: a damaged layout may hold any sum, and wrapping round is defined for unsigned numbers only.
-template <Sum sum>
-static FXQ_INLINE Vec total_of(const FxqLevels &levels, const int32_t *sums, int64_t plane, Whole correction,
+template <bool has_digits>
+static FXQ_INLINE Vec total_of(const FxqLevels &levels, bool is_wide, const int32_t *sums, int64_t plane, Whole correction,
                                const int32_t *column_sum, double constant, int64_t count) {
-    if (sum == kWide) {
-        alignas(64) float totals[kLanes] = {};
-        for (int lane = 0; lane < kLanes && lane < count; ++lane) {
-            double value = double(sums[lane]) + 256.0 * double(sums[plane + lane]);
-            if (levels.count == 3) value += 65536.0 * double(sums[2 * plane + lane]);
-            totals[lane] = float(value - double(column_sum[lane]) * double(levels.zero) + constant);
-        }
+    if (has_digits && is_wide) {
+        alignas(64) float totals[kLanes];
+        wide_totals(levels, sums, plane, column_sum, constant, count, totals);
         return load(totals, kLanes);
     }
     Whole value = load(sums, count) + correction;
-    if (sum == kNarrow) value = value + (load(sums + plane, count) << 8);
-    if (sum == kNarrow && levels.count == 3) value = value + (load(sums + 2 * plane, count) << 16);
+    if (has_digits) value = value + (load(sums + plane, count) << 8);
+    if (has_digits && levels.count == 3) value = value + (load(sums + 2 * plane, count) << 16);
     return to_float(value);
 }
 
@@ -53,7 +57,7 @@ static FXQ_INLINE void each_vector(const Task &task) {
 
 // A panel's columns: what turns the sums of a row into numbers. Panels begin at multiples of their width, so what is
 // read beyond the last column is padding of the layout's vectors.
-template <Sum sum>
+template <bool has_digits>
 struct Columns {
     Vec scale[kTileVectors], bias[kTileVectors];
     alignas(64) int32_t begin[kTileColumns];  // what sums begin at
@@ -62,7 +66,8 @@ struct Columns {
     const int32_t *weight_sum;
     int64_t first;
     int count;
-    Columns(const LinearCall &call, int64_t unit, int vectors) : levels(&call.spec->input), first(unit * kUnit) {
+    bool is_wide;
+    Columns(const LinearCall &call, int64_t unit, int vectors) : levels(&call.spec->input), first(unit * kUnit), is_wide(call.is_wide) {
         const auto *scales = reinterpret_cast<const float *>(call.layout + call.places.scale) + first;
         const auto *biases = reinterpret_cast<const float *>(call.layout + call.places.bias) + first;
         weight_sum = reinterpret_cast<const int32_t *>(call.layout + call.places.weight_sum) + first;
@@ -77,17 +82,17 @@ struct Columns {
     }
     // Columns v kLanes and on. sums: a row of int32 (digits, kTileRows, kTileColumns).
     FXQ_INLINE Vec at(const int32_t *sums, int v) const {
-        const Vec total = total_of<sum>(*levels, sums + v * kLanes, kTileRows * kTileColumns, correction[v],
+        const Vec total = total_of<has_digits>(*levels, is_wide, sums + v * kLanes, kTileRows * kTileColumns, correction[v],
                                         weight_sum + v * kLanes, 0.0, kLanes);
         return fused(total, scale[v], bias[v]);
     }
 };
 
 // What becomes of a row of a tile. Whole panels are computed, and as much stored as there are columns.
-template <Sum sum, bool has_residual>
+template <bool has_digits, bool has_residual>
 struct FloatRow {
     static constexpr int kAtOnce = 1;
-    Columns<sum> columns;
+    Columns<has_digits> columns;
     const LinearCall &call;
     FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
     FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int) const {
@@ -122,10 +127,10 @@ static FXQ_INLINE void store_row(const Bytes &bytes_at, uint8_t *__restrict out,
 }
 
 // Scales and biases of such a layer are in units of the output's scale.
-template <Sum sum>
+template <bool has_digits>
 struct CodesRow {
     static constexpr int kAtOnce = 1;
-    Columns<sum> columns;
+    Columns<has_digits> columns;
     Vec low[kTileVectors], high[kTileVectors];
     Whole zero[kTileVectors];
     uint8_t *out;
@@ -147,10 +152,10 @@ struct CodesRow {
     }
 };
 
-template <Sum sum, class Bytes>
+template <bool has_digits, class Bytes>
 struct GeluRow {
     static constexpr int kAtOnce = 1;
-    Columns<sum> columns;
+    Columns<has_digits> columns;
     Bytes to_byte;
     ScaledGelu gelu;
     uint8_t *out;
@@ -165,11 +170,11 @@ struct GeluRow {
 };
 
 // Several rows at a time, 64 numbers where tiles have so many.
-template <Sum sum>
+template <bool has_digits>
 struct TableRow {
     static constexpr int kAtOnce = 64 / kTileColumns < kTileRows ? 64 / kTileColumns : kTileRows;
     static constexpr int kNumbers = kAtOnce * kTileColumns;
-    Columns<sum> columns;
+    Columns<has_digits> columns;
     const uint8_t *table;
     int steps;
     uint8_t *out;
@@ -190,13 +195,23 @@ struct TableRow {
     }
 };
 
-// The rows of a finished tile; a set that can does them while its next tile is multiplied.
+// The rows of a finished tile that are still to be done.
+struct Waiting {
+    const void *row;  // a Row, which those who made it know
+    const int32_t *sums;
+    int64_t first;
+    int count;
+};
+
+// The same, of a known kind; a set that can does them while its next tile is multiplied.
 template <class Row>
 struct Rows {
     const Row *row;
     const int32_t *sums;
     int64_t first;
     int count;
+    explicit Rows(const Waiting &w) : row(static_cast<const Row *>(w.row)), sums(w.sums), first(w.first), count(w.count) {}
+    Waiting rest() const { return {row, sums, first, count}; }
     FXQ_INLINE Row task() const { return *row; }
     FXQ_INLINE void some(const Row &to_row, int most) {
         most = (most + Row::kAtOnce - 1) / Row::kAtOnce * Row::kAtOnce;

@@ -17,9 +17,11 @@
 #if defined(__GNUC__)
 #define FXQ_INLINE inline __attribute__((always_inline))
 #define FXQ_ALWAYS __attribute__((always_inline))  // of lambdas
+#define FXQ_APART __attribute__((noinline))        // what is called rarely: compiled once
 #else
 #define FXQ_INLINE inline
 #define FXQ_ALWAYS
+#define FXQ_APART
 #endif
 
 namespace fxq {
@@ -62,6 +64,7 @@ struct LinearCall {
     int64_t rows;
     const float *residual;
     void *out;
+    bool is_wide = false;  // no int32 holds the sums of all digits; kernels say so
 };
 
 struct MatmulCall {
@@ -124,7 +127,7 @@ extern const Kernels kAmxInt8;
 #endif
 #endif
 
-#if defined(__aarch64__) && defined(__GNUC__)
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
 #define FXQ_NEON 1
 extern const Kernels kNeon;
 // Compilers whose header has the further instructions whatever the rest of a file is compiled for.

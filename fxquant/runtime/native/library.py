@@ -121,7 +121,13 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 def library_in(folder: Path) -> ctypes.CDLL | str:
     """The library in a folder, or why there is none."""
-    files = [path for suffix in ("so", "pyd", "dylib") for path in folder.glob(f"_kernels*.{suffix}")]
+    files = [path for suffix in ("so", "pyd", "dylib", "dll") for path in folder.glob(f"_kernels*.{suffix}")]
+    note = folder / "why_absent.txt"  # left by setup.py
+    if not files and note.exists():
+        return (
+            f"the integer kernels were not built when fxquant was installed: {note.read_text(encoding='utf-8')}; "
+            "install fxquant from a wheel of this platform, or with g++ or clang in the variable CXX"
+        )
     if not files:
         return (
             "the integer kernels were not built, since no C++ compiler was found when fxquant was installed: "

@@ -51,7 +51,7 @@ static void unpack_panel(int32_t bits, const uint8_t *packed, int64_t tiles, Num
 
 // Rows of bytes as rows of one digit each, less `low`, padded to whole groups, whose weights are zero: (rows, padded).
 template <class Number>
-static void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_t *codes, int64_t stride, int64_t rows,
+static FXQ_APART void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_t *codes, int64_t stride, int64_t rows,
                    int64_t inner, int64_t padded, Number *__restrict out) {
     uint8_t *bytes = nullptr;
     if constexpr (sizeof(Number) != 1) bytes = static_cast<uint8_t *>(scratch(kWidened, size_t(padded)));
@@ -66,9 +66,45 @@ static void expand(const FxqLevels &levels, int digit, int32_t low, const uint8_
     }
 }
 
+// What depends on the kind of row, as functions: all else of a layer is compiled once, not for every kind.
+template <class Loop>
+struct Finish {
+    void *rows[2];  // of the last panel and this one
+    // Makes a row for a panel; returns what its sums begin at, or null.
+    const int32_t *(*begin)(void *row, const LinearCall &call, int64_t unit, int vectors);
+    // Multiplies a tile, and may do some of the rows of the one before.
+    void (*multiply)(const Loop &loop, int rows, int vectors, const typename Loop::Left *left, int64_t left_stride,
+                     const typename Loop::Right *right, int64_t unit_elements, int64_t groups, const int32_t *begin,
+                     int64_t begin_stride, int32_t *sums, int64_t sum_stride, Waiting &before);
+    void (*end)(Waiting &before);  // does what is left of them
+};
+
+template <class Row>
+static FXQ_APART const int32_t *begin_rows(void *row, const LinearCall &call, int64_t unit, int vectors) {
+    const Row *const made = new (row) Row(call, unit, vectors);
+    return call.is_wide ? nullptr : made->columns.begin;
+}
+
+template <class Row, class Loop>
+static void multiply_beside(const Loop &loop, int rows, int vectors, const typename Loop::Left *left, int64_t left_stride,
+                            const typename Loop::Right *right, int64_t unit_elements, int64_t groups, const int32_t *begin,
+                            int64_t begin_stride, int32_t *sums, int64_t sum_stride, Waiting &before) {
+    Rows<Row> work(before);
+    tile(loop, rows, vectors, left, left_stride, right, unit_elements, groups, begin, begin_stride, sums, sum_stride, work);
+    before = work.rest();
+}
+
+template <class Row>
+static FXQ_APART void end_rows(Waiting &before) {
+    Rows<Row> work(before);
+    work.some(work.task(), kTileRows);
+    before = work.rest();
+}
+
 // low: what the loop takes off the bytes. The zero-point in `call` has lost it already, and what tiles take off.
-template <Sum sum, class Row, class Loop>
-static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+template <class Loop>
+static FXQ_APART void linear_with(Loop loop, const Finish<Loop> &finish, int32_t low, const LinearCall &call, int64_t row, int64_t rows,
+                        int64_t unit, int64_t units) {
     [[maybe_unused]] const Session session;
     using Left = typename Loop::Left;
     using Right = typename Loop::Right;
@@ -99,11 +135,11 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
     // Each tile is finished while the next is multiplied.
     alignas(64) int32_t sums[2][FXQ_MAX_DIGITS * kTile] = {};
     int current = 0, panels = 0;
-    Row kinds[2] = {Row(call, unit, 1), Row(call, unit, 1)};  // of the last panel and this one
-    Rows<Row> before{kinds, sums[0], row, 0};
+    Waiting before{finish.rows[0], sums[0], row, 0};
     for (int64_t u = unit; u < unit + units;) {
         const int vectors = vectors_for(unit + units - u), step = rows_for(vectors);
-        Row *const kind = new (&kinds[++panels % 2]) Row(call, u, vectors);
+        void *const kind = finish.rows[++panels % 2];
+        const int32_t *const begins = finish.begin(kind, call, u, vectors);
         if (u + vectors < unit + units) {  // the next panel is on its way while this one multiplies
             const uint8_t *next = call.layout + call.places.weights + (u + vectors) * unit_bytes;
             for (int64_t byte = 0; byte < vectors * unit_bytes; byte += 64) __builtin_prefetch(next + byte, 0, 2);
@@ -124,30 +160,39 @@ static void linear_with(Loop loop, int32_t low, const LinearCall &call, int64_t 
                 const int count = static_cast<int>(left_over < step ? left_over : step);
                 const bool is_last = c + 1 == chunks;
                 for (int d = 0; d < digits; ++d) {
-                    const int32_t *begin = c ? memory + d * kTile : d == 0 && sum != kWide ? kind->columns.begin : nullptr;
-                    tile(loop, count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4, begin,
-                         c ? kTileColumns : 0, is_last ? sums[current] + d * kTile : memory + d * kTile, kTileColumns, before);
+                    const int32_t *begin = c ? memory + d * kTile : d == 0 ? begins : nullptr;
+                    finish.multiply(loop, count, vectors, from + d * others * padded, padded, right, unit_elements, inputs / 4, begin,
+                                    c ? kTileColumns : 0, is_last ? sums[current] + d * kTile : memory + d * kTile, kTileColumns, before);
                 }
-                before.some(before.task(), kTileRows);
+                finish.end(before);
                 if (is_last) before = {kind, sums[current], row + r, count}, current ^= 1;
                 r += count;
             }
         }
         u += vectors;
     }
-    before.some(before.task(), kTileRows);
+    finish.end(before);
 }
 
-template <Sum sum, class Loop, class... Arguments>
+// With sums that become what Row makes of them.
+template <class Row, class Loop>
+static void linear_to(const Loop &loop, int32_t low, const LinearCall &call, int64_t row, int64_t rows, int64_t unit, int64_t units) {
+    alignas(Row) uint8_t memory[2][sizeof(Row)];
+    for (uint8_t *of_panel : memory) begin_rows<Row>(of_panel, call, unit, 1);
+    const Finish<Loop> finish = {{memory[0], memory[1]}, begin_rows<Row>, multiply_beside<Row, Loop>, end_rows<Row>};
+    linear_with(loop, finish, low, call, row, rows, unit, units);
+}
+
+template <bool has_digits, class Loop, class... Arguments>
 static void linear_by_epilogue(const Loop &loop, int32_t low, const LinearCall &call, Arguments... part) {
     const FxqLinear &spec = *call.spec;
-    if (spec.epilogue == FXQ_FLOAT) linear_with<sum, FloatRow<sum, false>>(loop, low, call, part...);
-    else if (spec.epilogue == FXQ_RESIDUAL) linear_with<sum, FloatRow<sum, true>>(loop, low, call, part...);
-    else if (spec.epilogue == FXQ_CODES) linear_with<sum, CodesRow<sum>>(loop, low, call, part...);
-    else if (spec.epilogue == FXQ_TABLE_CODES) linear_with<sum, TableRow<sum>>(loop, low, call, part...);
+    if (spec.epilogue == FXQ_FLOAT) linear_to<FloatRow<has_digits, false>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_RESIDUAL) linear_to<FloatRow<has_digits, true>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_CODES) linear_to<CodesRow<has_digits>>(loop, low, call, part...);
+    else if (spec.epilogue == FXQ_TABLE_CODES) linear_to<TableRow<has_digits>>(loop, low, call, part...);
     else
         with_bytes(spec.output[0], [&](const auto &bytes) {
-            linear_with<sum, GeluRow<sum, std::decay_t<decltype(bytes)>>>(loop, low, call, part...);
+            linear_to<GeluRow<has_digits, std::decay_t<decltype(bytes)>>>(loop, low, call, part...);
         });
 }
 
@@ -172,6 +217,7 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
     LinearCall less = call;
     const int32_t taken = reach.low + shift_of(spec.input);
     if (taken) moved = spec, moved.input.zero -= taken, less.spec = &moved;
+    less.is_wide = is_wide_sum(spec.input, spec.in_features, most_weight);
     const auto first_panel = [&](int64_t *groups) {
         const int64_t tiles = call.places.tiles < kMostInner / kTileInputs ? call.places.tiles : kMostInner / kTileInputs;
         int8_t *const panel = static_cast<int8_t *>(scratch(kPanel, size_t(tiles * kGroups * kGroupBytes)));
@@ -180,11 +226,8 @@ static void linear(const LinearCall &call, int64_t row, int64_t rows, int64_t un
         return panel;
     };
     choose_for_weights(reach.most, most_weight, rows, first_panel, [&](const auto &loop) {
-        switch (sum_kind(spec.input, spec.in_features, most_weight)) {
-            case kOneDigit: linear_by_epilogue<kOneDigit>(loop, reach.low, less, row, rows, unit, units); break;
-            case kNarrow: linear_by_epilogue<kNarrow>(loop, reach.low, less, row, rows, unit, units); break;
-            default: linear_by_epilogue<kWide>(loop, reach.low, less, row, rows, unit, units);
-        }
+        if (spec.input.count == 1) linear_by_epilogue<false>(loop, reach.low, less, row, rows, unit, units);
+        else linear_by_epilogue<true>(loop, reach.low, less, row, rows, unit, units);
     });
     snap_columns(call, row, rows, unit, units);
 }

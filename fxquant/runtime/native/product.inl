@@ -74,11 +74,11 @@ struct Product {
     Panel<Loop> panel;
     int64_t inner, columns;
     int32_t right_zero;
-    Sum kind;
+    bool is_wide;
     Product(const Loop &a_loop, const FxqLevels &l, int32_t least, const Panel<Loop> &p, int64_t k, int64_t m, int32_t zero)
-        : loop(a_loop), levels(l), low(least), panel(p), inner(k), columns(m), right_zero(zero), kind(sum_kind(l, k, 255)) {
+        : loop(a_loop), levels(l), low(least), panel(p), inner(k), columns(m), right_zero(zero), is_wide(is_wide_sum(l, k, 255)) {
         levels.zero -= low + shift_of(levels);
-        if (kind == kWide) return;
+        if (is_wide) return;
         for (int64_t c = 0; c < panel.units * 16; ++c)
             panel.column_sum[c] = static_cast<int32_t>(0u - static_cast<uint32_t>(panel.column_sum[c]) * static_cast<uint32_t>(levels.zero));
     }
@@ -99,7 +99,7 @@ static FXQ_INLINE void multiply(const Block<Loop> &left, const Product<Loop> &pr
         for (int64_t u = 0; u < panel.units;) {
             const int vectors = vectors_for(panel.units - u), rows = rows_for(vectors);
             for (int64_t r = 0; r < left.count; r += rows, --tiles) {
-                const bool begins = d == 0 && product.levels.zero && product.kind != kWide;
+                const bool begins = d == 0 && product.levels.zero && !product.is_wide;
                 Share<Task> share{&meanwhile, static_cast<int>((others - meanwhile.next) / (tiles > 1 ? tiles : 1))};
                 tile(product.loop, static_cast<int>(left.count - r < rows ? left.count - r : rows), vectors, left.plane(d) + r * left.stride,
                      left.stride, panel.data + u * panel.unit_elements, panel.unit_elements, panel.groups,
@@ -113,7 +113,7 @@ static FXQ_INLINE void multiply(const Block<Loop> &left, const Product<Loop> &pr
 
 // One row's values, kLanes columns from c on. sums: what `multiply` gave. Zero-points are taken out:
 // sum (a - a0)(b - b0) = sum ab - a0 sum b - b0 sum a + n a0 b0.
-template <Sum kind, class Loop>
+template <bool has_digits, class Loop>
 struct RowValues {
     const Product<Loop> &p;
     const int32_t *sums;
@@ -128,22 +128,21 @@ struct RowValues {
     FXQ_INLINE Vec operator()(int64_t c) const {
         const int64_t count = p.stride() - c;
         Whole correction = splat(static_cast<uint32_t>(constant));
-        if (kind != kWide && !kBegins) correction = correction + load(p.panel.column_sum + c, count);
-        return total_of<kind>(p.levels, sums + c, plane, correction, p.panel.column_sum + c, double(constant), count);
+        if (!p.is_wide && !kBegins) correction = correction + load(p.panel.column_sum + c, count);
+        return total_of<has_digits>(p.levels, p.is_wide, sums + c, plane, correction, p.panel.column_sum + c, double(constant), count);
     }
 };
 
 // Calls task(row, values) for the rows of a product.
-template <Sum kind, class Loop, class Task>
+template <bool has_digits, class Loop, class Task>
 static FXQ_INLINE void rows_with(const Product<Loop> &p, const Block<Loop> &left, const int32_t *sums, const Task &task) {
-    for (int64_t r = 0; r < left.count; ++r) task(r, RowValues<kind, Loop>(p, left, sums, r));
+    for (int64_t r = 0; r < left.count; ++r) task(r, RowValues<has_digits, Loop>(p, left, sums, r));
 }
 
 template <class Loop, class Task>
 static FXQ_INLINE void for_rows(const Product<Loop> &p, const Block<Loop> &left, const int32_t *sums, const Task &task) {
-    if (p.kind == kOneDigit) rows_with<kOneDigit>(p, left, sums, task);
-    else if (p.kind == kNarrow) rows_with<kNarrow>(p, left, sums, task);
-    else rows_with<kWide>(p, left, sums, task);
+    if (p.levels.count == 1) rows_with<false>(p, left, sums, task);
+    else rows_with<true>(p, left, sums, task);
 }
 
 // Codes as a block: where they lie if they are digits and whole tiles already, each row with `zeros` behind it; else

@@ -10,7 +10,9 @@
 #include <thread>
 #include <vector>
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+#include <malloc.h>
+#else
 #include <pthread.h>
 #endif
 
@@ -110,10 +112,21 @@ bool run_in_pool(Job &job, int32_t helpers) {
     return !job.failed;
 }
 
+#if defined(_WIN32)
+void *aligned(size_t bytes) { return _aligned_malloc(bytes, 64); }
+void give_back(void *data) { _aligned_free(data); }
+#else
+void *aligned(size_t bytes) {
+    void *data = nullptr;
+    return posix_memalign(&data, 64, bytes) == 0 ? data : nullptr;
+}
+void give_back(void *data) { std::free(data); }
+#endif
+
 struct Buffer {
     void *data = nullptr;
     size_t bytes = 0;
-    ~Buffer() { std::free(data); }
+    ~Buffer() { give_back(data); }
 };
 
 }  // namespace
@@ -141,11 +154,11 @@ void *scratch(Slot slot, size_t bytes) {
     static thread_local Buffer buffers[kSlots];
     Buffer &buffer = buffers[slot];
     if (buffer.bytes < bytes) {
-        std::free(buffer.data);
+        give_back(buffer.data);
         buffer.data = nullptr;
         buffer.bytes = 0;
         const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        buffer.data = std::aligned_alloc(64, rounded);
+        buffer.data = aligned(rounded);
         if (!buffer.data) throw std::bad_alloc();
         buffer.bytes = rounded;
     }

@@ -1,0 +1,72 @@
+"""How long the kernel of every layer takes on this machine, each alone, beside the whole lowered model.
+
+A layer's time depends on its shape, on the width of its weight and on the codes of its inputs; equal ones are measured
+once. Kernels run without what a lowered model fuses to them (norms, softmax, epilogues), so the shares of all layers do
+not add up to the whole. Deliberately not done: other batches than of one image, other threads than one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxquant.graph.annotation import annotation_of
+from fxquant.graph.nodes import image_of, shape_of
+from fxquant.runtime.integer.byte_codes import ByteCode
+from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
+from fxquant.runtime.simulated import QuantizedConv2d
+from passes.lower.exact_codes import integer_nodes
+from passes.lower.lower import Lower
+from passes.pipeline.contract import PassContext
+
+_SECONDS = 0.3
+
+
+def layer_times(graph_module: GraphModule) -> dict[str, Any]:
+    """JSON values of a simulated graph: `layers`, ms by layer; `whole_ms`; `of_what`, in words.
+
+    Layers that kernels do not run exactly are left out. Raises BackendError where there are no kernels.
+    """
+    found = machine()
+    known: dict[tuple[Any, ...], float] = {}
+    layers = {
+        annotation_of(node).layer: _time(graph_module, node, codes, known)
+        for node, codes in integer_nodes(graph_module).items()
+    }
+    lowered = copy.deepcopy(graph_module)
+    Lower("cpu-native").apply(lowered, PassContext())
+    image = torch.zeros(1, *image_of(graph_module).meta["tensor_meta"].shape[1:])
+    with torch.inference_mode():
+        whole_ms = least_ms(lambda: lowered(image), threads=1, seconds=_SECONDS)
+    of_what = (
+        f"one image, one thread, {found['processor']}, {found['instruction_set']}; the whole takes {whole_ms:.2f} ms"
+    )
+    return {"layers": layers, "whole_ms": whole_ms, "of_what": of_what}
+
+
+def _time(
+    graph_module: GraphModule, node: Node, codes: tuple[ByteCode, ...], known: dict[tuple[Any, ...], float]
+) -> float:
+    """ms of one layer; what was measured for a layer alike is taken from `known`, and added to it."""
+    traced = image_of(graph_module).meta["tensor_meta"].shape[0]
+    shapes = [shape_of(source) or () for source in node.all_input_nodes]
+    keys = [time_key(code) for code in codes]
+    if len(codes) == 2:
+        left, right = shapes
+        sizes = (math.prod(left[:-2]) // traced, left[-2], left[-1], right[-1])
+        key: tuple[Any, ...] = (*sizes, *keys)
+        if key not in known:
+            known[key] = matmul_ms(*sizes, codes[0], codes[1], threads=1)
+        return known[key]
+    module: Any = graph_module.get_submodule(str(node.target))
+    out, inner = module.weight_codes.shape[0], module.weight_codes[0].numel()
+    produced = (shape_of(node) or ()) if isinstance(module, QuantizedConv2d) else (*shapes[0][:-1], out)
+    rows, bits = math.prod(produced) // out // traced, annotation_of(node).weight_bits or 8
+    key = (rows, inner, out, bits, *keys)
+    if key not in known:
+        known[key] = linear_ms(rows, inner, out, bits, codes[0], threads=1)
+    return known[key]
