@@ -2,12 +2,16 @@
 
     quantized = fxquant.compile(model, "W4A4", calibration=images)
 
+What passes do is logged at the level INFO by the logger "fxquant", one line a pass as it ends, and one a layer that a
+backend runs in a slower way: `logging.basicConfig(level=logging.INFO)` shows it.
+
 Names are resolved on first use, so importing one pass does not import the whole house.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +77,7 @@ def _refuse_shadowed_packages() -> None:
 
 
 _refuse_shadowed_packages()
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants to read the log says where it goes
 
 
 def __getattr__(name: str) -> Any:

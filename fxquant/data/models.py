@@ -79,27 +79,26 @@ def load_model(
     Raises ModelError for an unknown name or option and for weights that do not fit, DataError for an unreadable file,
     MissingExtraError without the package that a prefix needs.
     """
-    if has_source(name):
-        given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
-        found, preprocessing, has_weights = from_source(name, given)
-        if weights is not None:
-            load_weights(found, weights)
-        origin = name if has_weights else RANDOM
-        return NamedModel(found.eval(), name, origin if weights is None else Path(weights).name, preprocessing)
     if name == EMBEDDED_NAME:
         if num_classes is not None or options:
             raise ModelError("the embedded model is what it is: it takes no num_classes and no other options")
         if weights is None:
             return NamedModel(embedded.load_model(), name, EMBEDDED_NAME, EMBEDDED)
-        model: nn.Module = embedded.build()
-        preprocessing = EMBEDDED
-    else:
-        model = _create(name, num_classes, options)
-        preprocessing = Preprocessing.of(model)
+    model, preprocessing, has_weights = _built(name, num_classes, options)
     if weights is None:
-        return NamedModel(model.eval(), name, RANDOM, preprocessing)
+        return NamedModel(model.eval(), name, name if has_weights else RANDOM, preprocessing)
     load_weights(model, weights)
     return NamedModel(model.eval(), name, Path(weights).name, preprocessing)
+
+
+def _built(name: str, num_classes: int | None, options: Mapping[str, Any]) -> tuple[nn.Module, Preprocessing, bool]:
+    """The model of a name, how its images are preprocessed, and whether it came with weights of its own."""
+    if has_source(name):
+        return from_source(name, {**options, **({} if num_classes is None else {"num_classes": num_classes})})
+    if name == EMBEDDED_NAME:
+        return embedded.build(), EMBEDDED, False
+    model = _create(name, num_classes, options)
+    return model, Preprocessing.of(model), False
 
 
 def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:

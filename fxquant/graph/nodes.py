@@ -106,7 +106,7 @@ def module_of(graph_module: GraphModule, node: Node | None) -> nn.Module | None:
 
 def readers(node: Node) -> list[Node]:
     """Users of a node that read its numbers, not only its shape."""
-    return [user for user in node.users if not (user.target is getattr and user.args[1] in ("shape", "ndim"))]
+    return [user for user in node.users if not reads_shape(user)]
 
 
 def input_of(node: Node | None, index: int = 0) -> Node | None:

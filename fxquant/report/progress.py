@@ -1,6 +1,8 @@
-"""Progress bars for long steps, on stderr; nothing at all where stderr is no terminal.
+"""Progress bars for long steps, with the time that is left; nothing where stderr is no terminal and no notebook.
 
-    with RichProgress() as progress:
+    fxquant.compile(model, "W4A4", calibration=images)                      # draws them, if anybody can see them
+    fxquant.compile(model, "W4A4", calibration=images, progress=False)      # never
+    with RichProgress() as progress:                                        # several calls, one display
         fxquant.compile(model, "W4A4", calibration=images, progress=progress)
 
 Passes see only the protocol, `passes.pipeline.contract.ProgressReporter`.
@@ -21,6 +23,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from passes.pipeline.contract import ProgressReporter
+
+
+def bars_for(progress: ProgressReporter | bool | None) -> RichProgress | None:
+    """The bars that a call draws itself: for True always, for None where somebody sees them; else None."""
+    if progress is True:
+        return RichProgress(Console(stderr=True, force_terminal=True))
+    return RichProgress() if progress is None else None
+
+
+def quiet(progress: ProgressReporter | bool | None) -> ProgressReporter | None:
+    """The caller's own reporter; None for the words True, False and None."""
+    return None if progress is None or isinstance(progress, bool) else progress
+
 
 class RichProgress:
     """A `ProgressReporter`: a bar per running step, with elapsed and remaining time, gone when the step ends.
@@ -33,7 +49,8 @@ class RichProgress:
         console = console or Console(stderr=True)
         label = TextColumn("{task.description}")
         columns = (label, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        is_seen = console.is_terminal or console.is_jupyter
+        self._bars = Progress(*columns, console=console, transient=True, disable=not is_seen)
         self._running: set[TaskID] = set()
 
     def track(self, label: str, total: int) -> RichTask:

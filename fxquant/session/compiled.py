@@ -28,6 +28,7 @@ from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
+from fxquant.report import summary
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
 from fxquant.runtime.border import Border
@@ -96,6 +97,12 @@ class Compiled(nn.Module):
     def report(self) -> Report:
         """Tables per layer and in total; print it, or take `.to_dict()`."""
         return Report(self.layers, self.allocation, self.journal, self.card)
+
+    def __repr__(self) -> str:
+        return summary.line_of(self.report())
+
+    def _repr_html_(self) -> str:
+        return summary.html_of(self.report())
 
     def to_networkx(self) -> networkx.DiGraph:
         """The annotated graph, one networkx node per graph node."""

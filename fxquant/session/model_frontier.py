@@ -28,6 +28,7 @@ from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
 from fxquant.report.plots import plot_frontier
+from fxquant.report.progress import bars_for, quiet
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.sensitivity.objective import Objective, Outputs
@@ -159,7 +160,7 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = reporter_of(options.get("progress"))
+    progress = bars_for(options.get("progress")) or reporter_of(quiet(options.get("progress")))
     session = Session(model, calibration, **options)
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:

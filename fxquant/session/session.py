@@ -17,6 +17,7 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -35,6 +36,7 @@ from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.capture.exported import module_of_program
 from fxquant.graph.facts import QUANTIZED
 from fxquant.graph.notes import SIZES
+from fxquant.report.progress import bars_for, quiet
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
@@ -97,13 +99,16 @@ class Session:
             self._check_own(self._recipe)
         self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8")  # refuses options that do not fit
         self._searched: dict[tuple[str, ...], tuple[GraphModule, Journal]] = {}
+        progress = options.get("progress")
+        bars = bars_for(progress)
+        self._bars: AbstractContextManager[Any] = nullcontext() if bars is None else bars
         self._source = ModelSource(
             model,
             calibration,
             options.get("seed", DEFAULT_SEED),
             options.get("batch_size", DEFAULT_BATCH_SIZE),
             Cache(options.get("cache")),
-            reporter_of(options.get("progress")),
+            bars or reporter_of(quiet(progress)),
             options.get("objective", DEFAULT_OBJECTIVE),
             options.get("inputs"),
             self._sizes,
@@ -183,6 +188,10 @@ class Session:
 
         Raises as `fxquant.compile` does.
         """
+        with self._bars:
+            return self._compile(budget, allocator, last)
+
+    def _compile(self, budget: Any, allocator: Allocator | None, last: bool) -> Compiled:
         pipeline = self.pipeline(budget, allocator)
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
@@ -205,7 +214,8 @@ class Session:
         """
         pipeline = self.pipeline(budget)
         prefix, rest = split(pipeline)
-        searched, context = self._after_search(prefix)
+        with self._bars:
+            searched, context = self._after_search(prefix)
         found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)

@@ -13,6 +13,7 @@ from where the report takes them; their reasons are for a person who wants the l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 from fxquant.checks.untrusted import TEXT, checked, listed, mapped, record
 from fxquant.graph.facts import QUANTIZED
 from passes.pipeline.contract import PassContext
+
+_LOGGER = logging.getLogger("fxquant")
 
 REQUIRES = frozenset({QUANTIZED})
 """What every rewrite requires: it knows quantized nodes by the modules they call."""
@@ -41,7 +44,7 @@ class Named(Protocol):
 
 
 def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss], outcome: str = "") -> None:
-    """Add misses to the notes of the running pass.
+    """Add misses to the notes of the running pass, and log those with an outcome: they cost time and change no number.
 
     Args:
         context: the context of the pass that is running.
@@ -49,7 +52,9 @@ def note_misses(context: PassContext, rewrite: Named, misses: Iterable[Miss], ou
         misses: the places where it did not fit, each with the reason.
         outcome: how the layers run instead, for the report; "" where nobody needs to know.
     """
-    name = type(rewrite).__name__
+    name, misses = type(rewrite).__name__, list(misses)
+    for miss in misses if outcome else []:
+        _LOGGER.info("%s: %s runs as %s, because %s", name, miss.layer, outcome, miss.reason)
     noted: list[Any] = list(context.journal.pending.get(MISSES, []))
     noted += [{"rewrite": name, "layer": m.layer, "reason": m.reason, "outcome": outcome} for m in misses]
     if noted:

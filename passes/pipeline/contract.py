@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,6 +23,8 @@ from fxquant.graph.output_tree import Output
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
+
+_LOGGER = logging.getLogger("fxquant")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Journal:
     pending: dict[str, Any] = field(default_factory=dict)
 
     def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left.
+        """Append the entry of a pass that has ended, with the notes it left, and log it.
 
         Args:
             step: the repr of the pass.
@@ -72,6 +75,7 @@ class Journal:
         """
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
+        _LOGGER.info("%s: %d nodes changed, %.2f s", step, nodes_changed, seconds)
 
 
 class ProgressReporter(Protocol):
