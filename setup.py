@@ -48,7 +48,7 @@ class BuildKernels(build_ext):
             try:
                 super().build_extension(extension)
             except (CCompilerError, ExecError, PlatformError, OSError) as error:
-                why = f"the C++ compiler failed ({error})"
+                why = f"no C++ compiler that works was found ({error})"
         folder = FOLDER if self.is_beside_sources else Path(self.get_ext_fullpath(extension.name)).parent
         note = folder / "why_absent.txt"
         note.unlink(missing_ok=True)

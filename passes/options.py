@@ -32,16 +32,20 @@ class SharedOptions(TypedDict, total=False):
 
     overrides: Annotated[
         "collections.abc.Mapping[str, allocators.problem.overrides.Bits] | None",
-        "Bits of layers by name, role or glob, later ones win; or of one of their operands.",
+        "Bits that you set yourself: for a layer's name, a role or a glob the bits, later ones win; or for one input "
+        "of a product, such as blocks.0.attn.av.left.",
     ]
     first_last_bits: Annotated[
-        "int | None", "Bits of the patch embedding's weight and of the head; if not given, chosen like all others."
+        "int | None",
+        "Bits of the patch embedding's weight and of the head; if not given, they are chosen as all others are.",
     ]
     fully_quantized: Annotated["bool", "Quantize the inputs of softmax and LayerNorm too."]
-    bits: Annotated["tuple[int, ...]", "Candidate widths, ascending, from 2 to 8; all of them if not given."]
+    bits: Annotated[
+        "tuple[int, ...]", "The widths that a layer may get, ascending, from 2 to 8; all of these if not given."
+    ]
     backend: Annotated[
-        "str", "Choose only among quantizers and widths that it runs as integers; simulated: among all. The result is "
-        "simulated, loads with a backend, and reports how many layers will run so.",
+        "str", "Choose only among quantizers and widths that this backend runs as integers; simulated: among all. The "
+        "result is simulated in either case, loads with a backend, and reports how many layers will run as integers.",
     ]  # fmt: skip
     latency: Annotated[
         "passes.allocate.measure_latency.MeasureLatency | None",

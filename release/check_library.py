@@ -13,17 +13,12 @@ import lief
 
 ALLOWED = {
     "linux": {
-        "libc.so.6",
-        "libm.so.6",
-        "libpthread.so.0",
-        "libdl.so.2",
-        "librt.so.1",
-        "ld-linux-x86-64.so.2",
+        "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2",
         "ld-linux-aarch64.so.1",
     },
     "macos": {"/usr/lib/libSystem.B.dylib"},
     "windows": {"kernel32.dll", "ntdll.dll", "msvcrt.dll"},
-}
+}  # fmt: skip
 
 
 class LibraryError(Exception):
@@ -31,15 +26,17 @@ class LibraryError(Exception):
 
 
 def declared_functions() -> set[str]:
-    """The names that the header declares."""
-    header = Path(__file__).parents[1] / "fxquant/runtime/native/fxquant_native.h"
-    return set(re.findall(r"\b(fxq_\w+)\(", header.read_text(encoding="utf-8")))
+    """The names that the headers declare: of the kernels, and of the library that runs a model without Python."""
+    folder = Path(__file__).parents[1] / "fxquant/runtime/native"
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("fxquant_native.h", "fxquant.h")]
+    return {name for text in texts for name in re.findall(r"^[^/\n]*?\b(fxq_\w+)\(", text, re.MULTILINE)}
 
 
 def glibc_versions(binary: lief.ELF.Binary) -> set[tuple[int, ...]]:
     """Versions of glibc whose symbols an ELF library needs."""
-    required = binary.symbols_version_requirement
-    names = {need.name for requirement in required for need in requirement.get_auxiliary_symbols()}
+    names = {
+        need.name for requirement in binary.symbols_version_requirement for need in requirement.get_auxiliary_symbols()
+    }
     return {tuple(map(int, name[len("GLIBC_") :].split("."))) for name in names if re.fullmatch(r"GLIBC_[\d.]+", name)}
 
 
@@ -57,8 +54,10 @@ def check_library(path: Path, tag: str) -> list[str]:
         system, needed = "linux", {str(name) for name in binary.libraries}
         shown = {str(symbol.name) for symbol in binary.exported_symbols}
     elif isinstance(binary, lief.MachO.Binary):
-        needed = {str(library.name) for library in binary.libraries} - {path.name, f"@rpath/{path.name}"}
-        system = "macos"
+        system, needed = (
+            "macos",
+            {str(library.name) for library in binary.libraries} - {path.name, f"@rpath/{path.name}"},
+        )
         shown = {str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols}
     else:
         system, needed = "windows", {str(name).lower() for name in binary.libraries}
@@ -71,8 +70,9 @@ def check_library(path: Path, tag: str) -> list[str]:
         raise LibraryError(f"{path.name} shows {len(others)} names of its own, such as {', '.join(sorted(others)[:5])}")
     if strangers := needed - ALLOWED[system]:
         raise LibraryError(f"{path.name} needs {', '.join(sorted(strangers))}")
-    needs = ", ".join(sorted(needed)) or "nothing"
-    lines = [f"{path.stat().st_size / 1e6:.1f} MB, {len(shown)} functions, needs {needs}"]
+    lines = [
+        f"{path.stat().st_size / 1e6:.1f} MB, {len(shown)} functions, needs {', '.join(sorted(needed)) or 'nothing'}"
+    ]
     if isinstance(binary, lief.ELF.Binary):
         youngest = max(glibc_versions(binary), default=(2, 0))
         promised = tuple(int(part) for part in re.search(r"manylinux_(\d+)_(\d+)", tag).groups())  # type: ignore[union-attr]

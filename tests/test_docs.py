@@ -22,7 +22,7 @@ from typer.main import get_command
 from fxquant.cli import app
 
 ROOT = Path(__file__).parents[1]
-AT_THE_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+AT_THE_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 WRITTEN = (ROOT / "docs" / "reference" / "commands.md", ROOT / "docs" / "_build")  # by a build of the site
 FOUND = [page for page in sorted(ROOT.glob("docs/**/*.md")) if not {page, *page.parents} & set(WRITTEN)]
 PAGES = [*(ROOT / name for name in AT_THE_TOP), *FOUND]

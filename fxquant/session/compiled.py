@@ -302,7 +302,7 @@ class Compiled(nn.Module):
 
     @checked(ArtefactError)
     def export_program(self, path: str | PathLike[str]) -> int:
-        """Write the file that the C library `libfxquant` runs, without Python (docs/c_library.md); returns its bytes.
+        """Write the program that `libfxquant` runs without Python (docs/how_to/c_library.md); returns its bytes.
 
         Its outputs equal those of `lowered("cpu-native")` bit for bit, which is checked on two images before the file
         is written. Raises ExportError, naming the layer, for what torch computes and not the integer kernels;

@@ -34,11 +34,13 @@ class SessionOptions(SharedOptions, total=False):
     ]
     image_sizes: Annotated[
         "collections.abc.Sequence[tuple[int, int]] | None",
-        "Further sizes (height, width) of images that the result takes, each by a graph that shares every layer; "
-        "calibrated are all by the size of the calibration images.",
+        "Further sizes (height, width) of images that the result takes, each by a graph of its own that shares every "
+        "layer; all of them are calibrated on images of the size that is given.",
     ]
     seed: Annotated["int", "The seed of every random draw: of images, rotations, gradients and training."]
-    batch_size: Annotated["int", "Images per forward where outputs are compared; bounds memory."]
+    batch_size: Annotated[
+        "int", "How many images go through the model at a time where outputs are compared, which bounds memory."
+    ]
     progress: Annotated[
         "passes.pipeline.contract.ProgressReporter | bool | None",
         "Where long steps report: True draws bars on stderr, False draws none, None draws them where stderr is a "

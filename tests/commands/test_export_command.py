@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxquant.cli import app
+from tests.lowering import needs_kernels
 from tests.models import compiled
 
 pytest.importorskip("onnxscript")
@@ -34,6 +35,16 @@ def test_export(artefact: Path, tmp_path: Path) -> None:
     shown = run("export", artefact, out, "--weight-type", "int4").stdout
     assert "12 of 14 layers as int8; the others by float operators" in shown.replace("\n", " ")
     assert out.stat().st_size < found["bytes"] - 10_000
+
+
+@needs_kernels
+def test_a_program_for_the_c_library(artefact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.fxm"
+    found = json.loads(run("export", artefact, out, "--json").stdout)
+    assert found == {"program": str(out), "bytes": out.stat().st_size}
+    refused = run("export", artefact, out, "--weight-type", "int4")
+    assert refused.exit_code == 2
+    assert "--weight-type and --check are for ONNX" in refused.stderr.replace("\n", " ")
 
 
 def test_failures_are_one_line(artefact: Path, tmp_path: Path) -> None:

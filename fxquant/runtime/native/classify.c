@@ -99,7 +99,11 @@ static Taps *taps_for(int i, int size, int wanted, int interpolation) {
     const double reach = (interpolation == FXQ_BICUBIC ? 2 : 1) * coarse;
     int first = (int)(center - reach + 0.5), end = (int)(center + reach + 0.5);
     first = first < 0 ? 0 : first, end = end > size ? size : end;
-    if (interpolation == FXQ_NEAREST) first = (int)center, end = first + 1;
+    if (interpolation == FXQ_NEAREST) { /* by steps, as Pillow goes: their rounding decides where pixels meet */
+        double at = 0.5 * scale;
+        for (int step = 0; step < i; ++step) at += scale;
+        first = at < size ? (int)at : size - 1, end = first + 1;
+    }
     const int count = end - first;
     Taps *taps = memory(sizeof(Taps) + sizeof(int) * (size_t)count);
     double *shares = memory(sizeof(double) * (size_t)count), sum = 0;

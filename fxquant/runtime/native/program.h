@@ -73,6 +73,10 @@ struct FxqOutput {
     int64_t name;                 // where in the text
 };
 
+static_assert(sizeof(FxqPreprocessing) == 40 && sizeof(FxqFile) == 168 && sizeof(FxqTensor) == 24 &&
+                  sizeof(FxqOperation) == 56 && sizeof(FxqOutput) == 80,
+              "records are as long as fxquant/runtime/native/program.py has them");
+
 // A program whose every part was checked: no operation reads or writes outside of its tensors, on any number of images
 // below `most_images`.
 struct Program {

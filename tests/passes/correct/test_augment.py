@@ -80,5 +80,5 @@ def test_same_draws_same_images() -> None:
 
 @pytest.mark.parametrize("options", [{"crop": 1.5}, {"crop": 0.0}, {"mixed": 1.1}, {"colour": 1.0}])
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:
-    with pytest.raises(CalibrationError, match="crop is over 0"):
+    with pytest.raises(CalibrationError, match="crop must be above 0"):
         Augment(**options)

@@ -218,5 +218,5 @@ class TestClosedForm:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="folds must be at least 2"):
         CorrectWeights(folds=1)
-    with pytest.raises(CalibrationError, match="drop is between"):
+    with pytest.raises(CalibrationError, match="drop from 0 to 1"):
         Reconstruct(drop=1.5)

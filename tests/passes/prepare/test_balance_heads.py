@@ -202,5 +202,5 @@ def test_spreading_is_orthogonal(size: int) -> None:
 
 @pytest.mark.parametrize("dampening", [0.0, 1.0, -1.0])
 def test_dampening_out_of_range(dampening: float) -> None:
-    with pytest.raises(CalibrationError, match="between 0 and 1"):
+    with pytest.raises(CalibrationError, match="above 0 and below 1"):
         BalanceHeads(dampening)

@@ -20,7 +20,8 @@ from tests.lowering import needs_kernels
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "operator", ["quantize", "layer_norm", "linear", "matmul", "attention", "patches", "tokens", "chain"]
+    "operator",
+    ["quantize", "layer_norm", "norm", "mean", "linear", "matmul", "attention", "patches", "tokens", "chain"],
 )
 def test_operators_pass_torchs_own_checks(operator: str) -> None:
     code = byte_code(UniformQuantizer(8, 0.1))
@@ -35,6 +36,8 @@ def test_operators_pass_torchs_own_checks(operator: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "quantize": (torch.randn(3, 4), spec),
         "layer_norm": (torch.randn(3, 4), spec, torch.ones(4), None, 1e-6),
+        "norm": (torch.randn(3, 4), torch.ones(4), None, 1e-6),
+        "mean": (torch.randn(3, 4, 5),),
         "linear": (codes, lowered.IntegerLinear(source, code).layout, 5, False, None),
         "matmul": (codes, codes, matmul.levels, 128, 0.01, True),
         "attention": (codes, attention.spec, None),
