@@ -30,7 +30,7 @@ def loops(disassembly: str) -> dict[str, Counter[str]]:
         name = re.search(r"<.*?(\w*piece<[\d, ]+>)", function)
         if name is None:
             continue
-        lines = re.findall(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$", function, re.MULTILINE)
+        lines = re.findall(r"^ *([0-9a-f]+):[ \t]+(\S+)[ \t]*(.*)$", function, re.MULTILINE)
         places = {int(address, 16): number for number, (address, _, _) in enumerate(lines)}
         for number, (_, operation, rest) in enumerate(lines):
             target = re.search(r"([0-9a-f]+) <", rest)

@@ -46,8 +46,16 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
+        script = Path(folder) / "shown.map"
+        script.write_text("{ global: fxq_*; local: *; };\n", encoding="utf-8")
+        link = [
+            "-shared",
+            f"-O{level}",
+            "-s",
+            *([f"-Wl,--version-script={script}"] if platform.has_version_script else []),
+        ]
         made = f"{folder}/{platform.library}"
-        subprocess.run([*compiler, "-shared", f"-O{level}", "-s", *platform.link, *objects, "-o", made], check=True)
+        subprocess.run([*compiler, *link, *objects, "-o", made], check=True)
         shutil.copyfile(made, out)
 
 
