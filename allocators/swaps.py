@@ -94,26 +94,21 @@ class _Steps(NamedTuple):
 
 def _steps(table: CostTable, meter: Meter, assignment: Assignment, limited: list[int], direction: int) -> _Steps:
     """All steps up (+1) or down (-1) to the next allowed width, in a fixed order."""
-    rows, layers, columns, costs, usages = [], [], [], [], []
     bits = table.widths(assignment)
+    before = meter.use(slice(None), bits[0], bits[1])
+    found = []
     for row, side in enumerate(table.sides):
-        for layer in range(len(table.layers)):
-            current = assignment[row, layer]
-            allowed = side.columns(layer)
-            ahead = allowed[allowed > current] if direction > 0 else allowed[allowed < current][::-1]
-            if current < 0 or not ahead.size:
-                continue
-            moved = bits[:, layer].copy()
-            moved[row] = side.bits[ahead[0]]
-            pair = np.stack([moved, bits[:, layer]], axis=1)
-            used = meter.use(layer, pair[0], pair[1])
-            rows.append(row)
-            layers.append(layer)
-            columns.append(ahead[0])
-            costs.append(side.cost[layer, ahead[0]] - side.cost[layer, current])
-            usages.append((used[:, 0] - used[:, 1])[limited])
-    usage = np.array(usages).T if usages else np.zeros((len(limited), 0))
-    return _Steps(np.array(rows, int), np.array(layers, int), np.array(columns, int), np.array(costs), usage)
+        current = assignment[row][:, None]
+        ahead = side.allowed & (direction * (np.arange(len(side.bits)) - current) > 0) & (current >= 0)
+        layers = np.flatnonzero(ahead.any(axis=1))
+        ahead = ahead[layers, ::direction]
+        columns = np.arange(len(side.bits))[::direction][ahead.argmax(axis=1)]
+        moved = bits.copy()
+        moved[row, layers] = side.bits[columns]
+        change = meter.use(slice(None), moved[0], moved[1]) - before
+        cost = side.cost[layers, columns] - side.cost[layers, assignment[row, layers]]
+        found.append(_Steps(np.full(len(layers), row), layers, columns, cost, change[limited][:, layers]))
+    return _Steps(*(np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)))
 
 
 def _best_trade(

@@ -100,6 +100,7 @@ def brute_force(table: CostTable, budget: Budget, tied: bool = False) -> float:
     best = np.inf
     for pairs in itertools.product(*choices):
         assignment = np.stack(pairs, axis=1)
-        if not budget.exceeded(table.usage(assignment, budget)):
-            best = min(best, table.objective(assignment))
+        objective = table.objective(assignment)
+        if objective < best and not budget.exceeded(table.usage(assignment, budget)):
+            best = objective
     return best

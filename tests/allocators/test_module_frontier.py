@@ -52,8 +52,9 @@ def by_modules(table: CostTable, budget: Budget, allocator: ModuleFrontier) -> f
         for layers, column in zip(modules, widths, strict=True):
             for row, side in enumerate(table.sides):
                 assignment[row, layers] = np.where(side.elements[layers] > 0, column, -1)
-        if not budget.exceeded(table.usage(assignment, budget)):
-            best = min(best, table.objective(assignment))
+        objective = table.objective(assignment)
+        if objective < best and not budget.exceeded(table.usage(assignment, budget)):
+            best = objective
     return best
 
 
