@@ -10,6 +10,8 @@ import torch
 
 import fxquant
 from fxquant.data import embedded
+from fxquant.runtime.integer import kernel_times
+from tests.models import embedded_blocks
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +44,14 @@ def few_images(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "calibration_images", lambda count: whole(min(count, 4)))
     for name in ("compile", "Session", "frontier"):
         monkeypatch.setattr(fxquant, name, functools.partial(getattr(fxquant, name), cache=kept))
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages get the first two blocks of the embedded model: what they say holds of any depth. Kernels are timed over
+    as few runs as can be."""
+    monkeypatch.setattr(embedded, "load_model", functools.partial(embedded_blocks, 2, embedded.load_model))
+    monkeypatch.setattr(kernel_times, "least_ms", functools.partial(kernel_times.least_ms, seconds=0.0))
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,9 @@ def traced(model: nn.Module, images_bchw: Tensor) -> GraphModule:
     return graph_module
 
 
+ONE_BLOCK = "vit, one block"
+"""For what takes long with every layer, as exporting does."""
+
 Builder = Callable[[], tuple[nn.Module, int]]
 
 ARCHITECTURES: dict[str, Builder] = {
@@ -66,19 +69,34 @@ ARCHITECTURES: dict[str, Builder] = {
 }
 
 
+def built(architecture: str) -> tuple[nn.Module, int]:
+    """One of `ARCHITECTURES` or `ONE_BLOCK`, and the size of its images."""
+    return (vit(depth=1), 32) if architecture == ONE_BLOCK else ARCHITECTURES[architecture]()
+
+
 @functools.cache
 def compiled(architecture: str, budget: str = "W4A6", recipe: str = "mptq_vit", fully: bool = False) -> Compiled:
-    """The architecture with every layer at the same bits; made once a process, not to be changed."""
-    model, size = ARCHITECTURES[architecture]()
-    options: dict[str, Any] = {"fully_quantized": True} if fully else {}
+    """The architecture with every layer at the same bits, 4 or 6; made once a process, not to be changed."""
+    model, size = built(architecture)
+    options: dict[str, Any] = {"bits": (4, 6), **({"fully_quantized": True} if fully else {})}
     session = Session(model, images(4, size), recipe=recipe, card={"note": "a test"}, **options)
     return session.compile(budget, Uniform())
 
 
+def embedded_blocks(count: int, load: Callable[[], Any] = embedded.load_model) -> nn.Module:
+    """The embedded model, cut after `count` of its 6 blocks: real weights where depth has no say."""
+    model = load()
+    model.blocks = model.blocks[:count]
+    return model
+
+
 @functools.cache
 def embedded_session(recipe: str = "best", count: int = 8) -> Session:
-    """The embedded model with so many images: calibrated and searched once a process, whatever the budget."""
-    return Session(embedded.load_model(), embedded.calibration_images(count), recipe=recipe)
+    """The embedded model with so many images: calibrated and searched once a process, whatever the budget.
+
+    Few widths, for they are what takes long.
+    """
+    return Session(embedded.load_model(), embedded.calibration_images(count), recipe=recipe, bits=(3, 4, 5, 8))
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 The Python blocks of one page share their names, as a reader's session would. A block is left out where the line
 `<!-- not run: reason -->` stands before it, and where `<!-- needs: package -->` does and the package is not installed.
-Pages ask for 32 calibration images and get 4, and what one page has calibrated and searched is kept for the next.
+Pages ask for 32 calibration images and get 4, and for the embedded model and get two of its blocks; what one page has
+calibrated and searched is kept for the next.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(3)), match[3]) for match in run]
 
 
-@pytest.mark.usefixtures("few_images")
+@pytest.mark.usefixtures("few_images", "few_blocks")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

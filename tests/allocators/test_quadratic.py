@@ -53,7 +53,7 @@ def test_without_interactions_it_is_milp():
 def test_errors():
     with pytest.raises(SensitivityError, match="correlation"):
         Interaction(("a", "weight"), ("b", "weight"), 1.5)
-    with pytest.raises(SensitivityError, match="two operands"):
+    with pytest.raises(SensitivityError, match="two different operands"):
         Interaction(("a", "weight"), ("a", "weight"), 0.5)
     pair = Interaction(("nowhere", "weight"), ("blocks.0.qkv", "weight"), 0.5)
     with pytest.raises(BudgetError, match="nowhere"):

@@ -21,12 +21,12 @@ from fxquant.cli import app
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.commands.options import parse_overrides
 from fxquant.data import embedded
-from fxquant.data.models import load_model
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results, sweep
 from passes.search.search_cache import split
+from tests.models import images, vit
 
 runner = CliRunner()
 QUICK = ["--images", "8", "--allocator", "greedy"]
@@ -194,8 +194,8 @@ def test_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = load_model("embedded").model, embedded.calibration_images(4)
-    expected = fxquant.compile(model, "W4A4", calibration=images, allocator=Greedy())
+    model, pictures = vit(depth=1), images(4)
+    expected = fxquant.compile(model, "W4A4", calibration=pictures, allocator=Greedy(), bits=(3, 4, 8))
     calls = []
     apply = fxquant.Pipeline.run
 
@@ -204,7 +204,7 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
         return apply(pipeline, *given, **options)
 
     monkeypatch.setattr(fxquant.Pipeline, "run", run)
-    session = Session(model, images)
+    session = Session(model, pictures, bits=(3, 4, 8))
 
     def measure(runs: torch.nn.Module, label: str) -> Accuracy:
         return Accuracy(1, 2)
@@ -215,7 +215,7 @@ def test_sweep_calibrates_once_and_equals_compile(monkeypatch: pytest.MonkeyPatc
     assert sorted(calls) == sorted([1, *[len(rest)] * 4, len(prefix)]), "roles, four allocations, one calibration"
     found = session.compile("W4A4", Greedy())
     assert found.allocation == expected.allocation
-    assert torch.equal(found(images), expected(images))
+    assert torch.equal(found(pictures), expected(pictures))
     assert len(found.journal.entries) == len(expected.journal.entries)
 
 
