@@ -50,7 +50,7 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
         script.write_text("{ global: fxq_*; local: *; };\n", encoding="utf-8")
         link = [
             "-shared",
-            f"-O{level}",
+            "-O3",  # as of zig's own library, which each level would compile anew
             "-s",
             *([f"-Wl,--version-script={script}"] if platform.has_version_script else []),
         ]
