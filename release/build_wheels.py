@@ -34,7 +34,12 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
     """
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", platform.target]
     sources = sorted((ROOT / FOLDER).glob("*.cpp"))
-    flags = [f"-O{level}", "-g0", *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split()]
+    flags = [
+        f"-O{level}",
+        "-g0",
+        "-fno-sanitize=undefined",
+        *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split(),
+    ]
     if "windows" not in platform.target:
         flags.append("-fPIC")
     with tempfile.TemporaryDirectory() as folder:
