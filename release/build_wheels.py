@@ -34,7 +34,12 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
     """
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", platform.target]
     sources = sorted((ROOT / FOLDER).glob("*.cpp"))
-    flags = [f"-O{level}", "-g0", *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split()]
+    flags = [
+        f"-O{level}",
+        "-g0",
+        "-fno-sanitize=undefined",
+        *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split(),
+    ]
     if "windows" not in platform.target:
         flags.append("-fPIC")
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +55,7 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
         script.write_text("{ global: fxq_*; local: *; };\n", encoding="utf-8")
         link = [
             "-shared",
-            f"-O{level}",
+            "-O3",  # as of zig's own library, which each level would compile anew
             "-s",
             *([f"-Wl,--version-script={script}"] if platform.has_version_script else []),
         ]
