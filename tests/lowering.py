@@ -20,7 +20,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
 from passes.search.plan_operands import PlanOperands
-from tests.models import ARCHITECTURES, images, traced
+from tests.models import built, images, traced
 from tests.operands import operands
 
 needs_kernels = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
@@ -32,14 +32,14 @@ def quantized(
     recipe: str = "mptq_vit",
     budget: str = "W4A6",
     *,
-    bits: tuple[int, ...] = (4, 6, 8),
+    bits: tuple[int, ...] = (4, 6),
     fully: bool = False,
     **families: str,
 ) -> GraphModule:
     """A copy of its own of the architecture, quantized; computed once a process.
 
     Args:
-        architecture: one of `tests.models.ARCHITECTURES`.
+        architecture: one of `tests.models.ARCHITECTURES`, or `ONE_BLOCK`.
         recipe: one of `RECIPES`.
         budget: mean bits, as `Budget.parse` reads them; every layer gets the same.
         bits: widths that are searched.
@@ -58,7 +58,7 @@ def _quantized(
     fully: bool,
     families: tuple[tuple[str, str], ...],
 ) -> GraphModule:
-    model, size = ARCHITECTURES[architecture]()
+    model, size = built(architecture)
     calibration = images(4, size)
     options: dict[str, Any] = {"fully_quantized": True} if fully else {}
     pipeline = RECIPES[recipe](budget, bits=bits, allocator=Uniform(), **options)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fxquant.cli import app
 from tests.lowering import needs_kernels
-from tests.models import compiled
+from tests.models import ONE_BLOCK, compiled
 
 pytest.importorskip("onnxscript")
 
@@ -23,7 +23,7 @@ def run(*arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "small.fxq"
-    compiled("vit").save(path)
+    compiled(ONE_BLOCK).save(path)
     return path
 
 
@@ -33,7 +33,7 @@ def test_export(artefact: Path, tmp_path: Path) -> None:
     assert found["bytes"] == out.stat().st_size
     assert found["layers"]["blocks.0.attn.qkv"] == "int8"
     shown = run("export", artefact, out, "--weight-type", "int4").stdout
-    assert "12 of 14 layers as int8; the others by float operators" in shown.replace("\n", " ")
+    assert "7 of 8 layers as int8; the others by float operators" in shown.replace("\n", " ")
     assert out.stat().st_size < found["bytes"] - 10_000
 
 

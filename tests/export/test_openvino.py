@@ -19,7 +19,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.native import library
 from fxquant.runtime.simulated import QuantizedInput
 from tests.assertions import exact
-from tests.models import compiled, images
+from tests.models import ONE_BLOCK, compiled, images
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="module")
 def simulated() -> fxquant.Compiled:
-    return compiled("vit")
+    return compiled(ONE_BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def test_openvino_computes_what_we_do(simulated: fxquant.Compiled, lowered: fxqu
 def test_layers_on_bytes_are_those_the_file_has_codes_for(lowered: fxquant.Compiled) -> None:
     kernels = {row.layer: row.execution for row in lowered.layers}
     assert kernels["blocks.0.attn.qkv"] == "linear openvino"
-    assert kernels["blocks.1.attn.qk"] == "matmul openvino"
-    assert kernels["blocks.1.mlp.fc2"] == "simulated"  # OPT-m of 6 bits: its levels span more than a byte
+    assert kernels["blocks.0.attn.qk"] == "matmul openvino"
+    assert kernels["blocks.0.mlp.fc2"] == "simulated"  # OPT-m of 6 bits: its levels span more than a byte
     assert "integer: " in lowered.card["execution"]
     assert lowered.lowered("openvino").card["execution"] == lowered.card["execution"]
 

@@ -23,8 +23,8 @@ from passes.allocate.metrics import FisherTrace, NoiseRatio, NuclearNorm, TypeAw
 from passes.allocate.score_layers import ScoreLayers
 from passes.allocate.update_bits import UpdateBits
 from passes.recipes import RECIPES, best, lampq, mptq_vit, naive_min_max, tsptq_vit, vt_ptq
+from tests.models import embedded_blocks, timm_model
 from tests.models import images as random_images
-from tests.models import timm_model
 
 IMAGES = embedded.calibration_images(4)
 QUICK = {"base": naive_min_max, "bits": (2, 3, 4, 5, 8)}
@@ -32,7 +32,7 @@ SWIN = {"img_size": 32, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 4), 
 
 
 def compiled(pipeline: Any) -> Compiled:
-    return fxquant.compile(embedded.load_model(), None, calibration=IMAGES, recipe=pipeline)
+    return fxquant.compile(embedded_blocks(3), None, calibration=IMAGES, recipe=pipeline)
 
 
 def widths(quantized: Compiled, *roles: str) -> set[tuple[int | None, int | None]]:
@@ -130,7 +130,7 @@ def test_options_reach_the_base() -> None:
 def test_vt_ptq_gives_every_module_one_width() -> None:
     quantized = compiled(vt_ptq("W4A4", **QUICK))
     assert isinstance(next(s for s in vt_ptq("W4A4") if isinstance(s, ScoreLayers)).metric, NuclearNorm)
-    for block in range(6):
+    for block in range(3):
         for half in (("qkv", "proj"), ("fc1", "fc2")):
             rows = [r for r in quantized.layers if r.block == block and r.role in half]
             assert len({(r.weight_bits, r.activation_bits) for r in rows}) == 1
@@ -148,7 +148,7 @@ def test_swins_reductions_are_outside() -> None:
 
 
 def test_a_second_budget_scores_nothing_again() -> None:
-    session = Session(embedded.load_model(), IMAGES, recipe=partial(lampq, **QUICK, update=None, type_aware=False))
+    session = Session(embedded_blocks(3), IMAGES, recipe=partial(lampq, **QUICK, update=None, type_aware=False))
     steps = []
     for budget in ("W3A3", "W5A5"):
         journal = session.compile(budget).journal.entries
@@ -168,7 +168,7 @@ def test_budgets_without_means_need_outside_bits() -> None:
 
 @pytest.mark.parametrize("base", ["adalog", "repq_vit"])
 def test_published_bases_give_weights_zero_points(base: str, tmp_path: Path) -> None:
-    found = Session(embedded.load_model(), IMAGES, recipe=base, bits=(4,)).compile("W4A4")
+    found = Session(embedded_blocks(3), IMAGES, recipe=base, bits=(4,)).compile("W4A4")
     quantizers = [
         module.weight_quantizer for module in found.modules() if isinstance(module, QuantizedLinear | QuantizedConv2d)
     ]
