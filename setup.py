@@ -1,8 +1,8 @@
 """The optional extension: integer kernels in C++ with a C interface, loaded with ctypes.
 
-Where they cannot be built, the package installs without them. Why is said at the end of the build, and stands in a
-file in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the
-package is in pyproject.toml.
+Where they cannot be built, the package installs without them. Why is said at the end of the build, and stands in a file
+in the place of the library, so that fxquant can say it when a backend is asked for. Everything else about the package
+is in pyproject.toml.
 """
 
 import atexit
@@ -10,6 +10,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -19,18 +20,18 @@ FOLDER = Path("fxquant/runtime/native")
 
 
 class BuildKernels(build_ext):
-    """Compiles the sources side by side, as many as there are processors, or leaves a file that says why it did not."""
+    """Builds the kernels, as many sources at once as there are processors, or leaves a file that says why not."""
 
-    def run(self):
+    def run(self) -> None:
         """Remember whether the library will lie beside its sources, which setuptools forgets meanwhile."""
         self.is_beside_sources = bool(self.inplace or self.editable_mode)
         super().run()
 
-    def build_extensions(self):
-        """Build all extensions, with a compiler that takes the sources of each at once."""
+    def build_extensions(self) -> None:
+        """Compile the sources of an extension side by side."""
         compile_all = self.compiler.compile
 
-        def compile_at_once(sources, **options):
+        def compile_at_once(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = pool.map(lambda source: compile_all([source], **options), sources)
                 return [path for paths in objects for path in paths]
@@ -38,11 +39,11 @@ class BuildKernels(build_ext):
         self.compiler.compile = compile_at_once
         super().build_extensions()
 
-    def build_extension(self, extension):
-        """Compile with gcc or clang, whose flags and vectors the sources use."""
+    def build_extension(self, extension: Extension) -> None:
+        """Compile with gcc or clang."""
         why = None
         if self.compiler.compiler_type not in ("unix", "mingw32", "cygwin"):
-            why = f"they need gcc or clang, and Python builds extensions with {self.compiler.compiler_type!r} here"
+            why = f"they need gcc or clang, and {self.compiler.compiler_type!r} is what builds Python's extensions here"
         else:
             try:
                 super().build_extension(extension)

@@ -30,13 +30,14 @@ def loops(disassembly: str) -> dict[str, Counter[str]]:
         name = re.search(r"<.*?(\w*piece<[\d, ]+>)", function)
         if name is None:
             continue
-        lines = re.findall(r"^\s*([0-9a-f]+):\s+(\S+)\s*(.*)$", function, re.MULTILINE)
+        lines = re.findall(r"^ *([0-9a-f]+):[ \t]+(\S+)[ \t]*(.*)$", function, re.MULTILINE)
         places = {int(address, 16): number for number, (address, _, _) in enumerate(lines)}
-        for number, (address, operation, rest) in enumerate(lines):
+        for number, (_, operation, rest) in enumerate(lines):
             target = re.search(r"([0-9a-f]+) <", rest)
-            if target is None or not operation.startswith(("b.", "cb", "tb")) or int(target[1], 16) >= int(address, 16):
+            first = places.get(int(target[1], 16), number) if target else number
+            if first >= number or not operation.startswith(("b.", "cb", "tb")):
                 continue
-            body = Counter(operation for _, operation, _ in lines[places[int(target[1], 16)] : number + 1])
+            body = Counter(operation for _, operation, _ in lines[first : number + 1])
             if MACS.keys() & body.keys() and body.total() > found.get(name[1], Counter()).total():
                 found[name[1]] = body
     return found

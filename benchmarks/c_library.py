@@ -95,13 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artefacts", nargs="+", type=Path)
     parser.add_argument("--library", type=Path, help="a folder with what `make` has built")
+    parser.add_argument("--sets", choices=("all", "avx2", "portable"), default="all", help="what it is built with")
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--runs", type=int, default=20)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.library or Path(name)
         if arguments.library is None:
-            subprocess.run(["make", "-s", "-j2", "-C", NATIVE, f"OUT={folder}"], check=True)
+            subprocess.run(["make", "-s", "-j2", "-C", NATIVE, f"OUT={folder}", f"SETS={arguments.sets}"], check=True)
         shared, picture, rows = folder / "libfxquant.so", Path(name) / "picture.ppm", []
         pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(picture)

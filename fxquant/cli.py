@@ -18,9 +18,11 @@ from fxquant.commands.benchmark_model import benchmark_model
 from fxquant.commands.compare_artefacts import compare_artefacts
 from fxquant.commands.compile_model import compile_model
 from fxquant.commands.demo import demo
+from fxquant.commands.doctor import doctor
 from fxquant.commands.evaluate_model import evaluate_model
 from fxquant.commands.export_model import export_model
 from fxquant.commands.inspect_artefact import inspect_artefact
+from fxquant.commands.list_parts import list_parts
 from fxquant.commands.plot_tensor import plot_tensor
 from fxquant.commands.report_artefact import report_artefact
 from fxquant.commands.show_frontier import show_frontier
@@ -43,7 +45,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -73,6 +75,8 @@ app.command("export")(export_model)
 app.command("report")(report_artefact)
 app.command("compare")(compare_artefacts)
 app.command("plot")(plot_tensor)
+app.command("list")(list_parts)
+app.command("doctor")(doctor)
 
 
 def main() -> None:

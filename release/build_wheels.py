@@ -34,7 +34,12 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
     """
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", platform.target]
     sources = sorted((ROOT / FOLDER).glob("*.cpp"))
-    flags = [f"-O{level}", "-g0", *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split()]
+    flags = [
+        f"-O{level}",
+        "-g0",
+        "-fno-sanitize=undefined",
+        *(ROOT / FOLDER / "flags.txt").read_text(encoding="utf-8").split(),
+    ]
     if "windows" not in platform.target:
         flags.append("-fPIC")
     with tempfile.TemporaryDirectory() as folder:
@@ -46,8 +51,16 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
+        script = Path(folder) / "shown.map"
+        script.write_text("{ global: fxq_*; local: *; };\n", encoding="utf-8")
+        link = [
+            "-shared",
+            "-O3",  # as of zig's own library, which each level would compile anew
+            "-s",
+            *([f"-Wl,--version-script={script}"] if platform.has_version_script else []),
+        ]
         made = f"{folder}/{platform.library}"
-        subprocess.run([*compiler, "-shared", f"-O{level}", "-s", *platform.link, *objects, "-o", made], check=True)
+        subprocess.run([*compiler, *link, *objects, "-o", made], check=True)
         shutil.copyfile(made, out)
 
 

@@ -24,20 +24,21 @@ class Platform:
         target: what zig compiles for.
         tag: the platform in the wheel's name.
         library: file name of the kernels.
-        link: further flags of the linker.
+        has_version_script: whether its linker is told by a script which names are shown, those of static C++
+            libraries not.
     """
 
     target: str
     tag: str
     library: str = "_kernels.so"
-    link: tuple[str, ...] = ("-Wl,--exclude-libs,ALL",)
+    has_version_script: bool = True
 
 
 PLATFORMS = {
     "linux_x86_64": Platform("x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
     "linux_aarch64": Platform("aarch64-linux-gnu.2.17", "manylinux_2_17_aarch64.manylinux2014_aarch64"),
-    "macos_arm64": Platform("aarch64-macos.11.0", "macosx_11_0_arm64", "_kernels.dylib", ()),
-    "windows_x86_64": Platform("x86_64-windows-gnu", "win_amd64", "_kernels.dll", ()),
+    "macos_arm64": Platform("aarch64-macos.11.0", "macosx_11_0_arm64", "_kernels.dylib", False),
+    "windows_x86_64": Platform("x86_64-windows-gnu", "win_amd64", "_kernels.dll", False),
 }
 
 

@@ -13,7 +13,13 @@ import numpy as np
 from allocators.problem.cost_table import CostTable
 from fxquant.errors import ArtefactError, FxQuantError
 
-_MOST_LAYERS, _WIDEST, _LARGEST, _LOUDEST_DB = 10_000, 64, 1e30, 300.0
+_MOST_CHOICES = 8_000  # layers times widths: a frontier takes seconds at most
+_WIDEST, _WIDEST_FIXED, _LARGEST, _LOUDEST_DB = 16, 32, 1e30, 300.0
+
+
+def is_small(table: CostTable) -> bool:
+    """Whether a file may hold it: 1,000 layers of 8 widths, at most of 16 bits."""
+    return len(table.layers) * len(table.bits) <= _MOST_CHOICES and table.bits[-1] <= _WIDEST
 
 
 def to_brief(table: CostTable) -> dict[str, Any]:
@@ -38,8 +44,8 @@ def from_brief(values: Any) -> CostTable:
     except (FxQuantError, ValueError, TypeError, OverflowError, AttributeError) as error:
         raise ArtefactError(f"not a cost table: {error!s:.300}") from error
     numbers = (table.elements, table.macs, table.fixed_bits, table.cost, np.abs(table.sqnr_db))
-    limits = (2**53, 2**53, _WIDEST, _LARGEST, _LARGEST)
+    limits = (2**53, 2**53, _WIDEST_FIXED, _LARGEST, _LARGEST)
     is_bounded = all(bool((np.asarray(array) <= limit).all()) for array, limit in zip(numbers, limits, strict=True))
-    if not is_bounded or len(table.layers) > _MOST_LAYERS or table.bits[-1] > _WIDEST:
+    if not (is_bounded and is_small(table)):
         raise ArtefactError("not a cost table: it has numbers, widths or layers beyond those of any model")
     return table

@@ -55,8 +55,10 @@ class LoadedTexts:
 class LoadedArtefact(LoadedTexts):
     """What an artefact holds.
 
-    graph_module: in inference mode, on the CPU. answers: what the model gave for images from a seed, None where none
-    were saved. sizes: by (height, width), graphs for images of other sizes, which call the same modules.
+    Args:
+        graph_module: in inference mode, on the CPU.
+        answers: what the model gave for images from a seed, None where none were saved.
+        sizes: by (height, width), graphs for images of other sizes, which call the same modules.
     """
 
     graph_module: GraphModule = field(kw_only=True)

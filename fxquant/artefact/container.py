@@ -230,7 +230,8 @@ class _Opened:
         try:
             self.handle = safe_open(self.path, "pt")
             self.handle.__enter__()
-        except (SafetensorError, OSError, ValueError) as error:
+        # A file that another process removes after the look above is torch's own RuntimeError.
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             self._fail(error)
         return self
 

@@ -58,7 +58,12 @@ def compile_model(
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
-    card = {**named.card, "preprocessing": preprocessing.to_dict(), "recipe": recipe, "calibration_data": data}
+    card = {
+        **named.card,
+        "preprocessing": preprocessing.to_dict(),
+        "recipe": given.label(recipe),
+        "calibration_data": data,
+    }
     with RichProgress() as progress:
         options = given.options(recipe=recipe, progress=progress, cache=kept, card=card)
         quantized = compile(named.model, wanted, calibration=found, allocator=chosen, **options)

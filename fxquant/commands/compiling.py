@@ -12,12 +12,20 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_inputs, parse_overrides
-from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_SEED, SessionOptions
+from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_inputs, parse_overrides, parse_sizes
+from fxquant.errors import OptionError
+from fxquant.session.options import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_OBJECTIVE,
+    DEFAULT_RECIPE,
+    DEFAULT_SEED,
+    SessionOptions,
+)
 from passes.options import words
 
 
@@ -34,6 +42,14 @@ class Compiling:
         list[str] | None,
         typer.Option(help=_says("overrides", "layer=6, or layer=4/8 for weight/activation bits. Repeatable.")),
     ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the recipe: name=value, the value as JSON or text, such as base=repq_vit. Repeatable."),
+    ] = None
+    recipe_file: Annotated[
+        Path | None, typer.Option(help="Recipe to read, .json or .toml: a recipe's name and options, or passes.")
+    ] = None
+    image_sizes: Annotated[str | None, typer.Option(help=_says("image_sizes", "With commas: 224x224,256x320."))] = None
     first_last_bits: Annotated[int | None, typer.Option(help=_says("first_last_bits"))] = None
     fully_quantized: Annotated[bool, typer.Option("--fully-quantized", help=_says("fully_quantized"))] = False
     bits: Annotated[str | None, typer.Option(help=_says("bits", "With commas: 3,4,8."))] = None
@@ -48,7 +64,10 @@ class Compiling:
     batch_size: Annotated[int, typer.Option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
 
     def options(self, **more: Unpack[SessionOptions]) -> SessionOptions:
-        """As Python takes them, with more beside them. Raises OverrideError, OptionError for what cannot be read."""
+        """As Python takes them, with more beside them.
+
+        Raises OverrideError, OptionError, DataError and PipelineError for what cannot be read.
+        """
         from passes.allocate.measure_latency import MeasureLatency
 
         found: SessionOptions = {
@@ -64,7 +83,26 @@ class Compiling:
         }
         if self.bits is not None:
             found["bits"] = parse_bits(self.bits)
+        if self.image_sizes is not None:
+            found["image_sizes"] = parse_sizes(self.image_sizes)
+        if self.recipe_file is not None or self.option:
+            found["recipe"] = more["recipe"] = self._written(more.get("recipe", DEFAULT_RECIPE))
         return {**found, **more}
+
+    def label(self, recipe: str) -> str:
+        """What reports and results call the recipe: its name or that of its file, and the options given."""
+        name = recipe if self.recipe_file is None else self.recipe_file.stem
+        return name if not self.option else f"{name} ({', '.join(self.option)})"
+
+    def _written(self, recipe: Any) -> Any:
+        """The recipe of a file, or the one of a name, with the options given."""
+        from passes.recipes.written import read_recipe, with_texts
+
+        if self.recipe_file is None:
+            return with_texts(recipe, self.option or [])
+        if recipe != DEFAULT_RECIPE:
+            raise OptionError(f"--recipe-file brings a recipe and --recipe names {recipe!r}: give one of them")
+        return with_texts(read_recipe(self.recipe_file), self.option or [])
 
 
 def compiling(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from contextlib import suppress
 from typing import Any
 
@@ -31,6 +33,19 @@ def show(renderable: Any) -> None:
         out.print(renderable)
     else:
         print(renderable)
+
+
+def show_list(title: str, rows: dict[str, str]) -> None:
+    """Names with a text on each, broken to the width of the terminal."""
+    width = max(50, shutil.get_terminal_size().columns)
+    column = min(max(map(len, rows), default=0), width // 3)
+    lines = [title]
+    for name, text in rows.items():
+        first = f"  {name:<{column}}  "
+        lines += textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * (column + 4)) or [
+            first.rstrip()
+        ]
+    show("\n".join(lines))
 
 
 def say(text: str) -> None:

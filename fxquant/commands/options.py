@@ -142,6 +142,14 @@ def parse_bits(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """`224x224,256x320` as heights and widths. Raises OptionError."""
+    pairs = [part.strip().split("x") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(each.isascii() and each.isdecimal() for each in pair) for pair in pairs):
+        raise OptionError(f"sizes are heightxwidth with commas between, such as 224x224,256x320; found {text!r}")
+    return [(int(height), int(width)) for height, width in pairs]
+
+
 def parse_numbers(text: str | None, name: str) -> tuple[float, ...] | None:
     """`0.5,0.5,0.5` as numbers. Raises DataError."""
     try:

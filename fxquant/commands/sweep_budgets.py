@@ -76,8 +76,9 @@ def sweep_budgets(
     with RichProgress() as progress:
         sessions = {}
         for name in map(str.strip, recipe.split(",")):
-            own = given.options(recipe=name, card={**card, "recipe": name}, progress=progress, cache=folder)
-            sessions[name] = Session(named.model, found, **own)
+            label = given.label(name)
+            own = given.options(recipe=name, card={**card, "recipe": label}, progress=progress, cache=folder)
+            sessions[label] = Session(named.model, found, **own)
 
         def measure(runs: nn.Module, label: str) -> Accuracy:
             return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")

@@ -42,9 +42,8 @@ def layer_times(graph_module: GraphModule) -> dict[str, Any]:
     image = torch.zeros(1, *image_of(graph_module).meta["tensor_meta"].shape[1:])
     with torch.inference_mode():
         whole_ms = least_ms(lambda: lowered(image), threads=1, seconds=_SECONDS)
-    of_what = (
-        f"one image, one thread, {found['processor']}, {found['instruction_set']}; the whole takes {whole_ms:.2f} ms"
-    )
+    where = f"{found['processor']}, {found['instruction_set']}"
+    of_what = f"one image, one thread, {where}; the whole model takes {whole_ms:.2f} ms"
     return {"layers": layers, "whole_ms": whole_ms, "of_what": of_what}
 
 

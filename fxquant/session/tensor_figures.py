@@ -108,6 +108,11 @@ def figure_of_means(session: Session, path: str | PathLike[str]) -> None:
 def figure_of_layers(session: Session, path: str | PathLike[str], bits: int) -> None:
     """The divergence when one layer alone is quantized to so many bits, one line a role along the blocks.
 
+    Args:
+        session: the model, with images and a recipe.
+        path: of the figure.
+        bits: width of the quantizers.
+
     Raises OptionError where there is no such width.
     """
     check_plot(path)

@@ -17,7 +17,7 @@ from allocators.allocation import Allocation
 from allocators.allocator import Allocator
 from allocators.milp import Milp
 from allocators.problem.arrays import BoolArray, IntArray
-from allocators.problem.brief_table import to_brief
+from allocators.problem.brief_table import is_small, to_brief
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from allocators.problem.overrides import Bits
@@ -50,7 +50,7 @@ COST_TABLE = Note("cost table", CostTable, "run AllocateBits first")
 """The problem that the allocator was given."""
 
 TABLE = "cost_table"
-"""The journal's note of that problem in short (`allocators.problem.brief_table`)."""
+"""The journal's note of that problem in short (`allocators.problem.brief_table`), where it is small enough."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class AllocateBits:
             predicted_loss=allocation.objective,
             binding=list(allocation.binding),
             usage=allocation.usage,
-            **{TABLE: to_brief(table)},
+            **({TABLE: to_brief(table)} if is_small(table) else {}),
             **({"role_bits": {str(role): bits for role, bits in self.role_bits}} if self.role_bits else {}),
         )
         return len(nodes)

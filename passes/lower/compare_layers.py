@@ -7,7 +7,8 @@ simulated graph holds too, the two are compared, and the run goes on with the si
 - bytes that a layer reads: each is the code of x + e, x the simulated value and |e| at most EDGE of the root mean
   square of x; all but STRAYS of them, since one code that falls the other way moves those behind it;
 - floats that a layer gives: within FLOATS, relative, of what the layer gives in the simulated graph, or what the node
-  after it gives where the kernel does that too (a sum).
+  after it gives where the kernel does that too, or of the sum of both where the kernel adds a residual (in Swin, rows
+  of that sum are in the order of windows, which no node of the simulated graph has).
 
 Between two such places lies a layer or two (qkv and the attention behind it, fc1 and GELU). Deliberately not compared:
 what has another shape than in the simulated graph, as windows in another order; the next layer's bytes are.
@@ -83,12 +84,14 @@ class _Comparison(Interpreter):
             return super().run_node(node)
         arguments, keywords = self.fetch_args_kwargs_from_env(node)
         given = list(arguments)
-        for index, quantizer in enumerate(_quantizers(module_of(self.simulated, counterpart))):
+        quantizers = _quantizers(module_of(self.simulated, counterpart))
+        for index, quantizer in enumerate(quantizers):
             source = counterpart.args[index]
             expected = self.values.get(source.name) if isinstance(source, Node) else None
             if index < len(given) and expected is not None:
                 given[index] = self._read(node, given[index], expected, quantizer)
-        return self._gave(node, counterpart, self.call_module(str(node.target), tuple(given), keywords))
+        residual = given[len(quantizers)] if len(given) > len(quantizers) > 0 else None
+        return self._gave(node, counterpart, self.call_module(str(node.target), tuple(given), keywords), residual)
 
     def _read(self, node: Node, found: Tensor, expected: Tensor, quantizer: Quantizer | None) -> Tensor:
         """What a layer reads in the simulated graph, as it reads it in the lowered one, after a comparison."""
@@ -105,12 +108,22 @@ class _Comparison(Interpreter):
         self._note(node, "reads", strays / max(found.numel(), 1), strays > allowed)
         return _bytes(wanted, code)
 
-    def _gave(self, node: Node, counterpart: Node, found: Any) -> Any:
-        """What a layer gives in the simulated graph, after a comparison, if it gives floats of the same kind."""
+    def _gave(self, node: Node, counterpart: Node, found: Any, residual: Tensor | None) -> Any:
+        """What a layer gives in the simulated graph, after a comparison, if it gives floats of the same kind.
+
+        Args:
+            node: the lowered layer.
+            counterpart: the simulated one.
+            found: what the lowered one gave.
+            residual: float, of the shape of `found`, which the lowered one has added; None where it adds nothing.
+        """
         self.open.append(layer_of(node))
         if not isinstance(found, Tensor) or not found.is_floating_point():
             return found
         near = [self.values[other.name] for other in _with_readers(counterpart) if other.name in self.values]
+        own = self.values.get(counterpart.name)
+        if residual is not None and own is not None and own.shape == residual.shape:
+            near.append(own + residual)
         fits = [fit.to(found) for value in near if (fit := _rows_like(found, value)) is not None]
         if not fits:
             return found

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxquant.artefact import container
 from fxquant.artefact.cache import Cache, code_signature, signature, user_folder
 from fxquant.artefact.container import write_file
 from fxquant.commands.options import cache_folder
@@ -252,3 +253,14 @@ def test_temporary_files_of_killed_processes_go_with_the_next_write(tmp_path: Pa
     os.utime(left, (1, 1))
     Cache(tmp_path).recall("1" * 16, lambda: 1)
     assert [file.name for file in tmp_path.iterdir()] == [f"{'1' * 16}.json"]
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    assert cache.write("key", {}, {"x": torch.ones(3)})
+
+    def vanished(*_: object) -> None:
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(container, "safe_open", vanished)
+    assert cache.read("key") is None

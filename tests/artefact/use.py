@@ -43,6 +43,7 @@ def use(path: Path, image_shape: tuple[int, ...]) -> list[Outcome]:
         "card": lambda: artefact.inspect_card(path),
         "sizes": lambda: artefact.size_breakdown(path),
         "inspect": lambda: (str(report_of(path)), json.dumps(report_of(path).to_dict())),
+        "page": lambda: report_of(path).to_html(),
         "load": lambda: loaded.append(fxquant.load(path)),
         "report": lambda: [(str(c.report()), json.dumps(c.report().to_dict())) for c in loaded],
         "graph": lambda: [(format_graph(c.graph_module), c.to_networkx()) for c in loaded],

@@ -68,7 +68,9 @@ def run(content: bytes, shapes: list[tuple[int, ...]], x: Tensor) -> list[Tensor
 
 def test_moves_sums_norms_and_means_have_the_bits_of_the_graph() -> None:
     graph_module, x = moved_graph(), images(5, SIZE, seed=7)
-    found = run(to_program(graph_module), shapes_of(graph_module), x)
+    content = to_program(graph_module)
+    assert b"\0mean\0tokens\0" in content  # their names
+    found = run(content, shapes_of(graph_module), x)
     with torch.inference_mode():
         wanted = leaves(graph_module(x))
     assert [tuple(part.shape) for part in found] == [(5, 3), (5, 66, 3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 import fxquant
 from fxquant.artefact.artefact import size_breakdown
-from fxquant.errors import CalibrationError, InputError, OptionError, TraceError, VerificationError
+from fxquant.artefact.graph_json import graph_to_json, graphs_from_json
+from fxquant.artefact.shape_check import check_shapes
+from fxquant.errors import ArtefactError, CalibrationError, InputError, OptionError, TraceError, VerificationError
 from fxquant.session.compiled import Compiled
 from tests.models import SWIN, images, scrambled, timm_model, vit
 
@@ -90,6 +93,21 @@ def test_windows_that_pad_at_another_size_have_a_say_in_what_is_folded() -> None
     )
     quantized = fxquant.compile(model, "W8A8", calibration=images(4), image_sizes=[(40, 56)], recipe="mptq_vit")
     assert agreement(quantized(batch((40, 56))), model(batch((40, 56)))) > 0.97
+
+
+@pytest.mark.parametrize("shape", [[3, 32, 32], [1, 40, 40], [3, 32], [3, 0, 48]])
+def test_files_whose_sizes_do_not_fit_together_are_refused(shape) -> None:
+    document, tensors = graph_to_json(several().graph_module, several().sizes.graphs)
+    document = json.loads(json.dumps(document))
+    document["sizes"][0]["image_shape"] = shape
+
+    def read() -> None:
+        main, sizes = graphs_from_json(document, tensors)
+        for graph_module in (main, *sizes.values()):
+            check_shapes(graph_module, 10**6)
+
+    with pytest.raises(ArtefactError, match=r"another height and width|states no image|shape of an image"):
+        read()
 
 
 class Grows(nn.Module):

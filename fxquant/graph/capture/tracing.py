@@ -90,9 +90,7 @@ def trace(
     except TraceError as error:
         if isinstance(model, ProgramModule):
             raise
-        root = _exported(copy_of(model, fixed), example_bchw, error)
-        graph_module = _graph_of(root, example_bchw, expected, minimum_coverage)
-        EXPORTED.write(graph_module, str(error))
+        graph_module = _graph_by_export(copy_of(model, fixed), example_bchw, expected, minimum_coverage, error)
     if not tree.is_bare:
         TREE.write(graph_module, tree.to_json())
     if classes is not None:
@@ -102,13 +100,30 @@ def trace(
     return graph_module
 
 
-def _exported(root: nn.Module, example_bchw: torch.Tensor, error: TraceError) -> nn.Module:
-    """The model as torch.export sees it. Raises the error that tracing raised, and why this fails too."""
+def _graph_by_export(
+    root: nn.Module,
+    example_bchw: torch.Tensor,
+    expected: list[list[torch.Tensor]],
+    minimum_coverage: float,
+    error: TraceError,
+) -> fx.GraphModule:
+    """`_graph_of` what torch.export makes of a copy. Raises the error of tracing, with why this fails too.
+
+    Args:
+        root: a copy of the caller's model.
+        example_bchw: float (B, C, H, W).
+        expected: the model's own outputs for every checked batch size.
+        minimum_coverage: as in `trace`.
+        error: what tracing raised.
+    """
     try:
-        return exported(root, _images(example_bchw, max(_CHECKED_BATCH_SIZES)))
+        program = exported(root, _images(example_bchw, max(_CHECKED_BATCH_SIZES)))
+        graph_module = _graph_of(program, example_bchw, expected, minimum_coverage)
     except Exception as second:  # whatever torch.export meets in the model's code
         reason = str(second).strip().partition("\n")[0]
         raise TraceError(f"{error}. torch.export does not take it either: {reason}") from error
+    EXPORTED.write(graph_module, str(error))
+    return graph_module
 
 
 def _graph_of(

@@ -97,7 +97,7 @@ struct FloatRow {
     FloatRow(const LinearCall &linear, int64_t unit, int vectors) : columns(linear, unit, vectors), call(linear) {}
     FXQ_INLINE void operator()(const int32_t *sums, int64_t row, int) const {
         const int64_t place = row * call.spec->out_features + columns.first;
-        const float *residual = call.residual + place;  // may be `out` itself
+        const float *residual = has_residual ? call.residual + place : nullptr;  // may be `out` itself
         float *out = static_cast<float *>(call.out) + place;
         const auto part = [&](int v) FXQ_ALWAYS {
             const int i = v * kLanes, left = columns.count - i;

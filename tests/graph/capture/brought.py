@@ -232,6 +232,7 @@ HANDLED: dict[str, Callable[[nn.Module], object]] = {
     "compiled in place": lambda m: m.blocks[0].mlp.compile(backend="eager"),
     "lock": set_lock,
     "computed tensor as attribute": set_attribute("cached", lambda m: m.head.weight * 2),
+    "compiled function, by torch.export": replace("head_drop", lambda old: Compiled()),
 }
 
 
@@ -296,7 +297,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] =
     "sparse": (set_weight(lambda w: w.to_sparse()), ModelError, r"'head\.weight' has the layout.*to_dense"),
     "hook that decides": (hook_that_decides, TraceError, r"in 'blocks\.0\.mlp\.fc1' \(Linear, which has hooks"),
     "running statistics": (running_statistics, TraceError, r"changes 'mean', and a quantized model keeps no state"),
-    "compiled function": (replace("head_drop", lambda old: Compiled()), TraceError, "in 'head_drop'.*dynamo-optimized"),
     "singleton": (replace("head_drop", lambda old: Singleton()), ModelError, "does not copy 'head_drop'.*__deepcopy__"),
     "one of a kind": (not_copyable, ModelError, "cannot be copied.*one of a kind.*copy.deepcopy"),
 }

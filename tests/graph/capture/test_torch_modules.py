@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 
-from fxquant.errors import TraceError
 from fxquant.graph.annotation import Role, annotation_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.notes import EXPORTED
 from tests.models import images, scrambled, traced
 
 WIDTH, HEADS, SIDE, TOKENS = 12, 2, 16, 16
@@ -154,9 +154,12 @@ def test_probabilities_that_nobody_reads_leave_the_graph() -> None:
 
 
 @pytest.mark.parametrize("option", ["add_zero_attn", "add_bias_kv"])
-def test_keys_that_come_from_no_token_are_refused(option) -> None:
-    with pytest.raises(TraceError, match=f"{option}=True appends a key that comes from no token"):
-        trace(Tower(attention(**{option: True}), lambda m, x: m(x, x, x)[0]), IMAGES)
+def test_keys_that_come_from_no_token_are_left_to_torch_export(option) -> None:
+    model = scrambled(Tower(attention(**{option: True}), lambda m, x: m(x, x, x, need_weights=False)[0]))
+    graph_module = traced(model, IMAGES)
+    assert f"{option}=True appends a key that comes from no token" in EXPORTED.of(graph_module)
+    found = roles(graph_module)
+    assert [found[role] for role in (Role.QKV, Role.QK, Role.SOFTMAX, Role.AV, Role.PROJ)] == [1] * 5
 
 
 def test_tracing_leaves_torchs_settings_and_the_callers_modules_alone() -> None:

@@ -115,9 +115,11 @@ def test_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "found", lambda: "no compiler was found")
     with pytest.raises(BackendError, match="no compiler"):
         lower(quantized("vit"), "cpu-native")
-    assert resolved("auto") in ("cpu-onednn", "simulated")
+    with pytest.warns(UserWarning, match="backend 'auto' is .* here: no compiler was found"):
+        assert resolved("auto") in ("cpu-onednn", "simulated")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert resolved("auto") == "simulated"
+    with pytest.warns(UserWarning, match="'simulated' here"):
+        assert resolved("auto") == "simulated"
     with pytest.raises(BackendError, match="AVX512-VNNI"):
         resolved("cpu-onednn")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

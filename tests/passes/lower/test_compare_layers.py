@@ -16,12 +16,14 @@ from fxquant.graph.facts import QUANTIZED
 from fxquant.runtime.integer.chain import IntegerChain
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.native import library
+from passes.lower.compare_layers import first_difference
 from passes.lower.lower import Lower
 from passes.lower.prove_lowering import EXACT
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best
-from tests.models import images, vit
+from tests import lowering
+from tests.models import ARCHITECTURES, images, vit
 
 pytestmark = pytest.mark.skipif(library.why_absent() is not None, reason=str(library.why_absent()))
 
@@ -70,6 +72,13 @@ def test_a_small_fault_is_found_in_its_layer(
     pipeline = Pipeline([lower], assumes=[QUANTIZED])
     with pytest.raises(BackendError, match=rf"computes something else: the first layer that differs {layer}"):
         pipeline.run(quantized.graph_module, PassContext(answers=loose))
+
+
+@pytest.mark.parametrize("architecture", ["swin", "swin that pads"])
+def test_a_residual_that_is_added_in_the_order_of_windows_is_no_difference(architecture: str) -> None:
+    graph_module, x = lowering.quantized(architecture), images(2, ARCHITECTURES[architecture]()[1])
+    problem, _ = first_difference(graph_module, Lower("cpu-native", chains=False), x)
+    assert problem == ""
 
 
 def test_a_fault_of_chains_alone_is_found(

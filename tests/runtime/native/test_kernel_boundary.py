@@ -125,6 +125,11 @@ def test_the_package_installs_without_a_working_compiler(tmp_path: Path) -> None
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.glob("lib/**/_kernels*"))
+    assert result.stderr.rstrip().splitlines()[-1].startswith("fxquant installs without its integer kernels: no C++")
+    (folder,) = (note.parent for note in tmp_path.glob("lib/**/why_absent.txt"))
+    assert "not built when fxquant was installed: no C++ compiler that works was found" in str(
+        library.library_in(folder)
+    )
 
 
 def test_a_missing_library_says_what_to_do(tmp_path: Path) -> None:
