@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,6 +154,9 @@ class ModelSource:
         traced = self.traced
         for name in ("traced", "with_roles"):
             self.__dict__.pop(name, None)
+        # A graph refers to itself. Until it is collected, the copy with roles, which is not needed any more, would keep
+        # every tensor that a pass replaces in the traced model.
+        gc.collect()
         return traced
 
     @property
