@@ -1,7 +1,8 @@
 """The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`,
-`benchmark`, `export`, `report`, `compare`, `plot`.
+`benchmark`, `export`, `report`, `compare`, `plot`, `list`, `doctor`.
 
-Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
+Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2; so is Ctrl-C,
+exit code 130.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fxquant.errors import FxQuantError
 
 
 class _Commands(TyperGroup):
-    """Commands whose typed errors become one line on stderr and exit code 2, without a traceback."""
+    """Commands whose typed errors become one line on stderr and exit code 2, without a traceback; Ctrl-C gives 130."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -43,6 +44,11 @@ class _Commands(TyperGroup):
 
             fail(str(error))
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            from fxquant.commands.console import fail
+
+            fail("interrupted")
+            raise typer.Exit(130) from error  # 128 and the number of SIGINT, as shells have it
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False)

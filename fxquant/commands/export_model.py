@@ -13,7 +13,10 @@ from fxquant.errors import ExportError
 
 def export_model(
     artefact: Annotated[Path, typer.Argument(help="A file written by `fxquant compile` or `Compiled.save`.")],
-    out: Annotated[Path, typer.Argument(help="What to write: model.onnx, or model.fxm for the C library.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="What to write: model.onnx for ONNX, or model.fxm for the C library. The ending decides."),
+    ],
     weight_type: Annotated[
         str, typer.Option(help="int8; or int4, which writes weights of at most 4 bits as INT4.")
     ] = "int8",
