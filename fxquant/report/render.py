@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 
+_BETWEEN, _EDGES = 3, 2  # characters that rich puts between two columns, and around all of them
+
+
 class Document:
     """Something made of sections: print it, or give it to a rich console."""
 
@@ -28,7 +32,7 @@ class Document:
         return "\n\n".join(plain(section) for section in self.sections())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Colour by bits; a table wider than the terminal comes as plain text, which can be scrolled or cut."""
+        """Colour by bits; what is wider than the terminal is broken: lines at words, a table between columns."""
         for section in self.sections():
             yield from _rich(section, options.max_width)
 
@@ -63,14 +67,48 @@ def _padded(text: str, width: int, left: bool) -> str:
 
 
 def _rich(section: Lines | Table, width: int) -> Iterator[RenderableType]:
-    text = plain(section)
-    if isinstance(section, Table) and max(map(len, text.splitlines())) <= width:
-        yield Text(section.title, style="bold")
-        yield _rich_table(section)
-        return
-    title, _, body = text.partition("\n")
-    yield Text(title, style="bold")
-    yield Text(f"{body}\n", no_wrap=isinstance(section, Table), overflow="ignore")
+    yield Text(section.title, style="bold")
+    if isinstance(section, Table):
+        yield from map(_rich_table, _parts(section, width))
+    else:
+        yield Text("\n".join([*_folded(section, width), ""]))
+
+
+def _parts(table: Table, width: int) -> Iterator[Table]:
+    """The table in pieces that fit the width, one below the other, each with the first column again."""
+    widths = [max(map(len, texts)) for texts in zip(table.columns, *_texts(table), strict=True)]
+    wanted = [0]
+    for index, own in enumerate(widths[1:], 1):
+        used = sum(widths[each] + _BETWEEN for each in wanted)
+        if len(wanted) > 1 and used + own + _EDGES > width:
+            yield _part(table, wanted)
+            wanted = [0]
+        wanted.append(index)
+    yield _part(table, wanted)
+
+
+def _texts(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(cell.text for cell in row) for row in table.rows]
+
+
+def _part(table: Table, wanted: list[int]) -> Table:
+    return Table(
+        table.title,
+        tuple(table.columns[index] for index in wanted),
+        tuple(tuple(row[index] for index in wanted) for row in table.rows),
+        frozenset(place for place, index in enumerate(wanted) if index in table.left),
+    )
+
+
+def _folded(section: Lines, width: int) -> Iterator[str]:
+    """The lines, those that are too long broken at words and indented under their text."""
+    column = max((len(label) for label, _ in section.lines), default=0)
+    for label, text in section.lines:
+        first = f"  {label:<{column}}  " if label else "  "
+        indent = len(first) + (0 if label else len(text) - len(text.lstrip()) + 2)
+        yield from textwrap.wrap(
+            text, width, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False
+        ) or [first.rstrip()]
 
 
 def _rich_table(section: Table) -> RichTable:

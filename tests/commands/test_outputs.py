@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
+from fxquant.commands.inspect_artefact import report_of
 from fxquant.commands.options import cache_folder, check_output
 from fxquant.errors import DataError
+from fxquant.report.sections import Table
 from tests.models import images, vit
 
 CASES = textwrap.dedent("""
@@ -102,3 +107,26 @@ def test_without_a_home_the_command_line_warns_and_keeps_nothing(monkeypatch: py
     assert result.exit_code == 2
     assert "warning" in result.stderr
     assert "minimum reachable" in result.stderr
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.commands.doctor.examined", lambda *_: signal.raise_signal(signal.SIGINT))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 130, result.output
+    assert (result.stdout, result.stderr) == ("", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_report_on_a_terminal_is_broken_and_loses_nothing(artefact: Path, width: int) -> None:
+    report = report_of(artefact)
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(report)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= width
+    drawn = "".join(text.split())
+    for section in report.sections():
+        if isinstance(section, Table):
+            found = [*section.columns, *(cell.text for row in section.rows for cell in row)]
+        else:
+            found = [line for _, line in section.lines]
+        assert all("".join(line.split()) in drawn for line in found), section.title
