@@ -103,7 +103,7 @@ def test_rich_has_colours_and_all_text() -> None:
     assert "blocks.0.mlp.fc1=5/6" in text
     narrow = Console(file=io.StringIO(), width=60)
     narrow.print(report())
-    assert "shifted" in narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "quantizers W, A" in narrow.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_brief_leaves_the_layers_out() -> None:
