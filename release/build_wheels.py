@@ -4,7 +4,8 @@ python -m release.build_wheels --out dist [--platform linux_x86_64 ...] [--level
 
 The kernels have a C interface and are loaded with ctypes, so they belong to a platform and to no version of Python. zig
 (the package `ziglang`) compiles them for every platform from any of them, with its own C++ library inside. What is made
-is checked, as `auditwheel` would: which functions the library shows, what it needs of the system, and which glibc.
+is checked, as `auditwheel` would: which functions the library shows, what it needs of the system, and which glibc; and
+that it has every instruction set, and runs those that the processor here has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from release.check_library import check_library
+from release.instruction_sets import check_sets
 from release.platform_wheel import FOLDER, PLATFORMS, Platform, with_library
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +93,7 @@ def main() -> None:
             platform = PLATFORMS[name]
             library = Path(folder) / platform.library
             build_library(platform, arguments.level, library)
-            for line in check_library(library, platform.tag):
+            for line in (*check_library(library, platform.tag), check_sets(library, platform.sets, platform.target)):
                 print(f"{name}: {line}")
             made = with_library(pure, platform, library, arguments.out)
             print(f"{name}: {made.name}, {made.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -23,6 +23,7 @@ class Platform:
     Attributes:
         target: what zig compiles for.
         tag: the platform in the wheel's name.
+        sets: instruction sets that the kernels have.
         library: file name of the kernels.
         has_version_script: whether its linker is told by a script which names are shown, those of static C++
             libraries not.
@@ -30,15 +31,20 @@ class Platform:
 
     target: str
     tag: str
+    sets: tuple[str, ...]
     library: str = "_kernels.so"
     has_version_script: bool = True
 
 
+_X86 = ("scalar", "avx2", "avx-vnni", "avx512-vnni")
+_ARM = ("scalar", "neon", "neon-dotprod", "neon-i8mm")
 PLATFORMS = {
-    "linux_x86_64": Platform("x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
-    "linux_aarch64": Platform("aarch64-linux-gnu.2.17", "manylinux_2_17_aarch64.manylinux2014_aarch64"),
-    "macos_arm64": Platform("aarch64-macos.11.0", "macosx_11_0_arm64", "_kernels.dylib", False),
-    "windows_x86_64": Platform("x86_64-windows-gnu", "win_amd64", "_kernels.dll", False),
+    "linux_x86_64": Platform(
+        "x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64.manylinux2014_x86_64", (*_X86, "amx-int8")
+    ),
+    "linux_aarch64": Platform("aarch64-linux-gnu.2.17", "manylinux_2_17_aarch64.manylinux2014_aarch64", _ARM),
+    "macos_arm64": Platform("aarch64-macos.11.0", "macosx_11_0_arm64", _ARM, "_kernels.dylib", False),
+    "windows_x86_64": Platform("x86_64-windows-gnu", "win_amd64", _X86, "_kernels.dll", False),
 }
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import platform as machine
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from release import instruction_sets
+from release.instruction_sets import InstructionSetError, check_sets, flags_of_processor, sets_that_run
 from release.platform_wheel import FOLDER, PLATFORMS, record_line, with_library
+from tests.lowering import needs_kernels
 
 pytestmark = pytest.mark.quick
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux says what a processor has")
+HERE = f"{machine.machine()}-linux"
 
 
 def pure_wheel(folder: Path) -> Path:
@@ -59,3 +66,39 @@ def test_the_same_files_give_the_same_wheel(tmp_path: Path) -> None:
 def test_a_record_has_the_digest_that_installers_compute() -> None:
     digest = base64.urlsafe_b64encode(hashlib.sha256(b"x").digest()).decode().rstrip("=")
     assert record_line("a.py", b"x") == f"a.py,sha256={digest},1\n"
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
+def test_a_library_without_one_of_its_instruction_sets_is_refused(name: str, tmp_path: Path) -> None:
+    platform, library = PLATFORMS[name], tmp_path / "built"
+    library.write_bytes(b"".join(part.encode() + b"\0" for part in platform.sets))
+    assert check_sets(library, platform.sets, "another-kind") == (
+        f"has {', '.join(platform.sets)}; not run, since this machine is of another kind"
+    )
+    library.write_bytes(b"".join(part.encode() + b"\0" for part in platform.sets[:-1]))
+    with pytest.raises(InstructionSetError, match=f"lacks the instruction sets {platform.sets[-1]}"):
+        check_sets(library, platform.sets, platform.target)
+
+
+@on_linux
+@needs_kernels
+def test_the_kernels_run_every_instruction_set_that_the_processor_has() -> None:
+    (kernels,) = Path(FOLDER).glob("_kernels*.so")
+    runs, has = sets_that_run(kernels), flags_of_processor()
+    for name, flags in instruction_sets.FLAGS.items():
+        is_compiled = name.encode() + b"\0" in kernels.read_bytes()
+        assert (name in runs) == (is_compiled and flags <= has)
+
+
+@on_linux
+def test_a_library_that_does_not_run_what_the_processor_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "built"
+    library.write_bytes(b"scalar\0avx2\0")
+    monkeypatch.setattr(instruction_sets, "sets_that_run", lambda path: ["scalar"])
+    monkeypatch.setattr(instruction_sets, "flags_of_processor", lambda: {"avx2", "fma"})
+    with pytest.raises(InstructionSetError, match="does not run avx2, which this processor has"):
+        check_sets(library, ("scalar", "avx2"), HERE)
+    monkeypatch.setattr(instruction_sets, "flags_of_processor", lambda: {"fma"})
+    assert check_sets(library, ("scalar", "avx2"), HERE).endswith("runs scalar here")

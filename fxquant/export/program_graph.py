@@ -140,7 +140,7 @@ def _arithmetic(program: Program, kind: Do, arguments: Any, keywords: Any) -> Nu
     if not isinstance(x, Numbers) or program.is_constant(x):
         raise ExportError("programs have no quotient of a number or a constant and a tensor")
     if not isinstance(y, Numbers):
-        y = program.constant_numbers(torch.tensor([float(y)]))
+        y = program.constant_numbers(torch.tensor([float(y)], dtype=torch.float32))
     if {x.dtype, y.dtype} != {torch.float32}:
         raise ExportError("programs compute with float32 tensors")
     shape = torch.broadcast_shapes(x.places.shape, y.places.shape)  # type: ignore[no-untyped-call]

@@ -136,7 +136,11 @@ def _packed(
     layout = torch.empty(library.library().fxq_linear_bytes(ctypes.byref(spec)), dtype=torch.uint8)
     flat = codes.detach().flatten(1).contiguous()
     scale = quantizer.scale.reshape(-1).expand(out_features).contiguous()
-    bias = torch.zeros(out_features) if source.bias is None else source.bias.detach().float().contiguous()
+    bias = (
+        torch.zeros(out_features, dtype=torch.float32)
+        if source.bias is None
+        else source.bias.detach().float().contiguous()
+    )
     entries = torch.empty(0, dtype=torch.uint8)
     if epilogue.table is not None:
         entries = epilogue.table.entries

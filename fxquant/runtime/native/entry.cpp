@@ -6,56 +6,10 @@
 
 #include "kernels.h"
 
-#ifdef FXQ_X86
-#include <cpuid.h>
-#endif
-#ifdef FXQ_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace fxq {
 namespace {
 
-#ifdef FXQ_AMX
-// Linux lets a process use the tile registers once it has asked.
-bool has_amx() {
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-                                  syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-    return permitted;
-}
-#endif
-
 bool always() { return true; }
-
-#ifdef FXQ_X86
-bool has_avx2() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-bool has_avx512_vnni() {
-    return has_avx2() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
-}
-
-#ifdef FXQ_AVX_VNNI
-// Compilers do not all know its name.
-bool has_avx_vnni() {
-#ifdef FXQ_AVX_VNNI_AS
-    return FXQ_AVX_VNNI_AS == 1 ? has_avx512_vnni() : has_avx2();
-#else
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-#endif
-}
-#endif
-
-#ifdef FXQ_AMX
-bool has_amx_and_avx512() { return has_avx512_vnni() && has_amx(); }
-#endif
-#endif
 
 struct Set {
     const Kernels *kernels;
@@ -75,7 +29,7 @@ const Set kSets[] = {
 #endif
 #endif
 #ifdef FXQ_AMX
-    {&kAmxInt8, has_amx_and_avx512},
+    {&kAmxInt8, has_amx},
 #endif
 #ifdef FXQ_NEON
     {&kNeon, always},

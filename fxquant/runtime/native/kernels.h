@@ -113,15 +113,19 @@ extern const Kernels kScalar;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)
 #define FXQ_X86 1
 extern const Kernels kAvx2;
+bool has_avx2();
 #if !defined(FXQ_AVX2_ONLY)
 #define FXQ_AVX512 1
 extern const Kernels kAvx512Vnni;
+bool has_avx512_vnni();
 #if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12)
 #define FXQ_AVX_VNNI 1
 extern const Kernels kAvxVnni;
+bool has_avx_vnni();
 #if defined(__linux__)
 #define FXQ_AMX 1
 extern const Kernels kAmxInt8;
+bool has_amx();
 #endif
 #endif
 #endif

@@ -91,7 +91,7 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) 
 def mean(x: Tensor) -> Tensor:
     """Means over rows, float32 (B, C) of x (B, N, C)."""
     x = readable(x, torch.float32, "x")
-    out = torch.empty((x.shape[0], x.shape[2]))
+    out = torch.empty((x.shape[0], x.shape[2]), dtype=torch.float32)
     return filled(out, "mean", x.data_ptr(), *x.shape, out.data_ptr(), out.nbytes, torch.get_num_threads())
 
 
@@ -133,7 +133,7 @@ def matmul(left: Tensor, right: Tensor, levels: Tensor, right_zero: int, scale: 
     columns = right.shape[-2 if transposed else -1]
     if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-1 if transposed else -2]:
         raise BackendError(f"codes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
-    out = torch.empty((*left.shape[:-1], columns))
+    out = torch.empty((*left.shape[:-1], columns), dtype=torch.float32)
     return filled(
         out, "matmul", spec_pointer(levels, LevelsSpec, "levels"), right_zero, scale, left.data_ptr(), left.numel(),
         right.data_ptr(), right.numel(), int(transposed), left.shape[:-2].numel(), left.shape[-2], left.shape[-1],
@@ -202,7 +202,7 @@ def tokens(x: Tensor, positions: Tensor, first: Tensor) -> Tensor:
     x, positions, first = (readable(each, torch.float32, "x") for each in (x, positions, first))
     if positions.shape != x.shape[1:] or first.ndim != 2 or first.shape[1:] != x.shape[2:]:
         raise BackendError(f"{tuple(first.shape)} and {tuple(positions.shape)} do not fit tokens {tuple(x.shape)}")
-    out = torch.empty(_token_sizes(x, first))
+    out = torch.empty(_token_sizes(x, first), dtype=torch.float32)
     return filled(
         out, "tokens", x.data_ptr(), x.nbytes, *x.shape, positions.data_ptr(), positions.nbytes, first.data_ptr(),
         first.nbytes, out.data_ptr(), out.nbytes, torch.get_num_threads(),

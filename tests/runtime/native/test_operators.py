@@ -49,6 +49,26 @@ def test_operators_pass_torchs_own_checks(operator: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.quick
+def test_results_are_float32_whatever_torchs_default_is() -> None:
+    levels = lowered.IntegerMatmul(*2 * (byte_code(UniformQuantizer(8, 0.1)),)).levels
+    codes, x = torch.arange(48, dtype=torch.uint8).view(2, 4, 6), torch.randn(2, 4, 6)
+
+    def results() -> list[torch.Tensor]:
+        kernels = torch.ops.fxquant
+        products = kernels.matmul(codes, codes, levels, 128, 0.01, True)
+        return [products, kernels.mean(x), kernels.tokens(x, x[0], x[1])]
+
+    wanted = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("kernel", "stride"), [((16, 16), (16, 16)), ((3, 5), (2, 1)), ((1, 1), (4, 3)), ((20, 33), (1, 1))]
 )
