@@ -7,11 +7,15 @@ from, so that tracing, normal forms and every pass see what they see of any mode
 What comes out is held against the model: a program against itself as torch runs it, when it is read; the graph of a
 model that was exported here against the model, in `tracing`.
 
+The program and its example are the caller's: tensors are copied, and a program that writes into its parameters, its
+buffers or its images is refused.
+
 Deliberately not done: programs of several inputs that vary, of a fixed batch, and such that change buffers.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +30,16 @@ from torch.utils import _pytree as pytree
 
 from fxquant.errors import ModelError, TraceError
 from fxquant.graph.capture.aten_operations import torch_operation
+from fxquant.graph.capture.in_place import share_memory
 from fxquant.graph.names import free_name
 
 _RELATIVE_TOLERANCE = 1e-4
-_LEAVES: dict[str, Any] = {"GELU": nn.GELU, "Softmax": lambda axis, *rest: nn.Softmax(axis)}
-"""Modules without weights that stay modules: passes and their authors know them by their paths."""
+_LEAVES: dict[str, tuple[str, Callable[..., nn.Module]]] = {
+    "torch.nn.modules.activation.GELU": ("gelu", nn.GELU),
+    "torch.nn.modules.activation.Softmax": ("softmax", lambda axis, *rest: nn.Softmax(axis)),
+}
+"""Modules without weights that stay modules, since passes and their authors know them by their paths: the class, its
+one operation, and what makes it of that operation's further arguments."""
 _KEPT = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -103,17 +112,21 @@ class ProgramModule(Scope):
         signature = program.graph_signature
         if any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
             raise TraceError("the exported program changes a buffer or an input, and a quantized model keeps no state")
+        _check_no_writes(program)
         self._tree = program.call_spec.out_spec
         self._paths: dict[str, str] = {}
         images = []
+        copies: dict[int, Any] = {}  # tensors that are one, and views of one memory, stay so
         for spec in signature.input_specs:
             if spec.kind in _KEPT and spec.target is not None:
-                self._keep(spec.arg.name, spec.target, program)
+                self._keep(spec.arg.name, spec.target, program, copies)
             elif spec.kind is InputKind.USER_INPUT and hasattr(spec.arg, "name"):
                 images.append(spec.arg.name)
         self._image = _image_of(program, images)
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        self._steps = [Step.of(node, self._scope_of(node)) for node in nodes]
+        for path, called in _by_scope(nodes).items():
+            self._made(path, _leaf_of(called))
+        self._steps = [Step.of(node, _call_of(node)[1]) for node in nodes]
         self._results = _named(program.graph.output_node().args[0])
 
     def forward(self, images_bchw: Any) -> Any:
@@ -131,9 +144,17 @@ class ProgramModule(Scope):
                 values[step.name] = scope(args[0])
         return pytree.tree_unflatten(list(_filled(self._results, values)), self._tree)
 
-    def _keep(self, name: str, path: str, program: ExportedProgram) -> None:
-        """Hold a parameter, buffer or constant at its path."""
-        tensor = program.state_dict[path] if path in program.state_dict else program.constants[path]
+    def _keep(self, name: str, path: str, program: ExportedProgram, copies: dict[int, Any]) -> None:
+        """Hold a copy of a parameter, buffer or constant at its path.
+
+        Args:
+            name: of its placeholder.
+            path: where the exported model had it.
+            program: whose it is.
+            copies: what has been copied, as `copy.deepcopy` remembers it.
+        """
+        given = program.state_dict[path] if path in program.state_dict else program.constants[path]
+        tensor = copy.deepcopy(given, copies)
         owner_path, _, last = path.rpartition(".")
         owner = self._made(owner_path)
         if last in owner._modules or hasattr(type(owner), last):
@@ -144,31 +165,72 @@ class ProgramModule(Scope):
             owner.register_buffer(last, tensor)
         self._paths[name] = f"{owner_path}.{last}".lstrip(".")
 
-    def _made(self, path: str) -> nn.Module:
-        """The module at a path, which is there from now on."""
+    def _made(self, path: str, leaf: nn.Module | None = None) -> nn.Module:
+        """The module at a path, which is there from now on; `leaf`, where there was none."""
         owner: nn.Module = self
-        for part in path.split(".") if path else ():
+        parts = path.split(".") if path else []
+        for place, part in enumerate(parts):
             if part not in owner._modules:
-                owner.add_module(part, Scope())
+                is_last = place == len(parts) - 1
+                owner.add_module(part, leaf if is_last and leaf is not None else Scope())
             owner = owner._modules[part]  # type: ignore[assignment]
         return owner
-
-    def _scope_of(self, node: Node) -> str:
-        """Path of the module whose operation it was, "" for the model itself."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if not stack:
-            return ""
-        path, kind = str(stack[-1][0]).partition("@")[0], str(stack[-1][1]).rpartition(".")[2]
-        owner_path, _, name = path.rpartition(".")
-        owner = self._made(owner_path)
-        if name and name not in owner._modules and kind in _LEAVES:
-            owner.add_module(name, _LEAVES[kind](*node.args[1:], **node.kwargs))
-        self._made(path)
-        return path
 
     def _tensor_at(self, path: str) -> Tensor:
         owner, _, name = path.rpartition(".")
         return getattr(self.get_submodule(owner), name)  # type: ignore[no-any-return]
+
+
+def _call_of(node: Node) -> tuple[str, str, str]:
+    """The call that an operation came from, the path of the module that was called, "" for the model, and its class."""
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
+    if not stack:
+        return "", "", ""
+    call, (path, kind) = stack[-1]
+    return str(call), str(path).partition("@")[0], str(kind)
+
+
+def _by_scope(nodes: list[Node]) -> dict[str, list[Node]]:
+    """Operations by the path of the module that they came from."""
+    found: dict[str, list[Node]] = {}
+    for node in nodes:
+        found.setdefault(_call_of(node)[1], []).append(node)
+    return found
+
+
+def _leaf_of(called: list[Node]) -> nn.Module | None:
+    """The module of torch whose calls these operations of one path are; None where they are not its one operation."""
+    first = called[0]
+    kind = _call_of(first)[2]
+    if kind not in _LEAVES or len({_call_of(node)[0] for node in called}) != len(called):
+        return None
+    operation, make = _LEAVES[kind]
+    for node in called:
+        is_it = isinstance(node.target, torch._ops.OpOverload) and node.target._opname == operation
+        if not is_it or (node.args[1:], node.kwargs) != (first.args[1:], first.kwargs):
+            return None
+    return make(*first.args[1:], **first.kwargs)
+
+
+def _check_no_writes(program: ExportedProgram) -> None:
+    """Raise TraceError where an operation writes into what the program is given; no list of outputs has these."""
+    given: list[Node] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            given.append(node)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for place, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write or node.target._opname == "detach_":
+                continue
+            written = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            value = written.meta.get("val") if isinstance(written, Node) else None
+            changed = [one.name for one in given if isinstance(value, Tensor) and share_memory(one.meta["val"], value)]
+            if changed:
+                raise TraceError(
+                    f"the exported program changes what it is given: {node.target} writes into '{changed[0]}'. A "
+                    f"quantized model keeps no state and leaves images as they are: work on a copy (x = x.clone())"
+                )
 
 
 def _image_of(program: ExportedProgram, names: list[str]) -> str:
@@ -196,10 +258,10 @@ def module_of_program(program: ExportedProgram) -> ProgramModule:
     found = ProgramModule(program).eval()
     if program.example_inputs is None:
         return found
-    args, kwargs = program.example_inputs
+    args, kwargs = copy.deepcopy(program.example_inputs)
     images = next(value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor))
     expected = pytree.tree_leaves(program.module()(*args, **kwargs))
-    for one, other in zip(pytree.tree_leaves(found(images)), expected, strict=True):
+    for one, other in zip(pytree.tree_leaves(found(images.clone())), expected, strict=True):
         if isinstance(other, Tensor) and other.numel():
             apart, largest = float((one - other).abs().max()), float(other.abs().max())
             if not apart <= _RELATIVE_TOLERANCE * max(largest, 1e-6):

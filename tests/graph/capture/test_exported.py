@@ -149,3 +149,66 @@ def test_operations_of_a_program_are_those_of_torch() -> None:
     found = trace(module_of_program(program_of(model, 4)), images(2, 4))(images(5, 4))
     for name, one, other in zip(FUNCTIONS, found, model(images(5, 4)).values(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), name
+
+
+class Counts(nn.Module):
+    """A model that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, images):
+        self.calls.add_(1)
+        return self.layer(images.flatten(1)) + self.calls
+
+
+class HalvesItsImages(Draws):
+    """A model that writes into a view of the caller's images."""
+
+    def forward(self, images):
+        images.flatten(1)[:, :8].mul_(0.5)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("make", [Counts, lambda: HalvesItsImages(nn.Identity())])
+def test_a_program_that_writes_into_what_it_is_given_is_refused_and_nothing_changes(make) -> None:
+    model = make().eval()
+    written = program_of(model, 4)
+    before = [tensor.clone() for tensor in (*model.state_dict().values(), *written.example_inputs[0])]
+    with pytest.raises(TraceError, match="changes what it is given"):
+        trace(written, images(2, 4))
+    after = [*model.state_dict().values(), *written.example_inputs[0]]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_program_keeps_its_tensors_to_itself() -> None:
+    given = program()
+    model = module_of_program(given)
+    own = {id(tensor) for tensor in given.state_dict.values()}
+    assert not own & {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+
+
+class GELU(nn.Module):
+    """Of the same name as one of torch, and another function."""
+
+    def forward(self, x):
+        return nn.functional.gelu(x * 0.5, approximate="tanh") + x
+
+
+class Named(Draws):
+    def __init__(self) -> None:
+        super().__init__(nn.Identity())
+        self.own, self.twice = GELU(), nn.GELU()
+
+    def forward(self, images):
+        return self.twice(self.twice(self.own(super().forward(images))))
+
+
+def test_a_module_is_known_by_its_class_and_not_by_a_name_like_it() -> None:
+    model = Named().eval()
+    found = module_of_program(program_of(model, 4))
+    assert torch.allclose(found(images(5, 4)), model(images(5, 4)), atol=1e-5)
+    assert isinstance(found.twice, nn.GELU)
+    assert not isinstance(found.own, nn.GELU)
