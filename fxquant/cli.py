@@ -1,5 +1,5 @@
 """The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`,
-`benchmark`, `export`, `report`, `compare`, `plot`.
+`benchmark`, `export`, `report`, `compare`, `plot`, `list`, `doctor`.
 
 Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2.
 """
