@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,9 @@ def with_library(pure: Path, platform: Platform, library: Path, out: Path) -> Pa
         out: folder of the new wheel.
     """
     made = out / pure.name.replace("-any.whl", f"-{platform.tag}.whl")
+    beside = made.with_name(f"{made.name}.part")  # so that no wheel is there in part
     record = ""
-    with zipfile.ZipFile(pure) as source, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as target:
+    with zipfile.ZipFile(pure) as source, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as target:
         record_name = next(name for name in source.namelist() if name.endswith(".dist-info/RECORD"))
         files = {name: source.read(name) for name in source.namelist() if name != record_name}
         files[f"{FOLDER}/{platform.library}"] = library.read_bytes()
@@ -77,4 +79,5 @@ def with_library(pure: Path, platform: Platform, library: Path, out: Path) -> Pa
             target.writestr(zipfile.ZipInfo(name, WHEN), data, zipfile.ZIP_DEFLATED)
             record += record_line(name, data)
         target.writestr(zipfile.ZipInfo(record_name, WHEN), f"{record}{record_name},,\n")
+    os.replace(beside, made)
     return made

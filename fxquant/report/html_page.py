@@ -47,7 +47,7 @@ def render(template: str, script: str = "", **values: Any) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["width_class"] = _width_class
-    style, code = ((_TEMPLATES / name).read_text() if name else "" for name in ("style.css", script))
+    style, code = ((_TEMPLATES / name).read_text(encoding="utf-8") if name else "" for name in ("style.css", script))
     # Both are ours, and are told to the browser by their hash: nothing else in the file can run, or change its looks.
     texts = {"style_hash": _hash(style), "script_hash": _hash(code), "version": importlib.metadata.version("fxquant")}
     return environment.get_template(template).render(style=Markup(style), script=Markup(code), **texts, **values)

@@ -44,6 +44,7 @@ ROOMS = ("prepare", "search", "allocate", "correct", "substitute")
 """Rooms whose passes a file can name; those that lower are chosen by a backend."""
 
 _MOST_BYTES = 1_000_000
+_DEEPEST = 16  # tables and lists in each other; options of passes take three or four
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class WrittenRecipe:
 
     def __post_init__(self) -> None:
         """Raise PipelineError for unknown names and options, before anything runs."""
+        _check_depth([self.options, self.passes])
         if bool(self.base) == bool(self.passes):
             raise PipelineError("a written recipe has the name of a recipe or a list of passes, and not both")
         if self.base:
@@ -87,6 +89,18 @@ class WrittenRecipe:
             more = {name: value for name, value in given.items() if name != "allocator" or value is not None}
             return recipe(self.base)(budget, **{**values, **more})
         return with_options(given, [_pass(written, budget) for written in self.passes])
+
+
+def _check_depth(level: Sequence[Any]) -> None:
+    """Raise PipelineError for values that nest deeper than any option does, before something recurses into them."""
+    for _ in range(_DEEPEST):
+        inner = [value for value in level if isinstance(value, Mapping | list | tuple)]
+        level = [item for value in inner for item in (value.values() if isinstance(value, Mapping) else value)]
+        if not level:
+            return
+    raise PipelineError(f"the recipe nests tables and lists more than {_DEEPEST} deep; no pass takes such an option")
+        f"the recipe nests tables and lists more than {_DEEPEST} deep, and no pass takes such an option"
+    )
 
 
 def own_options(name: str) -> tuple[str, ...]:

@@ -27,10 +27,10 @@ _METHODS = frozenset(names(
     "clamp clamp_max clamp_min copy_ cos cosh cumsum diff div_ erf exp expand expand_as expm1 fill_ flatten flip "
     "floor floor_divide gather index_select isnan log log1p log2 logical_and logical_not logical_or logsumexp "
     "masked_fill masked_fill_ matmul max maximum mean min minimum mm movedim mul_ narrow neg new_full new_ones "
-    "new_zeros norm permute pow prod reciprocal relu remainder repeat repeat_interleave reshape reshape_as roll "
+    "new_zeros norm permute prod reciprocal relu remainder repeat repeat_interleave reshape reshape_as roll "
     "round rsqrt scatter select_scatter sigmoid sign sin sinh slice_scatter sort split sqrt square squeeze std sub_ "
-    "sum swapaxes t tan tanh tile topk transpose tril triu true_divide type_as unbind unflatten unsqueeze var zero_ "
-    "add_ "
+    "sum swapaxes t tan tanh tile topk transpose tril triu true_divide type_as unbind unflatten unfold unsqueeze var "
+    "zero_ add_ "
 ))  # fmt: skip
 _FUNCTIONS = {
     name: getattr(torch, name)
@@ -42,15 +42,14 @@ _FUNCTIONS = {
 _FUNCTIONALS = {
     name: getattr(functional, name)
     for name in names(
-        "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d elu gelu glu group_norm hardsigmoid "
-        "hardswish hardtanh instance_norm leaky_relu log_softmax max_pool1d max_pool2d mish one_hot pad "
+        "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d elu gelu glu hardsigmoid "
+        "hardswish hardtanh leaky_relu log_softmax max_pool1d max_pool2d mish one_hot pad "
         "pixel_shuffle pixel_unshuffle relu6 rms_norm scaled_dot_product_attention selu silu softmax softplus "
-        "unfold fold "
     )
 }
 _OPERATORS = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "div": operator.truediv, "mul": operator.mul, "neg": operator.neg, "__and__": operator.and_, "__or__": operator.or_,
+    "mul": operator.mul, "neg": operator.neg, "__and__": operator.and_, "__or__": operator.or_,
 }  # fmt: skip
 _ANYTHING = slice(None)
 _FACTORY_OPTIONS = ("device", "layout", "pin_memory", "memory_format")
@@ -82,7 +81,8 @@ def torch_operation(target: Any) -> Callable[..., Any]:
 def _unknown(target: Any) -> TraceError:
     return TraceError(
         f"the exported program calls {target}, which is not among the operations that are read from one: see "
-        f"fxquant/graph/capture/aten_operations.py, or give the nn.Module that was exported"
+        f"fxquant/graph/capture/aten_operations.py, or give the program as it was before run_decompositions(), or the "
+        f"nn.Module that was exported"
     )
 
 
@@ -142,6 +142,22 @@ def _batch_norm(
     return functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
 
 
+def _group_norm(x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any) -> Any:
+    return functional.group_norm(x, groups, weight, bias, eps)
+
+
+def _instance_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, own: bool, *rest: Any) -> Any:
+    return functional.instance_norm(x, mean, variance, weight, bias, own, *rest[:2])
+
+
+def _quotient(tensor: Any, other: Any, rounding_mode: str | None = None) -> Any:
+    return tensor / other if rounding_mode is None else torch.div(tensor, other, rounding_mode=rounding_mode)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    return base**exponent if isinstance(base, int | float) else base.pow(exponent)
+
+
 def _softmax(x: Any, axis: int, dtype: Any = None) -> Any:
     return functional.softmax(x, axis, dtype=dtype)
 
@@ -177,6 +193,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "add": _sum,
     "sub": _difference,
+    "div": _quotient,
+    "pow": _power,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
     "rsub": lambda tensor, other, alpha=1: _difference(other, tensor, alpha),
     "sym_size": lambda tensor, axis: tensor.shape[axis],
     "linear": lambda x, weight, bias=None: functional.linear(x, weight, bias),

@@ -28,7 +28,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from fxquant.errors import ModelError, TraceError
+from fxquant.errors import FxQuantError, ModelError, TraceError
 from fxquant.graph.capture.aten_operations import torch_operation
 from fxquant.graph.capture.in_place import share_memory
 from fxquant.graph.names import free_name
@@ -136,12 +136,16 @@ class ProgramModule(Scope):
         for step in self._steps:
             args, kwargs = _filled((step.args, step.kwargs), values)
             scope = self.get_submodule(step.scope)
-            if scope is self:
-                values[step.name] = step.function(*args, **kwargs)
-            elif isinstance(scope, Scope):
-                values[step.name] = scope(step.function, *args, **kwargs)
-            else:
-                values[step.name] = scope(args[0])
+            try:
+                if scope is self:
+                    values[step.name] = step.function(*args, **kwargs)
+                elif isinstance(scope, Scope):
+                    values[step.name] = scope(step.function, *args, **kwargs)
+                else:
+                    values[step.name] = scope(args[0])
+            except Exception as error:
+                error.add_note(f"at the operation '{step.name}'")
+                raise
         return pytree.tree_unflatten(list(_filled(self._results, values)), self._tree)
 
     def _keep(self, name: str, path: str, program: ExportedProgram, copies: dict[int, Any]) -> None:
@@ -260,8 +264,17 @@ def module_of_program(program: ExportedProgram) -> ProgramModule:
         return found
     args, kwargs = copy.deepcopy(program.example_inputs)
     images = next(value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    try:
+        given = pytree.tree_leaves(found(images.clone()))
+    except FxQuantError:
+        raise
+    except Exception as error:
+        where = " ".join(getattr(error, "__notes__", ()))
+        raise TraceError(
+            f"the exported program cannot be read {where}: {error}. Give the nn.Module that was exported"
+        ) from error
     expected = pytree.tree_leaves(program.module()(*args, **kwargs))
-    for one, other in zip(pytree.tree_leaves(found(images.clone())), expected, strict=True):
+    for one, other in zip(given, expected, strict=True):
         if isinstance(other, Tensor) and other.numel():
             apart, largest = float((one - other).abs().max()), float(other.abs().max())
             if not apart <= _RELATIVE_TOLERANCE * max(largest, 1e-6):

@@ -140,6 +140,11 @@ FUNCTIONS = {
     "split": lambda x: x.chunk(2, 1)[1] * x.split([2, 2], 1)[0],
     "norms": lambda x: nn.functional.normalize(x) + nn.functional.layer_norm(x, (4,)) + nn.functional.rms_norm(x, (4,)),
     "compares": lambda x: x * ((x > 0) & ~(x >= 1) | (x == 0)).float(),
+    "groups": lambda x: nn.functional.group_norm(x.view(-1, 2, 2), 2).flatten(1),
+    "instances": lambda x: nn.functional.instance_norm(x.view(-1, 2, 2), weight=torch.tensor([2.0, 3.0])).flatten(1),
+    "quotients": lambda x: torch.div(x, 0.3, rounding_mode="floor"),
+    "powers": lambda x: 2**x + x**2,
+    "windows": lambda x: x.view(-1, 1, 2, 2).unfold(2, 2, 2).flatten(1),
     "types": lambda x: x.double().to(x.dtype) + torch.zeros_like(x) + x.new_ones(4),
 }
 

@@ -99,3 +99,9 @@ def test_options_that_are_no_pairs_are_refused(text: str) -> None:
         with_texts("lampq", [text])
     with pytest.raises(PipelineError):
         with_texts(WrittenRecipe(passes=({"pass": "AssignRoles"},)), ["a=1"])
+
+
+def test_values_that_nest_deeper_than_options_do_are_refused(tmp_path: Path) -> None:
+    text = '{"passes": [{"pass": "FoldSqb", "strength": ' + '{"a": ' * 900 + "1" + "}" * 900 + "}]}"
+    with pytest.raises(PipelineError, match="16 deep"):
+        read_recipe(written(tmp_path, text, "r.json"))
