@@ -99,8 +99,6 @@ def _check_depth(level: Sequence[Any]) -> None:
         if not level:
             return
     raise PipelineError(f"the recipe nests tables and lists more than {_DEEPEST} deep; no pass takes such an option")
-        f"the recipe nests tables and lists more than {_DEEPEST} deep, and no pass takes such an option"
-    )
 
 
 def own_options(name: str) -> tuple[str, ...]:
