@@ -63,6 +63,7 @@ ARCHITECTURES: dict[str, Builder] = {
     "vit, average pool and fc_norm": lambda: (vit(global_pool="avg", fc_norm=True, class_token=False), 32),
     "vit without qkv bias": lambda: (vit(qkv_bias=False), 32),
     "deit distilled": lambda: (timm_model("deit_tiny_distilled_patch16_224", **VIT), 32),
+    "beit": lambda: (timm_model("beit_base_patch16_224", **VIT), 32),
     "deit3": lambda: (timm_model("deit3_small_patch16_224", **VIT), 32),
     "swin that pads": lambda: (timm_model("swin_tiny_patch4_window7_224", **SWIN), 56),
     "swin": lambda: (timm_model("swin_tiny_patch4_window7_224", **{**SWIN, "img_size": 32}), 32),

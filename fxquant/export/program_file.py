@@ -162,7 +162,7 @@ def _preprocessing(card: Any) -> records.PreprocessingRecord:
         resize = tuple(math.floor(side / card["crop_pct"]) for side in size)
         mean, std = (tuple(map(float, card[key])) for key in ("mean", "std"))
         interpolation = _INTERPOLATIONS.index(card["interpolation"])
-        if not 1 <= channels <= 3 or len(mean) != channels or len(std) != channels:
+        if channels not in (1, 3) or len(mean) != channels or len(std) != channels or 0 in std:
             raise ValueError
         return records.PreprocessingRecord(1, interpolation, resize, mean, std)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:

@@ -71,6 +71,11 @@ def test_a_picture_has_the_scores_that_it_has_in_python(
     assert torch.equal(torch.tensor([float(score) for _, score in printed]), scores[order])
     assert ran.stderr.startswith("ViT: opened in ")
 
+    kind, sizes, rest = path.read_bytes().split(b"\n", 2)
+    path.write_bytes(b"%b\n# made by hand, 1 2 3\n%b # and so on\n\n#\n#\n%b" % (kind, sizes, rest))
+    again = subprocess.run([example, tmp_path / "model.fxm", path, "7"], check=True, capture_output=True, text=True)
+    assert again.stdout == ran.stdout
+
 
 @needs_kernels
 @needs_compiler

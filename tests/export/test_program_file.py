@@ -77,7 +77,7 @@ def test_moves_sums_norms_and_means_have_the_bits_of_the_graph() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(wanted, found, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["vit"])
+@pytest.mark.parametrize("architecture", ["vit", "deit3", "beit"])
 def test_models_have_the_bits_of_the_lowered_one(architecture: str) -> None:
     low = compiled(architecture).lowered("cpu-native")
     size = low.border.image_shape[1]

@@ -41,7 +41,8 @@ static double milliseconds(void) {
 static int number(FILE *file, const char *path) {
     int c = fgetc(file), found = 0;
     for (; isspace(c) || c == '#'; c = fgetc(file))
-        while (c == '#' && (c = fgetc(file)) != '\n' && c != EOF) continue;
+        if (c == '#')
+            while (c != '\n' && c != EOF) c = fgetc(file);
     for (; isdigit(c) && found < 1000000; c = fgetc(file)) found = found * 10 + (c - '0');
     if (!isspace(c)) stop(path, "this is no PPM or PGM file of 8 bits");
     return found;

@@ -48,10 +48,10 @@ enum { FXQ_MAX_RANK = 8 };
 /* How a picture becomes the model's input: its short side is resized to `resize`, with an antialiasing filter of that kind,
    the middle is cut out in the size of the input, and pixels in 0..1 become (pixel - mean) / std, channel by channel. */
 struct FxqPreprocessing {
-    int32_t known;         /* 1, or 0 where the file does not say: then all else is 0 */
+    int32_t known;         /* 1, for images of 1 or 3 channels; or 0 where the file does not say: then all else is 0 */
     int32_t interpolation; /* FxqInterpolation */
-    int32_t resize[2];     /* pixels, down and across; they differ where the input is no square */
-    float mean[3], std[3]; /* of red, green and blue; of one channel the first alone */
+    int32_t resize[2];     /* pixels, down and across, 1 to 65536; they differ where the input is no square */
+    float mean[3], std[3]; /* of red, green and blue; of one channel the first alone. No std is 0 */
 };
 
 typedef struct FxqModel FxqModel;

@@ -114,6 +114,9 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fxq_open_memory": ([_POINTER, _SIZE, POINTER(c_void_p)], _INT),
     "fxq_close": ([_POINTER], None),
     "fxq_last_error": ([], c_char_p),
+    "fxq_image_shape": ([_POINTER, POINTER(c_int64)], None),
+    "fxq_output_count": ([_POINTER], _INT),
+    "fxq_output_elements": ([_POINTER, _INT], _SIZE),
     "fxq_run": ([_POINTER, _POINTER, _SIZE, POINTER(c_void_p), _INT], _INT),
     "fxq_chain": ([_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _INT], _INT),
 }  # fmt: skip

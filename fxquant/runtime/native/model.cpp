@@ -24,10 +24,13 @@ namespace {
 
 thread_local char last_error[512] = "";
 
-int32_t fail(int32_t status, const std::string &what) {
-    std::snprintf(last_error, sizeof last_error, "%s", what.c_str());
+// Takes no memory, so that it can tell that there is none.
+int32_t fail(int32_t status, const char *what) {
+    std::snprintf(last_error, sizeof last_error, "%s", what);
     return status;
 }
+
+int32_t fail(int32_t status, const std::string &what) { return fail(status, what.c_str()); }
 
 // Memory at a multiple of 64; null without.
 void *aligned(int64_t bytes) {
@@ -153,11 +156,15 @@ int32_t run_images(FxqModel *model, const float *images, int64_t first, int64_t 
             return fail(status, "operation " + std::to_string(i) + ": " + fxq_message(status));
     for (size_t o = 0; o < program.outputs.size(); ++o) {
         const FxqTensor &t = program.tensors[size_t(program.outputs[o].tensor)];
-        float *const to = outputs[o] + first * t.elements;
-        std::memcpy(to, at[size_t(program.outputs[o].tensor)], static_cast<size_t>(count * tensor_bytes(t)));
-        for (int64_t i = 0; i < count; ++i)
-            if (!is_finite(images + (first + i) * elements, elements))
-                std::fill_n(to + i * t.elements, t.elements, std::numeric_limits<float>::quiet_NaN());
+        std::memcpy(outputs[o] + first * t.elements, at[size_t(program.outputs[o].tensor)],
+                    static_cast<size_t>(count * tensor_bytes(t)));
+    }
+    for (int64_t i = first; i < first + count; ++i) {
+        if (is_finite(images + i * elements, elements)) continue;
+        for (size_t o = 0; o < program.outputs.size(); ++o) {
+            const int64_t numbers = program.tensors[size_t(program.outputs[o].tensor)].elements;
+            std::fill_n(outputs[o] + i * numbers, numbers, std::numeric_limits<float>::quiet_NaN());
+        }
     }
     return FXQ_OK;
 }

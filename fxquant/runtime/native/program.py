@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import BackendError
+from fxquant.runtime.native.given_tensors import readable
 from fxquant.runtime.native.library import library
 
 MAGIC, VERSION = 0x4D515846, 1
@@ -84,18 +85,28 @@ def run_program(content: bytes, images_bchw: Tensor, elements: Sequence[int]) ->
         images_bchw: float32 (B, C, H, W), as the model takes them.
         elements: how many numbers each output has for one image.
 
-    Raises BackendError, with the library's reason, where the program is refused or fails.
+    Raises BackendError, with the library's reason, where the program is refused or fails, and where it takes other
+    images or gives other outputs.
     """
     kernels = library()
-    memory = torch.empty(len(content) + ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(len(content) + ALIGNMENT, dtype=torch.uint8, device="cpu")
     memory = memory[-memory.data_ptr() % ALIGNMENT :][: len(content)]
     memory.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     model = ctypes.c_void_p()
     if kernels.fxq_open_memory(memory.data_ptr(), len(content), ctypes.byref(model)):
         raise BackendError(f"the C library refuses the program: {kernels.fxq_last_error().decode()}")
     try:
-        images = images_bchw.contiguous()
-        outputs = tuple(torch.empty(len(images), count) for count in elements)
+        images = readable(images_bchw, torch.float32, "the batch of images")
+        shape = (c_int64 * 3)()
+        kernels.fxq_image_shape(model, shape)
+        if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape):
+            raise BackendError(
+                f"the program takes images (B, {shape[0]}, {shape[1]}, {shape[2]}), not {tuple(images.shape)}"
+            )
+        given = [kernels.fxq_output_elements(model, index) for index in range(kernels.fxq_output_count(model))]
+        if list(elements) != given:
+            raise BackendError(f"the program's outputs have {given} numbers for an image, not {list(elements)}")
+        outputs = tuple(torch.empty(len(images), count, dtype=torch.float32, device="cpu") for count in elements)
         addresses = (ctypes.c_void_p * len(outputs))(*(output.data_ptr() for output in outputs))
         if kernels.fxq_run(model, images.data_ptr(), len(images), addresses, torch.get_num_threads()):
             raise BackendError(f"the C library cannot run the program: {kernels.fxq_last_error().decode()}")

@@ -78,10 +78,10 @@ struct Check {
         if (const int32_t status = check(spec)) return status;
         if (!is_data(0, kByte) || !is_size(tokens, FXQ_MAX_INNER) || !has_inputs_below(3)) return FXQ_SIZE;
         const int64_t image = product(tokens, spec.heads, spec.head_size);
-        if (image < 0 || input(0)->elements % (3 * image) || !gives(kByte, input(0)->elements / 3)) return FXQ_SIZE;
+        if (image < 1 || input(0)->elements % (3 * image) || !gives(kByte, input(0)->elements / 3)) return FXQ_SIZE;
         if (!input(2)) return FXQ_OK;
         const int64_t group = product(spec.heads, tokens, tokens), images = result().elements / image;
-        if (group < 0 || !is_constant(2, kFloat) || input(2)->elements % group) return FXQ_SIZE;
+        if (group < 1 || !is_constant(2, kFloat) || input(2)->elements % group) return FXQ_SIZE;
         return images % (input(2)->elements / group) ? FXQ_SIZE : FXQ_OK;
     }
 
@@ -92,8 +92,10 @@ struct Check {
         if (input(1)->elements < static_cast<int64_t>(sizeof(FxqChain))) return FXQ_LAYOUT;
         FxqChain header;
         std::memcpy(&header, bytes(1), sizeof header);
-        if (!is_size(header.channels) || input(0)->elements % product(header.channels, tokens)) return FXQ_SIZE;
-        const int64_t images = input(0)->elements / product(header.channels, tokens);
+        if (!is_size(header.channels)) return FXQ_SIZE;
+        const int64_t image = product(header.channels, tokens);
+        if (image < 1 || input(0)->elements % image) return FXQ_SIZE;
+        const int64_t images = input(0)->elements / image;
         if (const int32_t status = check_chain(bytes(1), input(1)->elements, images, tokens, &rows)) return status;
         return gives(rows.element_bytes == 4 ? kFloat : kByte, product(images, tokens, rows.width)) ? FXQ_OK : FXQ_SIZE;
     }
@@ -118,7 +120,9 @@ struct Check {
     int32_t mean() const {
         const int64_t rows = operation.sizes[0], channels = operation.sizes[1];
         if (!is_data(0, kFloat) || !is_size(rows) || !is_size(channels) || !has_inputs_below(1)) return FXQ_SIZE;
-        return input(0)->elements % product(rows, channels) == 0 && gives(kFloat, input(0)->elements / rows) ? FXQ_OK : FXQ_SIZE;
+        const int64_t image = product(rows, channels);
+        if (image < 1 || input(0)->elements % image) return FXQ_SIZE;
+        return gives(kFloat, input(0)->elements / rows) ? FXQ_OK : FXQ_SIZE;
     }
 
     int32_t arithmetic() const {

@@ -7,7 +7,7 @@
 namespace fxq {
 namespace {
 
-constexpr int64_t kMostRecords = 1 << 20, kMostArena = int64_t(1) << 36;
+constexpr int64_t kMostRecords = 1 << 20, kMostArena = int64_t(1) << 36, kMostResize = 1 << 16;
 
 struct Opening {
     const uint8_t *memory;
@@ -38,10 +38,17 @@ struct Opening {
     int32_t outputs();
 };
 
-bool is_finite(const FxqPreprocessing &p) {
-    for (int i = 0; i < 3; ++i)
-        if (!std::isfinite(p.mean[i]) || !std::isfinite(p.std[i])) return false;
-    return true;
+// For images of so many channels. What is not known is all zeros.
+bool is_preprocessing(const FxqPreprocessing &p, int64_t channels) {
+    if (!p.known) {
+        const FxqPreprocessing zeros = {};
+        return std::memcmp(&p, &zeros, sizeof p) == 0;
+    }
+    bool is_one = p.known == 1 && (channels == 1 || channels == 3) && p.interpolation >= FXQ_NEAREST &&
+                  p.interpolation <= FXQ_BICUBIC;
+    for (const int32_t side : p.resize) is_one = is_one && is_size(side, kMostResize);
+    for (int i = 0; i < channels && is_one; ++i) is_one = std::isfinite(p.mean[i]) && std::isfinite(p.std[i]) && p.std[i] != 0;
+    return is_one;
 }
 
 int32_t Opening::header() {
@@ -61,8 +68,7 @@ int32_t Opening::header() {
     if (!fits(file.text_at, file.text_bytes, 1) || file.text_bytes < 1 || memory[file.text_at + file.text_bytes - 1])
         return refuse("its names do not end");
     const FxqPreprocessing &p = file.preprocessing;
-    if (!is_text(file.name) || p.known < 0 || p.known > 1 || p.interpolation < FXQ_NEAREST || p.interpolation > FXQ_BICUBIC ||
-        p.resize[0] < 0 || p.resize[1] < 0 || !is_finite(p))
+    if (!is_text(file.name) || !is_preprocessing(p, file.image[0]))
         return refuse("its name or its preprocessing is none");
     return FXQ_OK;
 }

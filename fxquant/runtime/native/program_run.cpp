@@ -126,6 +126,10 @@ struct Run {
             return in_blocks(elements(0), kBlock, [&, number = y[0]](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) to[i] = apply(x[i], number);
             });
+        if (period == elements(0))
+            return in_blocks(period, kBlock, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) to[i] = apply(x[i], y[i]);
+            });
         const int64_t block = std::max<int64_t>(1, kBlock / period);  // repetitions
         return in_blocks(elements(0) / period, block, [&](int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n)
