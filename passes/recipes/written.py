@@ -98,9 +98,7 @@ def _check_depth(level: Sequence[Any]) -> None:
         level = [item for value in inner for item in (value.values() if isinstance(value, Mapping) else value)]
         if not level:
             return
-    raise PipelineError(
-        f"the recipe nests tables and lists more than {_DEEPEST} deep, and no pass takes such an option"
-    )
+    raise PipelineError(f"the recipe nests tables and lists more than {_DEEPEST} deep; no pass takes such an option")
 
 
 def own_options(name: str) -> tuple[str, ...]:
