@@ -26,7 +26,7 @@ def compare_artefacts(
     names = (str(first), str(second)) if first.name == second.name else (first.name, second.name)
     found = Comparison(report_of(first), report_of(second), names)
     if html is not None:
-        write_file(html, found.to_html().encode())
+        write_file(html, found.to_html().encode(errors="replace"))
         say(f"{html}: open it in a browser")
     if json:
         emit(found.to_dict())

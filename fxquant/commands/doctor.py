@@ -125,9 +125,10 @@ def _cache() -> dict[str, Any]:
     from fxquant.artefact.cache import user_folder
 
     folder = user_folder()
-    sizes = [file.stat().st_size for file in folder.glob("*") if file.is_file()]
-    above = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    return {
-        "folder": str(folder), "files": len(sizes), "bytes": sum(sizes),
-        "writable": above.is_dir() and os.access(above, os.W_OK),
-    }  # fmt: skip
+    try:
+        sizes = [file.stat().st_size for file in folder.glob("*") if file.is_file()]
+        above = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+        is_writable = above.is_dir() and os.access(above, os.W_OK)
+    except OSError:  # a folder that may not be read, or a file that another process has just removed
+        sizes, is_writable = [], False
+    return {"folder": str(folder), "files": len(sizes), "bytes": sum(sizes), "writable": is_writable}

@@ -37,5 +37,5 @@ def report_artefact(
         if time:
             compiled.card["layer_times"] = layer_times(simulated.graph_module)
         report = compiled.report()
-    write_file(out, report.to_html().encode())
+    write_file(out, report.to_html().encode(errors="replace"))
     say(f"{out}: {out.stat().st_size / 1e3:.0f} KB; open it in a browser")

@@ -34,7 +34,7 @@ from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.capture.exported import module_of_program
-from fxquant.graph.facts import QUANTIZED
+from fxquant.graph.facts import LOWERED, QUANTIZED
 from fxquant.graph.notes import SIZES
 from fxquant.report.progress import bars_for, quiet
 from fxquant.runtime.known_answers import KnownAnswers, range_of
@@ -86,13 +86,18 @@ class Session:
 
         Raises CalibrationError, ModelError, OptionError, PipelineError.
         """
+        self._sizes = checked_sizes(options.get("image_sizes") or ())
         if isinstance(model, ExportedProgram):
+            if self._sizes:
+                raise OptionError(
+                    "an ExportedProgram takes images of one size: leave out image_sizes, or give the nn.Module that "
+                    "was exported"
+                )
             model = module_of_program(model)
         self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
             check_images(calibration)
-        self._sizes = checked_sizes(options.get("image_sizes") or ())
         self._recipe = options.get("recipe", DEFAULT_RECIPE)
         self._options = {name: value for name, value in options.items() if name in SharedOptions.__annotations__}
         if isinstance(self._recipe, Pipeline):
@@ -119,6 +124,10 @@ class Session:
         is_plain = all(value is None or value is False or value in ({}, SIMULATED) for value in self._options.values())
         if not is_plain:
             self._refuse_beside_own()
+        if self._sizes and LOWERED in pipeline.provides:
+            raise PipelineError(
+                "a lowered graph takes one image size: let the pipeline end before Lower, or leave out image_sizes"
+            )
         if QUANTIZED not in pipeline.provides:
             raise PipelineError(
                 "the pipeline ends without quantized layers: let it end with SubstituteQuantizers(), or run it "

@@ -32,10 +32,10 @@ class SizedGraphs(nn.Module):
         super().__init__()
         self.graphs = dict(graphs)  # no child of this module: what they call is the main graph's
         self._borders = {size: Border.of(graph) for size, graph in graphs.items()}
-        self._shared = _constants(main)
+        shared = _constants(main)
         for size, graph in graphs.items():
             for path, tensor in _constants(graph).items():
-                if path not in self._shared:
+                if path not in shared:
                     self.register_buffer(_name(size, path), tensor.detach())
         self.point(main)
 

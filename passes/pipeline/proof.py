@@ -155,9 +155,13 @@ class Proof:
         """Prove the whole, where there is something to hold it against and it has changed. Raises VerificationError."""
         if self._is_float and self._expected is not None and not self._is_proven:
             self._prove(graph_module, "the graph, its quantizers bypassed and its float weights restored,", context)
-        if context is not None:
-            for sized, other in zip(context.sized, (SIZES.get(graph_module) or {}).values(), strict=False):
-                self._prove_size(graph_module, other, sized)
+        graphs = SIZES.get(graph_module)
+        if context is not None and graphs is not None:
+            for sized in context.sized:
+                if sized.size not in graphs:
+                    height, width = sized.size
+                    raise VerificationError(f"there is no graph for images of {height} x {width}: run AddSizes last")
+                self._prove_size(graph_module, graphs[sized.size], sized)
 
     def _prove_size(self, graph_module: GraphModule, other: GraphModule, sized: SizedModel) -> None:
         """Hold the graph of another image size against the model at that size."""

@@ -101,3 +101,15 @@ def test_the_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_what_is_refused_ends_with_exit_code_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_the_doctor_tells_of_a_cache_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    glob = Path.glob
+
+    def refused(folder: Path, pattern: str) -> object:
+        if pattern == "*":
+            raise PermissionError("not yours")
+        return glob(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", refused)
+    assert examined()["cache"]["writable"] is False

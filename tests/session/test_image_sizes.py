@@ -15,8 +15,19 @@ import fxquant
 from fxquant.artefact.artefact import size_breakdown
 from fxquant.artefact.graph_json import graph_to_json, graphs_from_json
 from fxquant.artefact.shape_check import check_shapes
-from fxquant.errors import ArtefactError, CalibrationError, InputError, OptionError, TraceError, VerificationError
+from fxquant.errors import (
+    ArtefactError,
+    CalibrationError,
+    InputError,
+    OptionError,
+    PipelineError,
+    TraceError,
+    VerificationError,
+)
 from fxquant.session.compiled import Compiled
+from passes.lower.lower import Lower
+from passes.pipeline.pipeline import Pipeline
+from passes.recipes import naive_min_max
 from tests.models import SWIN, images, scrambled, timm_model, vit
 
 WIDE, LARGE = (32, 48), (48, 48)
@@ -156,3 +167,12 @@ def test_a_size_that_the_model_refuses_is_named() -> None:
 def test_sizes_that_are_none_are_refused(sizes) -> None:
     with pytest.raises(OptionError, match="image_sizes"):
         fxquant.compile(float_model(), "W8A8", calibration=images(4), image_sizes=sizes)
+
+
+def test_sizes_that_cannot_work_are_refused_before_anything_runs() -> None:
+    with pytest.raises(PipelineError, match="before Lower"):
+        fxquant.Session(vit(depth=1), images(2), recipe=Pipeline([*naive_min_max("W8A8"), Lower()]), image_sizes=[WIDE])
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(torch.nn.Flatten().eval(), (images(3),), dynamic_shapes=(batch,), strict=False)
+    with pytest.raises(OptionError, match="one size"):
+        fxquant.Session(program, images(2), image_sizes=[WIDE])
