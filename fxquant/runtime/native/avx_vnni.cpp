@@ -77,15 +77,7 @@ void piece(const ByteLoop &, int, const uint8_t *left, const int8_t *right, cons
     each<2 * rows>([&](int i) FXQ_ALWAYS { store_bytes(sum[i], place.at(i / 2, i % 2 * 8)); });
 }
 
-template <class Work>
-void tile(const ByteLoop &loop, int rows, int vectors, const Left *left, int64_t left_stride, const Right *right,
-          int64_t unit_elements, int64_t groups, const int32_t *begin, int64_t begin_stride, int32_t *sums,
-          int64_t sum_stride, Work &) {
-    static constexpr Pieces16<ByteLoop> kPieces = {6, {piece<1>, piece<2>, piece<3>, piece<4>, piece<5>, piece<6>}};
-    run_pieces(kPieces, loop, rows, vectors, left, right, unit_elements,
-               {left_stride, groups, begin, begin_stride, sums, sum_stride});
-}
-
+#include "six_pieces.inl"
 #include "elementwise.inl"
 #include "epilogue.inl"
 #include "reach.inl"
