@@ -18,6 +18,9 @@ from passes.lower.integer_plan import code_of, layer_of, set_dtype, shape_of
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 
+NO_SHAPE = "no shape is noted of its input, float32: compile the model again, in float32"
+"""Why a kernel does not run what reads a tensor that tracing has not seen as float32."""
+
 
 @dataclass(frozen=True)
 class FuseLayerNorms:
@@ -55,8 +58,13 @@ def _match(graph_module: GraphModule, norm: Node, module: nn.LayerNorm, codes: N
         return Miss(layer_of(norm), "what reads the norm has several quantizers, or reads it in float")
     if code.of_rows:
         return Miss(layer_of(norm), "row-log codes are for softmax")
+    return norm_miss(norm, module) or code
+
+
+def norm_miss(norm: Node, module: nn.LayerNorm) -> Miss | None:
+    """Why no kernel runs a layer norm, whatever it gives; None where one does."""
     if len(module.normalized_shape) != 1:
         return Miss(layer_of(norm), "the kernel norms over the last dimension alone")
     if shape_of(input_of(norm)) is None:
-        return Miss(layer_of(norm), "no shape is noted of its input, float32: compile the model again, in float32")
-    return code
+        return Miss(layer_of(norm), NO_SHAPE)
+    return None

@@ -22,6 +22,7 @@ from fxquant.graph.nodes import argument, input_of, module_of
 from fxquant.runtime.integer.float_rows import AverageRows, NormRows
 from passes.lower.integer_plan import layer_of, shape_of
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
+from passes.lower.rewrites.fuse_layer_norms import NO_SHAPE, norm_miss
 from passes.pipeline.contract import PassContext
 
 
@@ -40,7 +41,7 @@ class RunFloatRows:
             module = module_of(graph_module, node)
             if type(module) is not nn.LayerNorm and node.target not in ("mean", torch.mean):
                 continue
-            miss = _norm_miss(node, module) if type(module) is nn.LayerNorm else _mean_miss(node)
+            miss = norm_miss(node, module) if type(module) is nn.LayerNorm else _mean_miss(node)
             if miss is not None:
                 misses.append(miss)
                 continue
@@ -53,20 +54,11 @@ class RunFloatRows:
         return replaced
 
 
-def _norm_miss(node: Node, module: nn.LayerNorm) -> Miss | None:
-    """Why the kernel does not run a norm; None where it does."""
-    if len(module.normalized_shape) != 1:
-        return Miss(layer_of(node), "the kernel norms over the last dimension alone")
-    if shape_of(node) is None or shape_of(input_of(node)) is None:
-        return Miss(layer_of(node), "no shape is noted of its input, float32: compile the model again, in float32")
-    return None
-
-
 def _mean_miss(node: Node) -> Miss | None:
     """Why the kernel does not take a mean; None where it does."""
     shape = shape_of(input_of(node))
     if shape is None or shape_of(node) is None or argument(node, 3, "dtype") is not None:
-        return Miss(layer_of(node), "no shape is noted of its input, float32: compile the model again, in float32")
+        return Miss(layer_of(node), NO_SHAPE)
     dims: Any = argument(node, 1, "dim", ())
     found = {dim % len(shape) for dim in ([dims] if type(dims) is int else dims or ())}
     if len(shape) < 3 or found != set(range(1, len(shape) - 1)) or argument(node, 2, "keepdim", False):
