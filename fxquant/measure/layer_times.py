@@ -8,19 +8,18 @@ not add up to the whole. Deliberately not done: other batches than of one image,
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import annotation_of
-from fxquant.graph.nodes import image_of, shape_of
+from fxquant.graph.nodes import image_of
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
-from fxquant.runtime.simulated import QuantizedConv2d
 from passes.lower.exact_codes import integer_nodes
 from passes.lower.lower import Lower
+from passes.lower.product_sizes import linear_sizes, matmul_sizes
 from passes.pipeline.contract import PassContext
 
 _SECONDS = 0.3
@@ -51,21 +50,16 @@ def _time(
     graph_module: GraphModule, node: Node, codes: tuple[ByteCode, ...], known: dict[tuple[Any, ...], float]
 ) -> float:
     """ms of one layer; what was measured for a layer alike is taken from `known`, and added to it."""
-    traced = image_of(graph_module).meta["tensor_meta"].shape[0]
-    shapes = [shape_of(source) or () for source in node.all_input_nodes]
     keys = [time_key(code) for code in codes]
     if len(codes) == 2:
-        left, right = shapes
-        sizes = (math.prod(left[:-2]) // traced, left[-2], left[-1], right[-1])
+        sizes = matmul_sizes(graph_module, node, batch_size=1)
         key: tuple[Any, ...] = (*sizes, *keys)
         if key not in known:
             known[key] = matmul_ms(*sizes, codes[0], codes[1], threads=1)
         return known[key]
-    module: Any = graph_module.get_submodule(str(node.target))
-    out, inner = module.weight_codes.shape[0], module.weight_codes[0].numel()
-    produced = (shape_of(node) or ()) if isinstance(module, QuantizedConv2d) else (*shapes[0][:-1], out)
-    rows, bits = math.prod(produced) // out // traced, annotation_of(node).weight_bits or 8
-    key = (rows, inner, out, bits, *keys)
+    layer = linear_sizes(graph_module, node, graph_module.get_submodule(str(node.target)), batch_size=1)
+    bits = annotation_of(node).weight_bits or 8
+    key = (*layer, bits, *keys)
     if key not in known:
-        known[key] = linear_ms(rows, inner, out, bits, codes[0], threads=1)
+        known[key] = linear_ms(*layer, bits, codes[0], threads=1)
     return known[key]

@@ -16,7 +16,6 @@ and shape.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,15 +31,13 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import Source, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, missing
-from fxquant.graph.nodes import image_of
 from fxquant.graph.notes import Note
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
 from fxquant.runtime.native import library
-from fxquant.runtime.simulated import QuantizedConv2d
 from passes.lower.exact_codes import integer_nodes
-from passes.lower.integer_plan import shape_of
 from passes.lower.lower import Lower
+from passes.lower.product_sizes import linear_sizes, matmul_sizes
 from passes.pipeline.contract import PassContext
 from passes.search.search_scales import SCALES_SEARCHED
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
@@ -156,27 +153,18 @@ class MeasureLatency:
         self, graph_module: GraphModule, node: Node, widest: GraphModule, codes: list[ByteCode], context: PassContext
     ) -> FloatArray:
         """Times at every weight width with inputs of these codes, float64 (W,); (1,) without weights."""
-        shapes = [_times_batch(shape_of(source), graph_module, self.batch_size) for source in node.all_input_nodes]
-        keys = [time_key(code) for code in codes]
         weight = annotation_of(node).weight
         bits = [] if weight is None else [candidate.bits for candidate in weight.candidates]
-        key: list[Any] = [keys, self.threads]
+        key: list[Any] = [[time_key(code) for code in codes], self.threads]
         if not bits:
-            left, right = shapes
-            sizes = (math.prod(left[:-2]), left[-2], left[-1], right[-1])
+            sizes = matmul_sizes(graph_module, node, self.batch_size)
             name = signature(machine(), "matmul", sizes, *key)
             found = context.cache.recall(name, lambda: matmul_ms(*sizes, codes[0], codes[1], self.threads))
             return np.array([found])
-        module: Any = widest.get_submodule(str(node.target))
-        out, inner = module.weight_codes.shape[0], module.weight_codes[0].numel()
-        if isinstance(module, QuantizedConv2d):
-            produced = _times_batch(shape_of(node), graph_module, self.batch_size)
-            rows = math.prod(produced) // out
-        else:
-            rows = math.prod(shapes[0][:-1])
+        layer = linear_sizes(graph_module, node, widest.get_submodule(str(node.target)), self.batch_size)
         times = context.cache.recall(
-            signature(machine(), "linear", rows, inner, out, bits, *key),
-            lambda: [linear_ms(rows, inner, out, width, codes[0], self.threads) for width in bits],
+            signature(machine(), "linear", *layer, bits, *key),
+            lambda: [linear_ms(*layer, width, codes[0], self.threads) for width in bits],
         )
         return np.full(len(times), np.mean(times)) if max(times) <= (1 + NOISE) * min(times) else np.array(times)
 
@@ -211,10 +199,3 @@ def _at_the_widest(graph_module: GraphModule, context: PassContext) -> GraphModu
         annotate_operands(node, bits=bits)
     SubstituteQuantizers().apply(widest, context)
     return widest
-
-
-def _times_batch(shape: tuple[int, ...] | None, graph_module: GraphModule, batch_size: int) -> tuple[int, ...]:
-    """A traced shape with `batch_size` images in the place of the traced ones."""
-    assert shape is not None  # integer nodes have shapes
-    traced = image_of(graph_module).meta["tensor_meta"].shape[0]
-    return (shape[0] * batch_size // traced, *shape[1:])
