@@ -57,6 +57,11 @@ def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
     return tensor_at(graph_module, value)
 
 
+def constants_by_path(graph_module: GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that a graph reads itself, by their paths."""
+    return {str(n.target): tensor_at(graph_module, n) for n in graph_module.graph.nodes if n.op == "get_attr"}
+
+
 def scope_of(node: Node) -> str:
     """Path of the module whose code made the node, "" for the model itself."""
     scope = str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))

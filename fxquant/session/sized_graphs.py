@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.errors import OptionError
-from fxquant.graph.nodes import tensor_at
+from fxquant.graph.nodes import constants_by_path
 from fxquant.runtime.border import Border
 
 Size = tuple[int, int]
@@ -32,9 +32,9 @@ class SizedGraphs(nn.Module):
         super().__init__()
         self.graphs = dict(graphs)  # no child of this module: what they call is the main graph's
         self._borders = {size: Border.of(graph) for size, graph in graphs.items()}
-        shared = _constants(main)
+        shared = constants_by_path(main)
         for size, graph in graphs.items():
-            for path, tensor in _constants(graph).items():
+            for path, tensor in constants_by_path(graph).items():
                 if path not in shared:
                     self.register_buffer(_name(size, path), tensor.detach())
         self.point(main)
@@ -55,17 +55,13 @@ class SizedGraphs(nn.Module):
 
     def point(self, main: GraphModule) -> None:
         """Let the graphs read their constants from here, and from the main graph those that it has too."""
-        shared = _constants(main)
+        shared = constants_by_path(main)
         for size, graph in self.graphs.items():
-            for path in _constants(graph):
+            for path in constants_by_path(graph):
                 owner, _, name = path.rpartition(".")
                 module = graph.get_submodule(owner)
                 module._parameters.pop(name, None)
                 module._buffers[name] = shared[path] if path in shared else self.get_buffer(_name(size, path))
-
-
-def _constants(graph_module: GraphModule) -> dict[str, Tensor]:
-    return {str(n.target): tensor_at(graph_module, n) for n in graph_module.graph.nodes if n.op == "get_attr"}
 
 
 def _name(size: Size, path: str) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.errors import OptionError
 from fxquant.graph.annotation import Operand, Source, annotation_of, planned_nodes
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.recorder import Recorder
 from fxquant.report.plots import check_plot, plot_sensitivity
 from fxquant.report.tensor_plots import Values, plot_boxes, plot_histograms, plot_mean_distances
 from fxquant.sensitivity.measured import Divergence
@@ -185,26 +186,14 @@ def _thinned(values: Tensor, session: Session) -> Values:
     return np.asarray(flat[::step].numpy())
 
 
-class _Keeping(Interpreter):
-    """Runs a graph and keeps what wanted operands hold."""
-
-    def __init__(self, graph_module: GraphModule, wanted: dict[Node, Operand]) -> None:
-        super().__init__(graph_module)
-        self._wanted = wanted
-        self.kept: dict[Node, list[Tensor]] = {node: [] for node in wanted}
-
-    def run_node(self, n: Node) -> Any:
-        """Keep the operand of a wanted node, then run it."""
-        if n in self._wanted:
-            place = self._wanted[n].argument or 0
-            self.kept[n].append(self.env[n.args[place]])  # type: ignore[index]
-        return super().run_node(n)
-
-
 @torch.no_grad()
 def _gathered(graph_module: GraphModule, session: Session, wanted: dict[Node, Operand]) -> dict[Node, Tensor]:
     """What operands hold, of all calibration images, float (B, ...)."""
-    keeping = _Keeping(graph_module, wanted)
+    recorder = Recorder(graph_module, set(wanted))
+    kept: dict[Node, list[Tensor]] = {node: [] for node in wanted}
     for batch in torch.split(session.calibration, 8):
-        keeping.run(batch)
-    return {node: torch.cat(found) for node, found in keeping.kept.items()}
+        recorder.run(batch)
+        for node, operand in wanted.items():
+            kept[node].append(recorder.inputs[node][operand.argument or 0])
+        recorder.forget()
+    return {node: torch.cat(found) for node, found in kept.items()}

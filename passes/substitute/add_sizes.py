@@ -25,7 +25,7 @@ from fxquant.errors import PipelineError, TraceError
 from fxquant.graph.annotation import Operand, annotate, annotation_of, nodes_with_role
 from fxquant.graph.facts import LOWERED, QUANTIZED, Fact, declare, facts_of
 from fxquant.graph.names import free_name
-from fxquant.graph.nodes import elements_of, tensor_at
+from fxquant.graph.nodes import constants_by_path, elements_of, tensor_at
 from fxquant.graph.notes import SIZES
 from passes.pipeline.contract import PassContext, SizedModel
 from passes.prepare.rotate_residual import rotate_constants
@@ -57,7 +57,7 @@ def _at_size(graph_module: GraphModule, sized: SizedModel, context: PassContext)
     given = copy.deepcopy(sized.graph_module, {id(tensor): tensor for tensor in tensors})
     rotate_constants(given, context.journal, context.seed)
     partners = _partners(graph_module, given, sized.size)
-    constants = {str(n.target): tensor_at(graph_module, n) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    constants = constants_by_path(graph_module)
     own = free_name(graph_module, "image_{}x{}".format(*sized.size))
     contents: dict[str, Any] = {}
     for node in given.graph.nodes:
