@@ -31,6 +31,7 @@ from fxquant.checks.untrusted import (
 )
 from fxquant.errors import ArtefactError
 from fxquant.graph.facts import QUANTIZED, ROLES_ASSIGNED, TRACED, declare, facts_of
+from fxquant.graph.nodes import tensor_named
 from fxquant.graph.notes import COVERAGE, IMAGE_SHAPE
 from fxquant.graph.output_tree import TENSOR, TREE, Tree, leaves
 
@@ -107,8 +108,7 @@ def _nodes_to_json(
             modules[target], state = module_to_json(graph_module.get_submodule(check_path(target)), target)
             tensors |= state
         elif node.op == "get_attr":
-            owner, _, name = check_path(target).rpartition(".")
-            tensors[target] = getattr(graph_module.get_submodule(owner), name)
+            tensors[target] = tensor_named(graph_module, check_path(target))
     index = {node: position for position, node in enumerate(nodes)}
     return [node_to_json(node, index) for node in nodes]
 

@@ -30,6 +30,7 @@ from fxquant.artefact.module_shapes import module_result
 from fxquant.artefact.operation_sizes import check_numbers, predicted_elements, tensors_in
 from fxquant.checks.untrusted import FLOATS
 from fxquant.errors import ArtefactError
+from fxquant.graph.nodes import tensor_at
 from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.graph.output_tree import leaves
 
@@ -128,9 +129,7 @@ class _Run:
         if node.op == "output":
             return _checked_output(args[0])
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            constant: Tensor = getattr(self.graph_module.get_submodule(owner), name)
-            return constant.detach().clone()
+            return tensor_at(self.graph_module, node).detach().clone()
         tensors = list(tensors_in(arguments))
         self.touch(sum(_bytes(tensor) for tensor in tensors), where)
         if node.op == "call_module":

@@ -46,8 +46,13 @@ def image_of(graph_module: GraphModule) -> Node:
 
 def tensor_at(graph_module: GraphModule, node: Node) -> torch.Tensor:
     """The tensor that a `get_attr` node stands for."""
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(graph_module.get_submodule(owner), name)  # type: ignore[no-any-return]
+    return tensor_named(graph_module, str(node.target))
+
+
+def tensor_named(module: nn.Module, path: str) -> torch.Tensor:
+    """The parameter or buffer at a path below a module."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)  # type: ignore[no-any-return]
 
 
 def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:

@@ -32,6 +32,7 @@ from fxquant.errors import FxQuantError, ModelError, TraceError
 from fxquant.graph.capture.aten_operations import torch_operation
 from fxquant.graph.capture.in_place import share_memory
 from fxquant.graph.names import free_name
+from fxquant.graph.nodes import tensor_named
 
 _RELATIVE_TOLERANCE = 1e-4
 _LEAVES: dict[str, tuple[str, Callable[..., nn.Module]]] = {
@@ -132,7 +133,7 @@ class ProgramModule(Scope):
     def forward(self, images_bchw: Any) -> Any:
         """Float (B, C, H, W) images to what the exported model returned."""
         values: dict[str, Any] = {self._image: images_bchw}
-        values |= {name: self._tensor_at(path) for name, path in self._paths.items()}
+        values |= {name: tensor_named(self, path) for name, path in self._paths.items()}
         for step in self._steps:
             args, kwargs = _filled((step.args, step.kwargs), values)
             scope = self.get_submodule(step.scope)
@@ -179,10 +180,6 @@ class ProgramModule(Scope):
                 owner.add_module(part, leaf if is_last and leaf is not None else Scope())
             owner = owner._modules[part]  # type: ignore[assignment]
         return owner
-
-    def _tensor_at(self, path: str) -> Tensor:
-        owner, _, name = path.rpartition(".")
-        return getattr(self.get_submodule(owner), name)  # type: ignore[no-any-return]
 
 
 def _call_of(node: Node) -> tuple[str, str, str]:
