@@ -90,12 +90,7 @@ void tile(const ByteLoop &, int rows, int vectors, const Left *left, int64_t lef
 }
 
 #include "avx512.inl"
-#include "elementwise.inl"
-#include "epilogue.inl"
-#include "reach.inl"
-#include "linear.inl"
-#include "product.inl"
-#include "attention.inl"
+#include "layers.inl"
 
 }  // namespace
 

@@ -230,12 +230,7 @@ void widen_right(const int8_t *bytes, int64_t groups, int16_t *out) {
         }
 }
 
-#include "elementwise.inl"
-#include "epilogue.inl"
-#include "reach.inl"
-#include "linear.inl"
-#include "product.inl"
-#include "attention.inl"
+#include "layers.inl"
 
 }  // namespace
 

@@ -78,12 +78,7 @@ void piece(const ByteLoop &, int, const uint8_t *left, const int8_t *right, cons
 }
 
 #include "six_pieces.inl"
-#include "elementwise.inl"
-#include "epilogue.inl"
-#include "reach.inl"
-#include "linear.inl"
-#include "product.inl"
-#include "attention.inl"
+#include "layers.inl"
 
 }  // namespace
 

@@ -107,7 +107,7 @@ struct Kernels {
     void (*quantize)(const FxqQuantizer &, const float *x, int64_t count, uint8_t *out);
 };
 
-// A further set joins by a file with its own `tile` that includes the .inl files, and a line in entry.cpp.
+// A further set joins by a file with its own `tile` that includes layers.inl behind it, and a line in entry.cpp.
 extern const Kernels kScalar;
 // FXQ_PORTABLE, FXQ_AVX2_ONLY: a small library leaves sets out, see Makefile.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FXQ_PORTABLE)

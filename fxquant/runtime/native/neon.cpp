@@ -125,12 +125,7 @@ void tile(const ChainLoop &loop, int rows, int vectors, const uint8_t *left, int
 }
 
 #include "lanes.inl"
-#include "elementwise.inl"
-#include "epilogue.inl"
-#include "reach.inl"
-#include "linear.inl"
-#include "product.inl"
-#include "attention.inl"
+#include "layers.inl"
 
 }  // namespace
 

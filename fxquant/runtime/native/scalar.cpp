@@ -33,12 +33,7 @@ void tile(const ByteLoop &, int rows, int, const Left *left, int64_t left_stride
 
 #include "portable.inl"
 #include "lanes.inl"
-#include "elementwise.inl"
-#include "epilogue.inl"
-#include "reach.inl"
-#include "linear.inl"
-#include "product.inl"
-#include "attention.inl"
+#include "layers.inl"
 
 }  // namespace
 
