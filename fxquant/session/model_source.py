@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,12 +150,13 @@ class ModelSource:
     def given_up(self) -> GraphModule:
         """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""
         self.context  # noqa: B018 - which is made from the traced model
-        traced = self.traced
-        for name in ("traced", "with_roles"):
-            self.__dict__.pop(name, None)
-        # A graph refers to itself. Until it is collected, the copy with roles, which is not needed any more, would keep
-        # every tensor that a pass replaces in the traced model.
-        gc.collect()
+        traced = self.__dict__.pop("traced")
+        copied: GraphModule | None = self.__dict__.pop("with_roles", None)
+        # A graph refers to itself, so the copy stays until Python collects its cycles. It is emptied here, or it would
+        # keep every tensor that a pass replaces in the traced model.
+        for module in () if copied is None else copied.modules():
+            module._parameters.clear()
+            module._buffers.clear()
         return traced
 
     @property
