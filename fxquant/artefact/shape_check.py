@@ -127,7 +127,7 @@ class _Run:
         if node.op == "placeholder":
             return args[0]
         if node.op == "output":
-            return _checked_output(args[0])
+            return _checked_output(node.args[0], args[0])
         if node.op == "get_attr":
             return tensor_at(self.graph_module, node).detach().clone()
         tensors = list(tensors_in(arguments))
@@ -214,11 +214,17 @@ def _name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _checked_output(value: Any) -> Any:
-    """One tensor, or a tuple of them."""
-    if not isinstance(value, Tensor | tuple | list) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
+def _checked_output(returned: Any, value: Any) -> Any:
+    """A tensor for every node that is returned.
+
+    Args:
+        returned: one node, or several.
+        value: what they give.
+    """
+    found = (value,) if isinstance(returned, Node) else leaves(value)
+    if not all(isinstance(leaf, Tensor) for leaf in found):
         raise ArtefactError(f"the graph gives a {type(value).__name__}, not tensors")
-    if len(leaves(value)) == 0:
+    if not found:
         raise ArtefactError("the graph gives no tensor")
     return value
 

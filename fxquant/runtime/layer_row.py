@@ -130,7 +130,7 @@ _OPERAND = {
 }  # fmt: skip
 _ROW = {
     "layer": TEXT, "role": choice(*map(str, Role)), "block": either(NOTHING, whole(0, 10**6)), "macs": whole(),
-    "operands": listed(OBJECT, longest=2), "predicted_loss": NUMBER, "execution": TEXT,
+    "operands": listed(OBJECT, longest=2, shortest=1), "predicted_loss": NUMBER, "execution": TEXT,
 }  # fmt: skip
 _OLD_ROW = {
     **{name: _ROW[name] for name in ("layer", "role", "block", "macs", "predicted_loss", "execution")},

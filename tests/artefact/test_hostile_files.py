@@ -111,6 +111,13 @@ HOSTILE = {
         lambda g: g["nodes"][-1].update(args=[{"tuple": [g["nodes"][-1]["args"][0], IMAGE]}]),
         "returns 2 tensors, and its output has places for 1",
     ),
+    "tensors from one node": (
+        lambda g: (
+            g["nodes"].insert(-1, call("n", "unbind", *g["nodes"][-1]["args"], op="call_method"))
+            or g["nodes"][-1].update(args=[{"node": len(g["nodes"]) - 2}])
+        ),
+        "the graph gives a tuple, not tensors",
+    ),
     "no image": (lambda g: g.update(image_shape=[]), "no image of channels"),
     "another image": (lambda g: g.update(image_shape=[3, 9, 9]), "does not have the shape"),
     "a large image": (lambda g: g.update(image_shape=[3, 10**6, 10**6]), "does not have the shape"),
@@ -246,6 +253,8 @@ def test_operands_of_rows_are_held_against_a_schema(changes, message):
         LayerRow.from_dict({**row, "operands": [{**operand, **changes}]})
     with pytest.raises(ArtefactError, match="'operands' is"):
         LayerRow.from_dict({**row, "operands": [operand] * 3})
+    with pytest.raises(ArtefactError, match="'operands' is"):
+        LayerRow.from_dict({**row, "operands": []})
 
 
 def _first(document):
