@@ -104,7 +104,7 @@ class Compiled(nn.Module):
     def _repr_html_(self) -> str:
         return summary.html_of(self.report())
 
-    def to_networkx(self) -> networkx.DiGraph:
+    def to_networkx(self) -> networkx.DiGraph[str]:
         """The annotated graph, one networkx node per graph node."""
         return pattern.to_networkx(self.graph_module)
 
