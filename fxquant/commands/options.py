@@ -246,11 +246,13 @@ def calibration_images(
     from fxquant.commands.console import say
     from fxquant.data import embedded
     from fxquant.data.images import EMBEDDED, load_images
+    from fxquant.report.progress import RichProgress
 
     if path is not None and steps is not None:
         raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")
     if path is not None:
-        return load_images(path, count, preprocessing, seed)
+        with RichProgress() as progress:
+            return load_images(path, count, preprocessing, seed, progress.track("reading images", count).advance)
     if is_embedded and steps is None:
         if preprocessing != EMBEDDED:
             raise DataError(
