@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fxquant
@@ -58,6 +59,15 @@ def test_help_of_every_command() -> None:
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout
+
+
+@pytest.mark.quick
+def test_help_fits_80_columns_with_no_word_cut() -> None:
+    for command in get_command(app).commands:  # type: ignore[attr-defined]
+        found = runner.invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+        lines = found.stdout.splitlines()
+        assert max(map(len, lines)) == 80, command
+        assert not [line for line in lines if "…" in line], command
 
 
 def test_compile(compiled: tuple[Path, Any]) -> None:
