@@ -15,7 +15,7 @@ from rich.console import Console
 
 import fxquant
 from fxquant.data.images import ImageData
-from fxquant.errors import ArtefactError, ModelError, OptionError, StateError
+from fxquant.errors import ArtefactError, BackendError, ModelError, OptionError, StateError
 from fxquant.measure.accuracy import evaluate
 from fxquant.measure.layer_times import layer_times
 from fxquant.measure.timing import measure
@@ -134,6 +134,8 @@ def test_dtypes_devices_copies_and_states_are_as_in_torch_or_refused(
     for change in (Compiled.half, Compiled.double, Compiled.bfloat16, lambda it: it.to(torch.float64)):
         with pytest.raises(ModelError, match="as it was compiled"):
             change(one)
+    with pytest.raises(BackendError, match="meta, where tensors have no values"):
+        one.to("meta")
     for same in (one.float(), one.cpu(), one.to("cpu"), one.eval(), one.train()):
         assert same is one
     if not torch.cuda.is_available():
