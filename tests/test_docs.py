@@ -20,6 +20,7 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from fxquant import errors
 from fxquant.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +86,12 @@ def test_readme_starts_with_two_commands() -> None:
     assert setup.endswith("&& .venv/bin/fxquant demo")
     assert tests.startswith(".venv/bin/")
     assert text.index("```") == first.start()
+
+
+@pytest.mark.quick
+def test_every_kind_of_error_is_explained() -> None:
+    page = (ROOT / "docs" / "how_to" / "troubleshooting.md").read_text()
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FxQuantError)]
+    assert len(kinds) > 20
+    for kind in kinds:
+        assert issubclass(kind, TypeError) or re.search(rf"\b{kind.__name__}\b", page), kind

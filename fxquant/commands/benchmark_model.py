@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fxquant.commands import options as o
+
+if TYPE_CHECKING:
+    from fxquant.measure.timing import Timing
+    from fxquant.report.sections import Table
 
 
 def benchmark_model(
@@ -29,9 +33,11 @@ def benchmark_model(
 
     from fxquant.commands.console import emit, show
     from fxquant.graph.notes import IMAGE_SHAPE
-    from fxquant.measure.timing import Timing, Variant, bfloat16_variant, float_graph, measure
+    from fxquant.measure.timing import Variant, bfloat16_variant, float_graph, measure
     from fxquant.report.plots import check_plot, plot_latency
     from fxquant.report.progress import RichProgress
+    from fxquant.report.render import Page
+    from fxquant.report.sections import Lines
     from fxquant.runtime.native import library
     from fxquant.session.compiled import load
     from passes.lower.lower import resolved
@@ -61,11 +67,20 @@ def benchmark_model(
     if json:
         emit({"artefact": str(artefact), "execution": execution, "timings": [t.to_dict() for t in timings]})
         return
-    for name, text in execution.items():
-        show(f"{name:<18} {text}")
+    how = list(execution.items())
     if "cpu-native" in map(resolved, execution):
-        show(f"{'':<18} {library.speed_of_widths()}")
-    show(f"\n{'':<18} {'batch':>5} {'ms':>10} {'images/s':>10} {'speed-up':>9} {'by CPU time':>12}")
-    for t in timings:
-        numbers = f"{t.latency_ms:>10.2f} {t.images_per_second:>10.1f} {t.speedup:>8.2f}x {t.cpu_speedup:>11.2f}x"
-        show(f"{t.variant:<18} {t.batch_size:>5} {numbers}")
+        how.append(("", library.speed_of_widths()))
+    show(Page(Lines("How integers run", tuple(how)), _table(timings)))
+
+
+def _table(timings: list[Timing]) -> Table:
+    from fxquant.report.sections import Cell, Table
+
+    columns = ("", "batch", "ms", "images/s", "speed-up", "by CPU time")
+    rows = (
+        (t.variant, str(t.batch_size), f"{t.latency_ms:.2f}", f"{t.images_per_second:.1f}", f"{t.speedup:.2f}x",
+         f"{t.cpu_speedup:.2f}x")
+        for t in timings
+    )  # fmt: skip
+    title = f"Time of a batch, {timings[0].threads} thread{'s' if timings[0].threads > 1 else ''}"
+    return Table(title, columns, tuple(tuple(map(Cell, row)) for row in rows), frozenset({0}))

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_inputs, parse_overrides, parse_sizes
+from fxquant.commands.options import BACKENDS_HELP, QUANTIZATION, parse_bits, parse_inputs, parse_overrides, parse_sizes
 from fxquant.errors import OptionError
 from fxquant.session.options import (
     DEFAULT_BATCH_SIZE,
@@ -34,34 +35,37 @@ def _says(name: str, more: str = "") -> str:
     return f"{words(SessionOptions, name)} {more}".rstrip()
 
 
+_option = functools.partial(typer.Option, rich_help_panel=QUANTIZATION)
+
+
 @dataclass(frozen=True)
 class Compiling:
     """All options of `fxquant.compile` that a command line can give but the recipe, the allocator and the cache."""
 
     override: Annotated[
         list[str] | None,
-        typer.Option(help=_says("overrides", "layer=6, or layer=4/8 for weight/activation bits. Repeatable.")),
+        _option(help=_says("overrides", "layer=6, or layer=4/8 for weight/activation bits. Repeatable.")),
     ] = None
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Of the recipe: name=value, the value as JSON or text, such as base=repq_vit. Repeatable."),
+        _option(help="Of the recipe: name=value, the value as JSON or text, such as base=repq_vit. Repeatable."),
     ] = None
     recipe_file: Annotated[
-        Path | None, typer.Option(help="Recipe to read, .json or .toml: a recipe's name and options, or passes.")
+        Path | None, _option(help="Recipe to read, .json or .toml: a recipe's name and options, or passes.")
     ] = None
-    image_sizes: Annotated[str | None, typer.Option(help=_says("image_sizes", "With commas: 224x224,256x320."))] = None
-    first_last_bits: Annotated[int | None, typer.Option(help=_says("first_last_bits"))] = None
-    fully_quantized: Annotated[bool, typer.Option("--fully-quantized", help=_says("fully_quantized"))] = False
-    bits: Annotated[str | None, typer.Option(help=_says("bits", "With commas: 3,4,8."))] = None
-    backend: Annotated[str, typer.Option(help=_says("backend", f"{BACKENDS_HELP}."))] = "simulated"
-    latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch that a budget in ms is for.")] = 1
-    latency_threads: Annotated[int, typer.Option(min=1, help="Threads that a budget in ms is for.")] = 1
-    objective: Annotated[str, typer.Option(help=_says("objective"))] = DEFAULT_OBJECTIVE
-    input: Annotated[
-        list[str] | None, typer.Option(help=_says("inputs", "name=value, the value as JSON. Repeatable."))
-    ] = None
-    seed: Annotated[int, typer.Option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
-    batch_size: Annotated[int, typer.Option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
+    image_sizes: Annotated[str | None, _option(help=_says("image_sizes", "With commas: 224x224,256x320."))] = None
+    first_last_bits: Annotated[int | None, _option(help=_says("first_last_bits"))] = None
+    fully_quantized: Annotated[bool, _option("--fully-quantized", help=_says("fully_quantized"))] = False
+    bits: Annotated[str | None, _option(help=_says("bits", "With commas: 3,4,8."))] = None
+    backend: Annotated[str, _option(help=_says("backend", f"{BACKENDS_HELP}."))] = "simulated"
+    latency_batch: Annotated[int, _option(min=1, help="Images per batch that a budget in ms is for.")] = 1
+    latency_threads: Annotated[int, _option(min=1, help="Threads that a budget in ms is for.")] = 1
+    objective: Annotated[str, _option(help=_says("objective"))] = DEFAULT_OBJECTIVE
+    input: Annotated[list[str] | None, _option(help=_says("inputs", "name=value, the value as JSON. Repeatable."))] = (
+        None
+    )
+    seed: Annotated[int, _option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
+    batch_size: Annotated[int, _option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
 
     def options(self, **more: Unpack[SessionOptions]) -> SessionOptions:
         """As Python takes them, with more beside them.

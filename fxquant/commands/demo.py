@@ -60,15 +60,16 @@ def demo(
             name: evaluate(model, data, limit=limit, progress=progress, label=f"evaluating {name}")
             for name, model in {"float32": named.model, "quantized": quantized, "naive min-max": naive}.items()
         }
-    quantized.card["float_accuracy"] = accuracy["float32"].to_dict()
-    quantized.card["accuracy"] = accuracy["quantized"].to_dict()
-    quantized.save(artefact_path)
-    quantized.draw(picture_path)
-    with torch.inference_mode():
-        is_identical = torch.equal(load(artefact_path)(images), quantized(images))
-    lowered = load(artefact_path, backend="auto")
-    accuracy["as integers"] = evaluate(lowered, data, limit=limit, label="evaluating integers")
-    timing = measure({"float32": named.model, "as integers": lowered}, images, seconds=1.0)[1]
+        quantized.card["float_accuracy"] = accuracy["float32"].to_dict()
+        quantized.card["accuracy"] = accuracy["quantized"].to_dict()
+        quantized.save(artefact_path)
+        quantized.draw(picture_path)
+        with torch.inference_mode():
+            is_identical = torch.equal(load(artefact_path)(images), quantized(images))
+        lowered = load(artefact_path, backend="auto")
+        accuracy["as integers"] = evaluate(lowered, data, limit=limit, progress=progress, label="evaluating integers")
+        variants = {"float32": named.model, "as integers": lowered}
+        timing = measure(variants, images, seconds=1.0, progress=progress)[1]
     report = quantized.report()
     write_file(page_path, report.to_html().encode())
     seconds = time.perf_counter() - started_s

@@ -30,6 +30,7 @@ def export_model(
     from fxquant.export.onnx_check import check_onnxruntime
     from fxquant.export.onnx_file import check_export
     from fxquant.export.program_file import SUFFIX
+    from fxquant.report.progress import RichProgress
     from fxquant.session.compiled import load
 
     o.check_output(out)
@@ -42,7 +43,9 @@ def export_model(
     check_export(weight_type)
     if check:
         check_onnxruntime()
-    layers = load(artefact).export_onnx(out, weight_type=weight_type, check=check)
+    with RichProgress() as progress:
+        progress.track("exporting by torch.onnx", 1)  # which does not say how far it is
+        layers = load(artefact).export_onnx(out, weight_type=weight_type, check=check)
     size = out.stat().st_size
     if json:
         emit({"onnx": str(out), "bytes": size, "weight_type": weight_type, "layers": layers})

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fxquant.data.models import NamedModel
     from fxquant.synthesis.synthesize import Synthesis
 
+_MODEL, _IMAGES, _PIXELS, QUANTIZATION, _CACHE = "Model", "Images", "Preprocessing", "Quantization", "Cache"
+"""Under which headings `--help` lists options; what a command writes, and --json, come first without one."""
+
 Json = Annotated[bool, typer.Option("--json", help="Pure JSON on stdout; everything else goes to stderr.")]
 Model = Annotated[
     str,
@@ -31,46 +34,76 @@ Model = Annotated[
         help='A timm architecture, "embedded", hf:FOLDER, torchvision:NAME, open_clip:NAME or module:factory.'
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Local .safetensors or state dict; without it weights are random.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the model's head.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Local .safetensors or state dict; without it weights are random.", rich_help_panel=_MODEL),
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the model's head.", rich_help_panel=_MODEL)]
 ModelOption = Annotated[
-    list[str] | None, typer.Option("--model-option", help="name=value for timm.create_model, such as img_size=96.")
+    list[str] | None,
+    typer.Option(
+        "--model-option", help="name=value for timm.create_model, such as img_size=96.", rich_help_panel=_MODEL
+    ),
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="Folder or .npz of images, no labels; else made from the model alone.")
+    Path | None,
+    typer.Option(help="Folder or .npz of images, no labels; else made from the model alone.", rich_help_panel=_IMAGES),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Class folders, a folder with --labels, or .npz with labels; the embedded model has its own."),
+    typer.Option(
+        help="Class folders, a folder with --labels, or .npz with labels; the embedded model has its own.",
+        rich_help_panel=_IMAGES,
+    ),
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option(help="Names of the model's classes, one a line in the order of its outputs, or JSON; for --data."),
+    typer.Option(
+        help="Names of the model's classes, one a line in the order of its outputs, or JSON; for --data.",
+        rich_help_panel=_IMAGES,
+    ),
 ]
 Labels = Annotated[
-    Path | None, typer.Option(help="The class of every image in --data: 'path label' a line, or .csv; number or name.")
+    Path | None,
+    typer.Option(
+        help="The class of every image in --data: 'path label' a line, or .csv; number or name.",
+        rich_help_panel=_IMAGES,
+    ),
 ]
-Images = Annotated[int, typer.Option(min=1, help="How many calibration images.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.")]
+Images = Annotated[int, typer.Option(min=1, help="How many calibration images.", rich_help_panel=_IMAGES)]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Evaluate on this many images, evenly spread over the data.", rich_help_panel=_IMAGES),
+]
 STEPS_HELP = "Of each of the two stages of synthesis; 500 is the paper's, slow on a CPU."
-SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP)]
+SynthesisSteps = Annotated[int | None, typer.Option(min=1, help=STEPS_HELP, rich_help_panel=_IMAGES)]
 RECIPE_HELP = f"{', '.join(RECIPE_NAMES)}."
-Recipe = Annotated[str, typer.Option(help=RECIPE_HELP)]
+Recipe = Annotated[str, typer.Option(help=RECIPE_HELP, rich_help_panel=QUANTIZATION)]
 ALLOCATOR_HELP = f"{', '.join(ALLOCATORS)}; else the recipe's own."
-AllocatorName = Annotated[str | None, typer.Option("--allocator", help=ALLOCATOR_HELP)]
+AllocatorName = Annotated[str | None, typer.Option("--allocator", help=ALLOCATOR_HELP, rich_help_panel=QUANTIZATION)]
 BACKENDS_HELP = ", ".join(backend_names())
 Seed = Annotated[int, typer.Option(help="Of every random draw, and of which calibration images are taken.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per step; bounds memory.")]
-ImageSize = Annotated[int | None, typer.Option(help="Height and width of the model's input.")]
-CropPct = Annotated[float | None, typer.Option(help="Share of the resized image that the centre crop keeps.")]
-Mean = Annotated[str | None, typer.Option(help="Per channel, comma-separated: 0.485,0.456,0.406.")]
-Std = Annotated[str | None, typer.Option(help="Per channel, comma-separated.")]
+ImageSize = Annotated[int | None, typer.Option(help="Height and width of the model's input.", rich_help_panel=_PIXELS)]
+CropPct = Annotated[
+    float | None, typer.Option(help="Share of the resized image that the centre crop keeps.", rich_help_panel=_PIXELS)
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Per channel, comma-separated: 0.485,0.456,0.406.", rich_help_panel=_PIXELS)
+]
+Std = Annotated[str | None, typer.Option(help="Per channel, comma-separated.", rich_help_panel=_PIXELS)]
 CacheFolder = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder that keeps calibrated models; the user's cache folder if not given."),
+    typer.Option(
+        "--cache",
+        help="Folder that keeps calibrated models; the user's cache folder if not given.",
+        rich_help_panel=_CACHE,
+    ),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and use nothing kept.")]
-Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Keep nothing, and use nothing kept.", rich_help_panel=_CACHE)
+]
+Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.", rich_help_panel=_PIXELS)]
 
 
 def allocator_or_none(name: str | None) -> Allocator | None:
@@ -246,11 +279,13 @@ def calibration_images(
     from fxquant.commands.console import say
     from fxquant.data import embedded
     from fxquant.data.images import EMBEDDED, load_images
+    from fxquant.report.progress import RichProgress
 
     if path is not None and steps is not None:
         raise DataError("--calibration gives images and --synthesis-steps makes them: give one of them")
     if path is not None:
-        return load_images(path, count, preprocessing, seed)
+        with RichProgress() as progress:
+            return load_images(path, count, preprocessing, seed, progress.track("reading images", count).advance)
     if is_embedded and steps is None:
         if preprocessing != EMBEDDED:
             raise DataError(

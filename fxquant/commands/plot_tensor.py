@@ -27,7 +27,7 @@ def plot_tensor(
     source: Annotated[
         str, typer.Option(help="For boxes: what the tensors hold, such as post_layer_norm.")
     ] = "post_gelu",
-    bits: Annotated[int, typer.Option(help="Width of the quantizers.")] = 4,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Width of the quantizers.")] = 4,
     calibration: o.Calibration = None,
     weights: o.Weights = None,
     num_classes: o.NumClasses = None,

@@ -26,6 +26,7 @@ def report_artefact(
     from fxquant.commands.console import say
     from fxquant.commands.inspect_artefact import report_of
     from fxquant.measure.layer_times import layer_times
+    from fxquant.report.progress import RichProgress
     from fxquant.session.compiled import load
 
     check_output(out)
@@ -35,7 +36,8 @@ def report_artefact(
         simulated = load(artefact)
         compiled = simulated if backend == SIMULATED else simulated.lowered(backend)
         if time:
-            compiled.card["layer_times"] = layer_times(simulated.graph_module)
+            with RichProgress() as progress:
+                compiled.card["layer_times"] = layer_times(simulated.graph_module, progress)
         report = compiled.report()
     write_file(out, report.to_html().encode(errors="replace"))
     say(f"{out}: {out.stat().st_size / 1e3:.0f} KB; open it in a browser")

@@ -31,8 +31,12 @@ def sweep_budgets(
     model_option: o.ModelOption = None,
     images: o.Images = 32,
     synthesis_steps: o.SynthesisSteps = None,
-    recipe: Annotated[str, typer.Option(help=f"One or more of {o.RECIPE_HELP}")] = "best",
-    allocator: Annotated[str | None, typer.Option(help=f"One or more of {o.ALLOCATOR_HELP}")] = None,
+    recipe: Annotated[
+        str, typer.Option(help=f"One or more of {o.RECIPE_HELP}", rich_help_panel=o.QUANTIZATION)
+    ] = "best",
+    allocator: Annotated[
+        str | None, typer.Option(help=f"One or more of {o.ALLOCATOR_HELP}", rich_help_panel=o.QUANTIZATION)
+    ] = None,
     given: Compiling = Compiling(),
     limit: o.Limit = None,
     results: Annotated[Path | None, typer.Option(help="JSON file of results; points already in it are kept.")] = None,

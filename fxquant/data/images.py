@@ -198,15 +198,26 @@ class ImageData:
         chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
-    def sample(self, count: int, seed: int = 0) -> Tensor:
-        """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer."""
+    def sample(self, count: int, seed: int = 0, advance: Callable[[int], None] | None = None) -> Tensor:
+        """`count` images (count, C, H, W) drawn without replacement. Raises DataError when there are fewer.
+
+        Args:
+            count: how many images.
+            seed: what they are drawn by.
+            advance: called with 1 after every image.
+        """
         if not 1 <= whole("count", count, DataError) <= self.count:
             raise DataError(
                 f"{self.name} has {self.count} images, and {count} are asked for: ask for fewer, by --images or count"
             )
         draw = torch.Generator().manual_seed(whole("seed", seed, DataError, least=0, most=2**32 - 1))
         order = torch.randperm(self.count, generator=draw)
-        return torch.stack([self.read(index) for index in order[:count].tolist()])
+        found = []
+        for index in order[:count].tolist():
+            found.append(self.read(index))
+            if advance is not None:
+                advance(1)
+        return torch.stack(found)
 
     def checked_labels(self, classes: int | None = None) -> Tensor:
         """The labels, int64 (count,). Raises DataError unless there are some, all below `classes`."""
@@ -238,7 +249,11 @@ class ImageData:
 
 @checked(DataError)
 def load_images(
-    path: str | PathLike[str], count: int, preprocessing: Preprocessing = EMBEDDED, seed: int = 0
+    path: str | PathLike[str],
+    count: int,
+    preprocessing: Preprocessing = EMBEDDED,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
 ) -> Tensor:
     """`count` images for calibration, float32 (count, C, H, W), drawn by seed from a folder or .npz; no labels needed.
 
@@ -247,10 +262,11 @@ def load_images(
         count: how many images.
         preprocessing: how a picture becomes the model's input.
         seed: what the images are drawn by.
+        advance: called with 1 after every image.
 
     Raises DataError.
     """
-    return ImageData.open(path, preprocessing).sample(count, seed)
+    return ImageData.open(path, preprocessing).sample(count, seed, advance)
 
 
 def embedded_test() -> ImageData:

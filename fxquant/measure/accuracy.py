@@ -14,7 +14,8 @@ from fxquant.checks.hints import checked
 from fxquant.data.images import ImageData
 from fxquant.errors import DataError, FxQuantError, ModelError, OptionError, TraceError
 from fxquant.graph.output_tree import flatten
-from passes.pipeline.contract import ProgressReporter, reporter_of
+from fxquant.report.progress import shown
+from passes.pipeline.contract import ProgressReporter
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     limit: int | None = None,
-    progress: ProgressReporter | None = None,
+    progress: ProgressReporter | bool | None = None,
     label: str = "evaluating",
 ) -> Accuracy:
     """Top-1 of a model in eval mode; memory holds one batch.
@@ -79,20 +80,21 @@ def evaluate(
         data: images with labels.
         batch_size: how many images go through the model at a time.
         limit: how many images at most; None: all.
-        progress: shows how far it is; None: nothing is shown.
+        progress: where it reports how far it is, as in `fxquant.compile`.
         label: how the progress display calls this step.
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
     total = data.count if limit is None else min(limit, data.count)
-    task = reporter_of(progress).track(label, -(-total // batch_size))
     correct = count = 0
-    for images, labels in data.labelled_batches(batch_size, limit):
-        scores = _scores(model(images))
-        correct += int(torch.eq(scores.argmax(1), labels).sum())
-        count += len(images)
-        task.advance()
-    task.close()
+    with shown(progress) as reporter:
+        task = reporter.track(label, total)
+        for images, labels in data.labelled_batches(batch_size, limit):
+            scores = _scores(model(images))
+            correct += int(torch.eq(scores.argmax(1), labels).sum())
+            count += len(images)
+            task.advance(len(images))
+        task.close()
     return Accuracy(correct, count, data.matched_by)
 
 

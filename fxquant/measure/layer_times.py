@@ -15,27 +15,33 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.nodes import image_of
+from fxquant.report.progress import shown
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
 from passes.lower.exact_codes import integer_nodes
 from passes.lower.lower import Lower
 from passes.lower.product_sizes import linear_sizes, matmul_sizes
-from passes.pipeline.contract import PassContext
+from passes.pipeline.contract import PassContext, ProgressReporter
 
 _SECONDS = 0.3
 
 
-def layer_times(graph_module: GraphModule) -> dict[str, Any]:
+def layer_times(graph_module: GraphModule, progress: ProgressReporter | bool | None = None) -> dict[str, Any]:
     """JSON values of a simulated graph: `layers`, ms by layer; `whole_ms`; `of_what`, in words.
 
-    Layers that kernels do not run exactly are left out. Raises BackendError where there are no kernels.
+    progress: where it reports how far it is, as in `fxquant.compile`. Layers that kernels do not run exactly are left
+    out. Raises BackendError where there are no kernels.
     """
     found = machine()
     known: dict[tuple[Any, ...], float] = {}
-    layers = {
-        annotation_of(node).layer: _time(graph_module, node, codes, known)
-        for node, codes in integer_nodes(graph_module).items()
-    }
+    layers: dict[str, float] = {}
+    nodes = integer_nodes(graph_module)
+    with shown(progress) as reporter:
+        task = reporter.track("timing kernels", len(nodes))
+        for node, codes in nodes.items():
+            layers[annotation_of(node).layer] = _time(graph_module, node, codes, known)
+            task.advance()
+        task.close()
     lowered = copy.deepcopy(graph_module)
     Lower("cpu-native").apply(lowered, PassContext())
     image = torch.zeros(1, *image_of(graph_module).meta["tensor_meta"].shape[1:])

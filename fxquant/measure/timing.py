@@ -6,6 +6,7 @@ A ratio is the median over rounds of (seconds of the first variant / seconds of 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from torch.fx import GraphModule
 
 from fxquant.checks.hints import checked
 from fxquant.errors import DataError, FxQuantError, OptionError
+from fxquant.report.progress import shown
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
-from passes.pipeline.contract import ProgressReporter, reporter_of
+from passes.pipeline.contract import ProgressReporter
 
 Variant = Callable[[Tensor], Tensor]
 _FEWEST_ROUNDS = 3
@@ -67,7 +69,7 @@ def measure(
     *,
     threads: int = 1,
     seconds: float = 5.0,
-    progress: ProgressReporter | None = None,
+    progress: ProgressReporter | bool | None = None,
 ) -> list[Timing]:
     """Time every variant on one batch of images, in turns, for about `seconds` in all and three rounds at least.
 
@@ -79,7 +81,7 @@ def measure(
         images_bchw: one batch, float (B, C, H, W).
         threads: how many threads torch has meanwhile.
         seconds: for about how long it is repeated, all variants together.
-        progress: shows how far it is; None: nothing is shown.
+        progress: where it reports how far it is, as in `fxquant.compile`.
     """
     if not variants or not 1 <= threads <= 1024 or seconds < 0 or images_bchw.ndim != 4 or not len(images_bchw):
         raise DataError(
@@ -89,22 +91,25 @@ def measure(
     before = torch.get_num_threads()
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
-    task = reporter_of(progress).track(f"batch {len(images_bchw)}", len(variants))
-    try:
-        torch.set_num_threads(threads)
-        for name, run in variants.items():
-            _try_out(name, run, images_bchw)
-            task.advance()
-        end = time.perf_counter() + seconds
-        while len(next(iter(wall.values()))) < _FEWEST_ROUNDS or time.perf_counter() < end:
+    with shown(progress) as reporter:
+        task = reporter.track(f"timing batches of {len(images_bchw)}", len(variants) + math.ceil(seconds))
+        try:
+            torch.set_num_threads(threads)
             for name, run in variants.items():
-                start, cpu_start = time.perf_counter(), time.process_time()
-                run(images_bchw)
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - cpu_start)
-    finally:
-        torch.set_num_threads(before)
-        task.close()
+                _try_out(name, run, images_bchw)
+                task.advance()
+            begin, passed_s = time.perf_counter(), 0.0
+            while len(next(iter(wall.values()))) < _FEWEST_ROUNDS or passed_s < seconds:
+                for name, run in variants.items():
+                    start, cpu_start = time.perf_counter(), time.process_time()
+                    run(images_bchw)
+                    wall[name].append(time.perf_counter() - start)
+                    cpu[name].append(time.process_time() - cpu_start)
+                whole_s, passed_s = int(min(passed_s, seconds)), time.perf_counter() - begin
+                task.advance(int(min(passed_s, seconds)) - whole_s)
+        finally:
+            torch.set_num_threads(before)
+            task.close()
     first = next(iter(variants))
     return [
         Timing(

@@ -10,6 +10,8 @@ Passes see only the protocol, `passes.pipeline.contract.ProgressReporter`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 from rich.console import Console
@@ -23,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from passes.pipeline.contract import ProgressReporter
+from passes.pipeline.contract import ProgressReporter, reporter_of
 
 
 def bars_for(progress: ProgressReporter | bool | None) -> RichProgress | None:
@@ -36,6 +38,14 @@ def bars_for(progress: ProgressReporter | bool | None) -> RichProgress | None:
 def quiet(progress: ProgressReporter | bool | None) -> ProgressReporter | None:
     """The caller's own reporter; None for the words True, False and None."""
     return None if progress is None or isinstance(progress, bool) else progress
+
+
+@contextmanager
+def shown(progress: ProgressReporter | bool | None) -> Iterator[ProgressReporter]:
+    """Where one call reports its steps: to the caller's own reporter, or to bars that end with the call."""
+    bars = bars_for(progress)
+    with bars or nullcontext():
+        yield bars or reporter_of(quiet(progress))
 
 
 class RichProgress:

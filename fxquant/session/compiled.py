@@ -104,7 +104,7 @@ class Compiled(nn.Module):
     def _repr_html_(self) -> str:
         return summary.html_of(self.report())
 
-    def to_networkx(self) -> networkx.DiGraph:
+    def to_networkx(self) -> networkx.DiGraph[str]:
         """The annotated graph, one networkx node per graph node."""
         return pattern.to_networkx(self.graph_module)
 
@@ -206,10 +206,12 @@ class Compiled(nn.Module):
                 f"a quantized model computes in {before.dtype}, as it was compiled, not in {after.dtype}: for a "
                 "smaller or faster one take fewer bits or a backend"
             )
-        if after.is_meta or (device is not None and after.device != device and self._is_lowered):
+        if after.is_meta:
+            raise BackendError("a quantized model cannot be moved to meta, where tensors have no values: leave it")
+        if device is not None and after.device != device and self._is_lowered:
             raise BackendError(
-                f"a {'lowered' if self._is_lowered else 'quantized'} model cannot be moved to {after.device}: move "
-                "the model it was lowered from, or lower that with backend='cuda'"
+                f"a lowered model cannot be moved to {after.device}: move the model it was lowered from, or lower that "
+                "with backend='cuda'"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.sizes is not None:

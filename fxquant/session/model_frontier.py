@@ -28,7 +28,7 @@ from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
 from fxquant.report.plots import plot_frontier
-from fxquant.report.progress import bars_for, quiet
+from fxquant.report.progress import shown
 from fxquant.report.render import Document
 from fxquant.report.sections import Cell, Lines, Table
 from fxquant.sensitivity.objective import Objective, Outputs
@@ -37,7 +37,7 @@ from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
 from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
 from passes.options import documented
-from passes.pipeline.contract import check_images, reporter_of
+from passes.pipeline.contract import check_images
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
@@ -160,31 +160,32 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = bars_for(options.get("progress")) or reporter_of(quiet(options.get("progress")))
-    session = Session(model, calibration, **options)
-    lowest = budget_at(axis, min(limits)) if limits else None
-    if lowest is not None:
-        session.check(lowest)
-    table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
-    wanted = default_limits(table, axis) if limits is None else limits
-    task = progress.track("solving budgets", len(wanted))
-    points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
-    task.close()
-    if realised is None:
-        return Frontier(axis, tuple(points), unit=session.objective.unit)
-    batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
-    measured = session.calibration if images is None else images
-    measure = (
-        _Divergence(session.float_model(), session.objective, measured, batch_size)
-        if realised == "divergence"
-        else realised
-    )
-    task = progress.track("measuring", len(points))
-    losses = []
-    for point in points:
-        losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
-        task.advance()
-    task.close()
+    with shown(options.get("progress")) as progress:
+        options["progress"] = progress  # one display for all that the session does
+        session = Session(model, calibration, **options)
+        lowest = budget_at(axis, min(limits)) if limits else None
+        if lowest is not None:
+            session.check(lowest)
+        table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
+        wanted = default_limits(table, axis) if limits is None else limits
+        task = progress.track("solving budgets", len(wanted))
+        points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
+        task.close()
+        if realised is None:
+            return Frontier(axis, tuple(points), unit=session.objective.unit)
+        batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
+        measured = session.calibration if images is None else images
+        measure = (
+            _Divergence(session.float_model(), session.objective, measured, batch_size)
+            if realised == "divergence"
+            else realised
+        )
+        task = progress.track("measuring", len(points))
+        losses = []
+        for point in points:
+            losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
+            task.advance()
+        task.close()
     name = "realised divergence" if realised == "divergence" else getattr(realised, "__name__", "realised")
     return Frontier(axis, tuple(points), tuple(losses), name, session.objective.unit)
 

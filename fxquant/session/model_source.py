@@ -74,7 +74,7 @@ class ModelSource:
         self._inputs, self._image_sizes = inputs, image_sizes
         seed, batch_size = check_draws(seed, batch_size)
         self._model, self._given = model, Synthesis() if calibration is None else calibration
-        self._seed, self._batch_size, self._cache, self._progress = seed, batch_size, cache, progress
+        self._seed, self._batch_size, self._cache, self.progress = seed, batch_size, cache, progress
         self._objective = objective
 
     @cached_property
@@ -85,9 +85,14 @@ class ModelSource:
     @cached_property
     def traced(self) -> GraphModule:
         """The traced model. Raises as `fxquant.trace`, and CalibrationError where the image size is not known."""
+        task = self.progress.track("tracing the model", 1)
         if isinstance(self._given, Synthesis):
-            return trace_without_images(self._model, self._pictures, self._inputs)
-        return trace(self._model, self._given[:2], inputs=self._inputs)
+            found = trace_without_images(self._model, self._pictures, self._inputs)
+        else:
+            found = trace(self._model, self._given[:2], inputs=self._inputs)
+        task.advance()
+        task.close()
+        return found
 
     @cached_property
     def with_roles(self) -> GraphModule:
@@ -104,7 +109,7 @@ class ModelSource:
     def images(self) -> Tensor:
         """The images, float (N, C, H, W). Raises CalibrationError where they cannot be made."""
         if isinstance(self._given, Synthesis):
-            settings = self._seed, self._batch_size, self._cache, self._progress
+            settings = self._seed, self._batch_size, self._cache, self.progress
             return synthesize_for(self.with_roles, self._pictures, self._given, *settings)
         return self._given
 
@@ -116,7 +121,7 @@ class ModelSource:
             self._batch_size,
             self._seed,
             cache=self._cache,
-            progress=self._progress,
+            progress=self.progress,
             expected=self.model_outputs.first,
             objective=self.objective,
             sized=self.sized,
@@ -126,7 +131,15 @@ class ModelSource:
     def sized(self) -> tuple[SizedModel, ...]:
         """The model at the other image sizes. Raises as `fxquant.trace`, naming the size."""
         others = [size for size in self._image_sizes if size != tuple(self.images.shape[2:])]
-        return tuple(sized_model(self._model, self.first_images, size, self.traced, self._inputs) for size in others)
+        if not others:
+            return ()
+        task = self.progress.track("tracing image sizes", len(others))
+        found = []
+        for size in others:
+            found.append(sized_model(self._model, self.first_images, size, self.traced, self._inputs))
+            task.advance()
+        task.close()
+        return tuple(found)
 
     @property
     def first_images(self) -> Tensor:

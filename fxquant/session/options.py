@@ -30,7 +30,7 @@ class SessionOptions(SharedOptions, total=False):
     inputs: Annotated[
         "collections.abc.Mapping[str, typing.Any] | None",
         "Further arguments of the model's forward, by name, with the value that they always have, such as "
-        "interpolate_pos_encoding=False; the result is called with images alone.",
+        "output_hidden_states=True; the result is called with images alone.",
     ]
     image_sizes: Annotated[
         "collections.abc.Sequence[tuple[int, int]] | None",

@@ -16,8 +16,8 @@ Accuracy over many budgets, kept in a file after every point: `fxquant.session.s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -143,7 +143,7 @@ class Session:
     @property
     def calibration(self) -> Tensor:
         """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._bars:
             return self._source.images
 
     def float_model(self) -> nn.Module:
@@ -225,7 +225,7 @@ class Session:
         prefix, rest = split(pipeline)
         with self._bars:
             searched, context = self._after_search(prefix)
-        found = rest[: rest.position(AllocateBits)].run(searched, context)
+            found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
 
@@ -236,7 +236,16 @@ class Session:
         It is this session's own: read it, and do not change it. Raises as `fxquant.compile` does.
         """
         prefix, _ = split(self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8"))
-        return self._after_search(prefix)[0]
+        with self._bars:
+            return self._after_search(prefix)[0]
+
+    @contextmanager
+    def step(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a step of `total` units where this session shows its own; gives what says that so many more are done."""
+        with self._bars:
+            task = self._source.progress.track(label, total)
+            yield task.advance
+            task.close()
 
     def _after_search(self, prefix: Pipeline) -> tuple[GraphModule, PassContext]:
         """The graph after the passes before bits are allocated, and a context whose journal tells of them.

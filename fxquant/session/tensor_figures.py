@@ -121,13 +121,15 @@ def figure_of_layers(session: Session, path: str | PathLike[str], bits: int) -> 
     nodes = [node for node in planned_nodes(searched) if annotation_of(node).block is not None]
     divergence = Divergence(searched, session.calibration, objective=session.objective)
     losses: dict[str, float] = {}
-    for node in nodes:
-        annotation = annotation_of(node)
-        for operand in annotation.operands:
-            if operand.candidates:
-                _quantized(operand, bits, annotation.layer)
-        alone = {node: tuple(bits if operand.candidates else None for operand in annotation.operands)}
-        losses[annotation.layer] = divergence.of(alone)
+    with session.step("quantizing single layers", len(nodes)) as advance:
+        for node in nodes:
+            annotation = annotation_of(node)
+            for operand in annotation.operands:
+                if operand.candidates:
+                    _quantized(operand, bits, annotation.layer)
+            alone = {node: tuple(bits if operand.candidates else None for operand in annotation.operands)}
+            losses[annotation.layer] = divergence.of(alone)
+            advance(1)
     roles = {annotation_of(node).layer: str(annotation_of(node).role) for node in nodes}
     plot_sensitivity(path, {f"one layer at {bits} bits, {session.objective.unit}": losses}, roles)
 
@@ -191,9 +193,12 @@ def _gathered(graph_module: GraphModule, session: Session, wanted: dict[Node, Op
     """What operands hold, of all calibration images, float (B, ...)."""
     recorder = Recorder(graph_module, set(wanted))
     kept: dict[Node, list[Tensor]] = {node: [] for node in wanted}
-    for batch in torch.split(session.calibration, 8):
-        recorder.run(batch)
-        for node, operand in wanted.items():
-            kept[node].append(recorder.inputs[node][operand.argument or 0])
-        recorder.forget()
+    images = session.calibration
+    with session.step("running images", len(images)) as advance:
+        for batch in torch.split(images, 8):
+            recorder.run(batch)
+            for node, operand in wanted.items():
+                kept[node].append(recorder.inputs[node][operand.argument or 0])
+            recorder.forget()
+            advance(len(batch))
     return {node: torch.cat(found) for node, found in kept.items()}

@@ -33,8 +33,9 @@ from fxquant.checks.hints import check_fields, checked
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.capture.tracing import known_image_shape, trace
+from fxquant.report.progress import shown
 from fxquant.synthesis.priors import similarity_entropy, variation
-from passes.pipeline.contract import PassContext, ProgressReporter, check_draws, reporter_of
+from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.assign_roles import AssignRoles
 
@@ -149,7 +150,7 @@ def synthesize(
     seed: int = 0,
     batch_size: int = 8,
     cache: str | PathLike[str] | None = None,
-    progress: ProgressReporter | None = None,
+    progress: ProgressReporter | bool | None = None,
 ) -> Tensor:
     """Calibration images for a Vision Transformer: (count, C, H, W) in the model's dtype, normalised as it wants them.
 
@@ -160,7 +161,8 @@ def synthesize(
         batch_size: images at a time; bounds memory, changes results by float rounding only.
         cache: folder that keeps finished images and the state of unfinished ones, so that a second call, or one after
             an interruption, goes on from there.
-        progress: shows how far it is; None: nothing is shown.
+        progress: where it reports how far it is: True draws a bar on stderr, False draws none, None draws one where
+            stderr is a terminal or a notebook; or an object with the methods of ProgressReporter.
 
     Raises CalibrationError where the image size is not known or the model has no attention over patches; ModelError,
     TraceError or CoverageError where it cannot be traced.
@@ -168,7 +170,8 @@ def synthesize(
     seed, batch_size = check_draws(seed, batch_size)
     pictures = Pictures.of(model, options)
     traced = Pipeline([AssignRoles()]).run(trace_without_images(model, pictures), PassContext())
-    return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), reporter_of(progress))
+    with shown(progress) as reporter:
+        return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), reporter)
 
 
 def trace_without_images(model: nn.Module, pictures: Pictures, inputs: Mapping[str, Any] | None = None) -> GraphModule:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
@@ -80,9 +79,6 @@ class AllocateBits:
     narrowest: int = 2
     spared: tuple[str, ...] = ()
 
-    provides: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED})
-    breaks: ClassVar[frozenset[Fact]] = frozenset()
-
     def __post_init__(self) -> None:
         """Read the budget; raise BudgetError for what cannot be read, for no allocator, and for widths out of range."""
         object.__setattr__(self, "budget", Budget.parse(self.budget))
@@ -97,6 +93,16 @@ class AllocateBits:
         """Candidates; and times where the budget limits the latency."""
         timed = frozenset() if self.budget.latency_ms is None else frozenset({LATENCY_KNOWN})
         return timed | {SCALES_SEARCHED}
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Bits."""
+        return frozenset({BITS_ALLOCATED})
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """Nothing."""
+        return frozenset()
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate bits; returns the number of nodes annotated.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch.fx import GraphModule
@@ -297,12 +297,23 @@ def effect_of(step: Pass) -> Effect | None:
 
 
 @runtime_checkable
-class Pass(Protocol):
-    """A frozen dataclass whose fields are its options.
+class FixedPass(Protocol):
+    """A pass whose facts are class variables, as most have them.
 
-    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after. A
-    pass may also have an `effect: ClassVar[Effect]`.
+    requires: facts that must hold before; provides: facts that hold after; breaks: facts that no longer hold after.
     """
+
+    requires: ClassVar[frozenset[Fact]]
+    provides: ClassVar[frozenset[Fact]]
+    breaks: ClassVar[frozenset[Fact]]
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Change the graph module in place and return the number of nodes changed."""
+
+
+@runtime_checkable
+class OptionPass(Protocol):
+    """A pass whose facts follow from its options: all three are properties."""
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -318,6 +329,11 @@ class Pass(Protocol):
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Change the graph module in place and return the number of nodes changed."""
+
+
+Pass = FixedPass | OptionPass
+"""A frozen dataclass whose fields are its options; it may also have an `effect: ClassVar[Effect]`. There are two
+protocols because a type checker does not take a class variable for a property."""
 
 
 @runtime_checkable

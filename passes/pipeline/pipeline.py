@@ -166,6 +166,7 @@ class Pipeline:
         graph_module = graph_module if in_place else copy.deepcopy(graph_module)
         proof = Proof(given, graph_module, context)
         del given  # the proof lets go of it, unless it is what will be lowered
+        task = context.progress.track("passes", len(self.passes))
         for index, step in enumerate(self.passes):
             start = time.perf_counter()
             for fact in sorted(step.requires, key=str):
@@ -184,6 +185,8 @@ class Pipeline:
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
             if passed is not None:
                 passed(graph_module)
+            task.advance()
+        task.close()
         return graph_module
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -72,8 +72,15 @@ class SearchScales:
     keep_grams: bool = False
     negligible: float = 0.0
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({SCALES_SEARCHED})
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """The calibration."""
+        return frozenset({CALIBRATED})
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Candidates of every width."""
+        return frozenset({SCALES_SEARCHED})
 
     @property
     def breaks(self) -> frozenset[Fact]:

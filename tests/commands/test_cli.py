@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fxquant
@@ -26,6 +27,7 @@ from fxquant.measure.accuracy import Accuracy
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results, sweep
 from passes.search.search_cache import split
+from tests.commands.schemas import as_documented
 from tests.models import images, vit
 
 runner = CliRunner()
@@ -57,6 +59,15 @@ def test_help_of_every_command() -> None:
         found = run(command, "--help")
         assert found.exit_code == 0, found.output
         assert "--json" in found.stdout
+
+
+@pytest.mark.quick
+def test_help_fits_80_columns_with_no_word_cut() -> None:
+    for command in get_command(app).commands:  # type: ignore[attr-defined]
+        found = runner.invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+        lines = found.stdout.splitlines()
+        assert max(map(len, lines)) == 80, command
+        assert not [line for line in lines if "…" in line], command
 
 
 def test_compile(compiled: tuple[Path, Any]) -> None:
@@ -92,7 +103,7 @@ def test_synthesize_and_compile_without_data(tmp_path: Path) -> None:
     out, sheet = tmp_path / "made.npz", tmp_path / "made.png"
     result = run("synthesize", "embedded", "--count", 3, "--steps", 2, "--out", out, "--sheet", sheet, "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["shape"] == [3, 1, 28, 28]
+    assert as_documented("synthesize", result.stdout)["shape"] == [3, 1, 28, 28]
     assert sheet.read_bytes().startswith(b"\x89PNG")
     quick = ["--images", "3", "--allocator", "greedy", "--no-cache", "--json"]
     given = run("compile", "embedded", "W4A4", *quick, "--calibration", out)
@@ -165,7 +176,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--limit", 100, "--allocator", "greedy", "--out", tmp_path / "new" / "demo"]
     result = run("demo", *options, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    found = as_documented("demo", result.stdout)
     assert set(found["accuracy"]) == {"float32", "quantized", "as_integers", "naive_min_max"}
     assert found["accuracy"]["quantized"]["top1"] > 80
     assert found["reloaded_identical"]
@@ -178,7 +189,7 @@ def test_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     common = ["sweep", "embedded", *QUICK, "--limit", 50, "--results", results]
     first = run(*common, "--budgets", "W8A8,W4A4", "--plot", plot, "--json")
     assert first.exit_code == 0, first.output
-    found = json.loads(first.stdout)
+    found = as_documented("sweep", first.stdout)
     assert [point["budget"] for point in found["points"]] == ["W8A8", "W4A4"]
     assert found["baseline"]["count"] == 50
     assert plot.stat().st_size > 1000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxquant.cli import app
+from tests.commands.schemas import as_documented
 from tests.lowering import needs_kernels
 from tests.models import ONE_BLOCK, compiled
 
@@ -29,7 +29,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_export(artefact: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.onnx"
-    found = json.loads(run("export", artefact, out, "--json").stdout)
+    found = as_documented("export", run("export", artefact, out, "--json").stdout)
     assert found["bytes"] == out.stat().st_size
     assert found["layers"]["blocks.0.attn.qkv"] == "int8"
     shown = run("export", artefact, out, "--weight-type", "int4").stdout
@@ -40,7 +40,7 @@ def test_export(artefact: Path, tmp_path: Path) -> None:
 @needs_kernels
 def test_a_program_for_the_c_library(artefact: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.fxm"
-    found = json.loads(run("export", artefact, out, "--json").stdout)
+    found = as_documented("export", run("export", artefact, out, "--json").stdout)
     assert found == {"program": str(out), "bytes": out.stat().st_size}
     refused = run("export", artefact, out, "--weight-type", "int4")
     assert refused.exit_code == 2
@@ -61,6 +61,6 @@ def test_failures_are_one_line(artefact: Path, tmp_path: Path) -> None:
 def test_openvino_is_timed_beside_float(artefact: Path) -> None:
     pytest.importorskip("openvino")
     options = ["--backend", "openvino", "--batch-size", 2, "--seconds", 0, "--json"]
-    found = json.loads(run("benchmark", artefact, *options).stdout)
+    found = as_documented("benchmark", run("benchmark", artefact, *options).stdout)
     assert "matmul openvino" in found["execution"]["openvino"]
     assert [timing["variant"] for timing in found["timings"]] == ["float32", "bfloat16", "openvino"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,23 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fxquant.cli import app
+from fxquant.commands.console import to_json
 from fxquant.commands.doctor import examined
 from fxquant.commands.list_parts import KINDS
+from tests.commands.schemas import as_documented, schemas
 from tests.models import embedded_compiled
 
 jsonschema = pytest.importorskip("jsonschema")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "json.md"
 WRITE_FILES_ONLY = {"report", "plot"}
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 runner = CliRunner()
 
 
-def schemas() -> dict[str, Any]:
-    parts = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
-    found = {part.split("\n")[0]: re.search(r"```json\n(.*?)```", part, re.DOTALL) for part in parts}
-    return {name: json.loads(text[1]) for name, text in found.items() if text}
-
-
-def printed(*arguments: str, width: int = 80) -> Any:
-    result = runner.invoke(app, [*arguments, "--json"], env={"COLUMNS": str(width)})
+def check(*arguments: object) -> None:
+    """Run a command with --json; what it prints is what the page says."""
+    result = runner.invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    as_documented(str(arguments[0]), result.stdout)
 
 
 @pytest.mark.quick
@@ -48,17 +42,24 @@ def test_every_command_takes_json_and_has_a_schema() -> None:
 
 @pytest.mark.parametrize("name", ["list", "doctor"])
 def test_what_is_installed_prints_what_the_page_says(name: str) -> None:
-    jsonschema.validate(printed(name), schemas()[name])
+    check(name)
 
 
 def test_commands_on_artefacts_print_what_the_page_says(tmp_path: Path) -> None:
     path = str(tmp_path / "m.fxq")
     compiled = embedded_compiled()
     compiled.save(path)
-    jsonschema.validate(compiled.report().to_dict(), schemas()["compile"])
-    jsonschema.validate(printed("inspect", path, "--graph"), schemas()["inspect"])
-    jsonschema.validate(printed("compare", path, path), schemas()["compare"])
-    jsonschema.validate(printed("evaluate", "embedded", "--limit", "8"), schemas()["evaluate"])
+    as_documented("compile", to_json(compiled.report().to_dict()))
+    check("inspect", path, "--graph")
+    check("compare", path, path)
+    check("evaluate", "embedded", "--limit", 8)
+
+
+@pytest.mark.quick
+def test_a_value_that_is_not_documented_fails() -> None:
+    for printed in ("no JSON", "{}", '{"out": "a", "calibration": "b", "shape": [0.5], "seconds": 1}'):
+        with pytest.raises((ValueError, jsonschema.ValidationError)):
+            as_documented("synthesize", printed)
 
 
 @pytest.mark.quick

@@ -13,6 +13,7 @@ import fxquant
 from fxquant.cli import app
 from fxquant.errors import BudgetError, CalibrationError
 from fxquant.session.model_frontier import Frontier
+from tests.commands.schemas import as_documented
 from tests.models import images, vit
 
 FEW = {"bits": (2, 3, 4, 8)}
@@ -89,7 +90,7 @@ def test_command(tmp_path: Path) -> None:
     first, again = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--json"]))
     assert first.exit_code == 0, first.output
     assert "Frontier over mean bits" in first.stdout
-    assert [point["limit"] for point in json.loads(again.stdout)["points"]] == [4, 6]
+    assert [point["limit"] for point in as_documented("frontier", again.stdout)["points"]] == [4, 6]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 

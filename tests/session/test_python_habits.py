@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ import torch
 from rich.console import Console
 
 import fxquant
-from fxquant.errors import ArtefactError, ModelError, OptionError, StateError
+from fxquant.data.images import ImageData
+from fxquant.errors import ArtefactError, BackendError, ModelError, OptionError, StateError
+from fxquant.measure.accuracy import evaluate
+from fxquant.measure.layer_times import layer_times
+from fxquant.measure.timing import measure
 from fxquant.report.progress import RichProgress, bars_for, quiet
 from fxquant.session.compiled import Compiled
+from fxquant.session.tensor_figures import figure_of_layers
 from tests.models import compiled, images, vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +44,50 @@ def test_bars_are_drawn_when_asked_for_and_never_when_not(capsys: pytest.Capture
         with bars:
             bars.track("a step", 3).advance()
         assert ("a step" in capsys.readouterr().err) == is_seen
+
+
+class Steps:
+    """A reporter that keeps how much of each step is missing, and which still run."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, int] = {}
+        self.running: list[str] = []
+
+    def track(self, label: str, total: int) -> Step:
+        self.missing[label] = total
+        self.running.append(label)
+        return Step(self, label)
+
+
+@dataclass
+class Step:
+    steps: Steps
+    label: str
+
+    def advance(self, units: int = 1) -> None:
+        self.steps.missing[self.label] -= units
+
+    def close(self) -> None:
+        self.steps.running.remove(self.label)
+
+
+def test_every_step_that_begins_is_told_to_its_end(tmp_path: Path) -> None:
+    steps, model, pictures = Steps(), vit(depth=1), images(2)
+    found = fxquant.compile(model, "W4A4", calibration=pictures, recipe="naive_min_max", progress=steps)
+    figure_of_layers(fxquant.Session(model, pictures, recipe="mptq_vit", progress=steps), tmp_path / "layers.svg", 4)
+    measure({"it": found}, pictures, seconds=1.0, progress=steps)
+    evaluate(found, ImageData("images", 2, lambda index: pictures[index], torch.zeros(2).long(), 7), progress=steps)
+    layer_times(found.graph_module, steps)
+    assert {"tracing the model", "passes", "calibrating", "quantizing single layers", "timing batches of 2",
+            "evaluating", "timing kernels"} <= set(steps.missing)  # fmt: skip
+    assert steps.running == []
+    assert set(steps.missing.values()) <= {0}, steps.missing
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_calls_on_their_own_draw_bars(wanted: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    fxquant.synthesize(vit(depth=1), fxquant.Synthesis(count=1, steps=1), progress=wanted)
+    assert ("synthesising 1 images" in capsys.readouterr().err) == wanted
 
 
 def test_a_progress_that_is_none_is_refused() -> None:
@@ -84,6 +134,8 @@ def test_dtypes_devices_copies_and_states_are_as_in_torch_or_refused(
     for change in (Compiled.half, Compiled.double, Compiled.bfloat16, lambda it: it.to(torch.float64)):
         with pytest.raises(ModelError, match="as it was compiled"):
             change(one)
+    with pytest.raises(BackendError, match="meta, where tensors have no values"):
+        one.to("meta")
     for same in (one.float(), one.cpu(), one.to("cpu"), one.eval(), one.train()):
         assert same is one
     if not torch.cuda.is_available():

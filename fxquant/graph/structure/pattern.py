@@ -68,7 +68,7 @@ class Mlp:
     fc2: tuple[str, ...]
 
 
-def to_networkx(graph_module: fx.GraphModule) -> nx.DiGraph:
+def to_networkx(graph_module: fx.GraphModule) -> nx.DiGraph[str]:
     """The graph's tensor flow: one node per fx node that holds tensors, keyed by name, edges from input to user.
 
     Node attributes: kind (`Kind`), node (the fx node), position (index in graph order). Nodes that hold shapes or

@@ -64,7 +64,10 @@ def _shared(good: Good) -> dict[str, tuple[Make, list[Any]]]:
         "latency": (MeasureLatency, [MeasureLatency, *[value for value in ANYTHING if value is not None]]),
         "seed": (lambda: 0, ["0", -1, 2**32, True, *unfit(int)]),
         "batch_size": (lambda: 2, ["2", 0, -1, 2**63, True, *unfit(int)]),
-        "progress": (SilentProgress, [Endless(), SilentProgress, *[v for v in ANYTHING if v is not None]]),
+        "progress": (
+            SilentProgress,
+            [Endless(), SilentProgress, *[v for v in ANYTHING if v is not None and v is not True]],
+        ),
         "cache": (lambda: str(good.folder / "cache"), [
             "", "a\0b", str(good.folder / "good.npz" / "below"), *pathless,
         ]),

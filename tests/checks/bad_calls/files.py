@@ -58,7 +58,7 @@ def models(good: Good) -> list[Entry]:
     """What runs models."""
     count = ["2", 0, -1, True, 2.5, None]
     model = [*unfit(nn.Module), nn.Conv2d(5, 1, 1), nn.Flatten(0)]
-    progress = [Endless(), SilentProgress, *[value for value in ANYTHING if value is not None]]
+    progress = [Endless(), SilentProgress, *[value for value in ANYTHING if value is not None and value is not True]]
     unlabelled = ImageData("one", 1, lambda index: good.images[index])
     beyond = ImageData("one", 1, lambda index: good.images[index], torch.tensor([99]))
     return [
