@@ -195,7 +195,7 @@ def our_variants(path: Path, folder: Path) -> Iterator[tuple[str, Callable[[], P
         import onnxruntime  # noqa: F401
 
         file = folder / f"{path.stem}.onnx"
-        simulated.export_onnx(file)
+        simulated.export_onnx(file, runtime="onnxruntime", weight_type="packed")
         return (lambda threads: onnxruntime_session(file, threads)), file.stat().st_size
 
     yield f"fxquant {budget}", lambda: lowered("auto")

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from fxquant.errors import ExportError, MissingExtraError
-from fxquant.graph.output_tree import Output
+from fxquant.errors import ExportError
+from fxquant.export.onnxruntime_model import check_onnxruntime, results_of, session_of
 from fxquant.runtime.known_answers import KnownAnswers
-
-
-def check_onnxruntime() -> None:
-    """Raises MissingExtraError without ONNX Runtime."""
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "a check of the exported file needs ONNX Runtime: pip install onnxruntime, or leave the check out"
-        ) from error
 
 
 def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Tensor) -> float:
@@ -33,14 +20,8 @@ def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Ten
     Raises MissingExtraError without ONNX Runtime; ExportError where it cannot run the file, or gives other answers.
     """
     check_onnxruntime()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        output = _run(session, images_bchw)
+        output = results_of(session_of(content), images_bchw)
     except Exception as error:  # ONNX Runtime's errors have no common class
         raise ExportError(f"ONNX Runtime cannot run the exported model: {str(error).splitlines()[0]}") from error
     found = answers.difference(output)
@@ -50,9 +31,3 @@ def check_in_onnxruntime(content: bytes, answers: KnownAnswers, images_bchw: Ten
             + ": export again with weight_type='int8', and try another version of onnxruntime"
         )
     return found
-
-
-def _run(session: Any, images_bchw: Tensor) -> Output:
-    (given,) = session.get_inputs()
-    found = tuple(torch.from_numpy(each) for each in session.run(None, {given.name: images_bchw.numpy()}))
-    return found[0] if len(found) == 1 else found

@@ -18,8 +18,9 @@ import torch
 from torch.fx import GraphModule
 
 from fxquant.errors import ExportError, MissingExtraError
+from fxquant.export.narrow_weights import WEIGHT_TYPES, narrow_weights
 from fxquant.export.qdq import with_qdq
-from fxquant.export.qdq_values import OPSET, Weight
+from fxquant.export.qdq_values import FORMS, OPSET
 from fxquant.graph.annotation import annotation_of
 from fxquant.graph.facts import LOWERED, facts_of
 from fxquant.graph.nodes import image_of
@@ -27,7 +28,6 @@ from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.graph.output_tree import tree_of
 
 INPUT, OUTPUT = "images", "scores"
-WEIGHT_TYPES = ("int8", "int4")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _LARGEST_BYTES = 2**31 - 1  # of a protobuf message
 
@@ -41,21 +41,27 @@ class OnnxModel:
 
 
 def to_onnx(
-    graph_module: GraphModule, *, weight_type: str = "int8", card: Mapping[str, Any] | None = None
+    graph_module: GraphModule,
+    *,
+    weight_type: str = "int8",
+    runtime: str = "any",
+    card: Mapping[str, Any] | None = None,
 ) -> OnnxModel:
     """The ONNX model (opset 21) of a simulated graph: input "images", float32 (B, C, H, W), output "scores",
     or the names of `output_names` for a tree of tensors.
 
     Args:
         graph_module: a simulated graph; it is not changed.
-        weight_type: "int8"; or "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half
-            the size, for runtimes that have it.
+        weight_type: "int8"; "int4", which writes weights of at most 4 bits as INT4 (UINT4 with a zero-point): half the
+            size, for runtimes that have it; or "packed", which writes every weight in as many bits as it has, see
+            `fxquant.export.narrow_weights`.
+        runtime: "any", or "onnxruntime" for the forms that ONNX Runtime runs fastest; the values are the same.
         card: the protocol card, JSON values, which becomes a metadata entry of the file.
 
     Raises MissingExtraError without onnx and onnxscript; ExportError for a lowered graph, one that is not float32, an
-    unknown weight_type, an operation that torch cannot export, naming it, and more than 2 GiB.
+    unknown weight_type or runtime, an operation that torch cannot export, naming it, and more than 2 GiB.
     """
-    check_export(weight_type)
+    check_export(weight_type, runtime)
     if LOWERED in facts_of(graph_module):
         raise ExportError("a lowered graph belongs to this machine: export the model it was lowered from")
     shape = image_of(graph_module).meta.get("tensor_meta")  # a graph made by hand may have none
@@ -64,7 +70,7 @@ def to_onnx(
     layers_by_target = {
         str(node.target): annotation_of(node).layer for node in graph_module.graph.nodes if node.op == "call_module"
     }
-    written, layers = with_qdq(graph_module)
+    written, layers = with_qdq(graph_module, runtime)
     images, names = torch.zeros(2, *IMAGE_SHAPE.of(graph_module)), output_names(graph_module)
     try:
         with torch.no_grad():
@@ -76,8 +82,7 @@ def to_onnx(
         raise ExportError(f"torch.onnx cannot export this graph: {_last_line(error)}") from error
     model = program.model
     _name_nodes(model, layers_by_target)
-    if weight_type == "int4":
-        _narrow_weights(model, written)
+    narrow_weights(model, written, weight_type)
     model.producer_name, model.producer_version = "fxquant", None
     model.metadata_props.clear()
     model.metadata_props["fxquant"] = json.dumps(dict(card or {}))
@@ -99,10 +104,12 @@ def output_names(graph_module: GraphModule) -> list[str]:
     return found
 
 
-def check_export(weight_type: str) -> None:
-    """Fail early: raises MissingExtraError without onnx and onnxscript, ExportError for an unknown weight type."""
+def check_export(weight_type: str, runtime: str = "any") -> None:
+    """Fail early: raises MissingExtraError without onnx and onnxscript, ExportError for an unknown name."""
     if weight_type not in WEIGHT_TYPES:
         raise ExportError(f"no weight type is called {weight_type!r}; there are {', '.join(WEIGHT_TYPES)}")
+    if runtime not in FORMS:
+        raise ExportError(f"files are not written for {runtime!r}; runtime is one of {', '.join(FORMS)}")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -138,23 +145,6 @@ def _name_nodes(model: Any, layers_by_target: Mapping[str, str]) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = model.doc_string = None
-
-
-def _narrow_weights(model: Any, written: GraphModule) -> None:
-    """Make INT4 or UINT4 of the codes that have at most 4 bits, and of their zero-points."""
-    import ml_dtypes
-    import onnx_ir
-
-    for path, weight in written.named_modules():
-        if not isinstance(weight, Weight) or weight.bits is None or weight.bits > 4:
-            continue
-        for name in ("values", "zero"):
-            value = model.graph.initializers.get(f"{path}.{name}")
-            if value is not None:
-                numbers = value.const_value.numpy()
-                kind = ml_dtypes.int4 if numbers.dtype.kind == "i" else ml_dtypes.uint4
-                value.const_value = onnx_ir.tensor(numbers.astype(kind), name=value.name)
-                value.dtype = value.const_value.dtype
 
 
 def _serialized(model: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,28 @@ from fxquant.runtime.simulated import QuantizedWeightModule
 
 OPSET = 21
 _WIDEST = 8
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which of several equal ways to write a thing a runtime is given: the one that it runs fastest.
+
+    Args:
+        unsigned: codes of symmetric quantizers are uint8 around 128 instead of int8. The products of ONNX Runtime take
+            uint8; it converts int8 by itself, but not behind every operation.
+        patch_products: a convolution whose windows stand side by side, as those of patches do, is written as a product.
+            ONNX Runtime runs a convolution as integers only if what comes out is quantized too, a product always.
+        leading_axis: a product of two matrices gets an axis in front. ONNX Runtime would make one with a bias Gemm,
+            which runs in float for the same reason.
+    """
+
+    unsigned: bool = False
+    patch_products: bool = False
+    leading_axis: bool = False
+
+
+FORMS = {"any": Form(), "onnxruntime": Form(unsigned=True, patch_products=True, leading_axis=True)}
+"""By runtime. "any" is what OpenVINO is best given, and what every runtime takes."""
 
 
 def _onnx(
@@ -119,7 +142,7 @@ class Weight(nn.Module):
 
     Args:
         source: the simulated layer whose weight it is.
-        transposed: (in, out), as a product wants it.
+        transposed: a matrix (in, out), as a product wants it, also where it is a convolution's.
         is_int8: whether the other side of the product has codes too; where it has none, the weight is multiplied out by
             plain operators, since runtimes take DequantizeLinear there as a permission to quantize the other side as
             they like.
@@ -141,7 +164,7 @@ class Weight(nn.Module):
             self.register_buffer("scale", _per_channel(quantizer.scale, len(codes)))
             self.register_buffer("zero", None if zero is None else _per_channel(zero, len(codes)).to(torch.uint8))
         self.axis = 1 if transposed else 0
-        self.register_buffer("values", (values.mT if transposed else values).detach().contiguous())
+        self.register_buffer("values", (values.flatten(1).mT if transposed else values).detach().contiguous())
 
     def forward(self) -> Tensor:
         """The float32 weight."""
@@ -164,12 +187,12 @@ def _per_channel(numbers: Tensor, channels: int) -> Tensor:
     return numbers.detach().reshape(-1).expand(channels).contiguous()
 
 
-def quantized(quantizer: Quantizer | None) -> nn.Module:
+def quantized(quantizer: Quantizer | None, form: Form) -> nn.Module:
     """A module that gives the quantizer's values, through codes where a byte holds them."""
     if quantizer is None:
         return nn.Identity()
     if isinstance(quantizer, UniformQuantizer):
-        return _uniform(quantizer) or quantizer
+        return _uniform(quantizer, form) or quantizer
     if isinstance(quantizer, CodebookQuantizer):
         zero, book = (torch.tensor(number, dtype=torch.uint8) for number in (quantizer.zero, quantizer.codes))
         return Codes(quantizer.scale.detach(), zero, book=book[quantizer.index.long()])
@@ -180,7 +203,7 @@ def quantized(quantizer: Quantizer | None) -> nn.Module:
     return NearestLevel(quantizer) if isinstance(quantizer, LevelTableQuantizer) else quantizer
 
 
-def _uniform(quantizer: UniformQuantizer) -> Codes | None:
+def _uniform(quantizer: UniformQuantizer, form: Form) -> Codes | None:
     """None where codes have more than 8 bits, a zero-point is no code, or there are several scales.
 
     A product cannot take a scale per channel of its input out of the sum, so codes would gain nothing; and OpenVINO
@@ -192,4 +215,7 @@ def _uniform(quantizer: UniformQuantizer) -> Codes | None:
     scale, zero = quantizer.scale.detach().reshape(()), int(zero)
     low, high = quantizer.code_range
     bounds = None if quantizer.bits == _WIDEST else (float((low - zero) * scale), float((high - zero) * scale))
-    return Codes(scale, torch.tensor(zero, dtype=torch.int8 if quantizer.symmetric else torch.uint8), bounds)
+    if not quantizer.symmetric:
+        return Codes(scale, torch.tensor(zero, dtype=torch.uint8), bounds)
+    zero_point = torch.tensor(128, dtype=torch.uint8) if form.unsigned else torch.tensor(0, dtype=torch.int8)
+    return Codes(scale, zero_point, bounds)

@@ -21,8 +21,9 @@ from fxquant.artefact import artefact
 from fxquant.artefact.container import write_file
 from fxquant.checks.hints import checked
 from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
-from fxquant.export.onnx_check import check_in_onnxruntime, check_onnxruntime
+from fxquant.export.onnx_check import check_in_onnxruntime
 from fxquant.export.onnx_file import to_onnx
+from fxquant.export.onnxruntime_model import check_onnxruntime
 from fxquant.export.program_file import to_program
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.notes import execution_of
@@ -273,6 +274,7 @@ class Compiled(nn.Module):
         path: str | PathLike[str],
         *,
         weight_type: str = "int8",
+        runtime: str = "any",
         check: bool = False,
         image_size: tuple[int, int] | None = None,
     ) -> dict[str, str]:
@@ -282,19 +284,21 @@ class Compiled(nn.Module):
 
         Args:
             path: where the file is written.
-            weight_type: "int8", or "int4" for INT4 where a weight has at most 4 bits. Returns, by layer, "int8" or
-                "simulated" (float operators); what runs as int8 is up to the runtime.
+            weight_type: "int8"; "int4" for INT4 where a weight has at most 4 bits; or "packed", every weight in as many
+                bits as it has, taken apart by the runtime when it loads the file.
+            runtime: "any", or "onnxruntime" for what ONNX Runtime runs fastest; the values are the same.
             check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.
             image_size: (height, width), the main size or one of `image_sizes`; a file takes one. None: the main size.
 
-        Raises MissingExtraError without onnx and onnxscript, or, where a check is asked for, without onnxruntime;
-        ExportError for a lowered model, an unknown weight_type, operations that torch cannot export, and a file that
+        Returns, by layer, "int8" or "simulated" (float operators); what runs as int8 is up to the runtime. Raises
+        MissingExtraError without onnx and onnxscript, or, where a check is asked for, without onnxruntime; ExportError
+        for a lowered model, an unknown weight_type or runtime, operations that torch cannot export, and a file that
         does not give the model's answers; ArtefactError where the file cannot be written.
         """
         if check:
             check_onnxruntime()
         graph_module = self._graph_at(image_size)
-        found = to_onnx(graph_module, weight_type=weight_type, card=self.card)
+        found = to_onnx(graph_module, weight_type=weight_type, runtime=runtime, card=self.card)
         if check:
             known = self.answers if graph_module is self.graph_module else None
             answers = known or self._answers_at(graph_module)

@@ -44,7 +44,7 @@ def test_a_program_for_the_c_library(artefact: Path, tmp_path: Path) -> None:
     assert found == {"program": str(out), "bytes": out.stat().st_size}
     refused = run("export", artefact, out, "--weight-type", "int4")
     assert refused.exit_code == 2
-    assert "--weight-type and --check are for ONNX" in refused.stderr.replace("\n", " ")
+    assert "--weight-type, --runtime and --check are for ONNX" in refused.stderr.replace("\n", " ")
 
 
 def test_failures_are_one_line(artefact: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_an_export_is_checked_where_asked(
     with pytest.raises(ExportError, match="ONNX Runtime cannot run"):
         check_in_onnxruntime(b"nonsense", answers, images(2))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match="pip install onnxruntime"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fxquant\[onnxruntime\]'"):
         small.export_onnx(path, check=True)
     assert not path.exists()
 

@@ -36,7 +36,7 @@ def files(good: Good) -> list[Entry]:
         Entry("Compiled.draw", good.compiled.draw, {}, {"path": [*unwritable, folder / "picture.png"]}),
         Entry("Compiled.lowered", good.compiled.lowered, {}, {"backend": ["gpu", "", *unfit(str)]}),
         Entry("Compiled.export_onnx", good.compiled.export_onnx, {"path": lambda: folder / "m.onnx"}, {
-            "weight_type": ["int2", "", *unfit(str)]}),
+            "weight_type": ["int2", "", *unfit(str)], "runtime": ["tensorrt", *unfit(str)]}),
         Entry("ImageData.open", ImageData.open,
               {"path": lambda: folder / "good.npz", "preprocessing": lambda: good.preprocessing}, {
                   "path": [*missing[:-1], folder / "good.fxq"], "preprocessing": [*ANYTHING, Preprocessing],

@@ -1,0 +1,66 @@
+"""CallRuntime: another runtime runs the whole model, from its ONNX export."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule, Node
+
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.onnxruntime_model import OnnxruntimeModel
+from fxquant.export.openvino_model import OpenvinoModel
+from fxquant.graph.facts import Fact
+from fxquant.graph.names import add_module
+from fxquant.graph.nodes import image_of
+from fxquant.graph.output_tree import leaves
+from passes.lower.integer_plan import note_kernel
+from passes.lower.rewrite import REQUIRES
+from passes.pipeline.contract import PassContext
+
+
+@dataclass(frozen=True)
+class CallRuntime:
+    """One call in the place of all nodes; only the check of the image's shape stays.
+
+    Args:
+        kind: the module that runs the file; what the runtime makes of each layer is asked of it.
+        name: of that module in the graph.
+        runtime: for which the file is written, as `fxquant.export.onnx_file.to_onnx` takes it.
+    """
+
+    kind: type[OpenvinoModel] | type[OnnxruntimeModel]
+    name: str
+    runtime: str
+
+    requires: ClassVar[frozenset[Fact]] = REQUIRES
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+
+    def apply(self, graph_module: GraphModule, context: PassContext) -> int:
+        """Replace in place; returns 1, or 0 where that was done before. Raises BackendError, ExportError."""
+        graph = graph_module.graph
+        if any(isinstance(module, self.kind) for module in graph_module.modules()):
+            return 0
+        module = self.kind(to_onnx(graph_module, runtime=self.runtime).content)
+        path = add_module(graph_module, self.name, module)
+        image, output = image_of(graph_module), graph.output_node()
+        with graph.inserting_before(output):
+            found = graph.call_module(path, (image,))
+            output.args = (_in_the_place_of(output.args[0], found),)
+        graph.eliminate_dead_code()
+        for layer, kernel in module.kernels().items():
+            note_kernel(graph_module, kernel, layer)
+        return 1
+
+
+def _in_the_place_of(simulated: Any, found: Node) -> Any:
+    """The node that gives what the runtime found, or one for each tensor, with the shapes of those they replace."""
+    results = leaves(simulated)
+    nodes = []
+    for place, result in enumerate(results):
+        node = found if len(results) == 1 else found.graph.call_function(operator.getitem, (found, place))
+        node.meta.update({key: value for key, value in result.meta.items() if key == "tensor_meta"})
+        nodes.append(result if result.op == "get_attr" else node)
+    return nodes[0] if isinstance(simulated, Node) else tuple(nodes)

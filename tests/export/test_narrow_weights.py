@@ -1,0 +1,58 @@
+"""Weights of few bits in ONNX files: as small as their bits say, and equal when a runtime has loaded them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fxquant.export.narrow_weights import packed_bytes
+from fxquant.export.onnx_file import to_onnx
+from fxquant.export.onnxruntime_model import results_of, session_of
+from fxquant.quantizers.uniform import UniformQuantizer
+from tests.quantized_by_hand import quantize_by_hand
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.sampled_from([1, 2, 4]))
+def test_packed_bytes_can_be_taken_apart(codes: list[int], width: int) -> None:
+    given = np.array(codes, dtype=np.uint8)
+    packed = packed_bytes(given, width)
+    assert len(packed) == -(-len(codes) // 8) * width
+    apart = (packed[:, None] >> np.arange(0, 8, width, dtype=np.uint8)) & (2**width - 1)
+    assert apart.reshape(-1)[: len(codes)].tolist() == [code & (2**width - 1) for code in codes]
+
+
+class TwoLayers(nn.Module):
+    """The second has a number of weights that fills no whole byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 33), nn.Linear(33, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_packed_weights_give_equal_scores_and_take_their_bits(bits: int) -> None:
+    graph_module = quantize_by_hand(TwoLayers(), (3, 2, 4), bits, 8)
+    second = graph_module.get_submodule("second")
+    weight = second.weight
+    second.weight_quantizer = UniformQuantizer(bits, (weight.amax() - weight.amin()) / (2**bits - 1), 1)
+    second.requantize(weight)
+    x = torch.rand(4, 3, 2, 4)
+    written = {kind: to_onnx(graph_module, weight_type=kind).content for kind in ("int8", "packed")}
+    found = {kind: results_of(session_of(content), x) for kind, content in written.items()}
+    assert torch.equal(found["packed"], found["int8"])
+    model = onnx.load_model_from_string(written["packed"])
+    onnx.checker.check_model(model, full_check=True)
+    packed = sum(len(i.raw_data) for i in model.graph.initializer if ".values.packed" in i.name)
+    assert packed == bits * 24 * 33 / 8 + bits * -(-33 * 5 // 8)
+    assert not [i.name for i in model.graph.initializer if i.name.endswith(".values")]
