@@ -60,7 +60,13 @@ class TwinUniformQuantizer(LevelTableQuantizer):
 
 
 def twin_levels(bits: int, fine: float, negative: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The 2^bits levels in coarse steps, float64, ascending; coarse ones within the fine range repeat its end."""
+    """The 2^bits levels in coarse steps, float64, ascending; coarse ones within the fine range repeat its end.
+
+    Args:
+        bits: width, half of whose codes belong to either range.
+        fine: the step of the fine range.
+        negative: whether the fine range lies below zero.
+    """
     half = 2 ** (bits - 1)
     coarse = np.arange(half, dtype=np.float64)
     if negative:

@@ -7,6 +7,7 @@ respect to the layer's weight and output are those of the quantized network; non
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -46,7 +47,7 @@ def with_layer_quantized(graph_module: GraphModule, node: Node, bits: Bits) -> t
             # The layer's own observer stands before each of its inputs.
             alone.set_submodule(str(its.args[operand.argument].target), _Given(quantizer))
             continue
-        module = copy.deepcopy(graph_module.get_submodule(str(node.target)))
+        module: Any = copy.deepcopy(graph_module.get_submodule(str(node.target)))
         rows = quantizer(module.weight.detach().flatten(1))
         module.weight = nn.Parameter(rows.reshape(module.weight.shape), requires_grad=False)
         alone.set_submodule(str(its.target), module)
