@@ -17,11 +17,6 @@ from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales, WeightScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
-OPT_M = "opt-m<=7|twin-gelu"
-"""Greedy MP employs OPT-m once it lowers a tensor (section 3.3); until then, at 8 bits, it has its baseline's V-2SF."""
-FIRST_NAMED = 1e30
-"""`SearchScales.negligible`: of several families the first that reaches a width, whatever it loses."""
-
 
 @checked_recipe
 def mptq_vit(budget: Any, *, weight_scales: WeightScales = "tensor", **options: Unpack[Options]) -> Pipeline:
@@ -39,11 +34,11 @@ def mptq_vit(budget: Any, *, weight_scales: WeightScales = "tensor", **options: 
         options,
         [
             AssignRoles(),
-            PlanOperands(post_gelu=OPT_M, **norm_inputs(options, "symmetric", "o-2sf")),
+            PlanOperands(post_gelu="opt-m-below-8", **norm_inputs(options, "symmetric", "o-2sf")),
             FoldSqb(),
             InsertObservers(),
             Calibrate(),
-            SearchScales(weight_scales=weight_scales, negligible=FIRST_NAMED),
+            SearchScales(weight_scales=weight_scales),
             AllocateBits(budget, Milp()),
             SubstituteQuantizers(),
         ],

@@ -33,9 +33,9 @@ def test_a_file_lists_passes_with_options(tmp_path: Path) -> None:
     text = "\n".join(
         f'[[passes]]\npass = "{name}"\n{more}'
         for name, more in (
-            ("AssignRoles", ""), ("PlanOperands", 'post_gelu = "opt-m<=7|twin-gelu"'), ("FoldSqb", ""),
+            ("AssignRoles", ""), ("PlanOperands", 'post_gelu = "opt-m-below-8"'), ("FoldSqb", ""),
             ("InsertObservers", ""), ("Calibrate", ""),
-            ("SearchScales", 'weight_scales = "tensor"\nnegligible = 1e30'),
+            ("SearchScales", 'weight_scales = "tensor"'),
             ("AllocateBits", 'allocator = "milp"'), ("SubstituteQuantizers", ""),
         )
     )  # fmt: skip
