@@ -92,6 +92,7 @@ def reproduce_table(
             return o.synthesis(preprocessing, count, synthesis_steps)
         return o.calibration_images(calibration, count, preprocessing, seed, is_embedded)
 
+    _check_images(calibration, [images or row.method.images for row in chosen if _is_calibrated(row)], is_embedded)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
     known = [tested.name, tested.count, tested.labels, tested.names]
     settings = signature(named.model, card, *known, limit, backend)
@@ -138,6 +139,25 @@ def reproduce_table(
         )
     else:
         show(_page(wanted, found_column, tested.name, baseline, done, commands, absent))
+
+
+def _is_calibrated(row: Row) -> bool:
+    return row.method.recipe is not None and not row.method.made_images
+
+
+def _check_images(calibration: Path | None, wanted: list[int], is_embedded: bool) -> None:
+    """Raise DataError where there are fewer calibration images than a row takes, before any row is measured."""
+    from fxquant.data import embedded
+    from fxquant.data.image_folders import images_by_folder
+    from fxquant.errors import DataError
+
+    most = max(wanted, default=1)
+    if calibration is None and is_embedded:
+        embedded.calibration_images(most)
+    elif calibration is not None and calibration.is_dir():
+        known = len(images_by_folder(calibration)[0])
+        if most > known:
+            raise DataError(f"{calibration} has {known} images, and a row takes {most}: say how many by --images")
 
 
 def with_options(rows: tuple[Row, ...], texts: list[str]) -> tuple[Row, ...]:
