@@ -3,6 +3,8 @@
     SQNR_b(X) = 10 log10(sum X^2 / sum (X - Q_b(X))^2)    (MPTQ-ViT, equation 9)
     alpha_l = SQNR_{b-1}(X_l) * log(numel(X_l))           (MPTQ-ViT, equation 10)
 
+X_l of an activation is that of all calibration images, 32 in the paper, so its numel is its elements for one image
+times these; to lower weights or activations alone, as here, adds log 32 to every logarithm of the activations.
 Weights first, then activations (or the reverse), each until its quantities meet the budget; a heap keeps the largest
 alpha on top, O(widths * layers * log layers). Bytes count with the weights. Inputs of a product that share one width
 are one tensor. Bit operations, which the paper does not
@@ -40,17 +42,19 @@ class Greedy:
         metric: "sqnr-numel" is equation 10; "sqnr" leaves the logarithm out (the paper's ablation).
         order: which operand is lowered first; the other only shares bit operations with it.
         minimum_bits: no tensor goes below, unless it is allowed nothing else.
+        images: how many images an activation's elements are counted over; 1 counts those of one image.
     """
 
     metric: Literal["sqnr-numel", "sqnr"] = "sqnr-numel"
     order: Literal["weights-first", "activations-first"] = "weights-first"
     minimum_bits: int = 2
+    images: int = 32
 
     def __post_init__(self) -> None:
         """Raise BudgetError for options that do not fit."""
         check_fields(self, BudgetError)
-        if not 1 <= self.minimum_bits <= 8:
-            raise BudgetError(f"minimum_bits is a width of up to 8 bits, not {self.minimum_bits}")
+        if not 1 <= self.minimum_bits <= 8 or self.images < 1:
+            raise BudgetError(f"minimum_bits is a width of up to 8 bits, and images at least 1; found {self}")
 
     def allocate(self, table: CostTable, budget: Budget) -> Allocation:
         """The greedy bits; a quantity without a limit leaves its tensors at the widest.
@@ -88,7 +92,10 @@ class Greedy:
     def _alpha(self, table: CostTable) -> FloatArray:
         """Alpha of moving to each column, float64 [2, L, C]."""
         sqnr_db = np.clip(table.sqnr_db, -_LARGEST_SQNR_DB, _LARGEST_SQNR_DB)
-        return sqnr_db * np.log(np.maximum(table.elements, 1))[..., None] if self.metric == "sqnr-numel" else sqnr_db
+        if self.metric == "sqnr":
+            return sqnr_db
+        counted = table.elements * np.where(table.is_weight, 1, self.images)
+        return np.asarray(sqnr_db * np.log(np.maximum(counted, 1))[..., None])
 
 
 class _Descent:

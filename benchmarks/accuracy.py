@@ -84,9 +84,9 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 20) -> f
 
 
 def fc1_inputs(model: nn.Module, calibration: Tensor, bits: int, fold: FoldSqb) -> nn.Module:
-    """Table 6: only the inputs of fc1 quantized, min-max scales (weights of fc1 at 8 bits)."""
-    plan = PlanOperands(image=None, roles=(Role.FC1,))
-    allocate = AllocateBits(Budget(mean_activation_bits=8), Uniform(), (("fc1", (8, bits)),))
+    """Table 6: only the inputs of fc1 quantized, min-max scales."""
+    plan = PlanOperands(image=None, weight=None, roles=(Role.FC1,))
+    allocate = AllocateBits(Budget(mean_activation_bits=bits), Uniform())
     search = SearchScales(criterion="min-max")
     steps = [AssignRoles(), plan, fold, InsertObservers(), Calibrate(gradient=False)]
     steps += [search, allocate, SubstituteQuantizers()]

@@ -31,7 +31,7 @@ from fxquant.artefact.cache import signature
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results
 from passes.allocate.metrics import NuclearNorm, PredictedLoss
-from passes.allocate.update_bits import UpdateBits
+from passes.allocate.update_bits import PAPERS_UPDATE, UpdateBits
 from passes.recipes import RECIPES
 
 MEANS = ("mean_weight_bits", "mean_activation_bits")
@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "LampQ, weighted update": ("lampq", {"base": "{base}", "update": UpdateBits(weighted=True)}),
     "LampQ, paper's update": (
         "lampq",
-        {"base": "{base}", "update": UpdateBits(estimate="expected", patience=1, size=2)},
+        {"base": "{base}", "update": PAPERS_UPDATE},
     ),
     "predicted loss, tied": ("lampq", {"base": "{base}", "metric": PredictedLoss(), "update": None}),
     "predicted loss, tied + I3": ("lampq", {"base": "{base}", "metric": PredictedLoss()}),

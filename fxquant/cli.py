@@ -1,5 +1,5 @@
-"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `synthesize`,
-`benchmark`, `export`, `report`, `compare`, `plot`, `list`, `doctor`.
+"""The command line: `fxquant demo`, `compile`, `inspect`, `evaluate`, `sweep`, `frontier`, `reproduce`,
+`synthesize`, `benchmark`, `export`, `report`, `compare`, `plot`, `list`, `doctor`.
 
 Results go to stdout (pure JSON with --json), everything else to stderr. Errors are one line, exit code 2; so is Ctrl-C,
 exit code 130.
@@ -26,6 +26,7 @@ from fxquant.commands.inspect_artefact import inspect_artefact
 from fxquant.commands.list_parts import list_parts
 from fxquant.commands.plot_tensor import plot_tensor
 from fxquant.commands.report_artefact import report_artefact
+from fxquant.commands.reproduce_table import reproduce_table
 from fxquant.commands.show_frontier import show_frontier
 from fxquant.commands.sweep_budgets import sweep_budgets
 from fxquant.commands.synthesize_images import synthesize_images
@@ -75,6 +76,7 @@ app.command("inspect")(inspect_artefact)
 app.command("evaluate")(evaluate_model)
 app.command("sweep")(sweep_budgets)
 app.command("frontier")(show_frontier)
+app.command("reproduce")(reproduce_table)
 app.command("synthesize")(synthesize_images)
 app.command("benchmark")(benchmark_model)
 app.command("export")(export_model)

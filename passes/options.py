@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import passes.prepare.fold_sqb
 
 RECIPE_NAMES = (
-    "best", "best_thorough", "mptq_vit", "lampq", "mix_qvit", "vt_ptq", "tsptq_vit", "adalog", "repq_vit",
-    "naive_min_max",
+    "best", "best_thorough", "mptq_vit", "lampq", "mix_qvit", "lrp_qvit", "vt_ptq", "tsptq_vit", "adalog", "repq_vit",
+    "ptq4vit", "fq_vit", "psaq_vit", "optq", "erq", "brecq", "qdrop", "fima_q", "naive_min_max",
 )  # fmt: skip
 """All recipes; `passes.recipes.RECIPES` has them by these names."""
 

@@ -1,4 +1,4 @@
-"""`fxquant list`: what can be named: recipes, quantizers, allocators, backends, passes; one line each."""
+"""`fxquant list`: what can be named: recipes, quantizers, allocators, backends, passes, tables; one line each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fxquant.commands.options import Json
 
 def list_parts(
     kind: Annotated[
-        str | None, typer.Argument(help="recipes, quantizers, allocators, backends or passes; all if not given.")
+        str | None,
+        typer.Argument(help="recipes, quantizers, allocators, backends, passes or tables; all if not given."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -66,11 +67,18 @@ def _passes() -> dict[str, str]:
     return {name: line_of(pass_class(name)) for name in pass_names()}
 
 
+def _tables() -> dict[str, str]:
+    from fxquant.reproduction.published import published, tables
+
+    return {name: published(name).title for name in tables()}
+
+
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": _recipes,
     "quantizers": _quantizers,
     "allocators": _allocators,
     "backends": _backends,
     "passes": _passes,
+    "tables": _tables,
 }
 """What can be listed, and how it is found."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxquant.checks.untrusted import NUMBER, Rule, whole
-from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, scaled
+from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, midpoints, scaled
 from fxquant.quantizers.level_table import LevelTableQuantizer
 
 DENOMINATOR = 37
@@ -75,6 +75,15 @@ def adalog_softmax(statistics: Statistics, bits: int) -> Proposals:
     return scaled(relative, scales, lambda scale, row: AdaLogQuantizer(bits, scale, BASES[row]))
 
 
+def log_int_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """FQ-ViT's log2 post-Softmax: powers of two from 1 down, without a zero; nothing to search.
+
+    Its integer logarithm carries at 1.5 times a power of two, which is the nearest level, as everywhere here.
+    """
+    levels = adalog_levels(bits, DENOMINATOR)[None]
+    return Proposals(levels, midpoints(levels), lambda index: AdaLogQuantizer(bits, 1.0, DENOMINATOR))
+
+
 def adalog_gelu(statistics: Statistics, bits: int) -> Proposals:
     """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths."""
     thinning = max(1, 2 ** (bits - 5))
@@ -87,4 +96,5 @@ def adalog_gelu(statistics: Statistics, bits: int) -> Proposals:
 FAMILIES = (
     Family("adalog-softmax", adalog_softmax, without_zero=True),
     Family("adalog-gelu", adalog_gelu),
+    Family("log-int-softmax", log_int_softmax, without_zero=True),
 )

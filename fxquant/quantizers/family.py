@@ -76,7 +76,7 @@ class Family:
             `fxquant.runtime.integer.byte_codes` says which quantizers have bytes.
         is_uniform: whether its bytes are levels as they are, so that every integer kernel reads them.
         of_rows: whether it asks for `Statistics.row_moments`, those of values relative to the largest of their row.
-        by_channel: whether it asks for `Statistics.channel_factor`.
+        by_channel: what makes `Statistics.channel_factor` of the channels' largest magnitudes, where it asks for that.
         without_zero: whether it has no level at zero, so that errors of small values do not average out.
     """
 
@@ -85,7 +85,7 @@ class Family:
     byte_bits: int = 0
     is_uniform: bool = False
     of_rows: bool = False
-    by_channel: bool = False
+    by_channel: Callable[[torch.Tensor], torch.Tensor] | None = None
     without_zero: bool = False
 
 

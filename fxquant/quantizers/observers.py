@@ -15,7 +15,6 @@ from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.gram import Gram
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
-from fxquant.quantizers.statistics.outlier_channels import outlier_factors
 
 # What an observer gathers: all that `release` forgets.
 _COUNTS = ("images", "row_length", "coherence_count")
@@ -90,8 +89,9 @@ class Observer(nn.Module):
 
     def settle_channels(self) -> None:
         """End of the first phase of O-2SF: group channels."""
-        if self.channel_magnitude is not None:
-            self.channel_factor = outlier_factors(self.channel_magnitude)
+        rule = self._rules()[0].by_channel
+        if self.channel_magnitude is not None and rule is not None:
+            self.channel_factor = rule(self.channel_magnitude)
 
     def update(self, x: Tensor, weight: Tensor | None) -> None:
         """Add one batch of values x (B, ...) and, under the Hessian-guided metric, their weights h (same shape)."""

@@ -32,6 +32,7 @@ END_STEPS = (-0.3, -0.2, -0.1, -0.05, -0.025, 0.025, 0.05, 0.1)
 HOPELESS = 64.0  # times the least cost of a row: it is not clipped further
 CHUNK = 1 << 17  # weights that are searched together, so that all their candidates stay in the processor's cache
 RANKED = 48  # directions of G that candidates are ranked by
+LARGEST_STEP, STEP_SIZES = 100, (10, 3, 1)  # a tensor's scales: of so many, how far apart those are that are tried
 WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
 
@@ -71,11 +72,13 @@ def search_weight(
     *,
     search: bool = True,
     asymmetric: bool = False,
+    per_tensor: bool = False,
 ) -> tuple[Candidate, ...]:
-    """The best per-output-channel scales at each width, and zero-points where they are asked for.
+    """The best scales at each width, and zero-points where they are asked for.
 
     Candidates are ranges relative to the one that just covers each channel: coarse ratios, then steps around each
-    channel's best; asymmetric ranges then move each of their ends, twice.
+    channel's best; asymmetric ranges then move each of their ends, twice. One scale for a whole tensor is searched
+    among MPTQ-ViT's 100 (section 4), (k / 100) 1.2 max|W| / 2^(b-1), of which every tenth is tried first.
 
     Args:
         weight_oi: the weight to search quantizers for, float (out, in).
@@ -85,6 +88,7 @@ def search_weight(
         channel_weight_o: b_o, float (out,); None: one for every channel.
         search: False takes the scales that cover each channel's range, and tries no others.
         asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
+        per_tensor: one scale for the whole tensor, (1, 1); else one for each output channel, (out, 1).
     """
     weight = weight_oi.detach().float()
     columns = weight.shape[1]
@@ -95,12 +99,38 @@ def search_weight(
     found = []
     for width in bits:
         has_zero_point = asymmetric and width <= WIDEST_ASYMMETRIC
-        best = [_best_ranges(chunk, gram, ranked, width, has_zero_point, search) for chunk in chunks]
-        quantizer = _spanning(torch.cat([ranges for ranges, _ in best]), width)
-        cost = torch.cat([least for _, least in best])
+        if per_tensor:
+            ranges = _best_range(weight, ranked, scaling, width, has_zero_point, search)
+            cost = torch.cat([_costs(chunk, ranges, width, gram) for chunk in chunks])
+        else:
+            best = [_best_ranges(chunk, gram, ranked, width, has_zero_point, search) for chunk in chunks]
+            ranges, cost = (torch.cat(parts) for parts in zip(*best, strict=True))
+        quantizer = _spanning(ranges, width)
         loss = 0.5 * float((cost * scaling).sum(dtype=torch.float64)) / images
         found.append(Candidate(width, quantizer, loss, _energy(_error(weight, quantizer)), signal))
     return tuple(found)
+
+
+def _best_range(
+    weight: Tensor, ranked: LowRank, scaling_o: Tensor, width: int, has_zero_point: bool, search: bool
+) -> Tensor:
+    """The range of least cost among those that all rows share, (1, ends) as `_covering` gives it."""
+    covering = _covering(weight, has_zero_point).amax(0, keepdim=True)
+    if not search:
+        return covering
+    largest = 1.2 if has_zero_point else 1.2 * (1 - 2.0 ** (1 - width))  # of the covering range
+    found: dict[int, float] = {}
+    best = 0
+    for size in STEP_SIZES:
+        near = range(1, LARGEST_STEP // size + 1) if not best else range(-3, 4)
+        for step in (best + size * place for place in near):
+            if 0 < step <= LARGEST_STEP and step not in found:
+                cost = _costs(weight, covering * largest * step / LARGEST_STEP, width, ranked)
+                found[step] = float((cost * scaling_o).sum(dtype=torch.float64))
+        best = min(found, key=found.__getitem__)
+    if found[best] == max(found.values()):  # the loss does not depend on this weight
+        return covering
+    return covering * largest * best / LARGEST_STEP
 
 
 def _best_ranges(

@@ -123,6 +123,11 @@ def twin_gelu(statistics: Statistics, bits: int) -> Proposals:
     return _regions([(base, 0) for base in bases], 3, bits, negative=True)
 
 
+def opt_m_below_8(statistics: Statistics, bits: int) -> Proposals:
+    """OPT-m once Greedy MP has lowered a tensor (MPTQ-ViT, section 3.3); at 8 bits, where it starts, still V-2SF."""
+    return twin_gelu(statistics, bits) if bits == 8 else opt_m(statistics, bits)
+
+
 def twin_softmax(statistics: Statistics, bits: int) -> Proposals:
     """V-2SF post-Softmax: two unsigned regions, the large one 2^m coarser, m from 1 to 8 by search."""
     top = statistics.largest_magnitude / (2 ** (bits - 1) - 1)
@@ -153,6 +158,7 @@ def _regions(pairs: list[tuple[float, int]], shift_large: int, bits: int, negati
 
 FAMILIES = (
     Family("opt-m", opt_m, byte_bits=8),
+    Family("opt-m-below-8", opt_m_below_8, byte_bits=8),
     Family("twin-gelu", twin_gelu, byte_bits=8),
     Family("twin-softmax", twin_softmax, byte_bits=8),
 )

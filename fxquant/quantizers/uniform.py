@@ -16,6 +16,7 @@ from torch import Tensor
 from fxquant.checks.untrusted import FLAG, Rule, listed, whole
 from fxquant.quantizers.family import STEPS, Family, Proposals, Statistics, midpoints
 from fxquant.quantizers.quantizer import Quantizer, as_scale
+from fxquant.quantizers.statistics.outlier_channels import outlier_factors, power_of_two_factors
 
 
 class UniformQuantizer(Quantizer):
@@ -121,9 +122,20 @@ def asymmetric(statistics: Statistics, bits: int) -> Proposals:
     )
 
 
+def asymmetric_min_max(statistics: Statistics, bits: int) -> Proposals:
+    """Asymmetric uniform with an integer zero-point, the scale that just covers all values; nothing to search."""
+    low, top = min(statistics.minimum, 0.0), 2**bits - 1
+    scale = max(max(statistics.maximum, 0.0) - low, 1e-12) / top
+    zero = int(np.clip(np.rint(-low / scale), 0, top))
+    levels = scale * (np.arange(top + 1) - zero)[None]
+    return Proposals(levels, midpoints(levels), lambda index: UniformQuantizer(bits, scale, zero))
+
+
 FAMILIES = (
     Family("symmetric", symmetric, byte_bits=8, is_uniform=True),
     Family("symmetric-min-max", symmetric_min_max, byte_bits=8, is_uniform=True),
     Family("asymmetric", asymmetric, byte_bits=8, is_uniform=True),
-    Family("o-2sf", symmetric, by_channel=True),
+    Family("asymmetric-min-max", asymmetric_min_max, byte_bits=8, is_uniform=True),
+    Family("o-2sf", symmetric, by_channel=outlier_factors),
+    Family("ptf", symmetric, by_channel=power_of_two_factors),
 )

@@ -17,6 +17,7 @@ from fxquant.runtime.mac_shares import mac_shares
 from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
+from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
 from passes.substitute.substitute_quantizers import chosen
 
@@ -50,6 +51,11 @@ def _operand_row(operand: Operand, found: Candidate | None) -> OperandRow:
     return replace(row, sqnr_db=-10 * math.log10(max(found.noise_ratio, 1e-30)), quantizer=found.quantizer.kind)
 
 
+def _uses_labels(step: Pass) -> bool:
+    """Whether a pass, or the metric that it scores by, was given labels."""
+    return any(getattr(each, "labels", ()) for each in (step, getattr(step, "metric", None)))
+
+
 def protocol_card(
     model: nn.Module,
     source: ModelSource,
@@ -81,7 +87,7 @@ def protocol_card(
         "calibration_images": len(source.images),
         "image_shape": list(source.images.shape[1:]),
         **({"image_sizes": [list(sized.size) for sized in source.sized]} if source.sized else {}),
-        "labels_used": any(getattr(getattr(step, "metric", None), "labels", ()) for step in pipeline),
+        "labels_used": any(_uses_labels(step) for step in pipeline),
         "seed": source.context.seed,
         "objective": source.context.objective.described,
         "pipeline": [repr(step) for step in pipeline],

@@ -101,19 +101,27 @@ def sweep(
         signature(settings, "float32"), lambda: {"accuracy": _measured(measure, first.float_model(), "float32")}
     )
     points = [
-        results.point(key, partial(_point, name, each, budget, allocator, measure))
+        results.point(key, partial(point_of, name, each, budget, allocator, measure))
         for key, (name, each, budget, allocator) in zip(keys, planned, strict=True)
     ]
     return Sweep(baseline["accuracy"], points)
 
 
-def _point(
+def point_of(
     recipe: str,
     session: Session,
     budget: Budget,
     allocator: Allocator | None,
     measure: Callable[[nn.Module, str], Accuracy],
 ) -> dict[str, Any]:
+    """One point of a sweep, JSON values.
+
+    Args:
+        recipe: what the point calls the recipe.
+        session: of the recipe.
+        budget, allocator: as `Session.compile` takes them.
+        measure: see `sweep`.
+    """
     compiled = session.compile(budget, allocator)
     allocation = compiled.allocation
     totals = compiled.report().totals

@@ -166,8 +166,8 @@ class AllocateBits:
     def cost_table(self, graph_module: GraphModule) -> CostTable:
         """The allocation problem of a searched graph, with overrides and policies applied, and times where known."""
         annotations = [annotation_of(node) for node in planned_nodes(graph_module)]
-        weights = [annotation.weight.candidates for annotation in annotations if annotation.weight]
-        table = self.table(annotations, tuple(candidate.bits for candidate in next(filter(None, weights))))
+        searched = next(o.candidates for annotation in annotations for o in annotation.operands if o.candidates)
+        table = self.table(annotations, tuple(candidate.bits for candidate in searched))
         measured = LATENCY.get(graph_module)
         return table if measured is None else replace(table, latency_ms=latency_ms(table, measured))
 

@@ -11,7 +11,7 @@ LampQ writes gamma^-b alpha_t tr(F): the same but for a constant, which brings t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -27,6 +27,7 @@ from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
 from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
+from fxquant.sensitivity.one_layer import with_layer_quantized
 from fxquant.sensitivity.sums import Sums
 from passes.allocate.score_layers import Scores, described_candidates
 from passes.pipeline.contract import PassContext
@@ -90,37 +91,49 @@ class TypeAwareFisher(FisherTrace):
 
     Args:
         mu: layers sampled of each type; the same blocks for all types that every block has.
-        beta: width of a sampled layer, weights and inputs, while the others stay float; the nearest candidate where it
-            is none, the narrower of two.
+        beta: width of a sampled layer, weights and inputs, from 2 to 8, while the others stay float; the nearest
+            candidate where it is none, the narrower of two. The paper's 1 is refused: quantizers have 2 bits at least.
         drop: "divergence" from the float model's output, in the objective's unit; "disagreement", the share of images
             whose predicted class changes; "accuracy", the share of correct predictions lost, which needs labels.
+        traces_of: tr(F) in alpha_t, of each sampled layer: "quantized" to beta bits while it is measured (Algorithm 1,
+            line 5), which takes a forward and a backward pass for each; or of the "float" model, known already.
     """
 
     mu: int = 4
     beta: int = 3
     drop: Literal["divergence", "disagreement", "accuracy"] = "divergence"
+    traces_of: Literal["quantized", "float"] = "quantized"
 
     def __post_init__(self) -> None:
         """Raise SensitivityError for options out of range."""
         super().__post_init__()
         if self.mu < 1 or (self.drop == "accuracy" and not self.labels):
             raise SensitivityError(f'mu >= 1 is needed, and labels for drop="accuracy"; found {self}')
+        if not 2 <= self.beta <= 8:
+            raise SensitivityError(f"beta is a width from 2 to 8, of which layers have candidates, not {self.beta}")
 
     def score(self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext) -> Scores:
         """Scores of nodes with a weight. Notes `fisher_trace`, `drop` by sampled layer, `alpha` by type and `beta`.
+
+        With traces of quantized layers, `quantized_trace` by sampled layer too.
 
         Args: see `Metric.score`.
         """
         widths, beta = _widths(nodes), self._width(nodes)
         traces = self.traces(graph_module, nodes, context)
-        drops = self.drops(graph_module, [n for n in nodes if annotation_of(n).layer in traces], context)
+        weighted = [node for node in nodes if annotation_of(node).layer in traces]
+        drops = self.drops(graph_module, weighted, context)
+        notes = {"fisher_trace": traces, "beta": beta, "drop": drops}
+        sampled = traces
+        if self.traces_of == "quantized":
+            sampled = notes["quantized_trace"] = self.quantized_traces(graph_module, weighted, context)
         types = {annotation_of(node).layer: str(annotation_of(node).role) for node in nodes}
-        alpha = type_factors(traces, drops, types)
+        alpha = type_factors(sampled, drops, types)
         scores = {
             layer: [self.gamma ** (beta - b) * alpha[types[layer]] * trace for b in widths]
             for layer, trace in traces.items()
         }
-        return Scores.shared(scores, {"fisher_trace": traces, "beta": beta, "drop": drops, "alpha": alpha})
+        return Scores.shared(scores, {**notes, "alpha": alpha})
 
     def _width(self, nodes: Sequence[Node]) -> int:
         """The candidate width nearest to beta."""
@@ -134,25 +147,61 @@ class TypeAwareFisher(FisherTrace):
             nodes: the nodes to score.
             context: gives the calibration images.
         """
-        beta = self._width(nodes)
-        sampled = self._sampled(_weighted(nodes), context.seed)
         objective = context.objective if self.drop == "divergence" else CLASSES
         divergence = Divergence(graph_module, context.images, context.batch_size, objective=objective)
         exact: Outputs | None = None
-        common = context.signature(graph_module, "layer types", self.drop, self.labels, context.batch_size)
 
-        def measure(bits: dict[Node, Bits]) -> float:
+        def measure(node: Node, bits: Bits) -> float:
             nonlocal exact
             exact = divergence.outputs({}) if exact is None else exact
-            return self._drop(exact, divergence.outputs(bits), objective)
+            return self._drop(exact, divergence.outputs({node: bits}), objective)
 
-        task = context.progress.track("measuring layer types", len(sampled))
+        return self._measured(graph_module, nodes, context, ("layer types", self.drop), measure)
+
+    def quantized_traces(
+        self, graph_module: GraphModule, nodes: Sequence[Node], context: PassContext
+    ) -> dict[str, float]:
+        """tr(F) of each sampled layer while it alone, weight and input, has beta bits; in graph order.
+
+        Args:
+            graph_module: a graph whose nodes have candidates.
+            nodes: the nodes to score.
+            context: gives the calibration images.
+        """
+
+        def measure(node: Node, bits: Bits) -> float:
+            alone, its = with_layer_quantized(graph_module, node, bits)
+            (trace,) = fisher_traces(
+                alone,
+                [its],
+                torch.split(context.images, context.batch_size),
+                draws=self.draws,
+                seed=context.seed,
+                objective=context.objective,
+                labels_n=torch.tensor(self.labels) if self.labels else None,
+            ).values()
+            return trace
+
+        return self._measured(graph_module, nodes, context, ("quantized traces", self.draws), measure)
+
+    def _measured(
+        self,
+        graph_module: GraphModule,
+        nodes: Sequence[Node],
+        context: PassContext,
+        what: tuple[str, object],
+        measure: Callable[[Node, Bits], float],
+    ) -> dict[str, float]:
+        """A number of each sampled layer at beta bits, kept in the cache one by one."""
+        beta, sampled = self._width(nodes), self._sampled(_weighted(nodes), context.seed)
+        common = context.signature(graph_module, *what, self.labels, context.batch_size)
+        task = context.progress.track(f"measuring {what[0]}", len(sampled))
         found = {}
         for node in sampled:
             annotation = annotation_of(node)
-            bits: dict[Node, Bits] = {node: tuple(beta if o.candidates else None for o in annotation.operands)}
-            key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
-            found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
+            bits = tuple(beta if operand.candidates else None for operand in annotation.operands)
+            key = signature(common, annotation.layer, bits, described_candidates(annotation))
+            found[annotation.layer] = context.cache.recall(key, partial(measure, node, bits))
             task.advance()
         task.close()
         return found

@@ -3,14 +3,15 @@
     gain(+1) = E(b) - E(b + 1),    loss(-1) = E(b - 1) - E(b)    (LampQ prints the two the wrong way round)
 
 Each round takes the exchange of bits (`allocators.exchanges`) that lowers the summed error most within the budget, and
-keeps it if the model's output comes closer to the float model's. It ends when no exchange promises anything, or when
-`patience` exchanges in a row have not kept their promise.
+keeps it if the model's output comes closer to the float model's or, with labels, if fewer classes are wrong. It ends
+when no exchange promises anything, or when `patience` exchanges in a row have not kept their promise.
+`PAPERS_UPDATE` is Algorithm 1, lines 13 to 26.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import PipelineError
 from fxquant.graph.annotation import Annotation, Role, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact
-from fxquant.sensitivity.measured import Divergence
+from fxquant.sensitivity.measured import Bits, Divergence
+from fxquant.sensitivity.objective import CLASSES
 from fxquant.sensitivity.reconstruction import expected_ratio, reconstruction_errors
 from passes.allocate.allocate_bits import ALLOCATION, COST_TABLE
 from passes.allocate.score_layers import LAMPQ_ROLES, described_candidates
@@ -47,6 +49,10 @@ class UpdateBits:
             both see all of them.
         patience: how many exchanges in a row may fail to lower the score; the paper takes 1. None takes every exchange
             that promises something, and only records the score.
+        labels: the class of every calibration image. With them the score is the share of images classified wrongly, as
+            in the paper; without, the divergence from the float model.
+        ties: whether an exchange that leaves the score as it was is kept, as in the paper (line 22 stops at "less
+            accurate"); among few images accuracies are often equal.
         size: how many layers take part in an exchange, 1 to 3.
         weighted: whether an error counts so much that it is the layer's cost in the table at the start, which keeps the
             metric's view of the layers. The paper counts all errors alike.
@@ -58,6 +64,8 @@ class UpdateBits:
     estimate: Literal["measured", "expected"] = "measured"
     held_out: float = 0.0
     patience: int | None = 3
+    labels: tuple[int, ...] = ()
+    ties: bool = False
     size: int = 3
     weighted: bool = False
     rounds: int = 30
@@ -84,15 +92,19 @@ class UpdateBits:
         """Annotate the new bits; returns the number of nodes changed.
 
         Notes `trajectory`: [{"raised": {layer: [W, A] afterwards}, "lowered", "predicted": summed change of the errors,
-        "realised": change of the score, "kept"}], `score_before` and `score_after` in the unit of the objective,
-        `stopped`, and the new `usage` and `predicted_loss`.
+        "realised": change of the score, "kept"}], `score_before` and `score_after` in the unit of the objective, with
+        labels shares of images, `stopped`, and the new `usage` and `predicted_loss`.
 
-        Raises PipelineError without the cost table of AllocateBits.
+        Raises PipelineError without the cost table of AllocateBits, and for other than one label for each image.
         """
         started_s = time.perf_counter()
         allocation, table = ALLOCATION.get(graph_module), COST_TABLE.get(graph_module)
         if allocation is None or table is None:
             raise PipelineError("UpdateBits needs the allocation and the cost table that AllocateBits leaves")
+        if self.labels and len(self.labels) != len(context.images):
+            raise PipelineError(
+                f"UpdateBits has {len(self.labels)} labels for {len(context.images)} images: give one for each image"
+            )
         nodes = planned_nodes(graph_module)
         start = [allocation.weight_bits, allocation.activation_bits, allocation.budget.to_dict(), table.to_dict()]
         described = [described_candidates(annotation_of(node)) for node in nodes]
@@ -126,6 +138,9 @@ class UpdateBits:
         return changed
 
 
+PAPERS_UPDATE = UpdateBits(estimate="expected", patience=1, size=2, ties=True)
+"""LampQ's own update; with `labels` its stop too, "until the model accuracy on the sample dataset stops improving"."""
+
 Taken = frozenset[tuple[int, tuple[int, int]]]
 """An exchange: (row, columns afterwards) of each layer that takes part."""
 
@@ -156,7 +171,9 @@ class _Search:
         kept = min(round(options.held_out * count), count - 1)
         self.error_images = context.images[: count - kept]
         scored = context.images[-kept:] if kept else context.images
-        self.divergence = Divergence(graph_module, scored, context.batch_size, objective=context.objective)
+        self.labels = torch.tensor(options.labels)[-len(scored) :] if options.labels else None
+        objective = context.objective if self.labels is None else CLASSES
+        self.divergence = Divergence(graph_module, scored, context.batch_size, objective=objective)
         self.errors: dict[tuple[int, int, int], float] = {}
         self.weights: dict[int, float] = {}
 
@@ -176,7 +193,7 @@ class _Search:
             predicted, taken = found
             changed = _after(self.assignment, taken)
             realised = self._score(changed) - score
-            kept = patience is None or realised < 0
+            kept = patience is None or realised < 0 or (options.ties and realised == 0)
             trajectory.append(self._told(taken, predicted, realised, kept))
             if kept:
                 # A refusal holds only where it was tried.
@@ -186,7 +203,7 @@ class _Search:
                 failures += 1
             task.advance()
             if patience is not None and failures >= patience:
-                stopped = f"{failures} exchanges in a row did not lower the score"
+                stopped = f"{failures} exchanges in a row {'raised' if options.ties else 'did not lower'} the score"
                 break
         task.close()
         notes = {"trajectory": trajectory, "score_before": before, "score_after": score, "stopped": stopped}
@@ -257,12 +274,18 @@ class _Search:
         return first, second
 
     def _score(self, assignment: Assignment) -> float:
-        """Divergence from the float model of the whole assignment, in the unit of the objective."""
+        """What the whole assignment costs: its divergence from the float model, or the share of wrong classes."""
         widths = self.table.widths(assignment)
         bits = {n: _operand_bits(annotation_of(n), widths[:, layer]) for layer, n in enumerate(self.nodes)}
         key = signature(self.key, "score", assignment.tolist())
-        found: float = self.context.cache.recall(key, lambda: self.divergence.of(bits))
+        found: float = self.context.cache.recall(key, lambda: self._measured(bits))
         return found
+
+    def _measured(self, bits: Mapping[Node, Bits]) -> float:
+        if self.labels is None:
+            return self.divergence.of(bits)
+        log_probabilities, *_ = self.divergence.outputs(bits)
+        return float((log_probabilities.argmax(1) != self.labels).double().mean())
 
     def _told(self, taken: list[Step], predicted: float, realised: float, kept: bool) -> dict[str, Any]:
         sides = {

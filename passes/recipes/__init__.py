@@ -18,18 +18,29 @@ from passes.pipeline.pipeline import Pipeline
 from passes.recipes.adalog import adalog, repq_vit
 from passes.recipes.best import best, best_thorough
 from passes.recipes.lampq import lampq, vt_ptq
-from passes.recipes.mix_qvit import mix_qvit
+from passes.recipes.mix_qvit import lrp_qvit, mix_qvit
 from passes.recipes.mptq_vit import mptq_vit, naive_min_max, tsptq_vit
+from passes.recipes.reconstruction import brecq, fima_q, qdrop
+from passes.recipes.rivals import erq, fq_vit, optq, psaq_vit, ptq4vit
 
 __all__ = [
     "RECIPES",
     "adalog",
     "best",
     "best_thorough",
+    "brecq",
+    "erq",
+    "fima_q",
+    "fq_vit",
     "lampq",
+    "lrp_qvit",
     "mix_qvit",
     "mptq_vit",
     "naive_min_max",
+    "optq",
+    "psaq_vit",
+    "ptq4vit",
+    "qdrop",
     "recipe",
     "repq_vit",
     "tsptq_vit",

@@ -2,8 +2,8 @@
 
     mix_qvit("MP4")                                  both limits of the paper's "*" rows: model size and bit operations
     mix_qvit("MP4", optimise="closed-form")          weights then corrected without gradient steps
-    mix_qvit("MP4", sensitivity="none")              relevance only, LRP-QViT; importance="none": sensitivity only
-    mix_qvit("MP4", fold=CLIPPED)                    its clipped channel-wise quantization, in place of SQ-b
+    mix_qvit("MP4", sensitivity="none")              relevance only, as in LRP-QViT; importance="none": sensitivity only
+    mix_qvit("MP4", base=mptq_vit, fold=FoldSqb())   on MPTQ-ViT's quantizers and fold, which kernels run
 
 Every layer is scored and allocated, patch embedding, head and attention matmuls too; no layer type is pinned.
 """
@@ -22,8 +22,8 @@ from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
 from passes.prepare.fold_sqb import FoldSqb
+from passes.recipes.adalog import adalog, repq_vit
 from passes.recipes.assembly import Options, checked_recipe
-from passes.recipes.mptq_vit import mptq_vit
 
 Optimise = Literal["none", "closed-form", "reconstruct"]
 CLIPPED = FoldSqb(strength=1.0, mu="midrange", percentile=99.9)
@@ -34,7 +34,7 @@ CLIPPED = FoldSqb(strength=1.0, mu="midrange", percentile=99.9)
 def mix_qvit(
     budget: Any,
     *,
-    base: Callable[..., Pipeline] = mptq_vit,
+    base: Callable[..., Pipeline] = adalog,
     importance: Literal["relevance", "none"] = "relevance",
     sensitivity: Literal["measured", "none"] = "measured",
     operands: Literal["separate", "together"] = "separate",
@@ -42,21 +42,39 @@ def mix_qvit(
     optimise: Optimise = "none",
     **options: Unpack[Options],
 ) -> Pipeline:
-    """Mix-QViT's allocation on the quantizers of another recipe.
+    """Mix-QViT: its allocation and its clipped channel-wise quantization, on the quantizers of another recipe.
+
+    Ranjan and Savakis, arXiv:2501.06357. `fold` is `CLIPPED` unless another is given, whatever the base.
 
     Args:
         budget: "MP4" for what the paper's "*" rows allow, or anything else `Budget.parse` takes.
-        base: the recipe whose folds and quantizers are used.
+        base: the recipe whose quantizers are used; the paper's are AdaLog's.
         importance, sensitivity, operands, baseline_bits: see `RelevanceSensitivity`; bits of a layer's weights and
             inputs are tied where operands are measured together.
         optimise: a key of `OPTIMISATIONS`.
 
     Raises PipelineError for another, BudgetError for a budget that cannot be read.
     """
-    own: Options = {"allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together")}
+    own: Options = {
+        "allocator": options.get("allocator") or Milp(tie_weights_and_activations=operands == "together"),
+        "fold": options.get("fold", CLIPPED),
+    }
     metric = RelevanceSensitivity(importance, sensitivity, operands, baseline_bits)
     pipeline = base(budget, **(options | own)).before(AllocateBits, ScoreLayers(metric, roles=None))
     return pipeline.after(AllocateBits, *OPTIMISATIONS[optimise])
+
+
+@checked_recipe
+def lrp_qvit(budget: Any, *, base: Callable[..., Pipeline] = repq_vit, **options: Unpack[Options]) -> Pipeline:
+    """LRP-QViT: bits by relevance alone, clipped channel-wise quantization, RepQ-ViT's quantizers.
+
+    Ranjan and Savakis, arXiv:2401.11243.
+
+    Args:
+        budget: anything `Budget.parse` takes.
+        base: the recipe whose quantizers are used.
+    """
+    return mix_qvit(budget, base=base, sensitivity="none", **options)
 
 
 OPTIMISATIONS: dict[str, tuple[Pass, ...]] = {

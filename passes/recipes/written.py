@@ -10,8 +10,9 @@
 
 Values are numbers, texts, true and false, null, and lists. A text is the name of a recipe where the option is `base`,
 and of an allocator where it is `allocator`; a table with the key `pass` is a pass, one with the key `metric` a score of
-`passes.allocate.metrics`. Names are looked up among ours: nothing that a file says is imported or executed. Options
-that every call takes (`overrides`, `bits`, `backend`, ...) are not written here, since the call gives them.
+`passes.allocate.metrics`, one with the key `allocator` an allocator with options. Names are looked up among ours:
+nothing that a file says is imported or executed. Options that every call takes (`overrides`, `bits`, `backend`, ...)
+are not written here, since the call gives them.
 """
 
 from __future__ import annotations
@@ -215,6 +216,9 @@ def _value(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         if "pass" in value:
             return _pass(value)
+        if "allocator" in value:
+            chosen = allocator_named(value["allocator"])
+            return _made(type(chosen), {key: _value(item, key) for key, item in value.items() if key != "allocator"})
         if "metric" in value:
             kind = getattr(metrics, str(value["metric"]), None)
             if not dataclasses.is_dataclass(kind) or not hasattr(kind, "score"):

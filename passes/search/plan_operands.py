@@ -64,22 +64,23 @@ class PlanOperands:
     bits and below only; an operand without a family at a width does not get that width.
 
     Args:
-        post_gelu, post_softmax: for values coming straight from GELU or softmax.
+        post_gelu, post_softmax: for values coming straight from GELU or softmax; None leaves those of a softmax float.
         other: for all other inputs.
         image: for the patch embedding's input; None leaves it float.
         softmax_input, layer_norm_input: None keeps the two operators in float; families make the model fully quantized.
-        weight: for weights; "asymmetric" gives them zero-points, which no kernel takes, so such layers stay simulated.
+        weight: for weights; "asymmetric" gives them zero-points, which no kernel takes, so such layers stay simulated;
+            None leaves them float, so that inputs alone are quantized.
         tied: products whose two inputs share one width; the others' inputs have widths of their own.
         roles: only nodes of these roles are quantized; None means all.
     """
 
     post_gelu: str = "opt-m"
-    post_softmax: str = "twin-softmax"
+    post_softmax: str | None = "twin-softmax"
     other: str = "symmetric"
     image: str | None = "symmetric"
     softmax_input: str | None = None
     layer_norm_input: str | None = None
-    weight: str = "symmetric"
+    weight: str | None = "symmetric"
     tied: tuple[Role, ...] = (Role.QK, Role.AV)
     roles: tuple[Role, ...] | None = None
 
@@ -92,8 +93,8 @@ class PlanOperands:
         check_fields(self, PatternError)
         for source in Source:
             self.families_of(source)
-        if self.weight not in ("symmetric", "asymmetric"):
-            raise PatternError(f"weights are quantized 'symmetric' or 'asymmetric', not {self.weight!r}")
+        if self.weight not in ("symmetric", "asymmetric", None):
+            raise PatternError(f"weights are quantized 'symmetric' or 'asymmetric', or not at all, not {self.weight!r}")
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Annotate operands, forgetting earlier ones; returns how many of them are to be quantized.

@@ -23,7 +23,7 @@ from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.nodes import module_of
-from fxquant.quantizers.families import FAMILIES, families_named
+from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
 from fxquant.quantizers.statistics.outline import CHANNEL, ROW, VALUE, Outline
@@ -32,6 +32,7 @@ from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
 
 Criterion = Literal["hessian", "mse", "min-max"]
+WeightScales = Literal["channel", "tensor"]
 
 OUTLINES = "histograms"
 """The journal's note of the operands' outlines, by layer."""
@@ -65,12 +66,14 @@ class SearchScales:
             observers have gathered is released.
         negligible: a difference of predicted losses, in the unit of the objective, that does not count: of an operand's
             families the first named is taken that loses at most so much more than the best.
+        weight_scales: whether a weight has a scale for each output channel, or one for the whole tensor.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     criterion: Criterion = "hessian"
     keep_grams: bool = False
     negligible: float = 0.0
+    weight_scales: WeightScales = "channel"
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -157,8 +160,11 @@ class SearchScales:
                 "neither: run Calibrate(gradient=True), or Calibrate(output_error=True)"
             )
         named = observer.families
-        if self.criterion == "min-max" and [family.name for family in named] == ["symmetric"]:
-            named = families_named("symmetric-min-max")
+        if self.criterion == "min-max":
+            named = tuple(
+                family._replace(name=covering) if (covering := f"{family.name}-min-max") in FAMILIES else family
+                for family in named
+            )
         best = []
         for bits in self.bits:
             # Where no family reaches a width, AllocateBits does not allow it; the column is filled all the same.
@@ -186,6 +192,7 @@ class SearchScales:
             observer.channel_weight() if hessian else None,
             search=self.criterion != "min-max",
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],
+            per_tensor=self.weight_scales == "tensor",
         )
 
 

@@ -27,7 +27,7 @@ def rescan(table, budget, metric, order):
                     continue
                 alpha = side.sqnr_db[layer, below[-1]]
                 if metric == "sqnr-numel":
-                    alpha *= np.log(side.elements[layer])
+                    alpha *= np.log(side.elements[layer] * (1 if table.is_weight[row, layer] else 32))
                 moves.append((-alpha, row, layer, below[-1]))
             _, row, layer, column = min(moves)
             assignment[row, layer] = column
@@ -71,6 +71,14 @@ def test_the_logarithm_changes_the_choice():
     budget = Budget(mean_weight_bits=7.5)
     assert Greedy("sqnr").allocate(table, budget).weight_bits["blocks.0.fc1"] < 8
     assert Greedy("sqnr-numel").allocate(table, budget).weight_bits["head"] < 8
+
+
+def test_an_activation_is_counted_over_all_images():
+    """Twice the SQNR is worth less than log 2000 / log 20, and more than that ratio of 32 images."""
+    table = plain_table(second_elements=[20, 0, 2000], second_sqnr_db=np.outer([2.0, 1.0, 1.0], [12.0, 24.0, 48.0]))
+    budget = Budget(mean_activation_bits=7.9)
+    assert Greedy(images=1).allocate(table, budget).activation_bits["head"] < 8
+    assert Greedy().allocate(table, budget).activation_bits["blocks.0.fc1"] < 8
 
 
 def test_minimum_bits_floors_every_tensor_but_pinned_ones():

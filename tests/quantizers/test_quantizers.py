@@ -16,6 +16,7 @@ from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.shifted_regions import ShiftedRegionsQuantizer
+from fxquant.quantizers.twin_uniform import TwinUniformQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from tests.quantizers.plain_versions import statistics_of
 
@@ -30,6 +31,7 @@ QUANTIZERS = {
     "twin-softmax": ShiftedRegionsQuantizer(4, 0.01, 0, 4, negative=False),
     "log2": Log2Quantizer(4, 0.9),
     "log-sqrt2": LogSqrt2Quantizer(4, 0.9),
+    "twin-uniform": TwinUniformQuantizer(4, 0.3, 0.07, True),
     "adalog": AdaLogQuantizer(4, 0.9, 30, 0.17),
 }
 
@@ -89,9 +91,13 @@ def test_fused_uniform_forward_equals_codes_and_back(
     assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
 
 
+FIXED = {"adalog-gelu", "twin-uniform-gelu", "twin-uniform-softmax", "log-int-softmax"}
+"""Families whose scale has a floor, or is no choice."""
+
+
 @pytest.mark.parametrize(
-    "family", [name for name, family in FAMILIES.items() if name != "adalog-gelu" and not family.of_rows]
-)  # its scale has a floor
+    "family", [name for name, family in FAMILIES.items() if name not in FIXED and not family.of_rows]
+)
 def test_values_far_outside_an_all_zero_calibration_are_clipped_to_their_own_side(family: str) -> None:
     quantizer = FAMILIES[family].propose(statistics_of(torch.zeros(2, 8)), 4).build(0)
     found = quantizer(torch.tensor([1e30, 3e4, 0.0, -3e4, -1e30]))

@@ -43,6 +43,24 @@ def test_weight_scales_against_a_plain_loop_over_real_rows(with_rows: bool) -> N
         assert found.signal == pytest.approx(float(weight.double().square().sum()))
 
 
+def test_one_scale_for_a_tensor_is_the_best_of_the_papers_hundred() -> None:
+    """MPTQ-ViT, section 4: (k / 100) 1.2 max|W| / 2^(b-1), the best by the loss of all rows together."""
+    samples, weight = rows_and_weight()
+    importance = torch.linspace(0.5, 2.0, len(weight))
+    for found in search_weight(weight, (2, 3, 4, 6, 8), 10, samples.T @ samples, importance, per_tensor=True):
+        steps = torch.arange(1, 101) / 100 * 1.2 * weight.abs().max() / 2 ** (found.bits - 1)
+        tried = [(costs(weight, UniformQuantizer(found.bits, s)(weight), samples) * importance).sum() for s in steps]
+        assert found.quantizer.scale.shape == (1, 1)
+        assert float((found.quantizer.scale / steps - 1).abs().min()) < 1e-5
+        reached = (costs(weight, found.quantizer(weight), samples) * importance).sum()
+        assert float(reached) <= 1.02 * float(min(tried))
+        assert found.loss == pytest.approx(0.5 * float(reached) / 10, rel=1e-3)
+    (asymmetric,) = search_weight(weight, (3,), 10, samples.T @ samples, asymmetric=True, per_tensor=True)
+    assert asymmetric.quantizer.zero_point.shape == (1, 1)
+    (covering,) = search_weight(weight, (4,), 10, torch.zeros(64, 64), per_tensor=True)
+    assert float(covering.quantizer.scale) == pytest.approx(float(weight.abs().max()) / 7)
+
+
 def test_channel_weights_scale_the_loss_and_leave_the_choice() -> None:
     rows, weight = rows_and_weight()
     gram = rows.T @ rows

@@ -50,7 +50,9 @@ def calibration_images(count: int = 32) -> torch.Tensor:
     """
     with np.load(CALIBRATION) as data:
         if not 1 <= count <= len(data["images"]):
-            raise DataError(f"there are {len(data['images'])} embedded calibration images; asked for {count}")
+            raise DataError(
+                f"there are {len(data['images'])} embedded calibration images, not {count}: ask for fewer (--images)"
+            )
         return normalize(data["images"][:count])
 
 

@@ -1,4 +1,4 @@
-"""Channels in groups of like magnitude, each group with a power of two: O-2SF (TSPTQ-ViT; k = 4 as in MPTQ-ViT)."""
+"""Powers of two that make channels alike: O-2SF (TSPTQ-ViT; k = 4 as in MPTQ-ViT), and FQ-ViT's PTF."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch
         centres = moved
     shift = torch.log2(centres / centres.min()).round()
     return torch.exp2(shift[nearest]).float()
+
+
+def power_of_two_factors(channel_magnitude: torch.Tensor, largest: int = 3) -> torch.Tensor:
+    """PTF: the least 2^a, a from 0 to `largest` (FQ-ViT's K), with which a channel is covered, relative to the largest.
+
+    channel_magnitude: float (channels,). Returns float32 (channels,). The paper tries every a for the least squared
+    error of the channel, which in general is the least that covers it.
+    """
+    magnitude = channel_magnitude.double().clamp_min(1e-12)
+    shift = torch.log2(magnitude / magnitude.max()) + largest
+    return torch.exp2(shift.ceil().clamp(0, largest)).float()

@@ -66,7 +66,7 @@ def test_fisher_falls_by_gamma_and_only_the_four_layers_are_scored(searched: Gra
 
 def test_type_aware_scores_average_to_the_measured_drops(searched: GraphModule) -> None:
     """With every layer sampled, the mean score of a type at beta bits is its mean drop."""
-    layers, notes = scored(searched, TypeAwareFisher(mu=3, beta=3))
+    layers, notes = scored(searched, TypeAwareFisher(mu=3, beta=3, traces_of="float"))
     assert len(notes["drop"]) == 12
     for role in LAMPQ_ROLES:
         mine = [layer for layer, annotation in layers.items() if annotation.role is role]
@@ -80,7 +80,39 @@ def test_type_aware_scores_average_to_the_measured_drops(searched: GraphModule) 
     assert ratios["blocks.0.mlp.fc1"] != pytest.approx(ratios["blocks.0.mlp.fc2"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("beta", "nearest"), [(5, 4), (7, 8), (1, BITS[0]), (3, 3)])
+def test_alpha_divides_by_the_traces_of_quantized_layers(searched: GraphModule) -> None:
+    """Against each image's gradient of the cross-entropy, weight and input of the layer at 3 bits (Algorithm 1)."""
+    labels, x = (0, 1, 2, 3), images(4)
+    _, notes = scored(searched, TypeAwareFisher(mu=1, beta=3, labels=labels))
+    drops, traces = notes["drop"], notes["quantized_trace"]
+    assert set(traces) == set(drops)
+    roles = {annotation_of(n).layer: str(annotation_of(n).role) for n in nodes_with_role(searched)}
+    for layer, trace in traces.items():
+        (node,) = (n for n in nodes_with_role(searched, *LAMPQ_ROLES) if annotation_of(n).layer == layer)
+        at_three = [
+            next(c.quantizer for c in operand.candidates if c.bits == 3) for operand in annotation_of(node).operands
+        ]
+        alone = copy.deepcopy(searched)
+        module = alone.get_submodule(str(node.target))
+        module.weight.data = at_three[0](module.weight.data.flatten(1)).reshape(module.weight.shape)
+        module.weight.requires_grad_()
+        module.register_forward_pre_hook(lambda _, inputs, quantizer=at_three[1]: (quantizer(inputs[0].detach()),))
+        squares = []
+        for index, label in enumerate(labels):
+            loss = torch.nn.functional.cross_entropy(alone(x[index : index + 1]), torch.tensor([label]))
+            squares.append(float(torch.autograd.grad(loss, module.weight)[0].square().sum()))
+        assert trace == pytest.approx(sum(squares) / 4, rel=1e-3)
+        assert notes["alpha"][roles[layer]] == pytest.approx(drops[layer] / trace)
+    assert traces != {layer: notes["fisher_trace"][layer] for layer in traces}
+
+
+@pytest.mark.parametrize("beta", [1, 0, 9])
+def test_a_width_that_no_layer_can_have_is_refused(beta: int) -> None:
+    with pytest.raises(SensitivityError, match="width from 2 to 8"):
+        TypeAwareFisher(beta=beta)
+
+
+@pytest.mark.parametrize(("beta", "nearest"), [(5, 4), (7, 8), (3, 3)])
 def test_layers_are_sampled_at_the_candidate_width_nearest_to_beta(
     searched: GraphModule, beta: int, nearest: int
 ) -> None:

@@ -139,6 +139,31 @@ def test_weighted_errors_count_as_the_cost_they_stand_for(allocated: GraphModule
     assert plain["trajectory"][0]["predicted"] != weighted["trajectory"][0]["predicted"]
 
 
+def test_with_labels_the_score_is_the_share_of_wrong_classes(allocated: GraphModule) -> None:
+    graph_module = copy.deepcopy(allocated)
+    found = {node: annotation_of(node) for node in nodes_with_role(graph_module)}
+    assignment = {node: annotation.bits for node, annotation in found.items() if annotation.has_bits}
+    (scores,) = Divergence(graph_module, IMAGES).outputs(assignment)
+    labels = tuple(scores.argmax(1).tolist())
+    wrong = (*((label + 1) % 10 for label in labels[:2]), *labels[2:])
+    _, notes = updated(allocated, labels=wrong, rounds=0)
+    assert notes["score_before"] == 2 / 8
+    late = (*labels[:4], *((label + 1) % 10 for label in labels[4:]))
+    _, held = updated(allocated, labels=late, held_out=0.5, rounds=0)
+    assert held["score_before"] == 1
+    with pytest.raises(PipelineError, match="2 labels for 8 images"):
+        updated(allocated, labels=(1, 2))
+
+
+def test_ties_are_kept_only_where_the_paper_keeps_them(allocated: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Divergence, "of", lambda *_: 1.0)
+    _, refused = updated(allocated, patience=1)
+    assert [entry["kept"] for entry in refused["trajectory"]] == [False]
+    _, accepted = updated(allocated, patience=1, ties=True, rounds=2)
+    assert accepted["trajectory"]
+    assert all(entry["kept"] for entry in accepted["trajectory"])
+
+
 def test_part_of_the_images_can_be_held_out(allocated: GraphModule) -> None:
     _, notes = updated(allocated, held_out=0.5, rounds=0)
     assert notes["score_before"] == pytest.approx(divergence(allocated, IMAGES[4:]))

@@ -33,8 +33,10 @@ def test_a_file_lists_passes_with_options(tmp_path: Path) -> None:
     text = "\n".join(
         f'[[passes]]\npass = "{name}"\n{more}'
         for name, more in (
-            ("AssignRoles", ""), ("PlanOperands", ""), ("FoldSqb", ""), ("InsertObservers", ""), ("Calibrate", ""),
-            ("SearchScales", ""), ("AllocateBits", 'allocator = "milp"'), ("SubstituteQuantizers", ""),
+            ("AssignRoles", ""), ("PlanOperands", 'post_gelu = "opt-m-below-8"'), ("FoldSqb", ""),
+            ("InsertObservers", ""), ("Calibrate", ""),
+            ("SearchScales", 'weight_scales = "tensor"'),
+            ("AllocateBits", 'allocator = "milp"'), ("SubstituteQuantizers", ""),
         )
     )  # fmt: skip
     assert read_recipe(written(tmp_path, text, "own.toml"))("W4A5") == mptq_vit("W4A5")

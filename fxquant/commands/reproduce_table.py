@@ -1,0 +1,272 @@
+"""`fxquant reproduce`: the rows of a paper's table on a model and images of yours, beside what the paper says."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxquant.commands import options as o
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxquant.measure.accuracy import Accuracy
+    from fxquant.report.render import Page
+    from fxquant.reproduction.published import Method, Row, Table
+    from fxquant.reproduction.reproduce import Reproduced
+    from fxquant.synthesis.synthesize import Synthesis
+
+
+def reproduce_table(
+    table: Annotated[str, typer.Argument(help="A table, such as mptq-vit-1; `fxquant list tables` has all.")],
+    model: o.Model,
+    calibration: o.Calibration = None,
+    data: o.Data = None,
+    classes: o.Classes = None,
+    labels: o.Labels = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    model_option: o.ModelOption = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="Only rows whose method, or method and budget, has this in it: 'MPTQ-ViT W6A6'. Repeatable."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The paper's name of the model, such as DeiT-T, where timm's does not say it.")
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many calibration images; as many as each method's paper if not given."),
+    ] = None,
+    synthesis_steps: o.SynthesisSteps = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds, from 0; each has calibration images of its own.")
+    ] = 1,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of every row's recipe that has it: name=value, such as steps=200. Repeatable."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help=f"How quantized models are run: {o.BACKENDS_HELP}.")] = "simulated",
+    limit: o.Limit = None,
+    results: Annotated[Path | None, typer.Option(help="JSON file of results; what is in it is not done again.")] = None,
+    cache: o.CacheFolder = None,
+    no_cache: o.NoCache = False,
+    image_size: o.ImageSize = None,
+    crop_pct: o.CropPct = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    interpolation: o.Interpolation = None,
+    json: o.Json = False,
+) -> None:
+    """Measure the rows of a paper's table: paper, ours, and the gap between what both lose."""
+    from fxquant.artefact.cache import signature
+    from fxquant.commands.console import emit, show
+    from fxquant.errors import OptionError
+    from fxquant.measure.accuracy import evaluate
+    from fxquant.report.progress import RichProgress
+    from fxquant.reproduction.published import published
+    from fxquant.reproduction.reproduce import reproduce, wanted_rows
+    from fxquant.session.compiled import Compiled
+    from fxquant.session.sweep import Results
+    from passes.lower.lower import SIMULATED, check_backend
+
+    wanted = published(table)
+    chosen = with_options(wanted_rows(wanted, rows or ()), option or [])
+    found_column = wanted.column(column or model)
+    if column is not None and found_column is None:
+        raise OptionError(f"{table} has no column {column!r}; it has {', '.join(wanted.float_top1)}")
+    check_backend(backend)
+    o.check_output(results)
+    kept, folder = Results(results), o.cache_folder(cache, no_cache)
+    named = o.named_model(model, weights, num_classes, model_option)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    is_embedded = model == "embedded"
+    tested = o.labelled_images(data, preprocessing, is_embedded, classes, labels)
+
+    def calibrated(method: Method, seed: int) -> Tensor | Synthesis:
+        count = images or method.images
+        if method.made_images:
+            return o.synthesis(preprocessing, count, synthesis_steps)
+        return o.calibration_images(calibration, count, preprocessing, seed, is_embedded)
+
+    _check_images(calibration, [images or row.method.images for row in chosen if _is_calibrated(row)], is_embedded)
+    card = {**named.card, "preprocessing": preprocessing.to_dict()}
+    known = [tested.name, tested.count, tested.labels, tested.names]
+    settings = signature(named.model, card, *known, limit, backend)
+    with RichProgress() as progress:
+
+        def measure(runs: nn.Module, label: str) -> Accuracy:
+            if backend != SIMULATED and isinstance(runs, Compiled):
+                runs = runs.lowered(backend)
+            return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")
+
+        baseline, done = reproduce(
+            wanted,
+            named.model,
+            calibrated,
+            measure,
+            kept,
+            rows=chosen,
+            column=found_column,
+            seeds=range(seeds),
+            settings=settings,
+            options={"card": card, "cache": folder, "progress": progress},
+        )
+    same: dict[str, Any] = {
+        "--calibration": calibration, "--data": data, "--classes": classes, "--labels": labels, "--weights": weights,
+        "--num-classes": num_classes, "--model-option": model_option, "--limit": limit, "--image-size": image_size,
+        "--crop-pct": crop_pct, "--mean": mean, "--std": std, "--interpolation": interpolation,
+    }  # fmt: skip
+    commands = [command(wanted, each.row, model, images, same) for each in done]
+    absent = {row.method.name: row.method.absent for row in chosen if row.method.absent}
+    if json:
+        emit(
+            {
+                "table": table,
+                "title": wanted.title,
+                "source": wanted.source,
+                "model": model,
+                "column": found_column,
+                "data": tested.name,
+                "baseline": baseline,
+                "seeds": seeds,
+                "absent": absent,
+                "rows": [_values(each, line) for each, line in zip(done, commands, strict=True)],
+            }
+        )
+    else:
+        show(_page(wanted, found_column, tested.name, baseline, done, commands, absent))
+
+
+def _is_calibrated(row: Row) -> bool:
+    return row.method.recipe is not None and not row.method.made_images
+
+
+def _check_images(calibration: Path | None, wanted: list[int], is_embedded: bool) -> None:
+    """Raise DataError where there are fewer calibration images than a row takes, before any row is measured."""
+    from fxquant.data import embedded
+    from fxquant.data.image_folders import images_by_folder
+    from fxquant.errors import DataError
+
+    most = max(wanted, default=1)
+    if calibration is None and is_embedded:
+        embedded.calibration_images(most)
+    elif calibration is not None and calibration.is_dir():
+        known = len(images_by_folder(calibration)[0])
+        if most > known:
+            raise DataError(f"{calibration} has {known} images, and a row takes {most}: say how many by --images")
+
+
+def with_options(rows: tuple[Row, ...], texts: list[str]) -> tuple[Row, ...]:
+    """Rows whose recipes have these options, wherever they take them.
+
+    Raises PipelineError for texts that are no options, OptionError for an option that no row takes.
+    """
+    from dataclasses import replace
+
+    from fxquant.errors import OptionError
+    from passes.recipes.written import own_options, with_texts
+
+    taken: set[str] = set()
+    found = []
+    for row in rows:
+        recipe = row.method.recipe
+        own = [] if recipe is None or not recipe.base else own_options(recipe.base)
+        fitting = [each for each in texts if each.partition("=")[0] in own]
+        taken.update(fitting)
+        changed = with_texts(recipe, fitting) if recipe is not None and fitting else recipe
+        assert not isinstance(changed, str)
+        found.append(replace(row, method=replace(row.method, recipe=changed)))
+    if left := [each for each in texts if each not in taken]:
+        raise OptionError(f"no recipe of these rows takes the option {left[0]!r}: leave it out, or choose other --rows")
+    return tuple(found)
+
+
+def command(table: Table, row: Row, model: str, images: int | None, same: dict[str, Any]) -> str:
+    """The command that measures one row alone.
+
+    Args:
+        table: that the row stands in.
+        row: with a recipe.
+        model: as the command line takes it.
+        images: how many calibration images; None: the method's own number.
+        same: further options by name; those that are None are left out.
+    """
+    from json import dumps
+
+    recipe = row.method.recipe
+    words = ["fxquant", "sweep", model, "--budgets", row.budget]
+    if recipe is None or not recipe.base or row.method.made_images:
+        words = ["fxquant", "reproduce", table.name, model, "--rows", f"{row.method.name} {row.budget}"]
+    else:
+        words += ["--recipe", recipe.base]
+        for name, value in recipe.options.items():
+            words += ["--option", f"{name}={value if isinstance(value, str) else dumps(value)}"]
+        words += ["--fully-quantized"] if table.options.get("fully_quantized") else []
+        for name, bits in table.options.get("overrides", {}).items():
+            words += ["--override", f"{name}={bits}"]
+        images = images or row.method.images
+    words += [] if images is None else ["--images", str(images)]
+    for name, value in same.items():
+        for each in value if isinstance(value, list) else [value]:
+            words += [] if each is None else [name, str(each)]
+    return shlex.join(words)
+
+
+def _values(found: Reproduced, line: str) -> dict[str, Any]:
+    """One row, JSON values."""
+    return {
+        "method": found.row.method.name,
+        "budget": found.row.budget,
+        "paper": found.paper,
+        "paper_drop": found.paper_drop,
+        "top1": found.top1,
+        "by_seed": list(found.by_seed),
+        "standard_error": found.standard_error,
+        "spread": found.spread,
+        "drop": found.drop,
+        "gap": found.gap,
+        "differs": found.row.method.differs,
+        "command": line,
+    }
+
+
+def _page(
+    table: Table,
+    column: str | None,
+    data: str,
+    baseline: dict[str, Any],
+    done: list[Reproduced],
+    commands: list[str],
+    absent: dict[str, str],
+) -> Page:
+    from fxquant.report import sections
+    from fxquant.report.render import Page
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    float_paper = None if column is None else table.float_top1[column]
+    rows = [
+        ("float", "", number(float_paper), "", number(baseline["top1"]), number(baseline["standard_error"]), "", "", "")
+    ]
+    for each in done:
+        ours = number(each.top1), number(each.standard_error), number(each.spread), number(each.drop), number(each.gap)
+        rows.append((each.row.method.name, each.row.budget, number(each.paper), number(each.paper_drop), *ours))
+    columns = ("method", "budget", f"paper {column or ''}".rstrip(), "drop", "ours", "+/-", "over seeds", "drop", "gap")
+    cells = tuple(tuple(map(sections.Cell, row)) for row in rows)
+    pieces: list[sections.Lines | sections.Table] = [sections.Table(table.title, columns, cells, frozenset({0, 1}))]
+    notes = [
+        ("source", table.source),
+        ("ours", f"{baseline['count']:,} images of {data}; +/- is the standard error over images"),
+        ("gap", "how many points less ours loses against its float model than the paper's against its own"),
+    ]
+    pieces.append(sections.Lines("What is compared", tuple(notes)))
+    if absent:
+        pieces.append(sections.Lines("Absent", tuple(absent.items())))
+    labels = [f"{each.row.method.name} {each.row.budget}" for each in done]
+    pieces.append(sections.Lines("Commands", tuple(zip(labels, commands, strict=True))))
+    return Page(*pieces)

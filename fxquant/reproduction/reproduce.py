@@ -1,0 +1,145 @@
+"""Measuring the rows of a published table on a model: each one a session, its accuracy kept as soon as it is known.
+
+    found = reproduce(published("mptq-vit-1"), model, calibration, measure, Results("points.json"))
+
+One session is alive at a time: rows of one method and seed share it, whatever their budgets. `calibration` gives the
+images of a method for a seed, so that several seeds calibrate on different images.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from allocators.problem.budget import Budget
+from fxquant.artefact.cache import signature
+from fxquant.errors import OptionError
+from fxquant.measure.accuracy import Accuracy
+from fxquant.reproduction.published import Method, Row, Table
+from fxquant.session.session import Session
+from fxquant.session.sweep import Results, point_of
+from fxquant.synthesis.synthesize import Synthesis
+
+Images = Tensor | Synthesis
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One row, the paper's and ours.
+
+    Args:
+        row: of the table.
+        paper: its top-1, percent; None where it has none for this model.
+        paper_drop: points below the paper's float model.
+        by_seed: ours, percent, one a seed.
+        standard_error: of one of ours over the choice of test images, in points.
+        drop: points that ours lose against the float model on the same images, mean over seeds.
+    """
+
+    row: Row
+    paper: float | None
+    paper_drop: float | None
+    by_seed: tuple[float, ...]
+    standard_error: float
+    drop: float
+
+    @property
+    def top1(self) -> float:
+        """Mean over seeds, percent."""
+        return statistics.mean(self.by_seed)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, in points; None for one seed."""
+        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else None
+
+    @property
+    def gap(self) -> float | None:
+        """How many points less ours drop than the paper's; models and images differ, so drops are compared."""
+        return None if self.paper_drop is None else self.paper_drop - self.drop
+
+
+def wanted_rows(table: Table, names: Sequence[str] = ()) -> tuple[Row, ...]:
+    """Rows whose method's name, or method and budget, has one of these texts in it; all without any.
+
+    Raises OptionError where there is none.
+    """
+    found = tuple(row for row in table.rows if not names or any(n in f"{row.method.name} {row.budget}" for n in names))
+    if not found:
+        known = ", ".join(dict.fromkeys(row.method.name for row in table.rows))
+        raise OptionError(f"no row of {table.name} is called {', '.join(names)}; its methods are {known}")
+    return found
+
+
+def reproduce(
+    table: Table,
+    model: nn.Module,
+    calibration: Callable[[Method, int], Images],
+    measure: Callable[[nn.Module, str], Accuracy],
+    results: Results,
+    *,
+    rows: Sequence[Row],
+    column: str | None,
+    seeds: Sequence[int] = (0,),
+    settings: str = "",
+    options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], list[Reproduced]]:
+    """Accuracy of the float model, and the rows that are not absent.
+
+    Args:
+        table: see `published`.
+        model: what is quantized.
+        calibration: the images of a method for a seed.
+        measure: the accuracy of a model, given it and a label for the progress display.
+        results: keeps every accuracy, so that a run that was stopped goes on.
+        rows: of the table, see `wanted_rows`.
+        column: the paper's name of the model; None where it has no numbers of it.
+        seeds: of calibration and of every random draw.
+        settings: signature of all that decides an accuracy besides the pipeline, the images and the seed.
+        options: of every session, see `SessionOptions`.
+
+    Raises as `fxquant.compile` does.
+    """
+    given: dict[str, Any] = {**(options or {}), **table.options}
+    baseline = results.point(
+        signature(settings, "float32"), lambda: {"accuracy": measure(model, "the float model").to_dict()}
+    )["accuracy"]
+    present = [row for row in rows if row.method.recipe is not None]
+    accuracies: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for name in dict.fromkeys(row.method.name for row in present):
+            of_method = [row for row in present if row.method.name == name]
+            method = of_method[0].method
+            images = calibration(method, seed)
+            session = Session(model, images, **{**given, "recipe": method.recipe, "seed": seed})
+            used = images if isinstance(images, Tensor) else repr(images)
+            for row in of_method:
+                budget = Budget.parse(row.budget)
+                key = signature(settings, used, seed, [repr(step) for step in session.pipeline(budget)])
+                point = results.point(key, partial(point_of, name, session, budget, None, measure))
+                accuracies.setdefault((name, row.budget), []).append(point["accuracy"])
+    return baseline, [
+        _reproduced(row, table, column, baseline, accuracies[row.method.name, row.budget]) for row in present
+    ]
+
+
+def _reproduced(
+    row: Row, table: Table, column: str | None, baseline: dict[str, Any], found: list[dict[str, Any]]
+) -> Reproduced:
+    paper = row.top1.get(column, math.nan) if column is not None else math.nan
+    has_paper = column is not None and not math.isnan(paper)
+    by_seed = tuple(accuracy["top1"] for accuracy in found)
+    return Reproduced(
+        row,
+        paper if has_paper else None,
+        table.float_top1[column] - paper if has_paper and column is not None else None,
+        by_seed,
+        found[0]["standard_error"],
+        baseline["top1"] - statistics.mean(by_seed),
+    )

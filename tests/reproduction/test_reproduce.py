@@ -1,0 +1,167 @@
+"""Published tables as data, and their rows measured on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from fxquant.cli import app
+from fxquant.errors import OptionError, PipelineError
+from fxquant.measure.accuracy import Accuracy
+from fxquant.reproduction.published import Method, Row, Table, methods, published, tables
+from fxquant.reproduction.reproduce import reproduce, wanted_rows
+from fxquant.session.sweep import Results
+from passes.recipes.written import WrittenRecipe
+from tests.commands.test_json import jsonschema, schemas
+from tests.models import images, vit
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "papers.md"
+runner = CliRunner()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", tables())
+def test_every_row_is_a_pipeline_or_says_why_it_is_absent(name: str) -> None:
+    table = published(name)
+    for row in table.rows:
+        assert row.top1
+        assert all(0 <= value < table.float_top1[model] + 1 for model, value in row.top1.items())
+        if row.method.recipe is None:
+            assert row.method.absent
+        else:
+            assert row.method.differs
+            row.method.recipe(row.budget, **table.options)
+
+
+@pytest.mark.quick
+def test_every_method_stands_in_a_table() -> None:
+    assert {row.method.name for name in tables() for row in published(name).rows} == set(methods())
+
+
+@pytest.mark.quick
+def test_numbers_are_the_papers() -> None:
+    assert published("mptq-vit-1").rows[-1].top1["DeiT-T"] == 55.62
+    assert published("mptq-vit-3").rows[-1].top1["Swin-B"] == 44.17
+    assert {row.budget: row.top1["DeiT-S"] for row in published("lampq-3").rows if row.method.name == "LampQ"} == {
+        "W4": 75.40, "W3": 45.38
+    }  # fmt: skip
+    mixed = {f"{row.method.name} {row.budget}": row.top1 for row in published("mix-qvit-s1").rows}
+    assert (mixed["Mix-QViT MP4"]["ViT-B"], mixed["FIMA-Q W3A3"]["DeiT-T"]) == (83.11, 55.55)
+    assert "DeiT-S" not in mixed["Ranking-ViT W6A6"] or mixed["Ranking-ViT W6A6"]["DeiT-S"] == 74.58
+    assert "ViT-S" not in mixed["Ranking-ViT W6A6"]
+
+
+@pytest.mark.quick
+def test_columns_go_by_the_papers_names_and_by_timms() -> None:
+    table = published("mptq-vit-2")
+    assert (table.column("DeiT-S"), table.column("swin_base_patch4_window7_224")) == ("DeiT-S", "Swin-B")
+    assert table.column("deit_tiny_patch16_224") is None
+    with pytest.raises(OptionError, match="there are lampq-3"):
+        published("lampq-2")
+    with pytest.raises(OptionError, match="its methods are Baseline, SQ"):
+        wanted_rows(table, ["Nobody"])
+
+
+@pytest.mark.quick
+def test_the_page_says_of_every_method_what_differs_or_why_it_is_absent() -> None:
+    text = PAGE.read_text()
+    for name, method in methods().items():
+        recipe = method.recipe
+        what = "absent" if recipe is None else f"`{recipe.base}`" if recipe.base else "a list of passes"
+        assert f"| {name} | {what}" in text, name
+        assert f"| {method.differs or method.absent} |" in text, name
+
+
+def small_table() -> Table:
+    method = Method("naive", WrittenRecipe("naive_min_max"), images=2)
+    rows = (Row(method, "W8A8", {"DeiT-T": 70.0}), Row(method, "W4A4", {}), Row(Method("no", absent="why"), "W4A4", {}))
+    return Table("t", "title", "source", {"DeiT-T": 72.0}, rows)
+
+
+def test_rows_are_measured_once_for_each_seed_and_kept(tmp_path: Path) -> None:
+    table, asked, measured = small_table(), [], []
+
+    def calibration(method: Method, seed: int) -> Any:
+        asked.append((method.images, seed))
+        return images(method.images, seed=seed)
+
+    def measure(model: nn.Module, label: str) -> Accuracy:
+        measured.append(label)
+        return Accuracy({"the float model": 80, "naive at W8A8": 79}.get(label, 60) - len(measured) // 4, 100)
+
+    def run() -> Any:
+        given = {"rows": table.rows, "column": "DeiT-T", "seeds": (1, 2), "options": {"bits": (4, 8)}}
+        return reproduce(table, vit(depth=1), calibration, measure, Results(tmp_path / "r.json"), **given)
+
+    baseline, done = run()
+    assert asked == [(2, 1), (2, 2)], "one session for all budgets"
+    assert measured == ["the float model", *["naive at W8A8", "naive at W4A4"] * 2]
+    first, second = done
+    assert baseline["top1"] == 80
+    assert (first.paper, first.paper_drop, first.by_seed) == (70.0, 2.0, (79.0, 78.0))
+    assert (first.top1, first.drop, first.gap) == (78.5, 1.5, 0.5)
+    assert first.spread == pytest.approx(0.5**0.5)
+    assert (second.paper, second.gap) == (None, None)
+    assert run()[1] == done
+    assert len(measured) == 5, "nothing is measured again"
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_the_command_prints_what_the_page_says(tmp_path: Path) -> None:
+    given = [
+        "reproduce",
+        "mptq-vit-1",
+        "embedded",
+        "--column",
+        "DeiT-T",
+        "--limit",
+        "20",
+        "--images",
+        "2",
+        "--no-cache",
+    ]
+    rows = ["--rows", "TSPTQ-ViT W4A4", "--rows", "APQ", "--option", "weight_scales=channel", "--seeds", "1"]
+    result = runner.invoke(app, [*given, *rows, "--results", str(tmp_path / "r.json"), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    jsonschema.validate(found, schemas()["reproduce"])
+    (row,) = found["rows"]
+    assert (row["method"], row["paper"], row["paper_drop"]) == ("TSPTQ-ViT", 48.36, pytest.approx(72.18 - 48.36))
+    assert row["command"] == (
+        "fxquant sweep embedded --budgets W4A4 --recipe tsptq_vit --option weight_scales=channel --images 2 --limit 20"
+    )
+    assert set(found["absent"]) == {"APQ-ViT"}
+    again = runner.invoke(app, [*given, *rows, "--results", str(tmp_path / "r.json")])
+    assert "TSPTQ-ViT  W4A4" in again.stdout
+    assert "its paper is not at hand" in again.stdout
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--option", "steps=3"], "no recipe of these rows takes"),
+        (["--column", "ResNet-50"], "has no column"),
+        (["--rows", "ResNet"], "its methods are"),
+        (["--backend", "abacus"], "no backend is called"),
+        (["--images", "1024"], "512 embedded calibration images"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(options: list[str], message: str) -> None:
+    result = runner.invoke(app, ["reproduce", "mptq-vit-1", "embedded", *options])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.quick
+def test_an_allocator_with_options_is_written_as_a_table() -> None:
+    written = WrittenRecipe("mptq_vit", {"allocator": {"allocator": "greedy", "metric": "sqnr"}})
+    (allocate,) = (step for step in written("W4A4") if type(step).__name__ == "AllocateBits")
+    assert "metric='sqnr'" in repr(allocate)
+    with pytest.raises(PipelineError, match="no option 'speed'"):
+        WrittenRecipe("mptq_vit", {"allocator": {"allocator": "greedy", "speed": 1}})("W4A4")
