@@ -46,7 +46,8 @@ class PyramidBackbone(nn.Module):
         if not self._is_last:
             maps = [found.permute(0, 2, 3, 1) for found in maps]
         normed = [norm(found).permute(0, 3, 1, 2) for norm, found in zip(self.norms, maps, strict=True)]
-        return self.fpn(OrderedDict((str(index), found) for index, found in enumerate(normed)))
+        pyramid: OrderedDict[str, Tensor] = self.fpn(OrderedDict((str(i), found) for i, found in enumerate(normed)))
+        return pyramid
 
 
 class ViTBackbone(nn.Module):

@@ -28,7 +28,7 @@ DELTA_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 
 """What deltas of each stage are divided by: later stages move boxes less."""
 
 
-class CascadeRoIHeads(RoIHeads):
+class CascadeRoIHeads(RoIHeads):  # type: ignore[misc]
     """The stages, in the place of torchvision's RoIHeads; in inference mode only.
 
     Args:
@@ -55,9 +55,10 @@ class CascadeRoIHeads(RoIHeads):
 
     def paths(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """Each head's kind, its pool, and what reads its features, by their paths in the detector."""
-        boxes = [("box", f"roi_heads.pools.{i}", (f"roi_heads.stages.{i}",)) for i in range(len(self.stages))]
-        masks = [("mask", "roi_heads.mask_pool", (f"roi_heads.mask_stages.{i}",)) for i in range(len(self.mask_stages))]
-        return boxes + masks
+        found: list[tuple[str, str, tuple[str, ...]]] = []
+        found += [("box", f"roi_heads.pools.{i}", (f"roi_heads.stages.{i}",)) for i in range(len(self.stages))]
+        stages = range(len(self.mask_stages))
+        return found + [("mask", "roi_heads.mask_pool", (f"roi_heads.mask_stages.{i}",)) for i in stages]
 
     def forward(
         self,
@@ -103,7 +104,7 @@ def _of_likeliest(deltas: Tensor, logits: Tensor) -> Tensor:
     if deltas.shape[1] == 4:
         return deltas
     likeliest = logits[:, 1:].argmax(1) + 1
-    return deltas.unflatten(1, (-1, 4))[torch.arange(len(deltas)), likeliest]
+    return deltas.reshape(len(deltas), -1, 4)[torch.arange(len(deltas)), likeliest]
 
 
 class AgnosticPredictor(nn.Module):

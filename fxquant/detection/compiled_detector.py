@@ -210,7 +210,7 @@ class _Head(nn.Module):
         return self._cuts.head_trees[self._index].build(found)
 
 
-class SizedTransform(GeneralizedRCNNTransform):
+class SizedTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
     """A detector's own transform; batches are padded to the smallest of some sizes that holds them.
 
     Args:
@@ -219,7 +219,7 @@ class SizedTransform(GeneralizedRCNNTransform):
     """
 
     def __init__(self, transform: GeneralizedRCNNTransform, sizes: Sequence[Size]) -> None:
-        super().__init__(transform.min_size, transform.max_size, transform.image_mean, transform.image_std)  # type: ignore[arg-type]
+        super().__init__(transform.min_size, transform.max_size, transform.image_mean, transform.image_std)
         self.__dict__.update(transform.__dict__)
         self.sizes = sorted(sizes, key=lambda size: size[0] * size[1])
 

@@ -119,4 +119,4 @@ def _tensor(name: str, key: str, tensor: Tensor, wanted: Mapping[str, Tensor]) -
 def _by_neighbour(tensor: Tensor) -> Tensor:
     """The last dimension from (channel, row, column) to (column, row, channel) of the four neighbours."""
     channels = tensor.shape[-1] // 4
-    return tensor.unflatten(-1, (channels, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+    return tensor.reshape(*tensor.shape[:-1], channels, 2, 2).movedim(-3, -1).transpose(-3, -2).flatten(-3)

@@ -69,7 +69,7 @@ class Planes:
         numbers = planes_bchw[:, self.colours].flatten(1)
         ends = [4 * sum(self.counts[: index + 1]) for index in range(len(self.counts))]
         pairs = zip(self.counts, ends, strict=True)
-        return [numbers[:, end - 4 * count : end].unflatten(1, (count, 4)) for count, end in pairs]
+        return [numbers[:, end - 4 * count : end].reshape(-1, count, 4) for count, end in pairs]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class RegionPool:
         found: Any = 0
         for index, (values, scale) in enumerate(zip(chosen, scales, strict=True)):
             cut = self._cut(values, x1 * scale, y1 * scale, x2 * scale, y2 * scale)
-            fits = (level == first + index).to(cut.dtype) if len(chosen) > 1 else 1.0
-            found = found + (cut * fits[:, :, None, None, None] if len(chosen) > 1 else cut)
+            fits = (level == first + index).to(cut.dtype)[:, :, None, None, None]
+            found = found + cut * fits
         return found.flatten(0, 1)  # type: ignore[no-any-return]
 
     def _cut(self, values: Tensor, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class RegionPool:
         )
         sampled = functional.grid_sample(values, grid.flatten(1, 2), padding_mode="border", align_corners=True)
         pooled = functional.avg_pool2d(sampled, self.samples)
-        return pooled.unflatten(2, (-1, self.pixels[0])).permute(0, 2, 1, 3, 4)
+        return pooled.reshape(-1, values.shape[1], x1.shape[1], *self.pixels).permute(0, 2, 1, 3, 4)
 
 
 def _points(first: Tensor, last: Tensor, count: int, size: int) -> Tensor:
