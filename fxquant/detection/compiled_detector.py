@@ -31,6 +31,9 @@ from fxquant.session.compiled import Compiled, load
 
 Size = tuple[int, int]
 
+REGIONS = 32
+"""Regions of an image that calibrate the box head, where nothing else is said."""
+
 
 class CompiledDetector(nn.Module):
     """A quantized detector.
@@ -280,7 +283,3 @@ def load_detector(
     compiled = load(path, backend)
     known = compiled.card.get("regions", REGIONS) if regions is None else regions
     return CompiledDetector(detector, compiled, int(known))
-
-
-REGIONS = 32
-"""Regions of an image that calibrate the box head, where nothing else is said."""

@@ -58,7 +58,7 @@ class Parts:
     """
 
     heads: tuple[Head, ...]
-    colours: int = 3
+    colours: int
 
     @classmethod
     def of(cls, detector: nn.Module, regions: int) -> Parts:
@@ -74,7 +74,8 @@ class Parts:
             )
         heads = detector.roi_heads
         paths = heads.paths() if isinstance(heads, CascadeRoIHeads) else _paths(heads)
-        return cls(tuple(Head(*row, regions if row[0] == BOX else _DETECTED) for row in paths))
+        found = tuple(Head(*row, regions if row[0] == BOX else _DETECTED) for row in paths)
+        return cls(found, len(detector.transform.image_mean))
 
     @property
     def planes(self) -> Planes:

@@ -20,6 +20,7 @@ from fxquant.checks.hints import checked
 from fxquant.detection.compiled_detector import REGIONS, CompiledDetector
 from fxquant.detection.composite import Composite, Parts, objective_of, packed_images
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
+from fxquant.sensitivity.objective import AUTO
 from fxquant.session.options import SessionOptions
 from fxquant.session.session import Session
 from passes.options import documented
@@ -54,7 +55,7 @@ class DetectorSession:
         model = Composite(runs, self.parts).eval()
         with torch.no_grad():
             output = model(planes[:1])
-        if "objective" not in options:
+        if options.get("objective", AUTO) == AUTO:
             options["objective"] = objective_of(output)
         options["card"] = {"regions": regions, **(options.get("card") or {})}
         self.session = Session(model, planes, **options)
