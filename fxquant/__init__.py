@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allocators.problem.budget import Budget
     from fxquant.data import embedded
+    from fxquant.detection.compiled_detector import CompiledDetector, load_detector
+    from fxquant.detection.session import DetectorSession, compile_detector
     from fxquant.graph.capture.tracing import trace
     from fxquant.session.compiled import Compiled, load
     from fxquant.session.model_frontier import frontier
@@ -29,14 +31,18 @@ __version__ = "0.2.0"
 __all__ = [
     "Budget",
     "Compiled",
+    "CompiledDetector",
+    "DetectorSession",
     "PassContext",
     "Pipeline",
     "Session",
     "Synthesis",
     "compile",
+    "compile_detector",
     "embedded",
     "frontier",
     "load",
+    "load_detector",
     "synthesize",
     "trace",
 ]
@@ -44,14 +50,18 @@ __all__ = [
 _HOMES = {
     "Budget": "allocators.problem.budget",
     "Compiled": "fxquant.session.compiled",
+    "CompiledDetector": "fxquant.detection.compiled_detector",
+    "DetectorSession": "fxquant.detection.session",
     "PassContext": "passes.pipeline.contract",
     "Pipeline": "passes.pipeline.pipeline",
     "Session": "fxquant.session.session",
     "Synthesis": "fxquant.synthesis.synthesize",
     "compile": "fxquant.session.session",
+    "compile_detector": "fxquant.detection.session",
     "embedded": "fxquant.data.embedded",
     "frontier": "fxquant.session.model_frontier",
     "load": "fxquant.session.compiled",
+    "load_detector": "fxquant.detection.compiled_detector",
     "synthesize": "fxquant.synthesis.synthesize",
     "trace": "fxquant.graph.capture.tracing",
 }

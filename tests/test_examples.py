@@ -13,6 +13,8 @@ PRINTS = {
     "one_call": ["bit operations G", "loaded gives the same outputs: True", "quantized 9"],
     "inspect_graph": ["coverage: 100%", "%blocks_0_attn_qkv = qkv(%blocks_0_norm1)", "%blocks_0_attn_qkv = qkv[w"],
     "own_pipeline": ["8 KeepHigh", "blocks.5.attn.proj: ", "refused: pass 1 KeepHigh(role=<Role.PROJ"],
+    "own_detector": ["bit operations G", "images with the same points: "],
+    "segmenter": ["bit operations G", "mIoU against the float model: 9"],
     "budgets_and_overrides": ["W4A5, 700MBOPs", "integer program", "refused: override 'blocks.9.*' matches no layer"],
 }
 WRITES = {"one_call": ["bits.svg", "model.fxq"], "inspect_graph": ["graph.dot"]}

@@ -40,8 +40,8 @@ _NAMES: dict[str, tuple[Any, str]] = {
     "functional": (
         functional,
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d batch_norm celu conv1d "
-        "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d dropout elu fold gelu glu group_norm "
-        "hardshrink hardsigmoid hardswish hardtanh instance_norm interpolate layer_norm leaky_relu linear "
+        "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d dropout elu fold gelu glu grid_sample "
+        "group_norm hardshrink hardsigmoid hardswish hardtanh instance_norm interpolate layer_norm leaky_relu linear "
         "log_softmax logsigmoid max_pool1d max_pool2d mish normalize one_hot pad pixel_shuffle pixel_unshuffle "
         "prelu relu relu6 rms_norm scaled_dot_product_attention selu sigmoid silu softmax softmin softplus "
         "softshrink softsign tanh tanhshrink unfold upsample",

@@ -1,4 +1,4 @@
-"""`fxquant evaluate`: top-1 of an artefact or a float model on labelled images."""
+"""`fxquant evaluate`: top-1 of an artefact or a float model on labelled images, or average precision of a detector."""
 
 from __future__ import annotations
 
@@ -26,12 +26,24 @@ def evaluate_model(
     std: o.Std = None,
     interpolation: o.Interpolation = None,
     backend: Annotated[str, typer.Option(help=f"How an artefact runs: {o.BACKENDS_HELP}.")] = "simulated",
+    coco: Annotated[
+        Path | None,
+        typer.Option(help="A COCO file of objects in the pictures of --data: average precision of a detector."),
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="module:factory of the detector that an artefact of its parts goes into.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Measure top-1 accuracy, with the number of images and the standard error.
+    """Measure top-1 accuracy, or a detector's average precision, with the number of images and the standard error.
 
     An artefact is first held against the answers that it holds.
     """
+    if coco is not None or detector is not None:
+        from fxquant.commands.evaluate_detector import evaluate_detector
+
+        evaluate_detector(model, detector, coco, data, limit, backend, json)
+        return
     from fxquant.commands.console import emit, show
     from fxquant.data.images import Preprocessing
     from fxquant.errors import DataError

@@ -84,6 +84,7 @@ class Source(StrEnum):
 
     WEIGHT = "weight"
     POST_GELU = "post_gelu"
+    POST_RELU = "post_relu"
     POST_SOFTMAX = "post_softmax"
     POST_LAYER_NORM = "post_layer_norm"
     SOFTMAX_INPUT = "softmax_input"

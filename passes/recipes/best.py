@@ -61,7 +61,13 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
     """The passes of `best`."""
     return [
         AssignRoles(),
-        PlanOperands(post_gelu=f"asymmetric|opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|{BOOK}", **plan),
+        PlanOperands(
+            post_gelu=f"asymmetric|opt-m|{BOOK}",
+            post_relu=f"asymmetric|{BOOK}",
+            post_softmax="row-log",
+            other=f"symmetric|{BOOK}",
+            **plan,
+        ),
         RotateResidual(),
         BalanceHeads(),
         FoldSqb(),
@@ -79,7 +85,13 @@ def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
     """The passes of `best_thorough`; balanced heads help rounding and short training, with long training nothing."""
     return [
         AssignRoles(),
-        PlanOperands(post_gelu=f"opt-m|{BOOK}", post_softmax="row-log", other=f"symmetric|asymmetric|{BOOK}", **plan),
+        PlanOperands(
+            post_gelu=f"opt-m|{BOOK}",
+            post_relu=f"asymmetric|{BOOK}",
+            post_softmax="row-log",
+            other=f"symmetric|asymmetric|{BOOK}",
+            **plan,
+        ),
         RotateResidual(),
         FoldSqb(),
         InsertObservers(),

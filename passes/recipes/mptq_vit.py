@@ -77,7 +77,10 @@ def naive_min_max(budget: Any, **options: Unpack[Options]) -> Pipeline:
         [
             AssignRoles(),
             PlanOperands(
-                post_gelu="symmetric", post_softmax="symmetric", **norm_inputs(options, "symmetric", "symmetric")
+                post_gelu="symmetric",
+                post_relu="symmetric",
+                post_softmax="symmetric",
+                **norm_inputs(options, "symmetric", "symmetric"),
             ),
             InsertObservers(),
             Calibrate(gradient=False),

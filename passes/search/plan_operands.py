@@ -2,7 +2,8 @@
 
 A linear layer or a convolution multiplies its weight and its input, an attention matmul its left and its right input;
 under the fully quantized protocol softmax and LayerNorm read a quantized input as well (MPTQ-ViT, Table 3). Which
-families an input gets follows from what it holds: values after GELU, after softmax, everything else.
+families an input gets follows from what it holds: values after GELU, after ReLU (none below zero), after softmax,
+everything else.
 
 Only annotations are written, before any image is needed: whether a budget can be met follows from them (CheckBudget).
 InsertObservers puts the observers where a plan says so.
@@ -10,11 +11,15 @@ InsertObservers puts the observers where a plan says so.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import PatternError
@@ -37,6 +42,7 @@ from passes.pipeline.contract import PassContext
 _SHAPE_ONLY = frozenset(
     {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
 )
+_RELUS = frozenset({functional.relu, functional.relu6, torch.relu, "relu", "relu_"})
 _INPUTS = {Role.SOFTMAX: Source.SOFTMAX_INPUT, Role.LAYER_NORM: Source.LAYER_NORM_INPUT}
 _PRODUCED = {Role.GELU: Source.POST_GELU, Role.SOFTMAX: Source.POST_SOFTMAX, Role.LAYER_NORM: Source.POST_LAYER_NORM}
 
@@ -65,6 +71,7 @@ class PlanOperands:
 
     Args:
         post_gelu, post_softmax: for values coming straight from GELU or softmax; None leaves those of a softmax float.
+        post_relu: for values after ReLU, of which a symmetric quantizer would waste half its codes.
         other: for all other inputs.
         image: for the patch embedding's input; None leaves it float.
         softmax_input, layer_norm_input: None keeps the two operators in float; families make the model fully quantized.
@@ -76,6 +83,7 @@ class PlanOperands:
 
     post_gelu: str = "opt-m"
     post_softmax: str | None = "twin-softmax"
+    post_relu: str = "asymmetric"
     other: str = "symmetric"
     image: str | None = "symmetric"
     softmax_input: str | None = None
@@ -125,6 +133,7 @@ class PlanOperands:
         named = {
             Source.WEIGHT: self.weight,
             Source.POST_GELU: self.post_gelu,
+            Source.POST_RELU: self.post_relu,
             Source.POST_SOFTMAX: self.post_softmax,
             Source.IMAGE: self.image,
             Source.SOFTMAX_INPUT: self.softmax_input,
@@ -153,10 +162,25 @@ def source_of(node: Node, source: Node) -> Source:
         return _INPUTS[role]
     while _passes_on(source) and isinstance(source.args[0], Node):
         source = source.args[0]
-    if source.op == "placeholder":
+    if source.op == "placeholder" or _is_part_of_image(source):
         return Source.IMAGE
     producer = annotation_of(source).role
+    if producer is None and _is_relu(source):
+        return Source.POST_RELU
     return _PRODUCED.get(producer, Source.OTHER) if producer else Source.OTHER
+
+
+def _is_part_of_image(node: Node) -> bool:
+    """Whether a node gives some planes of the images."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, Node) and source.op == "placeholder"
+
+
+def _is_relu(node: Node) -> bool:
+    """Whether a node gives nothing below zero: what its input has there is zero."""
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        return isinstance(node.graph.owning_module.get_submodule(str(node.target)), nn.ReLU | nn.ReLU6)
+    return node.target in _RELUS
 
 
 def _passes_on(node: Node) -> bool:

@@ -28,6 +28,11 @@ def check_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> No
         raise ModelError.for_type(f"a torch.nn.Module is traced, not {shown(model)}{hint}")
     for path, module in model.named_modules():
         _check_module(model, path, module)
+    if any(kind.__name__ == "GeneralizedRCNN" for kind in type(model).__mro__):
+        raise ModelError(
+            f"{type(model).__name__} is a detector, which takes a list of pictures and keeps boxes by their values: "
+            f"call fxquant.compile_detector(detector, budget, calibration=pictures)"
+        )
     parameters = list(model.named_parameters())
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters: there is nothing to quantize")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch.fx import GraphModule, Node
@@ -65,22 +66,36 @@ def extract(graph_module: GraphModule, source: str, result: str) -> GraphModule:
     Raises KeyError for a node that does not exist, ValueError where `result` needs another input than `source`.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    entry = nodes[source]
-    needed, stack = {entry}, [nodes[result]]
+    return extract_part(graph_module, [nodes[source]], nodes[result])
+
+
+def extract_part(graph_module: GraphModule, sources: Sequence[Node], results: Any) -> GraphModule:
+    """A graph module that computes nodes from the values of others; modules are shared, not copied.
+
+    Args:
+        graph_module: the graph that all of them belong to.
+        sources: nodes whose values are given, in the order of the arguments.
+        results: the node whose value is computed, or a tuple of nodes.
+
+    Raises ValueError where a result needs another input than these.
+    """
+    entries = set(sources)
+    wanted = list(results) if isinstance(results, tuple | list) else [results]
+    needed, stack = set(entries), list(wanted)
     while stack:
         node = stack.pop()
         if node in needed:
             continue
         if node.op == "placeholder":
-            raise ValueError(f"{result} cannot be computed from {source} alone: it needs {node.name}")
+            raise ValueError(f"{wanted[-1].name} cannot be computed from {sources[0].name} alone: it needs {node.name}")
         needed.add(node)
         stack.extend(node.all_input_nodes)
     graph = fx.Graph()
-    copies: dict[Node, Node] = {entry: graph.placeholder(entry.name)}
+    copies: dict[Node, Node] = {entry: graph.placeholder(entry.name) for entry in sources}
     for node in graph_module.graph.nodes:
-        if node in needed and node is not entry:
+        if node in needed and node not in entries:
             copies[node] = graph.node_copy(node, lambda original: copies[original])
-    graph.output(copies[nodes[result]])
+    graph.output(tuple(copies[node] for node in wanted) if isinstance(results, tuple | list) else copies[results])
     return GraphModule(graph_module, graph)
 
 

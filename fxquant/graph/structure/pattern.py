@@ -246,7 +246,9 @@ def first_layers(graph: nx.DiGraph) -> list[str]:
     images = [name for name, kind in graph.nodes(data="kind") if kind is Kind.IMAGE]
     depthwise = [s for name in images for s in graph.successors(name) if graph.nodes[s]["kind"] is Kind.DEPTHWISE]
     starts = [other for name in images for other in graph.successors(name)]
-    return depthwise or walk(graph, starts, graph.successors, _LAYERS).reached
+    reached = walk(graph, starts, graph.successors, _LAYERS).reached
+    # A layer that others lead to as well reads the image beside what they make of it.
+    return depthwise or [name for name in reached if not nx.ancestors(graph, name) & set(reached)]
 
 
 def last_layers(graph: nx.DiGraph, assigned: set[str]) -> list[str]:

@@ -21,7 +21,10 @@ from passes.lower.integer_plan import note_kernel
 from passes.lower.rewrite import REQUIRES, Miss, note_misses
 from passes.pipeline.contract import PassContext
 
-UNIFORM_INSTEAD = {"post_gelu": "asymmetric", "post_softmax": "asymmetric", "other": "symmetric", "image": "symmetric"}
+UNIFORM_INSTEAD = {
+    "post_gelu": "asymmetric", "post_relu": "asymmetric", "post_softmax": "asymmetric", "other": "symmetric",
+    "image": "symmetric",
+}  # fmt: skip
 """By edge, the family that takes the place of others where only uniform ones run."""
 
 

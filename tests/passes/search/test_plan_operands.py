@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from fxquant.errors import PatternError, VerificationError
 from fxquant.graph.annotation import Annotation, Role, Source, annotation_of, nodes_with_role, planned_nodes
@@ -39,6 +41,28 @@ def test_a_weight_and_its_input_or_the_inputs_of_a_product() -> None:
     elements = {layer: [o.elements for o in annotation.operands] for layer, annotation in found.items()}
     assert elements["blocks.0.attn.qkv"] == [3 * CHANNELS**2, TOKENS * CHANNELS], "of one image"
     assert elements["blocks.0.attn.av"] == [HEADS * TOKENS**2, TOKENS * CHANNELS]
+
+
+class Heads(nn.Module):
+    """Two planes of an image under a convolution, a ReLU as module, method and function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(4))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.convs[0](x[:, :2]))
+        x = self.convs[1](x).relu()
+        return self.convs[3](functional.relu(self.convs[2](x)).permute(0, 1, 3, 2))  # type: ignore[no-any-return]
+
+
+def test_relu_gives_nothing_below_zero_and_planes_of_an_image_are_image() -> None:
+    graph_module = traced(Heads(), images(2))
+    PlanOperands(post_relu="asymmetric", other="symmetric").apply(graph_module, PassContext())
+    inputs = [annotation_of(node).inputs[0] for node in planned_nodes(graph_module)]
+    assert [operand.source for operand in inputs] == [Source.IMAGE] + [Source.POST_RELU] * 3
+    assert [operand.families[0].name for operand in inputs] == ["symmetric"] + ["asymmetric"] * 3
 
 
 def test_what_stays_float_has_no_families() -> None:

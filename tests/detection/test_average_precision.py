@@ -1,0 +1,94 @@
+"""Average precision of detectors whose answers are known."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fxquant.detection.average_precision import average_precision
+from fxquant.detection.coco import CocoImages
+from fxquant.errors import DataError, ModelError
+
+pytestmark = pytest.mark.quick
+BOXES = {1: [[2.0, 3.0, 10.0, 8.0], [20.0, 12.0, 8.0, 10.0]], 2: [[5.0, 5.0, 12.0, 12.0]], 3: [[1.0, 1.0, 9.0, 9.0]]}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CocoImages:
+    """Three pictures of 24 x 32, each of one colour, that says which it is."""
+    images, annotations = [], []
+    for number, boxes in BOXES.items():
+        Image.fromarray(np.full((24, 32, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 24, "width": 32})
+        for box in boxes:
+            x, y, w, h = box
+            shape = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            known = {"id": len(annotations) + 1, "image_id": number, "category_id": 7, "iscrowd": 0}
+            annotations.append({**known, "bbox": box, "area": w * h, "segmentation": shape})
+    return CocoImages.of({"images": images, "annotations": annotations, "categories": [{"id": 7}]}, tmp_path, "three")
+
+
+class Known(nn.Module):
+    """Detects the boxes that are there, moved by some pixels in some of the pictures."""
+
+    def __init__(self, moved: float, pictures: tuple[int, ...] = (1, 2, 3), label: int = 1) -> None:
+        super().__init__()
+        self.moved, self.pictures, self.label = moved, pictures, label
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        number = round(float(images[0][0, 0, 0]) * 255)
+        boxes = torch.tensor(BOXES[number])
+        boxes[:, 2:] += boxes[:, :2]
+        boxes += self.moved if number in self.pictures else 0
+        masks = torch.zeros(len(boxes), 1, 24, 32)
+        for mask, (x1, y1, x2, y2) in zip(masks[:, 0], boxes.long().tolist(), strict=True):
+            mask[max(y1, 0) : y2, max(x1, 0) : x2] = 1
+        labels = torch.full((len(boxes),), self.label)
+        return [{"boxes": boxes, "labels": labels, "scores": torch.full((len(boxes),), 0.9), "masks": masks}]
+
+
+def test_what_is_there_is_found(data: CocoImages) -> None:
+    found = average_precision(Known(0.0), data)
+    assert {kind: round(precision.ap, 3) for kind, precision in found.items()} == {"box": 100.0, "mask": 100.0}
+    assert (found["box"].images, found["box"].objects, found["box"].standard_error) == (3, 4, 0.0)
+
+
+def test_boxes_beside_it_are_worth_less(data: CocoImages) -> None:
+    near, far = average_precision(Known(1.0), data)["box"], average_precision(Known(9.0), data)["box"]
+    assert far.ap == 0
+    assert 0 < near.ap < 90
+    assert near.ap50 == pytest.approx(100)
+    drop, error = far.below(near)
+    assert drop == near.ap
+    assert error == pytest.approx(near.standard_error)
+
+
+def test_the_standard_error_is_over_pictures(data: CocoImages) -> None:
+    some = average_precision(Known(9.0, (1,)), data)["box"]
+    assert 0 < some.ap < 100
+    assert some.standard_error > 5
+    assert average_precision(Known(9.0, (3,)), data, limit=2)["box"].ap == pytest.approx(100)
+
+
+def test_targets_are_what_a_detector_is_trained_towards(data: CocoImages) -> None:
+    target = data.target(0, masks=True)
+    assert target["boxes"].tolist() == [[2, 3, 12, 11], [20, 12, 28, 22]]
+    assert target["labels"].tolist() == [1, 1]
+    assert target["masks"].sum((1, 2)).tolist() == [80, 80]
+
+
+def test_other_answers_and_other_files_are_refused(data: CocoImages, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="labels up to 2, and three has 1 categories"):
+        average_precision(Known(0.0, label=2), data)
+    identity: Any = nn.Identity()
+    with pytest.raises(ModelError, match="not give what a detector does"):
+        average_precision(identity, data)
+    with pytest.raises(DataError, match="there is no picture"):
+        CocoImages.of(data.document, tmp_path / "nowhere", "three")
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(DataError, match="is no COCO file"):
+        CocoImages.open(tmp_path / "no.json", tmp_path)
