@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
-from fxquant.graph.nodes import tensor_at
+from fxquant.graph.nodes import device_of, tensor_at
 from fxquant.graph.notes import SIZES
 from fxquant.graph.output_tree import Output, leaves
 from fxquant.graph.printer import describe
@@ -309,10 +309,10 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _images(graph_module: GraphModule, given: Tensor | None) -> Tensor:
-    """Two of the images given, one twice where there is one; without any, images made from a seed."""
-    if given is not None and len(given):
-        return given[torch.arange(IMAGES) % len(given)]
-    return answer_images_for(graph_module)
+    """Two of the images given, one twice where there is one, else made from a seed; they are where the graph is."""
+    if given is None or not len(given):
+        return answer_images_for(graph_module).to(device_of(graph_module))
+    return given[torch.arange(IMAGES) % len(given)].to(device_of(graph_module))
 
 
 def _samples(value: Tensor) -> Tensor:
