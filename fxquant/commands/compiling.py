@@ -17,7 +17,7 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, parse_bits, parse_inputs, parse_overrides, parse_sizes
+from fxquant.commands.options import BACKENDS_HELP, Device, parse_bits, parse_inputs, parse_overrides, parse_sizes
 from fxquant.errors import OptionError
 from fxquant.session.options import (
     DEFAULT_BATCH_SIZE,
@@ -62,6 +62,7 @@ class Compiling:
     ] = None
     seed: Annotated[int, typer.Option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
     batch_size: Annotated[int, typer.Option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
+    device: Device = "cpu"
 
     def options(self, **more: Unpack[SessionOptions]) -> SessionOptions:
         """As Python takes them, with more beside them.
