@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fxquant.checks.untrusted import LIST, NUMBER, OBJECT, checked, field, from_
 from fxquant.errors import ArtefactError
 from fxquant.graph.annotation import Candidate, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, declare, facts_of
+from fxquant.graph.nodes import device_of
 from fxquant.graph.notes import COVERAGE, FACTS, IMAGE_SHAPE
 from fxquant.graph.output_tree import TREE
 
@@ -64,9 +66,10 @@ def searched_from_file(
 
     Raises ArtefactError for anything that does not fit together, and for a fact of another name.
     """
-    what = "the searched graph"
+    what, device = "the searched graph", device_of(traced)
     content = from_json(decompress(texts.get("searched", ""), what), dict, what)
-    graph_module = graph_from_json(field(content, "graph", dict, what), {**traced.state_dict(), **tensors})
+    state = {**traced.state_dict(), **{name: tensor.to(device) for name, tensor in tensors.items()}}
+    graph_module = graph_from_json(field(content, "graph", dict, what), state)
     operands = field(content, "operands", dict, what)
     known = {fact.name: fact for fact in facts}
     named = field(content, "facts", list, what)
@@ -83,7 +86,7 @@ def searched_from_file(
             pairs = checked(operands[node.name], _OPERANDS, f"operands of node {node.name}")
             if len(pairs) != len(annotation_of(node).operands) or any(len(pair) != 2 for pair in pairs):
                 raise ArtefactError(f"node {node.name} has candidates of {len(pairs)} operands, or no scores with them")
-            candidates = [_read(group, tensors) for group, _ in pairs]
+            candidates = [_read(group, tensors, device) for group, _ in pairs]
             annotate_operands(node, candidates=candidates, scores=[_scores(values) for _, values in pairs])
     graph_module.meta.update(field(content, "meta", dict, what))
     declare(graph_module, [known[name] for name in named])
@@ -123,8 +126,9 @@ class _Writer:
         return {**numbers, "path": path, "quantizer": settings}
 
 
-def _read(candidates: Any, tensors: Mapping[str, Tensor]) -> tuple[Candidate, ...]:
-    return tuple(_candidate(item, tensors) for item in checked(candidates, listed(OBJECT), "candidates"))
+def _read(candidates: Any, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> tuple[Candidate, ...]:
+    found = (_candidate(item, tensors) for item in checked(candidates, listed(OBJECT), "candidates"))
+    return tuple(replace(candidate, quantizer=candidate.quantizer.to(device)) for candidate in found)
 
 
 def _scores(values: Any) -> tuple[float, ...]:

@@ -54,7 +54,7 @@ def compile_model(
     if picture is not None:
         check_picture(picture)
     kept = o.cache_folder(cache, no_cache)
-    named = o.named_model(model, weights, num_classes, model_option)
+    named = o.named_model(model, weights, num_classes, model_option, given.device)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"

@@ -18,7 +18,15 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, QUANTIZATION, parse_bits, parse_inputs, parse_overrides, parse_sizes
+from fxquant.commands.options import (
+    BACKENDS_HELP,
+    QUANTIZATION,
+    Device,
+    parse_bits,
+    parse_inputs,
+    parse_overrides,
+    parse_sizes,
+)
 from fxquant.errors import OptionError
 from fxquant.session.options import (
     DEFAULT_BATCH_SIZE,
@@ -66,6 +74,7 @@ class Compiling:
     )
     seed: Annotated[int, _option(help=_says("seed", "And of which calibration images are taken."))] = DEFAULT_SEED
     batch_size: Annotated[int, _option(min=1, help=_says("batch_size"))] = DEFAULT_BATCH_SIZE
+    device: Device = "cpu"
 
     def options(self, **more: Unpack[SessionOptions]) -> SessionOptions:
         """As Python takes them, with more beside them.

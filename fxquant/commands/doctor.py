@@ -8,7 +8,7 @@ from fxquant.commands.options import Json
 
 
 def doctor(json: Json = False) -> None:
-    """Show kernels and instruction sets, backends, extras, the cache and threads of this installation."""
+    """Show kernels and instruction sets, devices, backends, extras, the cache and threads of this installation."""
     from fxquant.commands.console import emit, show_list
 
     found = examined()
@@ -28,6 +28,7 @@ def doctor(json: Json = False) -> None:
             "threads": f"torch uses {threads['torch']} of {threads['processors']} processors",
         },
     )
+    show_list("\nDevices", found["devices"])
     show_list(
         "\nBackends",
         {
@@ -54,6 +55,7 @@ def examined() -> dict[str, Any]:
     import torch
 
     from fxquant import __version__
+    from fxquant.checks.devices import devices
     from passes.lower.backends import backends
 
     versions = {"fxquant": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -61,6 +63,7 @@ def examined() -> dict[str, Any]:
     return {
         "versions": versions,
         "kernels": _kernels(),
+        "devices": devices(),
         "backends": [
             {"name": name, "summary": backend.summary, "runs": absent[name] is None,
              "why_absent": None if absent[name] is None else str(absent[name])}

@@ -20,6 +20,7 @@ def evaluate_model(
     model_option: o.ModelOption = None,
     limit: o.Limit = None,
     batch_size: o.BatchSize = 64,
+    device: o.Device = "cpu",
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
     mean: o.Mean = None,
@@ -55,7 +56,7 @@ def evaluate_model(
     if model.endswith(".fxq") or Path(model).is_file():
         if weights is not None or num_classes is not None or model_option:
             raise DataError(f"{model} is an artefact, which brings its own weights: leave model options out")
-        runs = load(model, backend)
+        runs = load(model, backend).to(o.device_of_run(device))
         runs.check_answers()
         is_embedded = runs.card.get("model") == "embedded"
         if "preprocessing" not in runs.card:
@@ -65,7 +66,7 @@ def evaluate_model(
             )
         preprocessing = Preprocessing.from_dict(runs.card["preprocessing"])
     else:
-        named = o.named_model(model, weights, num_classes, model_option)
+        named = o.named_model(model, weights, num_classes, model_option, device)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
     preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)
     images = o.labelled_images(data, preprocessing, is_embedded, classes, labels)

@@ -16,6 +16,7 @@ from passes.lower.backends import backend_names
 from passes.options import RECIPE_NAMES
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from allocators.allocator import Allocator
@@ -103,6 +104,8 @@ CacheFolder = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Keep nothing, and use nothing kept.", rich_help_panel=_CACHE)
 ]
+DEVICE_HELP = "Where the model is, and all is computed: cpu, cuda:0, ...; `fxquant doctor` lists what there is."
+Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.", rich_help_panel=_PIXELS)]
 
 
@@ -204,19 +207,47 @@ def with_options(
     return preprocessing.with_options(image_size=image_size, crop_pct=crop_pct, interpolation=interpolation, **numbers)
 
 
-def named_model(name: str, weights: Path | None, num_classes: int | None, options: list[str] | None) -> NamedModel:
-    """The model, with a loud word where nobody trained it."""
+def named_model(
+    name: str, weights: Path | None, num_classes: int | None, options: list[str] | None, device: str
+) -> NamedModel:
+    """The model, with a loud word where nobody trained it.
+
+    Args:
+        name: as `fxquant.data.models.load_model` takes it.
+        weights: a file of weights; None: the model's own, or random ones.
+        num_classes: classes of its head; None: as it is made.
+        options: name=value, for what makes it.
+        device: the name of the device that it is moved to.
+
+    Raises OptionError where there is no such device, ModelError and DataError for the rest.
+    """
     from fxquant.commands.console import warn
     from fxquant.data.models import load_model, parse_option
 
+    place = device_of_run(device)
     given: dict[str, Any] = dict(parse_option(text) for text in options or [])
     if "num_classes" in given and num_classes is not None:
         raise ModelError("--num-classes and --model-option num_classes=... say the same: give one of them")
     num_classes = given.pop("num_classes", num_classes)
     found = load_model(name, weights, num_classes, **given)
+    found.model.to(place)
     if found.is_random:
         warn(f"{name} has RANDOM weights: sizes, bits and times are real, accuracy means nothing; give --weights")
     return found
+
+
+def device_of_run(name: str) -> torch.device:
+    """The device of this name; the process, which is this command's own, computes float32 there as float32.
+
+    Raises OptionError where there is none.
+    """
+    import torch
+
+    from fxquant.checks.devices import device_named
+
+    device = device_named(name)
+    torch.backends.cudnn.allow_tf32 = False  # which torch has for convolutions
+    return device
 
 
 def labelled_images(

@@ -35,6 +35,7 @@ def plot_tensor(
     images: o.Images = 32,
     recipe: o.Recipe = "mptq_vit",
     seed: o.Seed = 0,
+    device: o.Device = "cpu",
     cache: o.CacheFolder = None,
     no_cache: o.NoCache = False,
 ) -> None:
@@ -56,7 +57,7 @@ def plot_tensor(
     if source not in list(Source):
         raise OptionError(f"there is no source {source!r}; there are {', '.join(Source)}")
     kept = o.cache_folder(cache, no_cache)
-    named = o.named_model(model, weights, num_classes, model_option)
+    named = o.named_model(model, weights, num_classes, model_option, device)
     found = o.calibration_images(calibration, images, named.preprocessing, seed, model == "embedded")
     with RichProgress() as progress:
         session = Session(named.model, found, recipe=recipe, seed=seed, cache=kept, progress=progress)

@@ -51,6 +51,7 @@ def reproduce_table(
     ] = None,
     backend: Annotated[str, typer.Option(help=f"How quantized models are run: {o.BACKENDS_HELP}.")] = "simulated",
     limit: o.Limit = None,
+    device: o.Device = "cpu",
     results: Annotated[Path | None, typer.Option(help="JSON file of results; what is in it is not done again.")] = None,
     cache: o.CacheFolder = None,
     no_cache: o.NoCache = False,
@@ -81,7 +82,7 @@ def reproduce_table(
     check_backend(backend)
     o.check_output(results)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
-    named = o.named_model(model, weights, num_classes, model_option)
+    named = o.named_model(model, weights, num_classes, model_option, device)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     is_embedded = model == "embedded"
     tested = o.labelled_images(data, preprocessing, is_embedded, classes, labels)

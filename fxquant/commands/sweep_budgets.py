@@ -69,7 +69,7 @@ def sweep_budgets(
     if plot is not None:
         check_plot(plot)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
-    named = o.named_model(model, weights, num_classes, model_option)
+    named = o.named_model(model, weights, num_classes, model_option, given.device)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded", classes, labels)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)

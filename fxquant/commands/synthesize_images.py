@@ -22,6 +22,7 @@ def synthesize_images(
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write, .png, to look at.")] = None,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = 8,
+    device: o.Device = "cpu",
     cache: o.CacheFolder = None,
     no_cache: o.NoCache = False,
     image_size: o.ImageSize = None,
@@ -47,7 +48,7 @@ def synthesize_images(
             raise DataError(f"{path} must end in {suffix}")
     o.check_output(out, sheet)
     kept = o.cache_folder(cache, no_cache)
-    named = o.named_model(model, weights, num_classes, model_option)
+    named = o.named_model(model, weights, num_classes, model_option, device)
     preprocessing = o.with_options(named.preprocessing, image_size, None, mean, std, None)
     options = o.synthesis(preprocessing, count, steps, learning_rate)
     started_s = time.perf_counter()
@@ -55,7 +56,7 @@ def synthesize_images(
         images = synthesize(named.model, options, seed=seed, batch_size=batch_size, cache=kept, progress=progress)
     seconds = time.perf_counter() - started_s
     content = io.BytesIO()
-    np.savez_compressed(content, images=images.float().numpy())
+    np.savez_compressed(content, images=images.float().cpu().numpy())
     write_file(out, content.getvalue())
     say(f"{out}: {options.described(seed)}, {seconds:.0f} s")
     if sheet is not None:

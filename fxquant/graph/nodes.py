@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,6 +57,17 @@ def tensor_named(module: nn.Module, path: str) -> torch.Tensor:
     return getattr(module.get_submodule(owner), name)  # type: ignore[no-any-return]
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first parameter or buffer is; the CPU where it has none."""
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def on_cpu(graph_module: GraphModule) -> GraphModule:
+    """The graph on the CPU: itself where it is there, else a copy."""
+    return graph_module if device_of(graph_module).type == "cpu" else copy.deepcopy(graph_module).cpu()
+
+
 def constant_of(graph_module: GraphModule, value: Any) -> torch.Tensor | None:
     """The tensor behind a `get_attr` node, None for anything else."""
     if not isinstance(value, Node) or value.op != "get_attr":
@@ -94,8 +107,9 @@ def moves_data(node: Node) -> bool:
 
 
 def reads_shape(node: Node) -> bool:
-    """Whether a node reads a tensor's shape and not its values."""
-    return node.target in ("size", "dim") or (node.target is getattr and node.args[1:2] in (("shape",), ("ndim",)))
+    """Whether a node reads a tensor's shape, or where it is, and not its values."""
+    attributes = (("shape",), ("ndim",), ("device",))
+    return node.target in ("size", "dim") or (node.target is getattr and node.args[1:2] in attributes)
 
 
 def module_uses(graph_module: GraphModule) -> dict[str, int]:

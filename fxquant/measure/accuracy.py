@@ -13,6 +13,7 @@ from fxquant.checks.arguments import whole
 from fxquant.checks.hints import checked
 from fxquant.data.images import ImageData
 from fxquant.errors import DataError, FxQuantError, ModelError, OptionError, TraceError
+from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import flatten
 from fxquant.report.progress import shown
 from passes.pipeline.contract import ProgressReporter
@@ -76,7 +77,7 @@ def evaluate(
     on these images and outputs that are not class scores (B, classes).
 
     Args:
-        model: the model to measure, in inference mode.
+        model: the model to measure, in inference mode, on any device; images go there batch by batch.
         data: images with labels.
         batch_size: how many images go through the model at a time.
         limit: how many images at most; None: all.
@@ -84,14 +85,15 @@ def evaluate(
         label: how the progress display calls this step.
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
-    data = data.for_outputs(_scores(_first(model, data.read(0))).shape[1])
+    device = device_of(model)
+    data = data.for_outputs(_scores(_first(model, data.read(0).to(device))).shape[1])
     total = data.count if limit is None else min(limit, data.count)
     correct = count = 0
     with shown(progress) as reporter:
         task = reporter.track(label, total)
         for images, labels in data.labelled_batches(batch_size, limit):
-            scores = _scores(model(images))
-            correct += int(torch.eq(scores.argmax(1), labels).sum())
+            scores = _scores(model(images.to(device)))
+            correct += int(torch.eq(scores.argmax(1).cpu(), labels).sum())
             count += len(images)
             task.advance(len(images))
         task.close()

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import annotation_of
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import image_of, on_cpu
 from fxquant.report.progress import shown
 from fxquant.runtime.integer.byte_codes import ByteCode
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
@@ -32,7 +32,7 @@ def layer_times(graph_module: GraphModule, progress: ProgressReporter | bool | N
     progress: where it reports how far it is, as in `fxquant.compile`. Layers that kernels do not run exactly are left
     out. Raises BackendError where there are no kernels.
     """
-    found = machine()
+    found, graph_module = machine(), on_cpu(graph_module)
     known: dict[tuple[Any, ...], float] = {}
     layers: dict[str, float] = {}
     nodes = integer_nodes(graph_module)

@@ -40,7 +40,7 @@ class LearnedScale(nn.Module):
     Args:
         quantizer: the quantizer whose scale learning starts from.
         drop: probability, 0 to 1, that an element stays float.
-        generator: of these draws, on the device of the input.
+        generator: of these draws, on the CPU, so that they are the same wherever the input is.
         thinning: the factor learns from the first of so many parts of the batch, which is noisier and cheaper; all
             values are quantized.
 
@@ -73,7 +73,7 @@ class LearnedScale(nn.Module):
         self._follow()
         kept = None
         if self.training and self.drop:
-            kept = torch.rand(x.shape, generator=self.generator, device=x.device) < self.drop
+            kept = torch.rand(x.shape, generator=self.generator).to(x.device) < self.drop
         if not torch.is_grad_enabled() and kept is None:
             return self.current(x)  # type: ignore[no-any-return]
         quantized: Tensor = _StraightThrough.apply(x, self.log_factor, self, kept)

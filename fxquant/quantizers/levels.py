@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fxquant.graph.nodes import device_of
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 
@@ -28,7 +29,7 @@ def levels_of(quantizer: Quantizer, *, of_weight: bool = False) -> tuple[float, 
         returned = quantizer.levels() / LARGEST
     else:
         scale = getattr(quantizer, "scale", None)
-        returned = _median(quantizer, _asked(), scale, of_weight)
+        returned = _median(quantizer, _asked().to(device_of(quantizer)), scale, of_weight)
     found: Tensor = torch.unique(returned)
     if quantizer.bits > MOST_BITS or len(found) > 2**MOST_BITS:
         found = found[[0, -1]]

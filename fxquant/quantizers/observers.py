@@ -108,7 +108,7 @@ class Observer(nn.Module):
             weight = None if weight is None else weight * self.channel_factor.square()
         of_rows = {rule.of_rows for rule in self._rules()}
         if False in of_rows:
-            self.histogram = self.histogram or Bfloat16Histogram()
+            self.histogram = self.histogram or Bfloat16Histogram(x.device)
             self.histogram.update(x, weight)
         if True in of_rows:
             self._update_rows(x, weight)
@@ -118,7 +118,7 @@ class Observer(nn.Module):
         self.row_length = max(self.row_length, x.shape[-1])
         largest = x.amax(-1, keepdim=True).clamp(1e-15, 1e15)  # float32 holds the square
         mass = largest.square().expand_as(x)
-        self.row_histogram = self.row_histogram or Bfloat16Histogram()
+        self.row_histogram = self.row_histogram or Bfloat16Histogram(x.device)
         self.row_histogram.update(x / largest, None if weight is None else weight * mass, mass)
 
     def update_coherence(self, coherence: float) -> None:
@@ -133,14 +133,14 @@ class Observer(nn.Module):
         """
         rows = rows_ti.detach()
         if squared_to is None:
-            token_weight = torch.ones(len(rows))
+            token_weight = torch.ones(len(rows), device=rows.device)
         else:
             squared = squared_to.detach()
             token_weight = squared.mean(1)
             total = squared.sum(0).double()
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())
-        self.gram = self.gram or Gram(rows.shape[1], rows.dtype)
+        self.gram = self.gram or Gram(rows.shape[1], rows.dtype, rows.device)
         self.gram.add(rows, token_weight)
 
     def state(self) -> dict[str, Tensor]:

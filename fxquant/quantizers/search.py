@@ -91,9 +91,9 @@ def search_weight(
         per_tensor: one scale for the whole tensor, (1, 1); else one for each output channel, (out, 1).
     """
     weight = weight_oi.detach().float()
-    columns = weight.shape[1]
-    gram = LowRank.identity(columns) if gram_ii is None else LowRank.of(gram_ii.float())
-    scaling = torch.ones(len(weight)) if channel_weight_o is None else channel_weight_o
+    columns, device = weight.shape[1], weight.device
+    gram = LowRank.identity(columns, device) if gram_ii is None else LowRank.of(gram_ii.float())
+    scaling = torch.ones(len(weight), device=device) if channel_weight_o is None else channel_weight_o
     signal, ranked = _energy(weight), gram.strongest(RANKED)
     chunks = torch.split(weight, max(CHUNK // columns, 1))
     found = []
@@ -153,14 +153,15 @@ def _best_ranges(
         return cost
 
     # Downwards: what is clipped stays clipped, so a row that suffers from it need not go on.
-    every = rest = torch.arange(len(weight))
+    device = weight.device
+    every = rest = torch.arange(len(weight), device=device)
     for ratio in COARSE_RATIOS:
         if not len(rest):
             break
         tried = rest if len(rest) < len(every) else slice(None)
-        cost = attempt(torch.full((len(rest), ends), ratio), tried)
+        cost = attempt(torch.full((len(rest), ends), ratio, device=device), tried)
         rest = rest[cost <= HOPELESS * least[rest]]
-    together, each = torch.ones(ends), torch.eye(ends) if has_zero_point else ()
+    together, each = torch.ones(ends, device=device), torch.eye(ends, device=device) if has_zero_point else ()
     for moved, steps in ((together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each))):
         centre = best.clone()
         for step in steps:

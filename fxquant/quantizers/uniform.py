@@ -52,7 +52,7 @@ class UniformQuantizer(Quantizer):
     @property
     def reach(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest step from zero that has a code, float32 () or as many as there are zero-points."""
-        zero = torch.tensor(0) if self.zero_point is None else self.zero_point.reshape(-1)
+        zero = torch.tensor(0, device=self.scale.device) if self.zero_point is None else self.zero_point.reshape(-1)
         low, high = self.code_range
         return (low - zero).float(), (high - zero).float()
 

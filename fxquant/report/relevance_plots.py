@@ -76,10 +76,10 @@ def plot_relevance(path: str | PathLike[str], images_bchw: Tensor, relevance_bch
     figure = new_figure(figsize=(1.7 * count, 3.7), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     for column in range(count):
-        image = images_bchw[column].permute(1, 2, 0).double().numpy()
+        image = images_bchw[column].permute(1, 2, 0).double().cpu().numpy()
         low, high = image.min(), image.max()
         grey = ((image - low) / max(high - low, 1e-12)).squeeze()
-        relevance = relevance_bchw[column].sum(0).double().numpy()
+        relevance = relevance_bchw[column].sum(0).double().cpu().numpy()
         limit = max(float(np.quantile(np.abs(relevance), 0.99)), 1e-12)
         extent = (0, image.shape[1], image.shape[0], 0)
         axes[0, column].imshow(grey, cmap="gray", extent=extent)

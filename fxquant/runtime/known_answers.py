@@ -32,7 +32,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.checks.untrusted import field
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import device_of, image_of
 from fxquant.graph.output_tree import Output, leaves
 
 SEED = 15
@@ -118,8 +118,7 @@ class KnownAnswers:
 
         Raises CalibrationError where the output is not finite: nothing could be held against it.
         """
-        device = next((tensor.device for tensor in (*simulated.parameters(), *simulated.buffers())), None)
-        images = answer_images_for(simulated, pixels=pixels).to(device)
+        images = answer_images_for(simulated, pixels=pixels).to(device_of(simulated))
         found = replace(cls.of(simulated(images), float_output), pixels=pixels)
         if not bool(found.simulated.isfinite().all()):
             raise CalibrationError(

@@ -99,7 +99,7 @@ def _label_gradients(
         raise CalibrationError(
             f"there are {len(labels_n)} labels for at least {first + len(scores)} images: give one label for each image"
         )
-    cotangent = label_gradients(scores.detach().softmax(1), labels_n[first : first + len(scores)])[0]
+    cotangent = label_gradients(scores.detach().softmax(1), labels_n[first : first + len(scores)].to(scores.device))[0]
     return torch.autograd.grad(scores, tensors, cotangent.to(scores.dtype), allow_unused=True)
 
 

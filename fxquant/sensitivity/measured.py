@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
+from fxquant.graph.nodes import device_of
 from fxquant.sensitivity.objective import CLASSES, Objective, Outputs
 
 Bits = tuple[int | None, ...]
@@ -42,7 +43,7 @@ class Divergence:
     Args:
         graph_module: a graph whose nodes carry candidates (after SearchScales, observers in place); it is only read,
             and must stay as it is while this lives.
-        images_bchw: the images that outputs are compared on, float (B, C, H, W).
+        images_bchw: the images that outputs are compared on, float (B, C, H, W), on any device.
         batch_size: images per forward.
         baseline: bits of nodes that an assignment does not name (Mix-QViT's baseline precision), which are float
             without one; the divergence is to the float output in any case.
@@ -64,7 +65,7 @@ class Divergence:
         objective.check(graph_module, _NEEDED_BY)
         self.objective = objective
         self._runner = _Runner(graph_module)
-        self._batches = torch.split(images_bchw, batch_size)
+        self._batches = [batch.to(device_of(graph_module)) for batch in torch.split(images_bchw, batch_size)]
         self._images = len(images_bchw)
         self._baseline = {node: self._runner.quantized(node, bits) for node, bits in (baseline or {}).items()}
         self._cursor = 0

@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
+from fxquant.graph.nodes import device_of
 
 Pair = tuple[int, int]
 """(weight bits, activation bits)."""
@@ -49,7 +50,7 @@ def reconstruction_errors(
     runner = _Errors(graph_module, wanted)
     with torch.no_grad():
         for batch in batches:
-            runner.run(batch)
+            runner.run(batch.to(device_of(graph_module)))
     found: dict[Node, dict[Pair, float]] = {}
     for node, pairs in wanted.items():
         # A layer whose output is all zero, but for the bias, has nothing to lose.

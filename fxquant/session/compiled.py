@@ -6,7 +6,6 @@ import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fxquant.export.onnx_file import to_onnx
 from fxquant.export.onnxruntime_model import check_onnxruntime
 from fxquant.export.program_file import to_program
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
+from fxquant.graph.nodes import device_of, on_cpu
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
@@ -119,16 +119,17 @@ class Compiled(nn.Module):
         """This model with integer kernels, weights packed in memory; this one stays as it is.
 
         backend: see `passes.lower.lower.Lower`. Outputs equal this model's but for the rounding of float32, which is
-        proven on two images (`passes.lower.prove_lowering`); `.report()` lists the kernel of each layer. Raises
+        proven on two images (`passes.lower.prove_lowering`); `.report()` lists the kernel of each layer. The result is
+        where its kernels run, wherever this model is: on the CPU, or with "cuda" on a GPU. Raises
         BackendError where the backend cannot run here, or computes something else, naming the first layer that differs;
         MissingExtraError without its extra.
         """
         pipeline = Pipeline([Lower(backend)], assumes=[QUANTIZED])
         journal = Journal(list(self.journal.entries))
-        graph_module = pipeline.run(self.graph_module, PassContext(journal=journal, answers=self.answers))
+        graph_module = pipeline.run(on_cpu(self.graph_module), PassContext(journal=journal, answers=self.answers))
         sizes: dict[tuple[int, int], GraphModule] = {}
         for size, graph in (self.sizes.graphs if self.sizes else {}).items():
-            sizes[size] = pipeline.run(graph, PassContext(answers=self._answers_at(graph)))
+            sizes[size] = pipeline.run(on_cpu(graph), PassContext(answers=self._answers_at(graph)))
             share_tensors(graph_module, sizes[size])
         kernels = execution_of(graph_module)
         layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
@@ -227,8 +228,7 @@ class Compiled(nn.Module):
         """Where images have to be; None where the graph fetches them itself."""
         if self._fetches_images:
             return None
-        tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
-        return next((tensor.device for tensor in tensors), None)
+        return device_of(self.graph_module)
 
     def __copy__(self) -> Compiled:
         copied = type(self).__new__(type(self))
@@ -297,10 +297,11 @@ class Compiled(nn.Module):
         """
         if check:
             check_onnxruntime()
-        graph_module = self._graph_at(image_size)
+        at_size = self._graph_at(image_size)
+        graph_module = on_cpu(at_size)
         found = to_onnx(graph_module, weight_type=weight_type, runtime=runtime, card=self.card)
         if check:
-            known = self.answers if graph_module is self.graph_module else None
+            known = self.answers if at_size is self.graph_module else None
             answers = known or self._answers_at(graph_module)
             check_in_onnxruntime(found.content, answers, answers.images_for(graph_module))
         write_file(Path(path), found.content)

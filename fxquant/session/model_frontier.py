@@ -27,6 +27,7 @@ from allocators.problem.cost_table import CostTable
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
+from fxquant.graph.nodes import device_of
 from fxquant.report.plots import plot_frontier
 from fxquant.report.progress import shown
 from fxquant.report.render import Document
@@ -209,7 +210,8 @@ class _Divergence:
     """Mean divergence of a model's output from the float model's, in the unit of an objective."""
 
     def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
-        self._objective, self._batches = objective, torch.split(images_bchw, batch_size)
+        batches = torch.split(images_bchw, batch_size)
+        self._objective, self._batches = objective, [batch.to(device_of(model)) for batch in batches]
         with torch.inference_mode():
             self._expected = [self._doubled(model(batch)) for batch in self._batches]
 

@@ -16,6 +16,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.graph.capture.model_checks import check_model
 from fxquant.graph.capture.plain_model import copy_of
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import Output, Tree, flat
 from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
@@ -143,8 +144,8 @@ class ModelSource:
 
     @property
     def first_images(self) -> Tensor:
-        """The first two images; one of them twice where there is one."""
-        return self.images[torch.arange(IMAGES) % len(self.images)]
+        """The first two images, where the model is; one of them twice where there is one."""
+        return self.images[torch.arange(IMAGES) % len(self.images)].to(device_of(self._model))
 
     def float_model(self) -> nn.Module:
         """A copy of the caller's model in inference mode, with all that hangs on it and its fixed inputs."""
@@ -154,7 +155,7 @@ class ModelSource:
     def model_outputs(self) -> ModelOutputs:
         """Outputs of `float_model`."""
         first = self.first_images
-        more = answer_images_for(self.traced, pixels=range_of(self.images))
+        more = answer_images_for(self.traced, pixels=range_of(self.images)).to(first.device)
         model = self.float_model()
         with torch.no_grad():
             tree, outputs = flat(model(first.clone()))
@@ -163,7 +164,7 @@ class ModelSource:
     def given_up(self) -> GraphModule:
         """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""
         self.context  # noqa: B018 - which is made from the traced model
-        traced = self.__dict__.pop("traced")
+        traced: GraphModule = self.__dict__.pop("traced")
         copied: GraphModule | None = self.__dict__.pop("with_roles", None)
         # A graph refers to itself, so the copy stays until Python collects its cycles. It is emptied here, or it would
         # keep every tensor that a pass replaces in the traced model.

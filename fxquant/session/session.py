@@ -78,10 +78,11 @@ class Session:
         """Check images, recipe and options; nothing runs before `check` or `compile`.
 
         Args:
-            model: the caller's; it is not modified. Also what `torch.export` made of one, with a batch of any size.
-            calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
-                DataLoader or other iterable of images or (images, labels), which is gone through once and may give
-                1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
+            model: the caller's; it is not modified, and compiled on the device that it is on. Also what `torch.export`
+                made of one, with a batch of any size.
+            calibration: images, float (N, C, H, W), preprocessed as the model wants them, on any device; 32 are usual.
+                Also a list, DataLoader or other iterable of images or (images, labels), which is gone through once and
+                may give 1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
         {options}
 
         Raises CalibrationError, ModelError, OptionError, PipelineError.
@@ -283,11 +284,12 @@ def compile(
     """Quantize a Vision Transformer to mixed bits within a budget. The model is not modified.
 
     Args:
-        model: the caller's model, which is not changed; or what `torch.export` made of one, with a batch of any size.
+        model: the caller's model, which is not changed, and compiled on the device that it is on; or what
+            `torch.export` made of one, with a batch of any size.
         budget: "W4A4", 4, "6MB", "W4, 2GBOPs", a dict or a Budget; None where the recipe is a Pipeline.
-        calibration: images, float (N, C, H, W), preprocessed as the model wants them; 32 are usual. Also a list,
-            DataLoader or other iterable of images or (images, labels), which is gone through once and may give 1,024
-            images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
+        calibration: images, float (N, C, H, W), preprocessed as the model wants them, on any device; 32 are usual. Also
+            a list, DataLoader or other iterable of images or (images, labels), which is gone through once and may give
+            1,024 images and 1 GiB. None, or a Synthesis with options, makes them from the model alone.
         allocator: what chooses bits; None for the recipe's own.
         {options}
 

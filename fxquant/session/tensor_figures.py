@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from fxquant.errors import OptionError
 from fxquant.graph.annotation import Operand, Source, annotation_of, planned_nodes
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.nodes import device_of
 from fxquant.graph.recorder import Recorder
 from fxquant.report.plots import check_plot, plot_sensitivity
 from fxquant.report.tensor_plots import Values, plot_boxes, plot_histograms, plot_mean_distances
@@ -56,7 +57,7 @@ def figure_of_tensor(session: Session, path: str | PathLike[str], layer: str, bi
     )
     after = _quantized(operand, bits, layer)(before)
     title = f"{layer}, {place}, {bits} bits"
-    plot_histograms(path, before.flatten().numpy(), after.flatten().numpy(), title)
+    plot_histograms(path, before.flatten().cpu().numpy(), after.flatten().cpu().numpy(), title)
 
 
 def figure_of_boxes(session: Session, path: str | PathLike[str], source: Source, bits: int) -> None:
@@ -185,7 +186,7 @@ def _thinned(values: Tensor, session: Session) -> Values:
     """At most so many values of an image, evenly spread, float32."""
     flat = values.flatten()
     step = max(1, len(flat) // (_PER_IMAGE * len(session.calibration)))
-    return np.asarray(flat[::step].numpy())
+    return np.asarray(flat[::step].cpu().numpy())
 
 
 @torch.no_grad()
@@ -196,7 +197,7 @@ def _gathered(graph_module: GraphModule, session: Session, wanted: dict[Node, Op
     images = session.calibration
     with session.step("running images", len(images)) as advance:
         for batch in torch.split(images, 8):
-            recorder.run(batch)
+            recorder.run(batch.to(device_of(graph_module)))
             for node, operand in wanted.items():
                 kept[node].append(recorder.inputs[node][operand.argument or 0])
             recorder.forget()

@@ -48,9 +48,9 @@ def density_entropy(values: Tensor, bandwidth: float = BANDWIDTH) -> Tensor:
     position = (values + 1 + _REACH * bandwidth) / step
     lower = position.detach().floor().long().clamp(0, len(kernel) - 2)
     share = position - lower
-    bins = torch.zeros(len(values), len(kernel), dtype=values.dtype)
+    bins = values.new_zeros(len(values), len(kernel))
     bins = bins.scatter_add(1, lower, 1 - share).scatter_add(1, lower + 1, share) / values.shape[1]
-    density = bins @ kernel.to(values.dtype)
+    density = bins @ kernel.to(values)
     return -(density * torch.log(density + _FLOOR)).sum(1) * step
 
 

@@ -26,7 +26,7 @@ def write_sheet(path: Path, images_bchw: Tensor, mean: tuple[float, ...], std: t
     Raises ArtefactError where the file cannot be written.
     """
     scale, shift = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (std, mean))
-    pixels = ((images_bchw.float() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = ((images_bchw.float().cpu() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     height, width = pixels.shape[1] + _GAP, pixels.shape[2] + _GAP
     columns = math.ceil(math.sqrt(len(pixels)))

@@ -33,6 +33,7 @@ from fxquant.checks.hints import check_fields, checked
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.capture.tracing import known_image_shape, trace
+from fxquant.graph.nodes import device_of
 from fxquant.report.progress import shown
 from fxquant.synthesis.priors import similarity_entropy, variation
 from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
@@ -152,7 +153,7 @@ def synthesize(
     cache: str | PathLike[str] | None = None,
     progress: ProgressReporter | bool | None = None,
 ) -> Tensor:
-    """Calibration images for a Vision Transformer: (count, C, H, W) in the model's dtype, normalised as it wants them.
+    """Calibration images for a Vision Transformer: (count, C, H, W) in the model's dtype and where it is, normalised.
 
     Args:
         model: a Vision Transformer; it is not changed.
@@ -230,6 +231,7 @@ class Watched(Interpreter):
     def __init__(self, traced: GraphModule) -> None:
         super().__init__(traced)
         self.dtype = next((parameter.dtype for parameter in traced.parameters()), torch.float32)
+        self.device = device_of(traced)
         self.outputs: list[Tensor] = []
         self.prefix = {node: count for node in nodes_with_role(traced, Role.AV) for count in _prefix(traced, node)}
         if not self.prefix:
@@ -279,13 +281,14 @@ class _Chunk:
         self.watched, self.pictures, self.options, self.seed = watched, pictures, options, seed
         self.step = 0
         draws = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices]
-        noise = torch.stack([torch.randn(*pictures.shape, generator=g) for g in draws])
-        self.labels = torch.cat([torch.randint(0, 2**31, (1,), generator=g) for g in draws])
+        noise = torch.stack([torch.randn(*pictures.shape, generator=g) for g in draws]).to(watched.device)
+        self.labels = torch.cat([torch.randint(0, 2**31, (1,), generator=g) for g in draws]).to(watched.device)
         least, most = options.variation
         scale = (224 / math.sqrt(pictures.shape[1] * pictures.shape[2])) ** 0.25
-        self.target = scale * (torch.cat([torch.rand(1, generator=g) for g in draws]) * (most - least) + least)
-        self.std = torch.tensor(pictures.std).view(1, -1, 1, 1)
-        self.low, self.high = pictures.limits
+        share = torch.cat([torch.rand(1, generator=g) for g in draws])
+        self.target = (scale * (share * (most - least) + least)).to(watched.device)
+        self.std = torch.tensor(pictures.std).view(1, -1, 1, 1).to(watched.device)
+        self.low, self.high = (limit.to(watched.device) for limit in pictures.limits)
         self.images = noise.clamp(self.low, self.high)
         self.first, self.second = torch.zeros_like(noise), torch.zeros_like(noise)
 
@@ -335,4 +338,5 @@ class _Chunk:
             name in tensors and tensors[name].shape == self.images.shape for name in ("images", "first", "second")
         ):
             self.step = int(step)
-            self.images, self.first, self.second = (tensors[name] for name in ("images", "first", "second"))
+            kept = (tensors[name].to(self.watched.device) for name in ("images", "first", "second"))
+            self.images, self.first, self.second = kept

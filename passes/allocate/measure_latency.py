@@ -31,6 +31,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
 from fxquant.graph.annotation import Source, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, missing
+from fxquant.graph.nodes import on_cpu
 from fxquant.graph.notes import Note
 from fxquant.runtime.integer.byte_codes import ByteCode, byte_code
 from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, matmul_ms, time_key
@@ -171,7 +172,7 @@ class MeasureLatency:
     def _whole_ms(self, widest: GraphModule, context: PassContext, codes: list[str]) -> float:
         """The whole model, lowered, on images."""
         images = context.images
-        batch = images[torch.arange(self.batch_size) % len(images)]
+        batch = images[torch.arange(self.batch_size) % len(images)].cpu()
 
         def measured() -> float:
             lowered = copy.deepcopy(widest)
@@ -198,4 +199,4 @@ def _at_the_widest(graph_module: GraphModule, context: PassContext) -> GraphModu
                 bits[index] = max(allowed, default=operand.candidates[0].bits if operand.candidates else None)
         annotate_operands(node, bits=bits)
     SubstituteQuantizers().apply(widest, context)
-    return widest
+    return on_cpu(widest)

@@ -225,7 +225,7 @@ class TypeAwareFisher(FisherTrace):
             raise SensitivityError(
                 f"there are {len(self.labels)} labels for {len(before)} images: give one label for each image"
             )
-        labels = torch.tensor(self.labels)
+        labels = torch.tensor(self.labels, device=before.device)
         return max(float(((before == labels).double() - (after == labels).double()).mean()), 0.0)
 
 

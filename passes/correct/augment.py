@@ -41,7 +41,7 @@ class Augment:
             )
 
     def __call__(self, images_bchw: Tensor, generator: torch.Generator) -> Tensor:
-        """Float (B, C, H, W), on the CPU, to as many others."""
+        """Float (B, C, H, W) to as many others, on their device; the generator is the CPU's: all devices draw alike."""
         images = random_crops(images_bchw, self.crop, generator)
         images = random_colours(images, self.colour, generator) if self.colour else images
         return random_mixtures(images, self.mixed, generator) if self.mixed else images
@@ -66,6 +66,7 @@ def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) 
     places[:, (0, 1), (0, 1)] = side
     places[:, 0, 0] *= torch.where(draw(count) < 0.5, -1.0, 1.0)
     places[:, :, 2] = (2 * draw(count, 2) - 1) * (1 - side)
+    places = places.to(images_bchw.device)
     grid = functional.affine_grid(places, list(images_bchw.shape), align_corners=False).to(images_bchw)
     return functional.grid_sample(images_bchw, grid, padding_mode="border", align_corners=False)
 

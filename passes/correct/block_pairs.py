@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.artefact.cache import signature
 from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, nodes_with_role
+from fxquant.graph.nodes import device_of
 from fxquant.graph.structure.blocks import Block, cut, extract
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
@@ -91,7 +92,7 @@ class BlockPairs:
 
     def __init__(self, graph_module: GraphModule, context: PassContext, device: torch.device | None = None) -> None:
         self.context = context
-        self.device = device or next(graph_module.parameters()).device
+        self.device = device or device_of(graph_module)
         bare = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         substituted = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         remove_observers(bare)
@@ -152,17 +153,18 @@ def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:
             if learned.bias is not None:
                 layer.bias = _like(learned.bias, layer.weight)
             changed += 1
-        annotate_operands(node, candidates=[_learned(operand, learned) for operand in annotation.operands])
+        device = device_of(graph_module)
+        annotate_operands(node, candidates=[_learned(operand, learned, device) for operand in annotation.operands])
     return changed
 
 
-def _learned(operand: Operand, module: nn.Module) -> tuple[Candidate, ...]:
+def _learned(operand: Operand, module: nn.Module, device: torch.device) -> tuple[Candidate, ...]:
     """An operand's candidates, that of its width with the quantizer that the module has for it."""
     quantizer: Quantizer | None = getattr(module, _place(operand, module), None)
     if quantizer is None:
         return operand.candidates
     return tuple(
-        replace(c, quantizer=copy.deepcopy(quantizer).to("cpu")) if c.bits == operand.bits else c
+        replace(c, quantizer=copy.deepcopy(quantizer).to(device)) if c.bits == operand.bits else c
         for c in operand.candidates
     )
 

@@ -23,11 +23,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Kept
+from fxquant.checks.devices import device_named
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.facts import Fact
@@ -60,8 +60,7 @@ class Distil:
         augment: what both networks see of the images.
         closed_form: what gives the weights that training starts from; None starts from their nearest rounding.
         checks: how often the held-out divergence is measured, to keep the best state.
-        device: where training runs, for example "cuda"; None takes a GPU where there is one, else the place where the
-            model is.
+        device: where training runs, for example "cuda"; None: where the model is.
 
     Not idempotent: its target is the float network of the weights it finds, so no pass that rewrites weights may have
     run before it.
@@ -98,7 +97,7 @@ class Distil:
         every check, and the check that was kept.
         """
         context.objective.check(graph_module, "Distil")
-        pairs = BlockPairs(graph_module, context, self._device(graph_module))
+        pairs = BlockPairs(graph_module, context, None if self.device is None else device_named(self.device))
         key = pairs.signature(repr(self), MEMORY)
         checkpoint = Checkpoint(context.cache, key, EVERY_S)
         task = context.progress.track("distilling", self.checks)
@@ -126,8 +125,3 @@ class Distil:
         context.note(divergences=numbers, kept_check=divergences.index(min(divergences)))
         training.finish()
         return adopt(graph_module, pairs.quantized)
-
-    def _device(self, graph_module: GraphModule) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device

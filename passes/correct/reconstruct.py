@@ -30,6 +30,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 
 from fxquant.artefact.cache import signature
+from fxquant.checks.devices import device_named
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.facts import Fact
@@ -64,8 +65,7 @@ class Reconstruct:
         rank: outer products per image of the Fisher-weighted loss.
         closed_form: what gives the weights that the steps start from; None starts from the float weights.
         checks: how often the held-out error is measured, to keep the best state.
-        device: where the blocks are trained, for example "cuda"; None takes a GPU where there is one, else the place
-            where the model is.
+        device: where the blocks are trained, for example "cuda"; None: where the model is.
     """
 
     steps: int = 100
@@ -104,7 +104,7 @@ class Reconstruct:
         Notes, per block, the held-out error before and after (`before`, `after`; squared, or Fisher-weighted, relative
         to the float network's), and steps taken. Every block is kept in the context's cache as soon as it is learned.
         """
-        pairs = BlockPairs(graph_module, context, self._device(graph_module))
+        pairs = BlockPairs(graph_module, context, None if self.device is None else device_named(self.device))
         key = pairs.signature(repr(self))
         task = context.progress.track("reconstructing blocks", self.steps * len(pairs.blocks))
         notes = []
@@ -119,18 +119,13 @@ class Reconstruct:
         context.note(blocks=notes)
         return adopt(graph_module, pairs.quantized)
 
-    def _device(self, graph_module: GraphModule) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda") if torch.cuda.is_available() else next(graph_module.parameters()).device
-
 
 class _Learning:
     """The reconstruction of one block."""
 
     def __init__(self, options: Reconstruct, pair: BlockPair, pairs: BlockPairs, task: ProgressTask) -> None:
         self.options, self.pair, self.pairs, self.task = options, pair, pairs, task
-        self.generator = torch.Generator(pairs.device).manual_seed(pairs.context.seed * 1_000_003 + pair.index)
+        self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + pair.index)
         held = torch.arange(len(pair.target)) % HELD_OUT == HELD_OUT - 1
         self.train, self.held = torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0]
         if not len(self.held):
@@ -237,9 +232,9 @@ class _Learning:
         for step in range(options.steps):
             for group, (rate, falls) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * step / options.steps) if falls else 1.0)
-            order = torch.randperm(len(self.train), generator=self.generator, device=self.pairs.device).cpu()
+            order = torch.randperm(len(self.train), generator=self.generator)
             images = self.train[order[: options.images]]
-            kept = torch.rand(pair.float_input[images].shape, generator=self.generator, device=self.pairs.device)
+            kept = torch.rand(pair.float_input[images].shape, generator=self.generator).to(self.pairs.device)
             x = torch.where(kept < options.drop, pair.float_input[images], pair.quantized_input[images])
             output = functional_call(pair.quantized, self._parameters(hard=False), (x,))
             loss = self.error_of(output, images) + self._penalty(step / options.steps)

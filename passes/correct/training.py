@@ -174,7 +174,7 @@ class Training:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
-        images = options.augment(self.images[chosen], self.generator).to(self.device)
+        images = options.augment(self.images[chosen].to(self.device), self.generator)
         with self._precision():
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)

@@ -19,6 +19,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.facts import Fact
+from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import Output
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
@@ -171,7 +172,8 @@ class PassContext:
     """What every pass is given.
 
     Args:
-        images_bchw: calibration images, float (B, C, H, W), on the CPU; None for passes that need no data.
+        images_bchw: calibration images, float (B, C, H, W); None for passes that need no data. They may stay in host
+            memory: passes move a few at a time to where the graph is.
         batch_size: images per forward where outputs are compared (divergences, corrections, training's checks); bounds
             memory, does not change results beyond float rounding. Statistics are gathered image by image.
         seed: the seed of every random draw.
@@ -225,10 +227,10 @@ class PassContext:
     def gather(
         self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Calibration images a few at a time, (B, C, H, W), with the index of the first, for a pass that gathers.
+        """Calibration images a few at a time, (B, C, H, W), where the graph is, with the index of the first.
 
-        So the activations (and gradients) of few images only are alive at a time, and sums are formed in one order: no
-        batch size has a say in them. Progress is shown under `label`.
+        For a pass that gathers. The activations (and gradients) of few images only are alive at a time, and sums are
+        formed in one order: no batch size has a say in them. Progress is shown under `label`.
 
         Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
         one that was killed is given that state and the images that are left.
@@ -245,11 +247,12 @@ class PassContext:
         checkpoint = Checkpoint(self.cache, key)
         _, state = checkpoint.load() or ({}, {})
         done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
+        device = device_of(graph_module)
         if done:
-            gathered.restore(state)
+            gathered.restore({name: tensor.to(device) for name, tensor in state.items()})
         for index, batch in zip(count(0, together), torch.split(self.images, together)):
             if index >= done:
-                yield index, batch
+                yield index, batch.to(device)
                 seen = torch.tensor(index + len(batch))
                 checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
             task.advance(len(batch))
@@ -361,11 +364,9 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
         )
     if images.ndim != 4:
         raise CalibrationError(f"calibration images must be a tensor (N, C, H, W), found shape {tuple(images.shape)}")
-    if images.device.type != "cpu" or images.layout is not torch.strided or images.is_quantized:
-        found = f"on {images.device}" if images.device.type != "cpu" else str(images.layout)
-        raise CalibrationError(
-            f"calibration images must be a plain tensor on the CPU, found {found}: give images.cpu()"
-        )
+    if images.is_meta or images.layout is not torch.strided or images.is_quantized:
+        found = "one on the meta device" if images.is_meta else str(images.layout)
+        raise CalibrationError(f"calibration images must be a plain tensor with values, found {found}")
     if not images.is_floating_point():
         raise CalibrationError(
             f"calibration images are {images.dtype}: convert to float and apply the model's preprocessing first"

@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
-from fxquant.graph.nodes import tensor_at
+from fxquant.graph.nodes import device_of, tensor_at
 from fxquant.graph.notes import SIZES
 from fxquant.graph.output_tree import Output, leaves
 from fxquant.graph.printer import describe
@@ -202,7 +202,7 @@ class Proof:
             raise VerificationError(
                 f"{what} does not compute {self._whose}: outputs on two images differ by {found:.3g}, and "
                 f"{allowed:.3g} is allowed ({RELATIVE:g} of their range and {ABSOLUTE:g} of the largest); "
-                f"{_where(graph_module, self._run, run)}; {self._remedy()}"
+                f"{_where(graph_module, self._run, run)}; {_float32_remedy(device_of(graph_module))}{self._remedy()}"
             )
         self._expected, self._run, self._is_proven, self._unproven = expected, run, True, []
         if context is not None:
@@ -216,6 +216,13 @@ class Proof:
             f"{first}{listed}; repair it or leave it out, pipeline.without(...), or let it declare its effect, "
             f"Effect.WEIGHTS or Effect.FUNCTION, if it is meant to change this (docs/how_to/writing_a_pass.md)"
         )
+
+
+def _float32_remedy(device: torch.device) -> str:
+    """What to try first where torch rounds convolutions more coarsely than float32; else nothing."""
+    if device.type != "cuda" or not torch.backends.cudnn.allow_tf32:
+        return ""
+    return "torch rounds convolutions to TF32 there, set torch.backends.cudnn.allow_tf32 = False; if that is not it, "
 
 
 def float_tensors(graph_module: GraphModule, copied: bool) -> Tensors:
@@ -309,10 +316,10 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _images(graph_module: GraphModule, given: Tensor | None) -> Tensor:
-    """Two of the images given, one twice where there is one; without any, images made from a seed."""
-    if given is not None and len(given):
-        return given[torch.arange(IMAGES) % len(given)]
-    return answer_images_for(graph_module)
+    """Two of the images given, one twice where there is one, else made from a seed; they are where the graph is."""
+    if given is None or not len(given):
+        return answer_images_for(graph_module).to(device_of(graph_module))
+    return given[torch.arange(IMAGES) % len(given)].to(device_of(graph_module))
 
 
 def _samples(value: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def balancing(query: Tensor, key: Tensor, dampening: float) -> Tensor:
             are equal where D is a power of two, else nearly so.
         dampening: share of the mean variance that is added to every direction, see BalanceHeads.
     """
-    eye = torch.eye(len(query), dtype=query.dtype)
+    eye = torch.eye(len(query), dtype=query.dtype, device=query.device)
     of_query, of_key = (
         moment + (dampening * moment.trace() / len(moment)).clamp_min(_TINY) * eye for moment in (query, key)
     )
@@ -140,6 +140,7 @@ def _own(graph_module: GraphModule, node: Node) -> None:
 def _fold(graph_module: GraphModule, node: Node, channels: Tensor, turn: Tensor, shift: Tensor) -> None:
     """y[channels] becomes turn (y[channels] - shift) for the outputs y of a linear layer."""
     linear: Any = graph_module.get_submodule(str(node.target))
+    turn, shift = turn.to(linear.weight.device), shift.to(linear.weight.device)
     linear.weight[channels] = (turn @ linear.weight[channels].double()).to(linear.weight.dtype)
     linear.bias[channels] = (turn @ (linear.bias[channels].double() - shift)).to(linear.bias.dtype)
 
@@ -182,12 +183,12 @@ class _Moments(Interpreter):
                 (self.sums if kind == "sum" else self.moments)[name, int(first[0])] = tensor
 
     def mean(self, node: Node, channels: Tensor) -> Tensor:
-        """Of a head's channels, (D,)."""
-        return self.sums[_place(node, channels)] / self.counts[node.name]
+        """Of a head's channels, (D,), on the host: what follows of it is small, and there the same for every device."""
+        return self.sums[_place(node, channels)].cpu() / self.counts[node.name]
 
     def second(self, node: Node, channels: Tensor) -> Tensor:
-        """Second moment of a head's channels, (D, D)."""
-        return self.moments[_place(node, channels)] / self.counts[node.name]
+        """Second moment of a head's channels, (D, D), on the host."""
+        return self.moments[_place(node, channels)].cpu() / self.counts[node.name]
 
 
 def _place(node: Node, channels: Tensor) -> tuple[str, int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.facts import TRACED, Fact
-from fxquant.graph.nodes import module_uses
+from fxquant.graph.nodes import device_of, module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
 from passes.pipeline.contract import Effect, Journal, PassContext
@@ -55,7 +55,8 @@ class RotateResidual:
             if reasons:
                 refused[stream.norms[0].name] = reasons[0]
                 continue
-            q = _drawn(context.seed, index, _width(modules[str(stream.norms[0].target)]))
+            width = _width(modules[str(stream.norms[0].target)])
+            q = _drawn(context.seed, index, width).to(device_of(graph_module))
             changed += _rotate(graph_module, stream, {norm: readers[norm] for norm in stream.norms}, q)
             rotated.append(stream.norms[0].name)
         graph_module.graph.lint()
@@ -124,7 +125,7 @@ def _turn_parameters(graph_module: GraphModule, stream: ResidualStream, q: Tenso
     for node in {str(node.target): node for node in stream.parameters}.values():
         owner, _, name = str(node.target).rpartition(".")
         value = _parameter(graph_module, node)
-        turned = (value.detach().double() @ q).to(value.dtype)
+        turned = (value.detach().double() @ q.to(value.device)).to(value.dtype)
         if isinstance(value, nn.Parameter):
             turned = nn.Parameter(turned, requires_grad=False)
         setattr(graph_module.get_submodule(owner), name, turned)
@@ -132,7 +133,7 @@ def _turn_parameters(graph_module: GraphModule, stream: ResidualStream, q: Tenso
 
 def _read_rotated(norm: Any, linears: list[Any], q: Tensor) -> None:
     """Fold gamma and beta into the linear layers, and let them read rotated channels."""
-    one = torch.ones(len(q), dtype=linears[0].weight.dtype if linears else None)
+    one = torch.ones(len(q), dtype=linears[0].weight.dtype if linears else None, device=q.device)
     gamma = one if norm.weight is None else norm.weight.detach()
     beta = 0 * one if norm.bias is None else norm.bias.detach()
     for linear in linears:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -22,7 +23,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
-from fxquant.graph.nodes import module_of
+from fxquant.graph.nodes import device_of, module_of
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.search import search_activation, search_weight
@@ -124,9 +125,10 @@ class SearchScales:
         """Candidates of each operand of a node; a killed process has left those it had."""
 
         def searched() -> tuple[tuple[Candidate, ...], ...]:
-            return tuple(self._searched(graph_module, node, operand, observers) for operand in annotation.operands)
+            found = (self._searched(graph_module, node, operand, observers) for operand in annotation.operands)
+            return tuple(placed(candidates, device) for candidates in found)
 
-        annotation = annotation_of(node)
+        annotation, device = annotation_of(node), device_of(graph_module)
         if cache.folder is None:
             return searched()
         statistics = [[o.families, o.keeps_gram, o.images, o.state()] for o in observers.values()]
@@ -135,7 +137,7 @@ class SearchScales:
         key = cache.key_of(repr(self), statistics, module, weights)
         kept = cache.read(key, part=True)
         if kept is not None:
-            return candidates_from_file(*kept)
+            return tuple(placed(candidates, device) for candidates in candidates_from_file(*kept))
         found = searched()
         with suppress(ArtefactError):  # a quantizer that no file can hold
             cache.write(key, *candidates_to_file(found), part=True)
@@ -194,6 +196,13 @@ class SearchScales:
             asymmetric=[family.name for family in operand.families] == ["asymmetric"],
             per_tensor=self.weight_scales == "tensor",
         )
+
+
+def placed(candidates: tuple[Candidate, ...], device: torch.device) -> tuple[Candidate, ...]:
+    """The candidates with their quantizers on a device; those of activations are found on the host."""
+    for candidate in candidates:
+        candidate.quantizer.to(device)
+    return candidates
 
 
 def _outlines(graph_module: GraphModule, node: Node, observers: Mapping[int, Observer]) -> list[Any]:

@@ -6,6 +6,7 @@ shows where the bits went. Not done here: integer execution (Lower).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,7 +102,8 @@ def chosen(operand: Operand, layer: str) -> Candidate | None:
 
 def _quantized(graph_module: GraphModule, node: Node, annotation: Annotation) -> nn.Module:
     candidates = {operand.argument: chosen(operand, annotation.layer) for operand in annotation.operands}
-    inputs = {place: candidate.quantizer for place, candidate in candidates.items() if candidate is not None}
+    # Copies: what is compiled may be moved to another device, and whoever searched still has the candidates.
+    inputs = {place: copy.deepcopy(found.quantizer) for place, found in candidates.items() if found is not None}
     weight_quantizer = inputs.get(None)
     if node.op != "call_module":
         return QuantizedMatmul(inputs.get(0), inputs.get(1))

@@ -10,6 +10,7 @@ mostly) that the table would have to be large: GELU itself is as fast.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from torch.fx import GraphModule
 from fxquant.graph.annotation import Role, nodes_with_role
 from fxquant.graph.facts import QUANTIZED, Fact
 from fxquant.graph.names import exchange_module
-from fxquant.graph.nodes import input_of, only_reader
+from fxquant.graph.nodes import device_of, input_of, only_reader
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.integer.byte_table import BITS, fits
@@ -54,10 +55,11 @@ class TabulateGelu:
                 continue
             if getattr(following, "scale", torch.ones(1)).numel() != 1:
                 continue
+            following = copy.deepcopy(following).cpu()  # so that the table is the same for every device
             quantizer = input_quantizer(gelu, following)
             x = quantizer.dequantize(torch.arange(2**BITS, dtype=torch.int32))
             if fits(following.quantize(gelu(x))):
-                exchange_module(graph_module, node, QuantizedInput(gelu, quantizer))
+                exchange_module(graph_module, node, QuantizedInput(gelu, quantizer.to(device_of(graph_module))))
                 changed += 1
         graph_module.recompile()
         return changed

@@ -97,6 +97,9 @@ def test_the_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
         ["compile", "embedded", "W4A4", "--recipe-file", "missing.toml"],
         ["compile", "embedded", "W4A4", "--option", "base"],
         ["compile", "embedded", "W4A4", "--image-sizes", "28"],
+        ["compile", "embedded", "W4A4", "--device", "cuda:99"],
+        ["evaluate", "embedded", "--device", "gpu"],
+        ["synthesize", "embedded", "--out", "images.npz", "--device", "meta"],
         ["compile", "embedded", "W4A4", "--recipe", "lampq", "--recipe-file", "missing.toml"],
     ],
 )

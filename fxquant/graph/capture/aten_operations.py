@@ -52,7 +52,7 @@ _OPERATORS = {
     "mul": operator.mul, "neg": operator.neg, "__and__": operator.and_, "__or__": operator.or_,
 }  # fmt: skip
 _ANYTHING = slice(None)
-_FACTORY_OPTIONS = ("device", "layout", "pin_memory", "memory_format")
+_FACTORY_OPTIONS = ("layout", "pin_memory", "memory_format")
 _MODES = {"upsample_nearest2d": "nearest", "upsample_bilinear2d": "bilinear", "upsample_bicubic2d": "bicubic"}
 
 
@@ -87,7 +87,7 @@ def _unknown(target: Any) -> TraceError:
 
 
 def _without_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Without arguments of memory and devices, which say nothing of values."""
+    """Without arguments of memory, which say nothing of values."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **{key: value for key, value in kwargs.items() if key not in _FACTORY_OPTIONS})
@@ -214,7 +214,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "embedding": lambda weight, indices, *rest: functional.embedding(indices, weight),
     "where": torch.where,
     "linalg_vector_norm": torch.linalg.vector_norm,
-    "scalar_tensor": lambda value, **options: torch.tensor(value, dtype=options.get("dtype")),
+    "scalar_tensor": lambda value, dtype=None, device=None, **_: torch.tensor(value, dtype=dtype, device=device),
     "_to_copy": _to,
     "to": _to,
     "contiguous": lambda x, **options: x.contiguous(),

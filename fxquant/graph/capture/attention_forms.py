@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key, value = _repeated(key, query), _repeated(value, query)
     if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     return attention_probabilities(query, key, attn_mask, scale) @ value
 
 

@@ -17,7 +17,7 @@ from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 
 
 def check_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
-    """Raise ModelError unless a model can be quantized: not quantized yet, with finite float32 or float64 weights.
+    """Raise ModelError unless a model can be quantized: not quantized yet, finite float32 or float64, on one device.
 
     inputs: what its forward is given besides the images, by name.
 
@@ -41,6 +41,7 @@ def check_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> No
         _check_values(f"parameter '{name}'", tensor)
     for name, buffer in model.named_buffers():
         _check_storage(f"buffer '{name}'", buffer)
+    _check_device(model)
     _check_arguments(model, inputs or {})
 
 
@@ -75,13 +76,20 @@ def _check_storage(what: str, tensor: Tensor) -> None:
         raise ModelError(
             f"{what} is a {type(tensor).__name__}, not a plain tensor: give the float model it was made from"
         )
-    if tensor.device.type != "cpu":
-        raise ModelError(
-            f"{what} is on {tensor.device}, and models are compiled on the CPU: pass copy.deepcopy(model).cpu(), and "
-            f"images.cpu(); lowered with backend='cuda' the result runs on a GPU"
-        )
     if tensor.layout != torch.strided:
         raise ModelError(f"{what} has the layout {tensor.layout}: make it dense with .to_dense()")
+
+
+def _check_device(model: nn.Module) -> None:
+    """Raise ModelError where parameters and buffers are on several devices, naming two."""
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    first, tensor = named[0]
+    for name, other in named:
+        if other.device != tensor.device:
+            raise ModelError(
+                f"'{first}' is on {tensor.device} and '{name}' is on {other.device}, and a model is compiled on one "
+                f"device: move all of it there, model.to('{tensor.device}')"
+            )
 
 
 def _check_values(what: str, tensor: Tensor) -> None:
@@ -133,17 +141,15 @@ def _check_arguments(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def check_example(example_bchw: Tensor) -> None:
-    """Raise CalibrationError unless the example is a finite float tensor (B, C, H, W) on the CPU."""
+    """Raise CalibrationError unless the example is a finite float tensor (B, C, H, W)."""
     if not isinstance(example_bchw, Tensor):
         raise CalibrationError.for_type(f"the example is a {type(example_bchw).__name__}, not a tensor (B, C, H, W)")
     if example_bchw.ndim != 4 or example_bchw.numel() == 0:
         raise CalibrationError(f"the example has shape {tuple(example_bchw.shape)}; images are (B, C, H, W), B >= 1")
     if not example_bchw.is_floating_point():
         raise CalibrationError(f"the example is {example_bchw.dtype}; scale the images to float first")
-    if example_bchw.device.type != "cpu":
-        raise CalibrationError(
-            f"the example is on {example_bchw.device}, and models are compiled on the CPU: give images.cpu()"
-        )
+    if example_bchw.is_meta:
+        raise CalibrationError("the example is on the meta device, where it has a shape and no values: give images")
     if example_bchw.layout is not torch.strided:
         raise CalibrationError(f"the example is {example_bchw.layout}, not a plain tensor: give images.to_dense()")
     if not torch.isfinite(example_bchw).all():

@@ -11,6 +11,7 @@ After `normalize`, whatever the source said:
 - fused attention is written out as matmul, softmax, matmul (`attention_forms`, while tracing); the scores under every
   softmax have one form, a factor of the queries and a constant that is added (`attention_scores`);
 - operations without effect in inference (dropout, padding by zero, whole slices) are gone, and so is dead code;
+- no node names a device: what the model makes where it is, it makes where its images are;
 - every call is of a module of its own, also where the model calls one module several times.
 
 A new module takes the place of the module it came from (`blocks.3.attn.qkv`, `blocks.3.norm1`) where nothing else lives
@@ -25,7 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 from torch.nn import functional
 
 from fxquant.graph.capture.attention_scores import normalize_scores
@@ -54,9 +56,32 @@ def normalize(graph_module: GraphModule) -> GraphModule:
     graph.eliminate_dead_code()  # sizes that nobody needs are no readers
     normalize_scores(graph_module)
     graph.eliminate_dead_code()
+    _name_no_device(graph)
     normalized = GraphModule(graph_module, graph, class_name=type(graph_module).__name__.removesuffix("Impl"))
     separate_calls(normalized)
     return normalized
+
+
+def _name_no_device(graph: Graph) -> None:
+    """Where the model's code named a device, let the graph take that of the images, so that it can be moved."""
+    naming = [node for node in graph.nodes if any(isinstance(found, torch.device) for found in _arguments(node))]
+    if not naming:
+        return
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(image):
+        place = graph.call_function(getattr, (image, "device"))
+    for node in naming:
+        node.args, node.kwargs = (
+            map_aggregate(given, lambda value: place if isinstance(value, torch.device) else value)
+            for given in (node.args, node.kwargs)
+        )
+
+
+def _arguments(node: Node) -> list[Any]:
+    """All values in the arguments of a call."""
+    found: list[Any] = []
+    map_aggregate((node.args, node.kwargs), found.append)
+    return found
 
 
 def _rewrite_of(node: Node) -> Callable[[GraphModule, Node], None] | None:

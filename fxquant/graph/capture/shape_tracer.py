@@ -58,9 +58,9 @@ _CONVERSIONS = frozenset({"to", "float", "double", "type", "type_as"})
 class ShapeTracer(fx.Tracer):
     """Traces an image model at the shape of an example, with the batch left free.
 
-    example_bchw: float (B, C, H, W); only its shape and dtype are used. After `record`, `read_tensors` holds the ids of
-    the parameters and buffers that the model's own code has read; after it failed, `failed_in` is the path of the
-    module in which it did.
+    example_bchw: float (B, C, H, W); only its shape, dtype and device are used. After `record`, `read_tensors` holds
+    the ids of the parameters and buffers that the model's own code has read; after it failed, `failed_in` is the path
+    of the module in which it did.
     """
 
     def __init__(self, example_bchw: torch.Tensor) -> None:
@@ -272,7 +272,7 @@ class ShapeTracer(fx.Tracer):
         """What the node holds at the `index`-th batch size, computed without data."""
         if kind == "placeholder":
             shape = (_BATCH_SIZES[index], *self._example_bchw.shape[1:])
-            return self._fake_mode.from_tensor(torch.empty(shape, dtype=self._example_bchw.dtype))
+            return self._fake_mode.from_tensor(self._example_bchw.new_empty(shape))
         args, kwargs = at_batch(args, index), at_batch(kwargs, index)
         fakes = fakes_in((args, kwargs))
         versions = _versions(fakes)

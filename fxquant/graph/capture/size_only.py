@@ -31,4 +31,4 @@ def made_of_sizes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], va
     if fill is None:
         fill = kwargs.get("fill_value", args[-1])
     is_constant = first.shape == second.shape and isinstance(fill, int | float)
-    return torch.full(first.shape, fill, dtype=first.dtype) if is_constant else None
+    return torch.full(first.shape, fill, dtype=first.dtype, device=first.device) if is_constant else None

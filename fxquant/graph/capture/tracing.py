@@ -32,7 +32,7 @@ from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weig
 from fxquant.graph.capture.shape_tracer import ShapeTracer
 from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import device_of, image_of
 from fxquant.graph.notes import CLASSES, COVERAGE, EXPORTED, IMAGE_SHAPE
 from fxquant.graph.output_tree import TREE, Tree, flatten, leaves
 from fxquant.graph.structure.class_scores import declared_classes
@@ -57,7 +57,7 @@ def trace(
         model: takes one image tensor, returns tensors; it is copied, never changed. What `torch.compile` and
             `nn.DataParallel` wrap is traced itself. Hooks and replaced forwards are part of the graph; parametrized,
             normalized and pruned weights are plain weights of the value they have.
-        example_bchw: finite float (B, C, H, W) on the CPU, as is the model; the graph takes any B and this (C, H, W).
+        example_bchw: finite float (B, C, H, W), moved to where the model is; the graph takes any B and this (C, H, W).
         minimum_coverage: least share, 0 to 1, of linear and convolution weight elements that must be visible in the
             graph.
         inputs: further arguments of the model's forward, by name, which keep these values in the graph.
@@ -67,10 +67,10 @@ def trace(
     for a tree, see `fxquant.graph.output_tree`; and `tensor_meta` on every node that holds a tensor. Parameters do not
     require gradients; its state is independent of the model's.
 
-    Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, not
-    on the CPU, not float32 or float64, or not finite; CalibrationError for an example of the wrong kind or a size the
-    model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model that
-    stands in the way.
+    Raises ModelError for a model that is quantized, scripted or cannot be copied, and for weights that are missing, on
+    several devices, not float32 or float64, or not finite; CalibrationError for an example of the wrong kind or a size
+    the model refuses; CoverageError for hidden weights; TraceError for everything else, naming the line of the model
+    that stands in the way.
     """
     if isinstance(model, ExportedProgram):
         model = module_of_program(model)
@@ -79,6 +79,7 @@ def trace(
     check_example(example_bchw)
     if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
         raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
+    example_bchw = example_bchw.to(device_of(model))
     # A copy of its own, since running it may change its state.
     tree, expected = _run_eagerly(copy_of(model, fixed), example_bchw)
     root = copy_of(model, fixed)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxquant.graph.nodes import moves_data, reads_shape
+from fxquant.graph.nodes import device_of, moves_data, reads_shape
 
 
 @dataclass
@@ -46,7 +46,7 @@ def channel_paths(
     """
     tracer = _PathTracer(graph_module)
     with torch.no_grad():
-        tracer.run(example_bchw[:1])
+        tracer.run(example_bchw[:1].to(device_of(graph_module)))
     for node, path in tracer.paths.items():
         path.padded |= node.name in padded
     return tracer.paths
@@ -65,7 +65,7 @@ class ProbeTracer(Interpreter):
 
     def begin(self, node: Node, result: Tensor) -> None:
         """A probe of the node's channels, each with its index plus one, in the shape of its result."""
-        index = torch.arange(1.0, result.shape[-1] + 1)
+        index = torch.arange(1.0, result.shape[-1] + 1, device=result.device)
         self.probes[node] = (node, index.expand_as(result).contiguous())
 
     def again(self, node: Node, values: Mapping[Node, Any]) -> Any:
@@ -103,7 +103,7 @@ class _PathTracer(ProbeTracer):
         origin, probe = self.probes[source]
         path = self.paths[origin]
         if isinstance(module, nn.Linear):
-            index = torch.arange(1.0, probe.shape[-1] + 1)
+            index = torch.arange(1.0, probe.shape[-1] + 1, device=probe.device)
             kept = probe.eq(index).reshape(-1, probe.shape[-1])
             zero = probe.eq(0).reshape(-1, probe.shape[-1])
             if probe.shape[-1] != module.in_features or not (kept.all(1) | zero.all(1)).all():

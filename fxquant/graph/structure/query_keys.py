@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.graph.annotation import Role, nodes_with_role
-from fxquant.graph.nodes import argument, module_uses, moves_data, reads_shape
+from fxquant.graph.nodes import argument, device_of, module_uses, moves_data, reads_shape
 from fxquant.graph.structure.channel_paths import ProbeTracer
 from fxquant.graph.structure.kind import Kind, kind_of
 
@@ -61,7 +61,7 @@ def query_keys(graph_module: GraphModule, example_bchw: Tensor) -> tuple[dict[No
     example_bchw: float, at least one image.
     """
     tracer = _ProductTracer(graph_module)
-    tracer.run(example_bchw[:1])
+    tracer.run(example_bchw[:1].to(device_of(graph_module)))
     counts = module_uses(graph_module)
     refused = {node: found for node, found in tracer.found.items() if isinstance(found, str)}
     products = {node: found for node, found in tracer.found.items() if isinstance(found, QueryKey)}

@@ -13,11 +13,20 @@ BLOCK = 256  # rows of a block: wide enough for fast products, narrow enough to 
 
 
 class Gram:
-    """Accumulates weighted rows. columns: of every row. dtype: float32 or float64, that of the rows."""
+    """Accumulates weighted rows.
 
-    def __init__(self, columns: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        columns: of every row.
+        dtype: float32 or float64, that of the rows.
+        device: where the rows are.
+    """
+
+    def __init__(
+        self, columns: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
         self._blocks = [
-            torch.zeros(min(BLOCK, columns - at), columns - at, dtype=dtype) for at in range(0, columns, BLOCK)
+            torch.zeros(min(BLOCK, columns - at), columns - at, dtype=dtype, device=device)
+            for at in range(0, columns, BLOCK)
         ]
 
     @classmethod

@@ -27,11 +27,13 @@ class Bfloat16Histogram:
     """Accumulates values and, optionally, weights; `finish` gives the sorted moments.
 
     Kept are the buckets that hold values, in general some thousands: a model has a hundred histograms.
+
+    device: where the values are.
     """
 
-    def __init__(self) -> None:
-        self._keys = torch.zeros(0, dtype=torch.int64)
-        self._moments = torch.zeros(6, 0, dtype=torch.float64)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._keys = torch.zeros(0, dtype=torch.int64, device=device)
+        self._moments = torch.zeros(6, 0, dtype=torch.float64, device=device)
         self.weighted = False
 
     def update(self, x: Tensor, weight: Tensor | None = None, mass: Tensor | None = None) -> None:
@@ -44,7 +46,8 @@ class Bfloat16Histogram:
         """
         flat = x.detach().reshape(-1)
         keys = flat.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
-        values, count = flat.double(), _sums(keys, torch.ones(1, dtype=torch.float64).expand(len(keys)))
+        values, one = flat.double(), torch.ones(1, dtype=torch.float64, device=keys.device)
+        count = _sums(keys, one.expand(len(keys)))
         self._make_room(count)
         if mass is None:
             self._moments[0] += count[self._keys]
@@ -61,7 +64,7 @@ class Bfloat16Histogram:
         occupied[self._keys] = True
         keys = occupied.nonzero()[:, 0]
         if len(keys) > len(self._keys):
-            moments = torch.zeros(6, len(keys), dtype=torch.float64)
+            moments = self._moments.new_zeros(6, len(keys))
             moments[:, torch.searchsorted(keys, self._keys)] = self._moments
             self._keys, self._moments = keys, moments
 
@@ -80,8 +83,8 @@ class Bfloat16Histogram:
         self.weighted = bool(state["weighted"])
 
     def finish(self) -> SortedMoments:
-        """Buckets that hold values, in ascending order of value."""
-        moments = self._moments.numpy()
+        """Buckets that hold values, in ascending order of value: what is searched next, on the host."""
+        moments = self._moments.cpu().numpy()
         used = np.flatnonzero(moments[0])
         used = used[np.argsort(moments[1, used] / moments[0, used])]
         return SortedMoments(np.ascontiguousarray(moments[:, used]), self.weighted)
@@ -90,7 +93,7 @@ class Bfloat16Histogram:
 def _sums(keys: Tensor, summand: Tensor) -> Tensor:
     """Of each bucket, float64 (65536,). keys: int64 (n,); summand: float64 (n,)."""
     # torch.bincount gives the same, and first looks for the least and the largest key.
-    return torch.zeros(BUCKETS, dtype=torch.float64).scatter_add_(0, keys, summand)
+    return torch.zeros(BUCKETS, dtype=torch.float64, device=keys.device).scatter_add_(0, keys, summand)
 
 
 def _times_powers(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ class LowRank:
     def of(cls, gram_ii: Tensor, rank: int = RANK) -> LowRank:
         """Approximate G, float32 (in, in), symmetric and positive semidefinite; equal to it up to `rank` columns."""
         columns = len(gram_ii)
-        draw = torch.randn(columns, min(rank, columns), generator=torch.Generator().manual_seed(0))
+        draw = torch.randn(columns, min(rank, columns), generator=torch.Generator().manual_seed(0)).to(gram_ii.device)
         basis = torch.linalg.qr(gram_ii @ draw)[0]
         image = (gram_ii @ basis).double()
         core = basis.double().T @ image
@@ -55,6 +55,6 @@ class LowRank:
         return cls(factor, (gram_ii.diagonal() - factor.square().sum(1)).clamp_min(0))
 
     @classmethod
-    def identity(cls, columns: int) -> LowRank:
-        """G = 1: the plain squared error."""
-        return cls(torch.zeros(columns, 0), torch.ones(columns))
+    def identity(cls, columns: int, device: torch.device | None = None) -> LowRank:
+        """G = 1: the plain squared error. device: where the error is."""
+        return cls(torch.zeros(columns, 0, device=device), torch.ones(columns, device=device))

@@ -11,7 +11,8 @@ def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch
     channel_magnitude: float (channels,). Returns float32 (channels,): 1 for the group of smallest magnitude, and
     2^round(log2(centre / smallest centre)) for the others.
     """
-    magnitude = channel_magnitude.double().clamp_min(1e-12)
+    # On the host: these are few numbers, and many short steps.
+    magnitude = channel_magnitude.double().cpu().clamp_min(1e-12)
     centres = torch.quantile(magnitude, torch.linspace(0, 1, clusters, dtype=torch.float64))
     for _ in range(100):
         nearest = (magnitude[:, None] - centres).abs().argmin(1)
@@ -22,7 +23,7 @@ def outlier_factors(channel_magnitude: torch.Tensor, clusters: int = 4) -> torch
             break
         centres = moved
     shift = torch.log2(centres / centres.min()).round()
-    return torch.exp2(shift[nearest]).float()
+    return torch.exp2(shift[nearest]).float().to(channel_magnitude.device)
 
 
 def power_of_two_factors(channel_magnitude: torch.Tensor, largest: int = 3) -> torch.Tensor:

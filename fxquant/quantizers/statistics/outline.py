@@ -54,7 +54,7 @@ class Outline:
         """Of a float tensor of any shape, such as a weight."""
         flat = tensor.detach().float().flatten()
         low, high = _ends(float(flat.min()), float(flat.max()))
-        return cls(low, high, _heights(torch.histc(flat, BINS, low, high).double().numpy()))
+        return cls(low, high, _heights(torch.histc(flat, BINS, low, high).double().cpu().numpy()))
 
     def to_json(self) -> list[Any]:
         """Four JSON values: both ends, the unit, the heights."""
