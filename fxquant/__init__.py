@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.problem.budget import Budget
+    from fxquant import ranks
     from fxquant.data import embedded
     from fxquant.graph.capture.tracing import trace
     from fxquant.session.compiled import Compiled, load
@@ -37,10 +38,12 @@ __all__ = [
     "embedded",
     "frontier",
     "load",
+    "ranks",
     "synthesize",
     "trace",
 ]
 
+_MODULES = ("embedded", "ranks")
 _HOMES = {
     "Budget": "allocators.problem.budget",
     "Compiled": "fxquant.session.compiled",
@@ -52,6 +55,7 @@ _HOMES = {
     "embedded": "fxquant.data.embedded",
     "frontier": "fxquant.session.model_frontier",
     "load": "fxquant.session.compiled",
+    "ranks": "fxquant.ranks",
     "synthesize": "fxquant.synthesis.synthesize",
     "trace": "fxquant.graph.capture.tracing",
 }
@@ -84,7 +88,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = home if name == "embedded" else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 

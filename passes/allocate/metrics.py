@@ -74,7 +74,7 @@ class FisherTrace:
         found = fisher_traces(
             graph_module,
             weighted,
-            (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
+            context.gather("Fisher traces", sums, graph_module, settings),
             draws=self.draws,
             seed=context.seed,
             objective=context.objective,
@@ -146,16 +146,15 @@ class TypeAwareFisher(FisherTrace):
             exact = divergence.outputs({}) if exact is None else exact
             return self._drop(exact, divergence.outputs(bits), objective)
 
-        task = context.progress.track("measuring layer types", len(sampled))
-        found = {}
-        for node in sampled:
+        def drop(node: Node) -> float:
             annotation = annotation_of(node)
             bits: dict[Node, Bits] = {node: tuple(beta if o.candidates else None for o in annotation.operands)}
             key = signature(common, annotation.layer, bits[node], described_candidates(annotation))
-            found[annotation.layer] = context.cache.recall(key, partial(measure, bits))
-            task.advance()
-        task.close()
-        return found
+            found: float = context.cache.recall(key, partial(measure, bits))
+            return found
+
+        found = context.deal("measuring layer types", drop, sampled)
+        return dict(zip((annotation_of(node).layer for node in sampled), found, strict=True))
 
     def _sampled(self, nodes: Sequence[Node], seed: int) -> list[Node]:
         chosen: list[Node] = []
