@@ -24,6 +24,7 @@ from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
+from fxquant import ranks
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
@@ -160,15 +161,30 @@ def frontier(
         raise BudgetError("limits are empty: name budgets in the axis' unit, or give None")
     if images is not None:
         check_images(images)
-    progress = bars_for(options.get("progress")) or reporter_of(quiet(options.get("progress")))
     session = Session(model, calibration, **options)
+    with ranks.together(lambda: {"axis": axis, "limits": limits, "exact": exact}):
+        return _frontier(session, axis, limits, exact, realised, images, options)
+
+
+def _frontier(
+    session: Session,
+    axis: str,
+    limits: Sequence[float] | None,
+    exact: bool,
+    realised: Literal["divergence"] | Callable[[nn.Module], float] | None,
+    images: Tensor | None,
+    options: SessionOptions,
+) -> Frontier:
+    progress = reporter_of(bars_for(options.get("progress")) or quiet(options.get("progress")))
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:
         session.check(lowest)
     table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
-    points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
+    points = ranks.once(
+        "solving budgets", lambda: frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
+    )
     task.close()
     if realised is None:
         return Frontier(axis, tuple(points), unit=session.objective.unit)
@@ -214,9 +230,12 @@ class _Divergence:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
-        pairs = zip(self._batches, self._expected, strict=True)
-        total = sum(float(self._objective.divergence(known, self._doubled(model(x)))) for x, known in pairs)
-        return total / sum(map(len, self._batches))
+        def divergence(pair: tuple[Tensor, Outputs]) -> float:
+            images, expected = pair
+            return float(self._objective.divergence(expected, self._doubled(model(images))))
+
+        pairs = list(zip(self._batches, self._expected, strict=True))
+        return sum(ranks.dealt("measuring", divergence, pairs)) / sum(map(len, self._batches))
 
     def _doubled(self, output: Any) -> Outputs:
         found = self._objective.outputs(output, "the realised divergence", finite=False)
