@@ -33,7 +33,7 @@ from passes.search.insert_observers import observers_of
 
 Criterion = Literal["hessian", "mse", "min-max"]
 
-ACTIVATION = 100_000  # weights whose search takes as long as that of an activation in one family
+ACTIVATION = 10_000  # weights whose search takes as long as that of an activation in one family
 
 OUTLINES = "histograms"
 """The journal's note of the operands' outlines, by layer."""
