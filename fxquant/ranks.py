@@ -18,15 +18,14 @@ the caller's group whatever its backend: pickled, between processes that run one
 from __future__ import annotations
 
 import os
-import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fxquant.errors import DistributedError, FxQuantError, LostRankError
+from fxquant.errors import DistributedError, LostRankError
+from fxquant.messages import REMEDY, error_from_bytes, error_to_bytes, from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,6 @@ PATIENCE_S = 7200.0
 
 _LONGEST_PLACE = 103
 _HEAD = f"<?Q{_LONGEST_PLACE}s"  # whether the rank has failed, the size of what it sends, and where it is
-_REMEDY = "start all ranks again: with a cache folder, what was finished is not done again"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,14 +79,14 @@ class _Ranks:
             value: of this rank.
             error: what has failed on this rank.
         """
-        content = _to_bytes(value) if error is None else _error_to_bytes(error)
+        content = to_bytes(value) if error is None else error_to_bytes(error)
         head = struct.pack(_HEAD, error is not None, len(content), where.encode()[:_LONGEST_PLACE])
         heads = [struct.unpack(_HEAD, each) for each in self._heads(head)]
         failed = next((rank for rank, (has_failed, *_) in enumerate(heads) if has_failed), None)
         if failed is not None:
             self.has_failed = True
             found = self._sent(content, heads[failed][1], failed)
-            raise error or _error_from_bytes(found, failed)
+            raise error or error_from_bytes(found, failed)
         places = [place.rstrip(b"\0").decode(errors="replace") for *_, place in heads]
         for rank, other in enumerate(places):
             if other != places[0]:
@@ -98,7 +96,7 @@ class _Ranks:
                     f"make the same calls with the same arguments on every rank"
                 )
         sent = (self._sent(content, size, source) for source, (_, size, _) in enumerate(heads))
-        return [value if source == self.number else pickle.loads(each) for source, each in enumerate(sent)]
+        return [value if source == self.number else from_bytes(each) for source, each in enumerate(sent)]
 
     def _sent(self, content: bytes, size: int, source: int) -> bytearray:
         """What one rank sends to all. content: what this one would send. size: of what that one does."""
@@ -129,7 +127,7 @@ class _Ranks:
             self.has_failed = True
             raise LostRankError(
                 f"rank {self.number} of {self.count} has lost another rank, which has died or did not answer within "
-                f"{PATIENCE_S:g} s ({str(error).splitlines()[0]}): see what that one said last, and {_REMEDY}"
+                f"{PATIENCE_S:g} s ({str(error).splitlines()[0]}): see what that one said last, and {REMEDY}"
             ) from error
 
 
@@ -307,50 +305,3 @@ def launched(given: Mapping[str, Any]) -> Iterator[None]:
     finally:
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group()
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as their bytes: views without the rest of their memory, and onto the CPU."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """How a value is put together again."""
-        import torch
-
-        if type(value) is torch.Tensor:
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            return _tensor_of, (pickle.PickleBuffer(flat.numpy().data), value.dtype, tuple(value.shape))
-        return NotImplemented
-
-
-def _tensor_of(content: bytearray | bytes, dtype: Any, shape: tuple[int, ...]) -> Tensor:
-    import torch
-
-    if not content:
-        return torch.empty(shape, dtype=dtype)
-    own = content if isinstance(content, bytearray) else bytearray(content)
-    return torch.frombuffer(own, dtype=dtype).reshape(shape)
-
-
-def _to_bytes(value: Any) -> bytes:
-    buffer = BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    return buffer.getvalue()
-
-
-def _error_to_bytes(error: Exception) -> bytes:
-    """Its class where it is one of ours, and what it says."""
-    kind = type(error) if isinstance(error, FxQuantError) else None
-    text = str(error) if kind else f"{type(error).__name__}: {error}"
-    try:
-        return _to_bytes((kind, text))
-    except (pickle.PicklingError, AttributeError, TypeError):  # a class that only this process has
-        return _to_bytes((None, text))
-
-
-def _error_from_bytes(content: bytearray, rank: int) -> Exception:
-    kind, text = pickle.loads(content)
-    if kind is None:
-        return DistributedError(f"rank {rank} has failed with {text}; {_REMEDY}")
-    found = kind(text)
-    assert isinstance(found, Exception)
-    return found
