@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allocators.problem.budget import Budget
+    from fxquant import ranks
     from fxquant.data import embedded
     from fxquant.detection.compiled_detector import CompiledDetector, load_detector
     from fxquant.detection.session import DetectorSession, compile_detector
@@ -43,10 +44,12 @@ __all__ = [
     "frontier",
     "load",
     "load_detector",
+    "ranks",
     "synthesize",
     "trace",
 ]
 
+_MODULES = ("embedded", "ranks")
 _HOMES = {
     "Budget": "allocators.problem.budget",
     "Compiled": "fxquant.session.compiled",
@@ -62,6 +65,7 @@ _HOMES = {
     "frontier": "fxquant.session.model_frontier",
     "load": "fxquant.session.compiled",
     "load_detector": "fxquant.detection.compiled_detector",
+    "ranks": "fxquant.ranks",
     "synthesize": "fxquant.synthesis.synthesize",
     "trace": "fxquant.graph.capture.tracing",
 }
@@ -94,7 +98,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = home if name == "embedded" else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 

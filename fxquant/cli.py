@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fxquant import __version__
+from fxquant import __version__, ranks
 from fxquant.commands.benchmark_model import benchmark_model
 from fxquant.commands.compare_artefacts import compare_artefacts
 from fxquant.commands.compile_model import compile_model
@@ -30,7 +30,7 @@ from fxquant.commands.reproduce_table import reproduce_table
 from fxquant.commands.show_frontier import show_frontier
 from fxquant.commands.sweep_budgets import sweep_budgets
 from fxquant.commands.synthesize_images import synthesize_images
-from fxquant.errors import FxQuantError
+from fxquant.errors import DistributedError, FxQuantError, LostRankError
 
 
 class _Commands(TyperGroup):
@@ -39,11 +39,13 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with ranks.launched({"command line": sys.argv[1:]}):
+                return super().invoke(ctx)
         except FxQuantError as error:
             from fxquant.commands.console import fail
 
-            fail(str(error))
+            # Of several ranks the first tells what is the same on all; whom another has left, tells it itself.
+            fail(str(error), by_all=isinstance(error, LostRankError))
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             from fxquant.commands.console import fail
@@ -61,13 +63,23 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_SHARED_OUT = ("compile", "evaluate", "sweep", "frontier")
+"""Commands whose work ranks of torchrun share out."""
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Mixed-precision post-training quantization of Vision Transformers."""
+    if ranks.count() > 1 and context.invoked_subcommand not in _SHARED_OUT:
+        raise DistributedError(
+            f"torchrun has started {ranks.count()} ranks, and {context.invoked_subcommand} has nothing to share out: "
+            f"run it without torchrun, or run one of {', '.join(_SHARED_OUT)}"
+        )
 
 
 app.command("demo")(demo)

@@ -95,6 +95,14 @@ class MissingExtraError(FxQuantError, ImportError):
     """An optional dependency is missing: the message gives the pip command that installs it."""
 
 
+class DistributedError(FxQuantError, RuntimeError):
+    """The processes of a process group do not work together: one has failed, is gone, or was given something else."""
+
+
+class LostRankError(DistributedError):
+    """Another process of the group has died, or does not answer."""
+
+
 class TraceTypeError(TraceError, TypeError):
     """A model to trace is of the wrong Python type."""
 

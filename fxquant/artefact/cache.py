@@ -11,7 +11,8 @@ was killed go on where it was, are the first to be removed where room is needed,
 
 Several processes may use one folder: a file appears whole or not at all, a reader keeps what it has opened, and all
 processes remove files in the same order, so the newest file stays whoever makes room. Temporary files that killed
-processes have left go with the next write (`write_file`).
+processes have left go with the next write (`write_file`). Ranks that work together (`fxquant.ranks`) find what the
+first of them finds, in its folder, and it writes for all; what is dealt out to one of them, that one keeps by itself.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.container import pack_file, read_file, write_file
 from fxquant.checks.untrusted import from_json
 from fxquant.errors import ArtefactError
@@ -141,29 +143,20 @@ class Cache:
 
     def recall(self, key: str, make: Callable[[], Any]) -> Any:
         """The value kept under this signature, else what `make` returns (a JSON value), which is kept at once."""
-        if key not in self._known:
-            found = self._read_json(key)
-            if found is None:
-                found = make()
-                text = json.dumps(found)
-                seal = _seal(key, text)
-                self._put(f"{key}.json", f'{{"digest": "{seal}", "value": {text}}}'.encode())
-            self._known[key] = found
-        return self._known[key]
+        found = ranks.once("recalling", lambda: self._known[key] if key in self._known else self._read_json(key))
+        if found is None:
+            made = make()
+            found = ranks.once("keeping", lambda: made)
+            text = json.dumps(found)
+            seal = _seal(key, text)
+            self._put(f"{key}.json", f'{{"digest": "{seal}", "value": {text}}}'.encode())
+        self._known[key] = found
+        return found
 
     def read(self, key: str, *, part: bool = False) -> Kept | None:
         """Texts and tensors that `write` kept under this signature; None without a folder and for a damaged file."""
-        if self.folder is None:
-            return None
-        file = self.folder / self._name(key, part)
-        try:
-            texts, tensors = read_file(file)
-        except (ArtefactError, OSError):
-            return None
-        if texts.get("signature") != key:  # a file that was given another's name
-            return None
-        _touch(file)
-        return texts, _unshared(tensors)
+        folder, name = self.folder, self._name(key, part)
+        return None if folder is None else ranks.once("reading the cache", lambda: _read(folder / name, key))
 
     def write(self, key: str, texts: Mapping[str, str], tensors: Mapping[str, Tensor], *, part: bool = False) -> bool:
         """Keep texts and tensors under this signature; returns whether they are kept.
@@ -176,7 +169,7 @@ class Cache:
             tensors: tensors to keep, by name.
             part: whether the result belongs to work that is not finished.
         """
-        return self._writes and self._put(self._name(key, part), pack_file({**texts, "signature": key}, tensors))
+        return self._may_write() and self._put(self._name(key, part), pack_file({**texts, "signature": key}, tensors))
 
     def key_of(self, *values: Any) -> str:
         """The signature of values and of our sources; empty without a folder, where nothing is kept under it."""
@@ -196,7 +189,7 @@ class Cache:
 
     def forget(self, key: str) -> None:
         """Remove what `write` kept under this signature."""
-        if self.folder is not None:
+        if self.folder is not None and self._may_write():
             with suppress(OSError):
                 (self.folder / self._name(key, part=False)).unlink()
 
@@ -211,10 +204,14 @@ class Cache:
 
     def forget_parts(self, key: str) -> None:
         """Remove all parts of the work of this signature, whichever process has kept them: the whole is kept."""
-        for file in self._files():
+        for file in self._files() if self._may_write() else []:
             if file.name.startswith(f"{key}.") and file.suffix == ".part":
                 with suppress(OSError):
                     file.unlink()
+
+    def _may_write(self) -> bool:
+        """Whether this process keeps results: of several ranks the first does; each, what it alone has computed."""
+        return self._writes and (ranks.is_first() or ranks.count() == 1)
 
     def _name(self, key: str, part: bool) -> str:
         return f"{self._work}{key}.part" if part else f"{key}.safetensors"
@@ -234,7 +231,7 @@ class Cache:
 
     def _put(self, name: str, content: bytes) -> bool:
         """Write a file, then make room; a result that cannot be kept is still a result, so failing only warns."""
-        if self.folder is None or not self._writes:
+        if self.folder is None or not self._may_write():
             return False
         try:
             write_file(self.folder / name, content)
@@ -273,6 +270,18 @@ class Cache:
         with suppress(OSError):
             return [] if self.folder is None else list(self.folder.iterdir())
         return []
+
+
+def _read(file: Path, key: str) -> Kept | None:
+    """What `Cache.write` kept in a file under a signature; None for a damaged file."""
+    try:
+        texts, tensors = read_file(file)
+    except (ArtefactError, OSError):
+        return None
+    if texts.get("signature") != key:  # a file that was given another's name
+        return None
+    _touch(file)
+    return texts, _unshared(tensors)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

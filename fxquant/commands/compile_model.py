@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
 
@@ -67,6 +68,8 @@ def compile_model(
     with RichProgress() as progress:
         options = given.options(recipe=recipe, progress=progress, cache=kept, card=card)
         quantized = compile(named.model, wanted, calibration=found, allocator=chosen, **options)
+    if not ranks.is_first():
+        return
     if any(entry.notes.get("recalled") for entry in quantized.journal.entries):
         say(f"calibrated and searched before: recalled from {kept}")
     summary = quantized.report()

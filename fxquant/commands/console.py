@@ -13,13 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fxquant import ranks
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def emit(value: Any) -> None:
-    """JSON on stdout."""
-    print(to_json(value))
+    """JSON on stdout; of several ranks, the first's."""
+    if ranks.is_first():
+        print(to_json(value))
 
 
 def to_json(value: Any) -> str:
@@ -28,7 +31,9 @@ def to_json(value: Any) -> str:
 
 
 def show(renderable: Any) -> None:
-    """Coloured on a terminal, plain text into a file or a pipe."""
+    """Coloured on a terminal, plain text into a file or a pipe; of several ranks, the first's."""
+    if not ranks.is_first():
+        return
     if out.is_terminal:
         out.print(renderable)
     else:
@@ -58,9 +63,9 @@ def warn(text: str) -> None:
     _on_stderr(Text(f"warning: {text}", style="bold yellow"))
 
 
-def fail(text: str) -> None:
-    """The one line of an error, on stderr."""
-    _on_stderr(Text(f"error: {text}", style="bold red"))
+def fail(text: str, by_all: bool = False) -> None:
+    """The one line of an error, on stderr. by_all: of several ranks, all say it."""
+    _on_stderr(Text(f"error: {text}", style="bold red"), by_all)
 
 
 def discard_output() -> None:
@@ -69,7 +74,9 @@ def discard_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _on_stderr(line: Text) -> None:
+def _on_stderr(line: Text, by_all: bool = False) -> None:
+    if not (ranks.is_first() or by_all):
+        return
     with suppress(OSError, ValueError):  # a stderr that cannot be written must not stop the work
         err.print(line, soft_wrap=True)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
 
@@ -66,7 +67,7 @@ def show_frontier(
             named.model, data, axis=axis, limits=wanted, exact=not fast, realised="divergence" if realised else None,
             **given.options(recipe=recipe, cache=kept, progress=progress),
         )  # fmt: skip
-    if plot is not None:
+    if plot is not None and ranks.is_first():
         found.plot(plot)
     if json:
         emit(found.to_dict())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
 
@@ -88,7 +89,7 @@ def sweep_budgets(
             return evaluate(runs, tested, limit=limit, progress=progress, label=f"evaluating {label}")
 
         done = sweep(sessions, wanted, allocators, measure, kept, settings)
-    if plot is not None:
+    if plot is not None and ranks.is_first():
         _plot(plot, done)
     if json:
         emit({"model": model, "data": tested.name, "baseline": done.baseline, "points": done.points})

@@ -182,18 +182,12 @@ class ImageData:
 
     def batches(self, batch_size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Images (B, C, H, W) with labels; `limit` takes that many, evenly spread over all."""
-        for part in self._parts(batch_size, limit):
+        for part in self.parts(batch_size, limit):
             labels = None if self.labels is None else self.labels[torch.tensor(part)]
             yield torch.stack([self.read(index) for index in part]), labels
 
-    def labelled_batches(self, batch_size: int = 64, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `batches`. Raises DataError where there are no labels."""
-        labels = self.checked_labels()
-        for part in self._parts(batch_size, limit):
-            yield torch.stack([self.read(index) for index in part]), labels[torch.tensor(part)]
-
-    def _parts(self, batch_size: int, limit: int | None) -> list[list[int]]:
-        """Indices of the images of each batch."""
+    def parts(self, batch_size: int, limit: int | None = None) -> list[list[int]]:
+        """Indices of the images of each batch; `limit` takes that many, evenly spread over all."""
         size = whole("batch_size", batch_size, DataError, least=1)
         chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]

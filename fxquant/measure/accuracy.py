@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant import ranks
+from fxquant.artefact.cache import signature
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import checked
 from fxquant.data.images import ImageData
@@ -74,7 +76,7 @@ def evaluate(
 
     Class folders are matched to the model's classes by `ImageData.for_outputs`. Raises DataError without labels, for
     labels beyond the model's classes and class names that say nothing of them, ModelError for a model that cannot run
-    on these images and outputs that are not class scores (B, classes).
+    on these images and outputs that are not class scores (B, classes). Ranks of a process group share the batches out.
 
     Args:
         model: the model to measure, in inference mode, on any device; images go there batch by batch.
@@ -86,18 +88,20 @@ def evaluate(
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
     device = device_of(model)
-    data = data.for_outputs(_scores(_first(model, data.read(0).to(device))).shape[1])
-    total = data.count if limit is None else min(limit, data.count)
-    correct = count = 0
-    with shown(progress) as reporter:
-        task = reporter.track(label, total)
-        for images, labels in data.labelled_batches(batch_size, limit):
+    given = {"batch size": batch_size, "limit": limit, "images": (data.name, data.count)}
+    with ranks.together(lambda: {**given, "model": signature(model)}), shown(progress) as reporter:
+        data = data.for_outputs(_scores(_first(model, data.read(0).to(device))).shape[1])
+        labels, parts = data.checked_labels(), data.parts(batch_size, limit)
+        task = reporter.track(label, len(parts))
+
+        def right(part: list[int]) -> int:
+            images = torch.stack([data.read(index) for index in part])
             scores = _scores(model(images.to(device)))
-            correct += int(torch.eq(scores.argmax(1).cpu(), labels).sum())
-            count += len(images)
-            task.advance(len(images))
+            return int(torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).sum())
+
+        correct = sum(ranks.dealt(label, right, parts, advance=task.advance))
         task.close()
-    return Accuracy(correct, count, data.matched_by)
+    return Accuracy(correct, sum(map(len, parts)), data.matched_by)
 
 
 def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:

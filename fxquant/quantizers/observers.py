@@ -6,6 +6,8 @@ families ask for. `Calibrate` feeds it. It keeps streamed statistics only, never
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,9 @@ _COUNTS = ("images", "row_length", "coherence_count")
 _NUMBERS = (*_COUNTS, "minimum", "maximum", "image_minimum_sum", "token_weight_sum", "coherence_sum")
 _TENSORS = ("channel_magnitude", "channel_factor", "output_weight")
 _STREAMED = ("histogram", "row_histogram", "gram")  # which have states of their own
+
+# How two observers' numbers become one's.
+_MERGED = {"row_length": max, "minimum": min, "maximum": max}  # the others are sums
 
 
 class Observer(nn.Module):
@@ -160,11 +165,29 @@ class Observer(nn.Module):
         for name in _TENSORS:
             setattr(self, name, state.get(name))
         for name in _STREAMED:
-            parts = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+            parts = _parts(name, state)
             streamed = (Gram() if name == "gram" else Bfloat16Histogram()) if parts else None
             if streamed is not None:
                 streamed.restore(parts)
             setattr(self, name, streamed)
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add the statistics of further images, given by the state of an observer whose channels are grouped alike."""
+        for name, value in zip(_NUMBERS, state["numbers"].tolist(), strict=True):
+            merged = _MERGED.get(name, operator.add)(getattr(self, name), value)
+            setattr(self, name, int(merged) if name in _COUNTS else merged)
+        for name, join in (("channel_magnitude", torch.maximum), ("output_weight", torch.add)):
+            own, other = getattr(self, name), state.get(name)
+            if other is not None:
+                setattr(self, name, other if own is None else join(own, other))
+        for name in _STREAMED:
+            streamed, parts = getattr(self, name), _parts(name, state)
+            if parts and streamed is None:
+                streamed = Gram() if name == "gram" else Bfloat16Histogram()
+                streamed.restore(parts)
+                setattr(self, name, streamed)
+            elif parts:
+                streamed.merge(parts)
 
     def channel_weight(self) -> Tensor | None:
         """b_o (out,), float32: how much more than average the loss cares for each output channel; None if unknown."""
@@ -190,3 +213,8 @@ class Observer(nn.Module):
     def extra_repr(self) -> str:
         """Families and source."""
         return f"{'|'.join(family.name for family in self.families) or None}, {self.source}"
+
+
+def _parts(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a state has of a histogram or Gram matrix of this name, as that names it."""
+    return {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

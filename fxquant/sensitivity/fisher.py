@@ -33,7 +33,7 @@ _NEEDED_BY = "the Fisher trace"
 def fisher_traces(
     graph_module: GraphModule,
     nodes: Sequence[Node],
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[int, Tensor]],
     *,
     fisher: Fisher = "signs",
     draws: int = 4,
@@ -48,7 +48,8 @@ def fisher_traces(
         graph_module: the graph.
         nodes: linear layers and convolutions (call_module), images outermost in their inputs; those that are not one
             matrix product (grouped convolutions) are left out of the answer.
-        batches: images, float (B, C, H, W); one batch of activations is alive at a time.
+        batches: images, float (B, C, H, W), with the index of the first among all; one batch of activations is alive at
+            a time.
         fisher: how cotangents of class scores are drawn.
         draws: random cotangents of the output per image.
         seed: the seed that gradients are drawn from.
@@ -64,8 +65,7 @@ def fisher_traces(
     sums = Sums() if sums is None else sums
     scored = [node for node in nodes if has_rows(graph_module.get_submodule(str(node.target)))]
     recorder = Recorder(graph_module, set(scored))
-    for batch in batches:
-        seen = int(sums[_SEEN])
+    for first, batch in batches:
         with torch.enable_grad():
             output = recorder.run(batch.clone().requires_grad_())
         outputs = objective.outputs(output, _NEEDED_BY)
@@ -73,9 +73,9 @@ def fisher_traces(
         tensors = [recorder.differentiated[node] for node in differentiated]
         count = draws if labels_n is None else 1
         if labels_n is None:
-            drawn = objective.gradients(outputs, tensors, Draws(count, seed, seen, fisher))
+            drawn = objective.gradients(outputs, tensors, Draws(count, seed, first, fisher))
         else:
-            drawn = iter([_label_gradients(outputs, tensors, labels_n, seen)])
+            drawn = iter([_label_gradients(outputs, tensors, labels_n, first)])
         for gradients in drawn:
             for node, gradient in zip(differentiated, gradients, strict=True):
                 if gradient is not None:

@@ -147,6 +147,12 @@ class Divergence:
         return tuple(tensor.double() for tensor in self.objective.outputs(output, _NEEDED_BY, finite=False))
 
 
+def remaining(graph_module: GraphModule, nodes: Sequence[Node]) -> list[float]:
+    """How long it takes to measure each node alone: about as many operations as lie between it and the output."""
+    positions = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    return [float(len(positions) - positions[node]) for node in nodes]
+
+
 class _Quantized:
     """One node's quantized operands: its weight (None: float) and quantizers by argument index."""
 

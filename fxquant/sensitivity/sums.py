@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PREFIX = "sums/"  # of names in a state: all sums are one piece of it
+
 
 class Sums:
     """Numbers by name, added up in float64; a name that was never added to is 0."""
@@ -28,8 +30,13 @@ class Sums:
 
     def state(self) -> dict[str, Tensor]:
         """All sums, float64 ()."""
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self._values.items()}
+        return {_PREFIX + name: torch.tensor(value, dtype=torch.float64) for name, value in self._values.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a state."""
-        self._values = {name: float(value) for name, value in state.items()}
+        self._values = {name.removeprefix(_PREFIX): float(value) for name, value in state.items()}
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add the sums over further batches, given by their state."""
+        for name, value in state.items():
+            self.add(name.removeprefix(_PREFIX), float(value))

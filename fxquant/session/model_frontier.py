@@ -24,6 +24,7 @@ from allocators.frontier import frontier as frontier_of
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
+from fxquant import ranks
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
@@ -38,7 +39,7 @@ from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
 from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
 from passes.options import documented
-from passes.pipeline.contract import check_images
+from passes.pipeline.contract import ProgressReporter, check_images
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 
@@ -164,29 +165,45 @@ def frontier(
     with shown(options.get("progress")) as progress:
         options["progress"] = progress  # one display for all that the session does
         session = Session(model, calibration, **options)
-        lowest = budget_at(axis, min(limits)) if limits else None
-        if lowest is not None:
-            session.check(lowest)
-        table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
-        wanted = default_limits(table, axis) if limits is None else limits
-        task = progress.track("solving budgets", len(wanted))
-        points = frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
-        task.close()
-        if realised is None:
-            return Frontier(axis, tuple(points), unit=session.objective.unit)
-        batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
-        measured = session.calibration if images is None else images
-        measure = (
-            _Divergence(session.float_model(), session.objective, measured, batch_size)
-            if realised == "divergence"
-            else realised
-        )
-        task = progress.track("measuring", len(points))
-        losses = []
-        for point in points:
-            losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
-            task.advance()
-        task.close()
+        with ranks.together(lambda: {"axis": axis, "limits": limits, "exact": exact}):
+            return _frontier(session, axis, limits, exact, realised, images, options, progress)
+
+
+def _frontier(
+    session: Session,
+    axis: str,
+    limits: Sequence[float] | None,
+    exact: bool,
+    realised: Literal["divergence"] | Callable[[nn.Module], float] | None,
+    images: Tensor | None,
+    options: SessionOptions,
+    progress: ProgressReporter,
+) -> Frontier:
+    lowest = budget_at(axis, min(limits)) if limits else None
+    if lowest is not None:
+        session.check(lowest)
+    table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
+    wanted = default_limits(table, axis) if limits is None else limits
+    task = progress.track("solving budgets", len(wanted))
+    points = ranks.once(
+        "solving budgets", lambda: frontier_of(table, axis, wanted, Milp() if exact else None, task.advance)
+    )
+    task.close()
+    if realised is None:
+        return Frontier(axis, tuple(points), unit=session.objective.unit)
+    batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
+    measured = session.calibration if images is None else images
+    measure = (
+        _Divergence(session.float_model(), session.objective, measured, batch_size)
+        if realised == "divergence"
+        else realised
+    )
+    task = progress.track("measuring", len(points))
+    losses = []
+    for point in points:
+        losses.append(number("what `realised` returns", measure(_compiled(session, point)), BudgetError))
+        task.advance()
+    task.close()
     name = "realised divergence" if realised == "divergence" else getattr(realised, "__name__", "realised")
     return Frontier(axis, tuple(points), tuple(losses), name, session.objective.unit)
 
@@ -217,9 +234,12 @@ class _Divergence:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
-        pairs = zip(self._batches, self._expected, strict=True)
-        total = sum(float(self._objective.divergence(known, self._doubled(model(x)))) for x, known in pairs)
-        return total / sum(map(len, self._batches))
+        def divergence(pair: tuple[Tensor, Outputs]) -> float:
+            images, expected = pair
+            return float(self._objective.divergence(expected, self._doubled(model(images))))
+
+        pairs = list(zip(self._batches, self._expected, strict=True))
+        return sum(ranks.dealt("measuring", divergence, pairs)) / sum(map(len, self._batches))
 
     def _doubled(self, output: Any) -> Outputs:
         found = self._objective.outputs(output, "the realised divergence", finite=False)

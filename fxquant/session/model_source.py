@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.artefact.cache import Cache
+from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.graph.capture.model_checks import check_model
 from fxquant.graph.capture.plain_model import copy_of
 from fxquant.graph.capture.tracing import trace
@@ -172,6 +172,24 @@ class ModelSource:
             module._parameters.clear()
             module._buffers.clear()
         return traced
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """What decides a result besides the pipeline, by name, to be compared between ranks."""
+        given, folder = self._given, self._cache.folder
+        return {
+            "model": signature(self._model),
+            "inputs": signature(self._inputs),
+            "calibration images": repr(given) if isinstance(given, Synthesis) else signature(given),
+            "image sizes": self._image_sizes,
+            "seed": self._seed,
+            "batch size": self._batch_size,
+            "objective": self._objective if isinstance(self._objective, str) else self._objective.name,
+            "cache": "no folder" if folder is None else "a folder",
+            "code": code_signature(),
+            "instruction set": torch.backends.cpu.get_cpu_capability(),
+            "number of threads": torch.get_num_threads(),
+        }
 
     @property
     def described(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, nodes_with_role
 from fxquant.graph.notes import COVERAGE, EXPORTED
 from fxquant.runtime.layer_row import LayerRow, OperandRow
@@ -89,6 +90,7 @@ def protocol_card(
         **({"image_sizes": [list(sized.size) for sized in source.sized]} if source.sized else {}),
         "labels_used": any(_uses_labels(step) for step in pipeline),
         "seed": source.context.seed,
+        **ranks.card(),
         "objective": source.context.objective.described,
         "pipeline": [repr(step) for step in pipeline],
         "stays_float": [*float_parts, "residual additions"],

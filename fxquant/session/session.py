@@ -11,11 +11,13 @@ any say in that, so every further budget or allocator starts from what was searc
     for budget in ("W8A8", "W4A4"):
         quantized = session.compile(budget)
 
-Accuracy over many budgets, kept in a file after every point: `fxquant.session.sweep`.
+Accuracy over many budgets, kept in a file after every point: `fxquant.session.sweep`. In a process group of
+torch.distributed every rank makes the same calls, and they share the work out: `fxquant.ranks`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +31,7 @@ from torch.fx import GraphModule
 from allocators.allocator import Allocator
 from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
+from fxquant import ranks
 from fxquant.artefact.cache import Cache
 from fxquant.checks.arguments import json_values, shown
 from fxquant.checks.hints import checked
@@ -114,7 +117,7 @@ class Session:
             options.get("seed", DEFAULT_SEED),
             options.get("batch_size", DEFAULT_BATCH_SIZE),
             Cache(options.get("cache")),
-            bars or reporter_of(quiet(progress)),
+            reporter_of(bars or quiet(progress)),
             options.get("objective", DEFAULT_OBJECTIVE),
             options.get("inputs"),
             self._sizes,
@@ -198,11 +201,18 @@ class Session:
 
         Raises as `fxquant.compile` does.
         """
-        with self._bars:
-            return self._compile(budget, allocator, last)
-
-    def _compile(self, budget: Any, allocator: Allocator | None, last: bool) -> Compiled:
         pipeline = self.pipeline(budget, allocator)
+        with self._bars, self._ranks(pipeline):
+            return self._compile(pipeline, last)
+
+    def _ranks(self, pipeline: Pipeline) -> AbstractContextManager[None]:
+        """Inside, ranks of a process group share the work out. Raises DistributedError; see `fxquant.ranks`."""
+        # Values without a text of their own are shown with their address, which says nothing.
+        steps = [re.sub(r" at 0x[0-9a-f]+", "", repr(step)) for step in pipeline]
+        passes = {f"pass {place} of the pipeline": step for place, step in enumerate(steps)}
+        return ranks.together(lambda: {**self._source.given, "number of passes": len(steps), **passes})
+
+    def _compile(self, pipeline: Pipeline, last: bool) -> Compiled:
         check_budget(pipeline, self._source.with_roles)
         prefix, rest = split(pipeline)
         if last and not self._searched:
@@ -224,7 +234,7 @@ class Session:
         """
         pipeline = self.pipeline(budget)
         prefix, rest = split(pipeline)
-        with self._bars:
+        with self._bars, self._ranks(pipeline):
             searched, context = self._after_search(prefix)
             found = rest[: rest.position(AllocateBits)].run(searched, context)
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
@@ -237,7 +247,7 @@ class Session:
         It is this session's own: read it, and do not change it. Raises as `fxquant.compile` does.
         """
         prefix, _ = split(self.pipeline(None if isinstance(self._recipe, Pipeline) else "W8A8"))
-        with self._bars:
+        with self._bars, self._ranks(prefix):
             return self._after_search(prefix)[0]
 
     @contextmanager

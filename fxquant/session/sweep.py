@@ -19,6 +19,7 @@ from torch import nn
 
 from allocators.allocator import Allocator
 from allocators.problem.budget import Budget
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.artefact.container import write_file
 from fxquant.checks.arguments import shown
@@ -54,8 +55,12 @@ class Results:
             self._write()
         return self.points[key]
 
+    def share(self) -> None:
+        """Let all ranks that work together have the points of the first, which alone writes them."""
+        self.points = ranks.once("reading results", lambda: self.points)
+
     def _write(self) -> None:
-        if self.path is not None:
+        if self.path is not None and ranks.is_first():
             write_file(self.path, json.dumps({"points": list(self.points.values())}, indent=1).encode())
 
 
@@ -87,10 +92,23 @@ def sweep(
         settings: signature of all that decides a point besides its pipeline (model, images, data). Budgets are checked
             before anything is calibrated.
 
-    Raises as `fxquant.compile` does.
+    Ranks of a process group share the work out; `measure` is called on all of them. Raises as `fxquant.compile` does.
     """
     if not sessions or not budgets or not allocators:
         raise OptionError("a sweep needs at least one recipe, one budget and one allocator (None for the recipe's own)")
+    with ranks.together(lambda: {"recipes": list(sessions), "budgets": list(map(str, budgets)), "settings": settings}):
+        return _sweep(sessions, budgets, allocators, measure, results, settings)
+
+
+def _sweep(
+    sessions: Mapping[str, Session],
+    budgets: Sequence[Budget],
+    allocators: Sequence[Allocator | None],
+    measure: Callable[[nn.Module, str], Accuracy],
+    results: Results,
+    settings: str,
+) -> Sweep:
+    results.share()
     planned = [(name, each, b, a) for name, each in sessions.items() for b in budgets for a in allocators]
     keys = [signature(settings, [repr(step) for step in each.pipeline(b, a)]) for _, each, b, a in planned]
     for key, (_, each, budget, allocator) in zip(keys, planned, strict=True):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
+from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import check_fields, checked
@@ -207,22 +208,23 @@ def synthesize_for(
     chunks = [range(first, min(first + batch_size, options.count)) for first in range(0, options.count, batch_size)]
     total = 2 * options.steps
     task = progress.track(f"synthesising {options.count} images", total * len(chunks))
-    finished = []
+
+    def finished(indices: range) -> Tensor:
+        chunk = _Chunk(watched, pictures, options, seed, indices)
+        chunk_key = signature(key, list(indices))
+        chunk.resume(cache.read(chunk_key))
+        task.advance(chunk.step)
+        while chunk.step < total:
+            chunk.advance()
+            task.advance()
+            if chunk.step % options.checkpoint_steps == 0 or chunk.step == total:
+                cache.write(chunk_key, *chunk.state())
+        return chunk.images
+
     try:
-        for indices in chunks:
-            chunk = _Chunk(watched, pictures, options, seed, indices)
-            chunk_key = signature(key, list(indices))
-            chunk.resume(cache.read(chunk_key))
-            task.advance(chunk.step)
-            while chunk.step < total:
-                chunk.advance()
-                task.advance()
-                if chunk.step % options.checkpoint_steps == 0 or chunk.step == total:
-                    cache.write(chunk_key, *chunk.state())
-            finished.append(chunk.images)
+        return torch.cat(ranks.dealt("synthesising images", finished, chunks)).to(watched.dtype)
     finally:
         task.close()
-    return torch.cat(finished).to(watched.dtype)
 
 
 class Watched(Interpreter):

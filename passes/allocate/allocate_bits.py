@@ -21,6 +21,7 @@ from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from allocators.problem.overrides import Bits
 from allocators.problem.uniform_limits import in_numbers
+from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.checks.arguments import shown, text
 from fxquant.checks.hints import check_fields, fitted
@@ -115,7 +116,7 @@ class AllocateBits:
         check_losses(table)
         table, budget = self.without_narrow(table, self.budget), in_numbers(self.budget, table)
         task = context.progress.track("allocating bits", 1)
-        allocation = self._allocation(table, budget, context.cache)
+        allocation = ranks.once("allocating bits", lambda: self._allocation(table, budget, context.cache))
         task.advance()
         task.close()
         widths = table.widths(allocation.assignment(table))

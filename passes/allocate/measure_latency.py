@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 
 from allocators.problem.arrays import FloatArray
 from allocators.problem.latency_table import rising
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import BudgetError
@@ -94,25 +95,31 @@ class MeasureLatency:
         Notes the machine, what widths do to speed there, `rest_ms` and the latency at the widest widths. Raises
         BackendError without kernels.
         """
-        found = machine()
+        host = machine()
         nodes = planned_nodes(graph_module)
         widest = _at_the_widest(graph_module, context)
         kernels = {node.name: codes for node, codes in integer_nodes(widest).items()}
-        task = context.progress.track("measuring latencies", len(nodes) + 1)
-        extra: dict[str, FloatArray] = {}
-        for node in nodes:
-            if node.name in kernels:
-                times = self._times(graph_module, node, widest, context)
-                extra[annotation_of(node).layer] = times - times.min()
+
+        def measured() -> tuple[dict[str, FloatArray], float]:
+            task = context.progress.track("measuring latencies", len(nodes) + 1)
+            found: dict[str, FloatArray] = {}
+            for node in nodes:
+                if node.name in kernels:
+                    found[annotation_of(node).layer] = self._times(graph_module, node, widest, context)
+                task.advance()
+            whole = self._whole_ms(widest, context, sorted(map(repr, kernels.values())))
             task.advance()
-        reference = sum(float(times[-1, -1]) for times in extra.values())
-        whole = self._whole_ms(widest, context, sorted(map(repr, kernels.values())))
-        task.advance()
-        task.close()
+            task.close()
+            return found, whole
+
+        # By one rank alone: ranks on one machine would slow each other down, and each would find other times.
+        times, whole = ranks.once("measuring latencies", measured)
+        extra = {layer: of_layer - of_layer.min() for layer, of_layer in times.items()}
+        reference = sum(float(of_layer[-1, -1]) for of_layer in extra.values())
         rest = max(whole - reference, 0.0)
         layers = {layer: times.tolist() for layer, times in extra.items()}
         LATENCY.write(graph_module, {"rest_ms": rest, "layers": layers})
-        context.note(machine=found, widths=library.speed_of_widths(), rest_ms=rest, widest_ms=whole, timed=len(extra))
+        context.note(machine=host, widths=library.speed_of_widths(), rest_ms=rest, widest_ms=whole, timed=len(extra))
         return len(extra)
 
     def _times(self, graph_module: GraphModule, node: Node, widest: GraphModule, context: PassContext) -> FloatArray:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, planned_nodes
 from fxquant.graph.facts import Fact
-from fxquant.sensitivity.measured import Assignment, Divergence
+from fxquant.sensitivity.measured import Assignment, Divergence, remaining
 from passes.allocate.score_layers import described_candidates
 from passes.pipeline.contract import PassContext
 from passes.search.search_scales import SCALES_SEARCHED
@@ -65,18 +65,15 @@ class MeasureLosses:
         images = context.images[: self.images]
         divergence = Divergence(graph_module, images, context.batch_size, objective=context.objective)
         nodes = [node for node in planned_nodes(graph_module) if annotation_of(node).has_bits]
-        task = context.progress.track("measuring losses", len(nodes))
-        found: dict[str, list[float | None]] = {}
-        for node in nodes:
+
+        def losses(node: Node) -> list[float | None]:
             bits = annotation_of(node).bits
             places = [index for index, width in enumerate(bits) if width is not None]
             alone: list[Assignment] = [
                 {node: tuple(width if index == place else None for index, width in enumerate(bits))} for place in places
             ]
-            losses = dict(zip(places, divergence.of_each(alone), strict=True))
-            found[annotation_of(node).layer] = [
-                float(f"{losses[index]:.5g}") if index in losses else None for index in range(len(bits))
-            ]
-            task.advance()
-        task.close()
-        return found
+            found = dict(zip(places, divergence.of_each(alone), strict=True))
+            return [float(f"{found[index]:.5g}") if index in found else None for index in range(len(bits))]
+
+        found = context.deal("measuring losses", losses, nodes, remaining(graph_module, nodes))
+        return dict(zip((annotation_of(node).layer for node in nodes), found, strict=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
+from fxquant.graph.nodes import device_of
 from fxquant.sensitivity.fisher import fisher_traces, type_factors
 from fxquant.sensitivity.measured import Bits, Divergence
 from fxquant.sensitivity.nuclear_norm import MODULE_OF, nuclear_norms
@@ -75,7 +77,7 @@ class FisherTrace:
         found = fisher_traces(
             graph_module,
             weighted,
-            (batch for _, batch in context.gather("Fisher traces", sums, graph_module, settings)),
+            context.gather("Fisher traces", sums, graph_module, settings),
             draws=self.draws,
             seed=context.seed,
             objective=context.objective,
@@ -171,10 +173,11 @@ class TypeAwareFisher(FisherTrace):
 
         def measure(node: Node, bits: Bits) -> float:
             alone, its = with_layer_quantized(graph_module, node, bits)
+            batches = torch.split(context.images, context.batch_size)
             (trace,) = fisher_traces(
                 alone,
                 [its],
-                torch.split(context.images, context.batch_size),
+                zip(count(0, context.batch_size), (batch.to(device_of(alone)) for batch in batches), strict=False),
                 draws=self.draws,
                 seed=context.seed,
                 objective=context.objective,
@@ -195,16 +198,16 @@ class TypeAwareFisher(FisherTrace):
         """A number of each sampled layer at beta bits, kept in the cache one by one."""
         beta, sampled = self._width(nodes), self._sampled(_weighted(nodes), context.seed)
         common = context.signature(graph_module, *what, self.labels, context.batch_size)
-        task = context.progress.track(f"measuring {what[0]}", len(sampled))
-        found = {}
-        for node in sampled:
+
+        def number(node: Node) -> float:
             annotation = annotation_of(node)
             bits = tuple(beta if operand.candidates else None for operand in annotation.operands)
             key = signature(common, annotation.layer, bits, described_candidates(annotation))
-            found[annotation.layer] = context.cache.recall(key, partial(measure, node, bits))
-            task.advance()
-        task.close()
-        return found
+            found: float = context.cache.recall(key, partial(measure, node, bits))
+            return found
+
+        found = context.deal(f"measuring {what[0]}", number, sampled)
+        return dict(zip((annotation_of(node).layer for node in sampled), found, strict=True))
 
     def _sampled(self, nodes: Sequence[Node], seed: int) -> list[Node]:
         chosen: list[Node] = []

@@ -22,7 +22,7 @@ from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Operand, Source, annotation_of, planned_nodes
-from fxquant.sensitivity.measured import Bits, Divergence
+from fxquant.sensitivity.measured import Bits, Divergence, remaining
 from fxquant.sensitivity.relevance import Relevance
 from fxquant.sensitivity.sums import Sums
 from passes.allocate.score_layers import Scores, described_candidates, halves
@@ -104,15 +104,14 @@ class RelevanceSensitivity:
                 divergence = Divergence(graph_module, context.images, context.batch_size, baseline, context.objective)
             return self._layer(divergence, node)
 
-        task = context.progress.track("measuring sensitivity", len(nodes))
-        found = {}
-        for node in nodes:
+        def sensitivity(node: Node) -> list[list[float]]:
             annotation = annotation_of(node)
             key = signature(common, annotation.layer, described_candidates(annotation))
-            found[annotation.layer] = context.cache.recall(key, partial(measure, node))
-            task.advance()
-        task.close()
-        return found
+            found: list[list[float]] = context.cache.recall(key, partial(measure, node))
+            return found
+
+        found = context.deal("measuring sensitivity", sensitivity, nodes, remaining(graph_module, nodes))
+        return dict(zip((annotation_of(node).layer for node in nodes), found, strict=True))
 
     def _layer(self, divergence: Divergence, node: Node) -> list[list[float]]:
         """Sensitivities of one layer by operand; the width of an image is no choice, so it is not tied."""

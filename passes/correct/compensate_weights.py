@@ -23,6 +23,7 @@ from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.facts import Fact
+from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
@@ -67,25 +68,28 @@ class CompensateWeights:
             annotation = annotation_of(node)
             candidate = chosen(annotation.weight, annotation.layer) if annotation.weight else None
             observers = [observer for _, observer in observers_of(graph_module, node) if observer.gram is not None]
-            if candidate is not None and observers:
-                work.append((node, observers[0], candidate.quantizer))
-        task = context.progress.track("compensating weights", len(work))
-        before = after = 0.0
-        for node, observer, quantizer in work:
-            module = graph_module.get_submodule(str(node.target))
+            if candidate is None or not observers:
+                continue
+            module, quantizer = graph_module.get_submodule(str(node.target)), candidate.quantizer
             if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(quantizer, UniformQuantizer):
                 raise CalibrationError(
                     f"{node.name}: only uniform weights of linear layers and convolutions can be compensated: "
                     "leave CompensateWeights out"
                 )
+            work.append((module, observers[0], quantizer))
+
+        def rounded(layer: tuple[nn.Linear | nn.Conv2d, Observer, UniformQuantizer]) -> dict[str, Tensor]:
+            module, observer, quantizer = layer
             rows, gram = module.weight.detach().flatten(1), observer.released_gram()
             key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
-            kept = context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
-            before, after = before + float(kept["costs"][0]), after + float(kept["costs"][1])
-            weight = kept["weight"].to(rows.device).reshape(module.weight.shape)
+            return context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
+
+        found = context.deal("compensating weights", rounded, work, [_cost(module) for module, _, _ in work])
+        for (module, observer, _), kept in zip(work, found, strict=True):
+            weight = kept["weight"].to(module.weight.device).reshape(module.weight.shape)
             module.weight = nn.Parameter(weight, requires_grad=False)
-            task.advance()
-        task.close()
+            observer.release()
+        before, after = (sum(float(kept["costs"][place]) for kept in found) for place in range(2))
         context.note(cost_before=before, cost_after=after)
         return len(work)
 
@@ -96,6 +100,12 @@ class CompensateWeights:
         errors = ((after - rows).float() for after in (quantizer(rows), rounded))
         costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
         return {"weight": rounded, "costs": torch.stack(costs)}
+
+
+def _cost(module: nn.Linear | nn.Conv2d) -> float:
+    """How long a layer takes: its columns one after another, each over all rows, and the factor of its G."""
+    rows, columns = module.weight.flatten(1).shape
+    return float(columns * columns * (rows + columns / 3))
 
 
 def compensate(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
@@ -162,26 +163,32 @@ class CorrectWeights:
         module: QuantizedWeightModule,
         layer: nn.Linear | nn.Conv2d,
     ) -> Moments:
-        """What the regression of one layer needs, streamed over the images."""
+        """What the regression of one layer needs, streamed over the images; every rank has folds of its own."""
         low = extract(pair.quantized, pair.block.source, _input_name(pair.quantized, name))
         high = extract(pair.original, pair.block.source, name)
-        count = sum(len(batch) for batch in batches)
         weight = layer.weight.detach().flatten(1)
-        found = Moments.empty(min(self.folds, count), weight)
         bias = 0.0 if layer.bias is None else layer.bias.detach()
-        order = itertools.count()
-        with torch.no_grad():
-            for images in batches:
-                x = module.quantized_input(low(pair.quantized_input[images]))
-                rows: Any = weight_rows(layer, x)
-                wanted = gradient_rows(layer, high(pair.float_input[images]))
-                missing = (wanted - rows @ weight.T - bias).reshape(len(images), -1, len(weight))
-                rows = rows.reshape(len(images), -1, rows.shape[1])
-                for x_ti, missing_to in zip(rows, missing, strict=True):
-                    found.add(
-                        next(order) % len(found.inputs), x_ti, missing_to, token_weights(x_ti) if self.robust else None
-                    )
-        return found
+        folds = min(self.folds, sum(len(batch) for batch in batches))
+
+        def of_folds(mine: range) -> Moments:
+            found = Moments.empty(len(mine), weight)
+            order = itertools.count()
+            with torch.no_grad():
+                for images in batches:
+                    x = module.quantized_input(low(pair.quantized_input[images]))
+                    rows: Any = weight_rows(layer, x)
+                    wanted = gradient_rows(layer, high(pair.float_input[images]))
+                    missing = (wanted - rows @ weight.T - bias).reshape(len(images), -1, len(weight))
+                    rows = rows.reshape(len(images), -1, rows.shape[1])
+                    for x_ti, missing_to in zip(rows, missing, strict=True):
+                        fold = next(order) % folds
+                        if fold in mine:
+                            weights = token_weights(x_ti) if self.robust else None
+                            found.add(mine.index(fold), x_ti, missing_to, weights)
+            return found
+
+        shares = [range(first, folds, ranks.count()) for first in range(ranks.count())]
+        return Moments.interleaved(ranks.dealt("correcting weights", of_folds, shares))
 
     def _choose(self, weight: Tensor, found: Moments, quantizer: UniformQuantizer) -> tuple[float | None, float]:
         """The ridge of least cross-validated error after rounding (None: no correction), and that relative error."""
@@ -192,9 +199,15 @@ class CorrectWeights:
             rounded = quantizer((weight + change[:, :-1]).float()).double() - weight
             return found.error(torch.cat([rounded, change[:, -1:]], 1), fold)
 
-        costs: dict[float | None, float] = {None: sum(cost(nothing, fold) for fold in folds)}
-        for ridge in self.ridges:
-            costs[ridge] = sum(cost(found.solve(ridge, without=fold), fold) for fold in folds)
+        def trial(choice: tuple[float | None, int]) -> float:
+            ridge, fold = choice
+            return cost(nothing if ridge is None else found.solve(ridge, without=fold), fold)
+
+        choices: list[float | None] = [None, *self.ridges]
+        trials = ranks.dealt("choosing ridges", trial, [(ridge, fold) for ridge in choices for fold in folds])
+        costs = {ridge: sum(trials[at : at + len(folds)]) for at, ridge in zip(
+            range(0, len(trials), len(folds)), choices, strict=True
+        )}  # fmt: skip
         best = min(costs, key=lambda ridge: costs[ridge])
         return best, costs[best] / max(costs[None], 1e-300)
 
@@ -250,6 +263,18 @@ class Moments:
             (columns + 1, columns + 1), (rows, columns + 1), ()
         )]  # fmt: skip
         return cls(*zeros)
+
+    @classmethod
+    def interleaved(cls, shares: Sequence[Moments]) -> Moments:
+        """Of all folds, from those of folds 0, N, 2 N, ..., of folds 1, N + 1, ..., up to those of fold N - 1."""
+        if len(shares) == 1:
+            return shares[0]
+        folds = sum(len(share.energy) for share in shares)
+        places = [(shares[fold % len(shares)], fold // len(shares)) for fold in range(folds)]
+        return cls(*(
+            torch.stack([getattr(share, name)[place] for share, place in places])
+            for name in ("inputs", "missing", "energy")
+        ))  # fmt: skip
 
     def add(self, fold: int, x_ti: Tensor, missing_to: Tensor, weight_t: Tensor | None) -> None:
         """Add tokens: quantized inputs (tokens, in), what is missing (tokens, out), weights (tokens,) or None for 1.

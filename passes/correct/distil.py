@@ -26,6 +26,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.cache import Kept
 from fxquant.checks.devices import device_named
 from fxquant.checks.hints import check_fields
@@ -115,11 +116,17 @@ class Distil:
         def state() -> Kept:
             return {}, training.state()
 
-        while training.check < self.checks:
+        def train_to_next_check() -> int:
             training.advance(lambda: checkpoint.save(state))
             checkpoint.save(state, last=True)
+            return training.check
+
+        # One rank trains: sums over a step's few images would else depend on how many ranks there are.
+        while training.check < self.checks:
+            training.check = ranks.once("distilling", train_to_next_check)
             task.advance()
         task.close()
+        training.restore(ranks.once("distilling", training.state))
         divergences = training.divergences
         numbers = [found if math.isfinite(found) else None for found in divergences]
         context.note(divergences=numbers, kept_check=divergences.index(min(divergences)))

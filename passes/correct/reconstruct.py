@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.checks.devices import device_named
 from fxquant.checks.hints import check_fields
@@ -110,7 +112,9 @@ class Reconstruct:
         notes = []
         for pair in pairs:
             learning = _Learning(self, pair, pairs, task)
-            values = context.cache.recall_tensors(signature(key, pair.index), learning.run)
+            # One rank learns: a block begins where the one before it has ended.
+            learn = partial(ranks.once, "reconstructing blocks", learning.run)
+            values = context.cache.recall_tensors(signature(key, pair.index), learn)
             learning.take(values)
             before, after, steps = values["errors"].tolist()
             notes.append({"block": pair.block.name, "before": before, "after": after, "steps": int(steps)})

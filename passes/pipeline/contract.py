@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import count
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.checks import untrusted
 from fxquant.checks.arguments import methods, whole
@@ -24,8 +24,12 @@ from fxquant.graph.output_tree import Output
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
+from passes.pipeline.gathering import Gathered, in_shards
 
 _LOGGER = logging.getLogger("fxquant")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,6 @@ class JournalEntry:
 
 
 _ENTRY = {"step": TEXT, "nodes_changed": untrusted.whole(), "seconds": POSITIVE, "peak_mib": POSITIVE}
-
-
-_IMAGES_SEEN = "images seen"  # among the tensors of a state
 
 
 @dataclass
@@ -114,16 +115,6 @@ class SilentProgress:
         return SilentTask()
 
 
-class Gathered(Protocol):
-    """What a pass gathers over the calibration images, one by one, in a form that can be kept."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """All that going on from here depends on."""
-
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Go back to a state."""
-
-
 @dataclass(frozen=True)
 class CheckedProgress:
     """A reporter of the caller's whose steps are checked, so that a wrong one is named at once.
@@ -134,7 +125,9 @@ class CheckedProgress:
     reporter: ProgressReporter
 
     def track(self, label: str, total: int) -> ProgressTask:
-        """Begin a step of `total` units."""
+        """Begin a step of `total` units, which the first of several ranks shows."""
+        if not ranks.is_first():
+            return SilentTask()
         task = self.reporter.track(label, total)
         methods("what the `track` of progress returns", task, ProgressTask, OptionError)
         return task
@@ -230,7 +223,8 @@ class PassContext:
         """Calibration images a few at a time, (B, C, H, W), where the graph is, with the index of the first.
 
         For a pass that gathers. The activations (and gradients) of few images only are alive at a time, and sums are
-        formed in one order: no batch size has a say in them. Progress is shown under `label`.
+        formed in one order: no batch size has a say in them, and no number of ranks (`passes.pipeline.gathering`).
+        Progress is shown under `label`. When all images have been given, `gathered` holds what was gathered of all.
 
         Where the cache has a folder, what is gathered is kept as the pass goes on; a process that takes the place of
         one that was killed is given that state and the images that are left.
@@ -242,21 +236,31 @@ class PassContext:
             settings: JSON values that what is gathered depends on as well, such as the pass's repr.
             together: images at a time; matrix products of several cost less than one by one, and take more memory.
         """
-        task = self.progress.track(label, len(self.images))
         key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
-        checkpoint = Checkpoint(self.cache, key)
-        _, state = checkpoint.load() or ({}, {})
-        done = int(state.pop(_IMAGES_SEEN, torch.tensor(0)))
+        task = self.progress.track(label, len(self.images))
         device = device_of(graph_module)
-        if done:
-            gathered.restore({name: tensor.to(device) for name, tensor in state.items()})
-        for index, batch in zip(count(0, together), torch.split(self.images, together)):
-            if index >= done:
-                yield index, batch.to(device)
-                seen = torch.tensor(index + len(batch))
-                checkpoint.save(lambda seen=seen: ({}, {**gathered.state(), _IMAGES_SEEN: seen}))  # type: ignore[misc]
-            task.advance(len(batch))
+        yield from in_shards(label, self.images, device, together, gathered, Checkpoint(self.cache, key), task.advance)
         task.close()
+
+    def deal(
+        self,
+        label: str,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        costs: Sequence[float] | None = None,
+    ) -> list[Result]:
+        """The results for all items, in their order; several ranks share them out (`fxquant.ranks.dealt`).
+
+        Args:
+            label: shown with the progress.
+            function: what one item gives; what it changes elsewhere is lost where another rank computes it.
+            items: such as nodes.
+            costs: how long each takes, in any unit; None: all alike.
+        """
+        task = self.progress.track(label, len(items))
+        found = ranks.dealt(label, function, items, costs, task.advance)
+        task.close()
+        return found
 
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph, images, seed, objective, versions and settings."""

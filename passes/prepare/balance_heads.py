@@ -175,12 +175,18 @@ class _Moments(Interpreter):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a state."""
+        self.sums, self.moments, self.counts = {}, {}, {}
+        self.merge(state)
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add the sums over further images."""
         for path, tensor in state.items():
             kind, name, *first = path.split("/")
             if kind == "count":
-                self.counts[name] = int(tensor)
+                self.counts[name] = self.counts.get(name, 0) + int(tensor)
             else:
-                (self.sums if kind == "sum" else self.moments)[name, int(first[0])] = tensor
+                of, place = self.sums if kind == "sum" else self.moments, (name, int(first[0]))
+                of[place] = of[place] + tensor if place in of else tensor
 
     def mean(self, node: Node, channels: Tensor) -> Tensor:
         """Of a head's channels, (D,), on the host: what follows of it is small, and there the same for every device."""

@@ -31,6 +31,7 @@ from passes.pipeline.contract import Effect, PassContext
 from passes.prepare.folds import FOLDED, note_fold
 
 _CHANNEL_TENSORS = ("minimum", "maximum", "mean", "rows", "lowest", "highest")
+_CHANNEL_NUMBERS = ("count", "extremes")
 EPSILON_RANGE = (1e-4, 1e4)
 TOGETHER = 4  # images that are run at once
 
@@ -154,31 +155,43 @@ class _Channels:
     def __init__(self, keep_rows: bool, tail: float, images: int) -> None:
         self.minimum = self.maximum = self.mean = torch.empty(0)
         self.rows = self.lowest = self.highest = torch.empty(0)
-        self.keep_rows, self.tail, self.images, self.count = keep_rows, tail, images, 0
+        self.keep_rows, self.tail, self.images, self.count, self.extremes = keep_rows, tail, images, 0, 1
 
     def update(self, y: Tensor) -> None:
         rows = y.detach().reshape(-1, y.shape[-1]).double()
-        extremes = 1 + int(self.tail * (len(rows) / len(y) * self.images - 1))
-        self.lowest = _smallest(self.lowest, rows, extremes)
-        self.highest = -_smallest(-self.highest, -rows, extremes)
-        self.minimum, self.maximum, mean = self.lowest.amax(0), self.highest.amin(0), rows.mean(0)
+        self.extremes = 1 + int(self.tail * (len(rows) / len(y) * self.images - 1))
         kept = rows[:: max(1, len(rows) // 128)][:128] if self.keep_rows else self.rows
+        self._add(rows, rows, rows.mean(0), kept, len(rows))
+
+    def _add(self, lowest: Tensor, highest: Tensor, mean: Tensor, kept: Tensor, count: int) -> None:
+        """Add rows, (n, channels): of `count` of them those that may be extreme, their mean, and those to keep."""
+        self.lowest = _smallest(self.lowest, lowest, self.extremes)
+        self.highest = -_smallest(-self.highest, -highest, self.extremes)
+        self.minimum, self.maximum = self.lowest.amax(0), self.highest.amin(0)
         if not self.count:
             self.mean, self.rows = mean, kept
         else:
-            self.mean = self.mean + (mean - self.mean) * (len(rows) / (self.count + len(rows)))
+            self.mean = self.mean + (mean - self.mean) * (count / (self.count + count))
             self.rows = torch.cat([self.rows, kept]) if self.keep_rows else self.rows
-        self.count += len(rows)
+        self.count += count
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add what was gathered of further images."""
+        if not int(state["count"]):
+            return
+        self.extremes = int(state["extremes"])
+        self._add(state["lowest"], state["highest"], state["mean"], state["rows"], int(state["count"]))
 
     def state(self) -> dict[str, Tensor]:
         """All that going on from here depends on."""
-        return {**{name: getattr(self, name) for name in _CHANNEL_TENSORS}, "count": torch.tensor(self.count)}
+        found = {name: getattr(self, name) for name in _CHANNEL_TENSORS}
+        return found | {name: torch.tensor(getattr(self, name)) for name in _CHANNEL_NUMBERS}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a state."""
         for name in _CHANNEL_TENSORS:
             setattr(self, name, state[name])
-        self.count = int(state["count"])
+        self.count, self.extremes = (int(state[name]) for name in _CHANNEL_NUMBERS)
 
 
 def _smallest(kept: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -207,6 +220,12 @@ class _OutputStatistics(Interpreter):
         """Go back to a state."""
         for node, seen in self.channels.items():
             seen.restore({name: state[f"{node.name}/{name}"] for name in seen.state()})
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add what was gathered of further images."""
+        for node, seen in self.channels.items():
+            if f"{node.name}/count" in state:
+                seen.merge({name: state[f"{node.name}/{name}"] for name in seen.state()})
 
 
 def _shared(norm: Node, path: ChannelPath, counts: dict[str, int]) -> str | None:

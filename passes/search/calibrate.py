@@ -180,16 +180,25 @@ class _Statistics:
 
     def state(self) -> dict[str, Tensor]:
         """All observers', by their place in the list."""
-        return {f"{i}.{name}": t for i, o in enumerate(self.observers) for name, t in o.state().items()}
+        return {f"{i}/{name}": t for i, o in enumerate(self.observers) for name, t in o.state().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go back to a state."""
-        found: list[dict[str, Tensor]] = [{} for _ in self.observers]
+        found = self._by_observer(state)
+        for place, observer in enumerate(self.observers):
+            observer.restore(found[place])
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add what was gathered of further images."""
+        for place, own in self._by_observer(state).items():
+            self.observers[place].merge(own)
+
+    def _by_observer(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        found: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
-            place, _, rest = name.partition(".")
-            found[int(place)][rest] = tensor
-        for observer, own in zip(self.observers, found, strict=True):
-            observer.restore(own)
+            place, _, rest = name.partition("/")
+            found.setdefault(int(place), {})[rest] = tensor
+        return found
 
 
 def _update(

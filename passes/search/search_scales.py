@@ -35,6 +35,8 @@ from passes.search.insert_observers import observers_of
 Criterion = Literal["hessian", "mse", "min-max"]
 WeightScales = Literal["channel", "tensor"]
 
+ACTIVATION = 10_000  # weights whose search takes as long as that of an activation in one family
+
 OUTLINES = "histograms"
 """The journal's note of the operands' outlines, by layer."""
 
@@ -105,17 +107,22 @@ class SearchScales:
         Notes, by layer, the outline of every operand that is quantized, None for the others.
         """
         nodes = planned_nodes(graph_module)
-        task = context.progress.track("searching scales", len(nodes))
-        outlines: dict[str, list[Any]] = {}
-        for node in nodes:
+
+        def searched(node: Node) -> tuple[tuple[tuple[Candidate, ...], ...], list[Any]]:
             observers = dict(observers_of(graph_module, node))
             found = self._recalled(graph_module, node, observers, context.cache)
-            outlines[annotation_of(node).layer] = _outlines(graph_module, node, observers)
-            annotate_operands(node, candidates=found, scores=[()] * len(found))
+            outlines = _outlines(graph_module, node, observers)
             for observer in observers.values():
                 observer.release(keep_gram=self.keep_grams)
-            task.advance()
-        task.close()
+            return found, outlines
+
+        costs = [_cost(graph_module, node) for node in nodes]
+        found = context.deal("searching scales", searched, nodes, costs)
+        for node, (candidates, _) in zip(nodes, found, strict=True):
+            annotate_operands(node, candidates=candidates, scores=[()] * len(candidates))
+            for _, observer in observers_of(graph_module, node):
+                observer.release(keep_gram=self.keep_grams)
+        outlines = {annotation_of(node).layer: each for node, (_, each) in zip(nodes, found, strict=True)}
         context.note(**{OUTLINES: outlines})
         return len(nodes)
 
@@ -203,6 +210,18 @@ def placed(candidates: tuple[Candidate, ...], device: torch.device) -> tuple[Can
     for candidate in candidates:
         candidate.quantizer.to(device)
     return candidates
+
+
+def _cost(graph_module: GraphModule, node: Node) -> float:
+    """How long a node's search takes, in weights of a search among scales; see the module."""
+    found = 0.0
+    for operand in annotation_of(node).operands:
+        module = module_of(graph_module, node)
+        if operand.argument is not None:
+            found += ACTIVATION * len(operand.families)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            found += module.weight.numel()
+    return found
 
 
 def _outlines(graph_module: GraphModule, node: Node, observers: Mapping[int, Observer]) -> list[Any]:

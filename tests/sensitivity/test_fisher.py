@@ -42,6 +42,11 @@ def per_sample(graph_module: GraphModule, cotangents_dbc: Tensor) -> dict[str, f
     return totals
 
 
+def numbered(together: int) -> list[tuple[int, Tensor]]:
+    """Batches with the index of their first image."""
+    return list(zip(range(0, len(IMAGES), together), IMAGES.split(together), strict=True))
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_traces_are_those_of_per_sample_gradients(graph_module: GraphModule, labelled: bool) -> None:
     """qkv, proj, fc1, fc2 with tokens, the head without, the patch embedding as a convolution, Swin's reduction."""
@@ -51,7 +56,7 @@ def test_traces_are_those_of_per_sample_gradients(graph_module: GraphModule, lab
     labels = torch.arange(5) if labelled else None
     cotangents = label_gradients(p, labels) if labelled else logit_gradients(p, "signs", 3, seed=7)
     expected = per_sample(graph_module, cotangents)
-    found = fisher_traces(graph_module, nodes, IMAGES.split(2), draws=3, seed=7, labels_n=labels)
+    found = fisher_traces(graph_module, nodes, numbered(2), draws=3, seed=7, labels_n=labels)
     for node, trace in found.items():
         assert trace == pytest.approx(expected[f"{node.target}.weight"], rel=1e-9), annotation_of(node).layer
         assert trace > 0
@@ -59,7 +64,7 @@ def test_traces_are_those_of_per_sample_gradients(graph_module: GraphModule, lab
 
 def test_batches_have_no_say(graph_module: GraphModule) -> None:
     nodes = nodes_with_role(graph_module, *WEIGHT_ROLES)
-    whole, parts = (fisher_traces(graph_module, nodes, IMAGES.split(size)) for size in (5, 1))
+    whole, parts = (fisher_traces(graph_module, nodes, numbered(size)) for size in (5, 1))
     assert list(whole.values()) == pytest.approx(list(parts.values()), rel=1e-9)
 
 
@@ -68,7 +73,7 @@ def test_grouped_convolutions_are_left_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 8, stride=8, groups=3), nn.Flatten(), nn.Linear(96, 4)).double()
     graph_module = torch.fx.symbolic_trace(model)
     nodes = [node for node in graph_module.graph.nodes if node.target in ("0", "2")]
-    assert [str(node.target) for node in fisher_traces(graph_module, nodes, [IMAGES])] == ["2"]
+    assert [str(node.target) for node in fisher_traces(graph_module, nodes, numbered(5))] == ["2"]
 
 
 @pytest.mark.parametrize(("tokens", "inner", "outer"), [(3, 40, 50), (60, 8, 9), (1, 5, 7)])
@@ -92,14 +97,14 @@ def test_float32_is_close_with_a_channel_that_dominates() -> None:
 def test_too_few_labels_and_no_class_scores(graph_module: GraphModule) -> None:
     nodes = nodes_with_role(graph_module, *WEIGHT_ROLES)
     with pytest.raises(CalibrationError, match="4 labels for at least 5 images"):
-        fisher_traces(graph_module, nodes, [IMAGES], labels_n=torch.zeros(4, dtype=torch.int64))
+        fisher_traces(graph_module, nodes, numbered(5), labels_n=torch.zeros(4, dtype=torch.int64))
 
     class Pixels(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2
 
     with pytest.raises(CalibrationError, match="the Fisher trace needs class scores"):
-        fisher_traces(torch.fx.symbolic_trace(Pixels()), [], [IMAGES])
+        fisher_traces(torch.fx.symbolic_trace(Pixels()), [], numbered(5))
 
 
 def test_type_factors_are_ratios_of_means_over_sampled_layers() -> None:

@@ -60,5 +60,10 @@ class Gram:
         return {str(number): block for number, block in enumerate(self._blocks)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go back to a state."""
-        self._blocks = [state[str(number)].clone() for number in range(len(state))]
+        """Go back to a state, whose tensors change from then on."""
+        self._blocks = [state[str(number)] for number in range(len(state))]
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add the Gram matrix of further rows, given by its state."""
+        for number, block in enumerate(self._blocks):
+            block += state[str(number)]

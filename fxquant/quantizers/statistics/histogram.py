@@ -48,7 +48,7 @@ class Bfloat16Histogram:
         keys = flat.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
         values, one = flat.double(), torch.ones(1, dtype=torch.float64, device=keys.device)
         count = _sums(keys, one.expand(len(keys)))
-        self._make_room(count)
+        self._make_room(count > 0)
         if mass is None:
             self._moments[0] += count[self._keys]
             self._add(1, keys, values, values * values)
@@ -58,9 +58,8 @@ class Bfloat16Histogram:
             self.weighted = True
             self._add(3, keys, *_times_powers(weight, values))
 
-    def _make_room(self, count: Tensor) -> None:
-        """Let every bucket that is counted in, float64 (65536,), have a column of the moments."""
-        occupied = count > 0
+    def _make_room(self, occupied: Tensor) -> None:
+        """Let every bucket that is occupied, bool (65536,), have a column of the moments."""
         occupied[self._keys] = True
         keys = occupied.nonzero()[:, 0]
         if len(keys) > len(self._keys):
@@ -78,9 +77,21 @@ class Bfloat16Histogram:
         return {"used": self._keys, "moments": self._moments.clone(), "weighted": torch.tensor(self.weighted)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go back to a state."""
-        self._keys, self._moments = state["used"], state["moments"].clone()
+        """Go back to a state, whose tensors change from then on."""
+        self._keys, self._moments = state["used"], state["moments"]
         self.weighted = bool(state["weighted"])
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        """Add the values of another histogram, given by its state."""
+        keys = state["used"]
+        places = torch.searchsorted(self._keys, keys)
+        if not len(self._keys) or not torch.equal(self._keys[places.clamp_max(len(self._keys) - 1)], keys):
+            occupied = torch.zeros(BUCKETS, dtype=torch.bool, device=keys.device)
+            occupied[keys] = True
+            self._make_room(occupied)
+            places = torch.searchsorted(self._keys, keys)
+        self._moments.index_add_(1, places, state["moments"])
+        self.weighted = self.weighted or bool(state["weighted"])
 
     def finish(self) -> SortedMoments:
         """Buckets that hold values, in ascending order of value: what is searched next, on the host."""

@@ -32,10 +32,19 @@ def test_a_state_is_gone_back_to() -> None:
     gram, rows = Gram(BLOCK + 3), rows_of(BLOCK + 3)
     gram.add(*rows)
     resumed = Gram()
-    resumed.restore(gram.state())
+    resumed.restore({name: block.clone() for name, block in gram.state().items()})
     before = resumed.matrix()
     gram.add(*rows)
     assert torch.equal(resumed.matrix(), before)
+
+
+def test_two_are_merged_into_one() -> None:
+    first, second = Gram(BLOCK + 3), Gram(BLOCK + 3)
+    first.add(*rows_of(BLOCK + 3))
+    second.add(*rows_of(BLOCK + 3))
+    expected = first.matrix() + second.matrix()
+    first.merge(second.state())
+    assert torch.equal(first.matrix(), expected)
 
 
 def test_of_a_matrix_a_copy_is_kept() -> None:

@@ -106,6 +106,18 @@ def test_a_state_goes_on_where_it_was_kept() -> None:
     assert np.array_equal(whole.finish().moments, resumed.finish().moments)
 
 
+def test_two_are_merged_into_one() -> None:
+    """Whatever buckets each has; values are whole, so that sums are exact."""
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randint(-9, 9, (2, 60), generator=draw).float() * torch.tensor([[1.0], [4.0]])
+    whole, first, second = Bfloat16Histogram(), Bfloat16Histogram(), Bfloat16Histogram()
+    for histogram, part in ((whole, x[0]), (whole, x[1]), (first, x[0]), (second, x[1])):
+        histogram.update(part, part.abs())
+    first.merge(second.state())
+    assert first.weighted
+    assert np.array_equal(first.finish().moments, whole.finish().moments)
+
+
 def test_values_are_ascending_and_signed_zeros_do_not_disturb() -> None:
     histogram = Bfloat16Histogram()
     histogram.update(torch.tensor([0.0, -0.0, 3.0, -5.0, 1e-30, -1e-30]))

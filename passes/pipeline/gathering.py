@@ -1,0 +1,148 @@
+"""Statistics over the calibration images, summed in one order whatever the number of ranks that share the images.
+
+    total = ((shard 0 + shard 1) + shard 2) + ...        a shard: some consecutive images, gathered by one rank
+
+Sums of floating-point numbers depend on how they are put in brackets. So the images are cut into shards, of which the
+number of ranks knows nothing: each is gathered from zero by one rank, image by image, and added to the total in the
+order of the images, on every rank. One process alone does the same. The price is the memory of a second set of
+statistics. There are `SHARDS` shards, or more where they would be longer than `LONGEST` images; so many ranks at most
+have something to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxquant import ranks
+from fxquant.artefact.cache import Kept
+from passes.pipeline.checkpoint import Checkpoint
+
+SHARDS = 8
+LONGEST = 64
+SENT_TOGETHER = 16  # pieces of a state
+_IMAGES_SEEN, _TOTAL, _PART = "images seen", "total/", "part/"  # among the tensors of a state
+
+State = dict[str, Tensor]
+
+
+class Gathered(Protocol):
+    """What a pass gathers over the calibration images, in a form that can be kept and added up.
+
+    Names of a state that are alike up to the first "/" are one piece; pieces are sent and merged one by one.
+    """
+
+    def state(self) -> State:
+        """All that going on from here depends on."""
+
+    def restore(self, state: State) -> None:
+        """Go back to a state, whose tensors may change from then on."""
+
+    def merge(self, state: State) -> None:
+        """Add what was gathered of the images that follow: some pieces of a state, each of them whole."""
+
+
+def in_shards(
+    label: str,
+    images_bchw: Tensor,
+    device: torch.device,
+    together: int,
+    gathered: Gathered,
+    checkpoint: Checkpoint,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, Tensor]]:
+    """Batches of images for this rank to gather from, with the index of the first image of each; see the module.
+
+    At the end `gathered` holds the statistics of all images, on every rank.
+
+    Args:
+        label: what is gathered, for errors.
+        images_bchw: all images.
+        device: where batches are given and statistics are.
+        together: images of a batch.
+        gathered: as it is before the first image; what it holds then is not of images, and is the same on all ranks.
+        checkpoint: keeps the state between batches, or, of several ranks, between rounds of shards.
+        advance: told how many more images are done.
+    """
+    shards = _shards(images_bchw, together)
+    start = gathered.state()
+    _, loaded = checkpoint.load() or ({}, {})
+    kept = {name: tensor.to(device) for name, tensor in loaded.items()}
+    seen = int(kept.get(_IMAGES_SEEN, torch.tensor(0)))
+    total, part = _under(_TOTAL, kept) or _own(start), _under(_PART, kept)
+    advance(seen)
+    first = next((number for number, shard in enumerate(shards) if _end(shard) > seen), len(shards))
+    while first < len(shards):
+        taken = shards[first : first + ranks.count()]
+        mine = taken[ranks.number()] if ranks.number() < len(taken) else []
+        # Of a shard that a killed process had begun, the first rank has what that one had gathered.
+        gathered.restore(part if part and ranks.number() == 0 else _own(start))
+        done = seen
+        for index, batch in mine:
+            if index >= seen:
+                yield index, batch.to(device)
+                done += len(batch)
+                advance(len(batch))
+                if ranks.count() == 1 and done < _end(mine):
+                    checkpoint.save(partial(_kept, done, total, gathered))
+        part = gathered.state()
+        gathered.restore(total)
+        _merge(label, gathered, part, len(taken), device)
+        total, part, end = gathered.state(), {}, _end(taken[-1])
+        advance(end - done)
+        first, seen = first + len(taken), end
+        checkpoint.save(partial(_kept, seen, total))
+    gathered.restore(total)  # also where a killed process had seen all images
+
+
+def _merge(label: str, gathered: Gathered, part: State, count: int, device: torch.device) -> None:
+    """Merge what the first ranks have gathered, some pieces at a time: only so many of others are held.
+
+    Args:
+        label: what is gathered, for errors.
+        gathered: what is merged into.
+        part: what this rank has gathered.
+        count: of how many ranks.
+        device: where the statistics are.
+    """
+    pieces = {piece: list(names) for piece, names in groupby(part, key=lambda name: name.partition("/")[0])}
+    every = list(dict.fromkeys(chain(*ranks.from_all(label, list(pieces)))))
+    for at in range(0, len(every), SENT_TOGETHER):
+        names = chain(*(pieces.get(piece, []) for piece in every[at : at + SENT_TOGETHER]))
+        for state in ranks.from_all(label, {name: part[name] for name in names})[:count]:
+            gathered.merge({name: tensor.to(device) for name, tensor in state.items()})
+
+
+def _shards(images_bchw: Tensor, together: int) -> list[list[tuple[int, Tensor]]]:
+    """Batches with the index of their first image, in lists of nearly equal length."""
+    batches = [(index * together, batch) for index, batch in enumerate(torch.split(images_bchw, together))]
+    count = min(max(SHARDS, -(-len(images_bchw) // LONGEST)), len(batches))
+    ends = [len(batches) * (number + 1) // count for number in range(count)]
+    return [batches[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _end(shard: list[tuple[int, Tensor]]) -> int:
+    """Images up to the end of a shard."""
+    index, batch = shard[-1]
+    return index + len(batch)
+
+
+def _own(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _under(prefix: str, kept: State) -> State:
+    return {name.removeprefix(prefix): tensor.clone() for name, tensor in kept.items() if name.startswith(prefix)}
+
+
+def _kept(seen: int, total: State, part: Gathered | None = None) -> Kept:
+    """What a checkpoint keeps. part: what is gathered of a shard that has begun."""
+    found = {_TOTAL + name: tensor for name, tensor in total.items()}
+    if part is not None:
+        found |= {_PART + name: tensor for name, tensor in part.state().items()}
+    return {}, {**found, _IMAGES_SEEN: torch.tensor(seen)}

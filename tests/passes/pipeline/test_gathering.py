@@ -1,0 +1,80 @@
+"""Sums over images: in one order, from wherever a killed process has stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.artefact.cache import Cache, Kept
+from passes.pipeline.checkpoint import Checkpoint
+from passes.pipeline.gathering import SHARDS, in_shards
+
+
+class Sum:
+    """A sum in float32, where the order counts, and what was added in brackets."""
+
+    def __init__(self) -> None:
+        self.restore({"value/sum": torch.zeros(()), "value/count": torch.zeros(())})
+
+    def update(self, batch: Tensor) -> None:
+        self.merge({"value/sum": batch.sum(), "value/count": torch.tensor(float(len(batch)))})
+
+    def state(self) -> dict[str, Tensor]:
+        return {"value/sum": self.sum, "value/count": self.count}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.sum, self.count = state["value/sum"], state["value/count"]
+
+    def merge(self, state: dict[str, Tensor]) -> None:
+        self.sum, self.count = self.sum + state["value/sum"], self.count + state["value/count"]
+
+
+class Memory(Checkpoint):
+    """Keeps every state that it is offered."""
+
+    def __init__(self) -> None:
+        super().__init__(Cache(), "")
+        self.kept: Kept | None = None
+
+    def load(self) -> Kept | None:
+        return self.kept
+
+    def save(self, state: Callable[[], Kept], *, last: bool = False) -> None:
+        texts, tensors = state()
+        self.kept = texts, {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def gathered(images: Tensor, checkpoint: Checkpoint, stop: int | None = None) -> tuple[Sum, list[int]]:
+    """The sum, and the first images of the batches that were gathered; only so many where the process is killed."""
+    found, seen = Sum(), []
+    for first, batch in in_shards("adding", images, images.device, 2, found, checkpoint, lambda count: None):
+        if len(seen) == stop:
+            break
+        found.update(batch)
+        seen.append(first)
+    return found, seen
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 37, 66, 67])
+def test_a_killed_process_is_gone_on_from_to_the_same_bits(stop: int) -> None:
+    images = torch.randn(2 * 67, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    whole, seen = gathered(images, Memory())
+    assert seen == list(range(0, 134, 2))
+    assert whole.count == 134
+    memory = Memory()
+    gathered(images, memory, stop)
+    resumed, rest = gathered(images, memory)
+    assert rest == seen[stop:]
+    assert torch.equal(resumed.sum, whole.sum)
+
+
+@pytest.mark.quick
+def test_shards_are_added_in_the_order_of_the_images() -> None:
+    images = torch.randn(4 * SHARDS, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    expected = torch.zeros(())
+    for shard in images.split(4):
+        expected = expected + (shard[:2].sum() + shard[2:].sum())
+    assert torch.equal(gathered(images, Memory())[0].sum, expected)

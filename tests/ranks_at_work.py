@@ -1,0 +1,190 @@
+"""Ranks of a process group for tests, and what they do. They are forks of one process that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fxquant
+from fxquant import ranks
+from fxquant.artefact.cache import signature
+from fxquant.data import embedded
+from fxquant.data.images import ImageData, embedded_test
+from fxquant.errors import CalibrationError
+from fxquant.measure.accuracy import evaluate
+from fxquant.session.compiled import Compiled
+from passes.correct.distil import Distil
+from passes.pipeline.pipeline import Pipeline
+from passes.recipes import RECIPES
+from passes.search.calibrate import Calibrate
+from passes.search.search_scales import SearchScales
+from tests.models import images, vit
+
+PATIENCE_S = 120.0
+IMAGES = images(5)
+
+
+def on_ranks(count: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function of this module returns or raises on each rank; None where the process has died.
+
+    Args:
+        count: how many ranks.
+        folder: where they find each other; of this call alone.
+        function: called with the number of the rank, in a process group.
+        arguments: further ones.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    pipes = [processes.Pipe(duplex=False) for _ in range(count)]
+    place = f"file://{folder}/ranks"
+    started = [
+        processes.Process(target=_run, args=(rank, count, place, pipes[rank][1], function, arguments))
+        for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    for _, end in pipes:
+        end.close()
+    results: list[Any] = []
+    for (reading, _), process in zip(pipes, started, strict=True):
+        try:
+            results.append(pickle.loads(reading.recv_bytes()) if reading.poll(PATIENCE_S) else None)
+        except EOFError:
+            results.append(None)
+        process.join(5)
+        process.kill()
+    return results
+
+
+def _run(rank: int, count: int, place: str, result: Any, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", place, rank=rank, world_size=count)
+        found = function(rank, *arguments)
+        if dist.is_initialized():
+            dist.barrier()  # the first, which keeps the store, ends last
+    except Exception as error:
+        found = error
+    result.send_bytes(pickle.dumps(found))
+    os._exit(0)  # the group may be broken, and would be waited for
+
+
+def compiled(recipe: str = "best", **options: Any) -> Compiled:
+    """A model of one block; "short training" is `best_thorough` with four steps."""
+    given = short_training if recipe == "short training" else recipe
+    return fxquant.compile(
+        vit(depth=1), "W4A4", calibration=IMAGES, recipe=given, bits=(3, 4, 6), progress=False, **options
+    )
+
+
+def short_training(*arguments: Any, **options: Any) -> Pipeline:
+    return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=2, checks=2)
+
+
+def made(compiled: Compiled) -> tuple[Any, ...]:
+    """All of a result but times, and on how many ranks it was made."""
+    state = [[name, value] for name, value in sorted(compiled.state_dict().items()) if isinstance(value, torch.Tensor)]
+    losses = [entry.notes["predicted_loss"] for entry in compiled.journal.entries if "predicted_loss" in entry.notes]
+    card = {name: value for name, value in compiled.card.items() if name != "distributed"}
+    assert compiled.answers is not None
+    return signature(state), repr(compiled.layers), card, losses, signature(compiled.answers.simulated)
+
+
+def results(rank: int, *recipes: str) -> list[Any]:
+    return [(made(found), found.card["distributed"]) for found in map(compiled, recipes)]
+
+
+def share_out(rank: int) -> list[Any]:
+    """Results, what this rank did, a process of rank 0, and a tensor of each."""
+    with ranks.together(lambda: {"weather": "fine"}):
+        mine: list[str] = []
+
+        def upper(text: str) -> str:
+            assert ranks.count() == 1, "inside, the process is alone"
+            mine.append(text)
+            return text.upper()
+
+        assert (ranks.count(), ranks.number(), ranks.is_first()) == (3, rank, rank == 0)
+        found = ranks.dealt("shouting", upper, "abcdefg", [9, 1, 1, 9, 1, 1, 9])
+        tensors = ranks.from_all("telling", torch.full((2,), rank + 0.5, dtype=torch.bfloat16)[:1])
+        return [found, "".join(mine), ranks.once("asking", os.getpid), torch.cat(tensors).tolist()]
+
+
+def accuracy(rank: int) -> tuple[int, int, int]:
+    """Correct, all, and how many images this rank has read."""
+    whole = embedded_test()
+    seen: list[int] = []
+
+    def read(index: int) -> torch.Tensor:
+        seen.append(index)
+        return whole.read(index)
+
+    data = ImageData(**{**vars(whole), "read": read})
+    found = evaluate(embedded.load_model(), data, batch_size=4, limit=24)
+    return found.correct, found.count, len(seen)
+
+
+def other_images(rank: int) -> Compiled:
+    return fxquant.compile(vit(depth=1), "W4A4", calibration=IMAGES + rank)
+
+
+def fail_on_the_last(rank: int) -> Compiled:
+    def fail(*arguments: Any) -> None:
+        raise CalibrationError("an image of rank 1 is of no use")
+
+    if rank == 1:
+        Calibrate._squared_gradients = fail  # type: ignore[assignment]
+    return compiled()
+
+
+def elsewhere(rank: int) -> list[int]:
+    with ranks.together(dict):
+        return ranks.dealt("counting" if rank else "adding", abs, [1, 2])
+
+
+def die_while_searching(rank: int, cache: Path) -> Compiled:
+    if rank == 1:
+        SearchScales._activation = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+    return compiled(cache=cache)
+
+
+def stay_away(rank: int) -> None:
+    ranks.ARRIVAL_S = 1.0
+    if rank == 0:
+        compiled()
+
+
+def first_alone(rank: int) -> tuple[int, bool] | None:
+    if rank:
+        return None
+    with ranks.alone(), ranks.together(lambda: pytest.fail("there is nobody to compare with")):
+        return ranks.count(), ranks.is_first()
+
+
+def run_command(rank: int, folder: Path, port: int, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line, as torchrun would start it."""
+    from fxquant.cli import main
+
+    world = dist.get_world_size()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    places = [folder / f"{name}.{rank}" for name in ("stdout", "stderr")]
+    for place, stream in zip(places, (1, 2), strict=True):
+        os.dup2(os.open(place, os.O_CREAT | os.O_WRONLY), stream)
+    sys.argv = ["fxquant", *arguments]
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    return code or 0, places[0].read_text(), places[1].read_text()

@@ -1,0 +1,98 @@
+"""Ranks of a process group that share the work out: the same result, bit for bit, and one error where one fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxquant import ranks
+from fxquant.data import embedded
+from fxquant.data.images import embedded_test
+from fxquant.errors import CalibrationError, DistributedError, LostRankError
+from fxquant.measure.accuracy import evaluate
+from passes.search.search_scales import SearchScales
+from tests import ranks_at_work as work
+from tests.ranks_at_work import compiled, made, on_ranks
+
+
+@pytest.mark.parametrize(("count", "recipes"), [(2, ("best", "mix_qvit", "short training")), (4, ("best",))])
+def test_any_number_of_ranks_gives_the_same_model(count: int, recipes: tuple[str, ...], tmp_path: Path) -> None:
+    expected = [(made(compiled(recipe)), {"ranks": count}) for recipe in recipes]
+    assert on_ranks(count, tmp_path, work.results, *recipes) == [expected] * count
+
+
+def test_each_item_is_done_by_one_rank_and_known_to_all_in_order(tmp_path: Path) -> None:
+    results = on_ranks(3, tmp_path, work.share_out)
+    assert [found for found, *_ in results] == [list("ABCDEFG")] * 3
+    assert [mine for _, mine, *_ in results] == ["abf", "cd", "eg"]
+    assert len({process for *_, process, _ in results}) == 1
+    assert [values for *_, values in results] == [[0.5, 1.5, 2.5]] * 3
+
+
+def test_batches_to_evaluate_are_shared_out(tmp_path: Path) -> None:
+    alone = evaluate(embedded.load_model(), embedded_test(), batch_size=4, limit=24)
+    # Every rank reads the first image too, to see what the model gives.
+    assert on_ranks(2, tmp_path, work.accuracy) == [(alone.correct, 24, 13)] * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        (work.other_images, DistributedError, "the calibration images of rank 1 and of rank 0 are not the same"),
+        (work.fail_on_the_last, CalibrationError, "an image of rank 1 is of no use"),
+        (work.elsewhere, DistributedError, "rank 0 is at 'adding' and rank 1 at 'counting'"),
+    ],
+)
+def test_all_ranks_raise_the_same(function: Any, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    for error in on_ranks(2, tmp_path, function):
+        assert isinstance(error, kind)
+        assert message in str(error)
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while scales are searched; what was finished before that is not done again, by any number of ranks."""
+    cache = tmp_path / "cache"
+    error, dead = on_ranks(2, tmp_path, work.die_while_searching, cache)
+    assert dead is None
+    assert isinstance(error, LostRankError)
+    assert "rank 0 of 2 has lost another rank" in str(error)
+    assert list(cache.glob("*.part"))
+    assert not list(cache.glob(".*.partial"))
+    searched = []
+    original = SearchScales._searched
+
+    def counted(*arguments: Any) -> Any:
+        searched.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(SearchScales, "_searched", counted)
+    resumed, left = made(compiled(cache=cache)), len(searched)
+    assert resumed == made(compiled())
+    assert left < (len(searched) - left) * 0.75, "the first rank had its share"
+
+
+def test_a_rank_that_does_not_come_is_waited_for_a_while(tmp_path: Path) -> None:
+    error, _ = on_ranks(2, tmp_path, work.stay_away)
+    assert isinstance(error, DistributedError)
+    assert "not all 2 ranks of the process group came within 1 s" in str(error)
+
+
+def test_one_rank_can_work_alone(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, work.first_alone) == [(1, True), None]
+
+
+@pytest.mark.quick
+def test_without_a_process_group_everything_is_done_here() -> None:
+    with ranks.together(lambda: pytest.fail("there is nobody to compare with")):
+        assert ranks.count() == 1
+        assert ranks.is_first()
+        assert ranks.card() == {}
+        shown: list[int] = []
+        assert ranks.dealt("doubling", lambda value: 2 * value, [1, 2, 3], advance=shown.append) == [2, 4, 6]
+        assert shown == [1, 1, 1]
+        assert ranks.once("asking", lambda: 7) == 7
+        assert ranks.from_all("telling", "here") == ["here"]
