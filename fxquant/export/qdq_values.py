@@ -187,7 +187,7 @@ def _per_channel(numbers: Tensor, channels: int) -> Tensor:
     return numbers.detach().reshape(-1).expand(channels).contiguous()
 
 
-def quantized(quantizer: Quantizer | None, form: Form) -> nn.Module:
+def quantized(quantizer: Quantizer | None, form: Form = FORMS["any"]) -> nn.Module:
     """A module that gives the quantizer's values, through codes where a byte holds them."""
     if quantizer is None:
         return nn.Identity()
