@@ -37,6 +37,7 @@ from passes.recipes.best import best
 from passes.recipes.lampq import lampq
 from passes.recipes.mix_qvit import CLIPPED, mix_qvit
 from passes.recipes.mptq_vit import mptq_vit
+from passes.search.calibrate import Calibrate
 from passes.search.plan_operands import PlanOperands
 from passes.substitute.tabulate_gelu import TabulateGelu
 
@@ -64,6 +65,8 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
     "attention probabilities of 3 bits and more": lambda b: best(b).changed(AllocateBits, spared=()),
     "tensors of 2 bits allowed": lambda b: best(b).changed(AllocateBits, narrowest=2),
     "float GELU": lambda b: best(b).without(TabulateGelu),
+    "Gram matrices of gradients alone": lambda b: best(b).changed(Calibrate, shrinkage=0.0),
+    "searched scales of weights": lambda b: best(b).changed(CompensateWeights, scales=(1.0,)),
     "rounded to nearest": lambda b: best(b).without(CompensateWeights),
     "closed form (ridge and GPTQ)": lambda b: best(b).without(CompensateWeights).after(AllocateBits, CorrectWeights()),
     "bits: uniform": lambda b: best(b, allocator=Uniform()),

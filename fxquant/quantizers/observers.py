@@ -131,10 +131,13 @@ class Observer(nn.Module):
         self.coherence_sum += coherence
         self.coherence_count += 1
 
-    def update_gram(self, rows_ti: Tensor, squared_to: Tensor | None) -> None:
+    def update_gram(self, rows_ti: Tensor, squared_to: Tensor | None, shrinkage: float = 0.0) -> None:
         """Add one batch to G = sum a_t x_t x_t^T.
 
-        rows_ti: inputs, float (tokens, in). squared_to: squares of dL/dO, float (tokens, out); None: all are one.
+        Args:
+            rows_ti: inputs, float (tokens, in).
+            squared_to: squares of dL/dO, float (tokens, out); None: all are one.
+            shrinkage: how far the a_t are drawn towards their mean, from 0 to 1; their sum stays.
         """
         rows = rows_ti.detach()
         if squared_to is None:
@@ -142,6 +145,7 @@ class Observer(nn.Module):
         else:
             squared = squared_to.detach()
             token_weight = squared.mean(1)
+            token_weight = token_weight.lerp(token_weight.mean(), shrinkage)
             total = squared.sum(0).double()
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())

@@ -3,25 +3,29 @@
 With G = R R^T the layer's damped Gram matrix, R upper triangular, the cost of an error d = w - q is |d R|^2, whose term
 of column j is R_jj^2 (w_j + sum over k < j of d_k R_kj / R_jj - q_j)^2: column by column, what is in front of q_j is
 rounded to the grid. This gives what GPTQ gives (Frantar et al., algorithm 1) without inverting G (Chee et al., QuIP,
-theorem 6). The grid (scales, bits) stays as searched; only which grid point a weight takes changes.
+theorem 6). Bits stay as allocated.
 
-The result is written back as the layer's float weight, whose entries now lie on their grid, so that substitution
-finds exactly these codes. Not done: reordering columns, or re-fitting scales.
+The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
+for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
+
+The result is written back as the layer's float weight, whose entries now lie on their grid, and the candidate of the
+allocated width gets the scales, so that substitution finds exactly these codes. Not done: reordering columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.annotation import annotation_of, nodes_with_role
+from fxquant.graph.annotation import annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.facts import Fact
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.statistics.low_rank import LowRank
@@ -33,19 +37,25 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
 WELL_DAMPED = 0.1
 FACTORED = 256  # columns that are factored together
+SCALES = (0.85, 0.925, 1.0, 1.075)  # relative to the searched one; rows take each of them about as often
 
 
 @dataclass(frozen=True)
 class CompensateWeights:
     """Compensate rounding errors column by column in every linear and convolution layer that has a Gram matrix.
 
-    dampening: added to G's diagonal, relative to its mean. GPTQ's own 0.01 is for hundreds of thousands of tokens; a
-    G weighted by the gradients of 32 images has few effective rows, and compensation then fits their noise. block:
-    columns between two updates of the rest. Needs `SearchScales(keep_grams=True)`.
+    Args:
+        dampening: added to G's diagonal, relative to its mean. GPTQ's own 0.01 is for hundreds of thousands of tokens;
+            32 images have some thousands, and fewer that count where gradients weigh them (`Calibrate(shrinkage=...)`).
+        block: columns between two updates of the rest.
+        scales: what every row's scale is tried at, relative to the searched one; (1.0,) keeps that.
+
+    Needs `SearchScales(keep_grams=True)`.
     """
 
-    dampening: float = 0.5
+    dampening: float = 0.1
     block: int = 128
+    scales: tuple[float, ...] = SCALES
 
     requires: ClassVar[frozenset[Fact]] = frozenset({BITS_ALLOCATED, GRAMS_KNOWN})
     provides: ClassVar[frozenset[Fact]] = frozenset()
@@ -55,8 +65,10 @@ class CompensateWeights:
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
         check_fields(self, CalibrationError)
-        if self.dampening < 0 or self.block < 1:
-            raise CalibrationError(f"dampening must be at least 0, and block at least 1 column; found {self}")
+        if self.dampening < 0 or self.block < 1 or not self.scales or min(self.scales) <= 0:
+            raise CalibrationError(
+                f"dampening must be at least 0, block at least 1 column, and scales above 0; found {self}"
+            )
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place and let go of Gram matrices; returns how many layers.
@@ -76,30 +88,82 @@ class CompensateWeights:
                     f"{node.name}: only uniform weights of linear layers and convolutions can be compensated: "
                     "leave CompensateWeights out"
                 )
-            work.append((module, observers[0], quantizer))
+            work.append((node, module, observers[0], quantizer))
 
-        def rounded(layer: tuple[nn.Linear | nn.Conv2d, Observer, UniformQuantizer]) -> dict[str, Tensor]:
-            module, observer, quantizer = layer
+        def rounded(layer: tuple[Node, nn.Linear | nn.Conv2d, Observer, UniformQuantizer]) -> dict[str, Tensor]:
+            _, module, observer, quantizer = layer
             rows, gram = module.weight.detach().flatten(1), observer.released_gram()
-            key = context.cache.key_of(rows, gram, quantizer, self.dampening, self.block)
+            key = context.cache.key_of(rows, gram, quantizer, repr(self))
             return context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
 
-        found = context.deal("compensating weights", rounded, work, [_cost(module) for module, _, _ in work])
-        for (module, observer, _), kept in zip(work, found, strict=True):
-            weight = kept["weight"].to(module.weight.device).reshape(module.weight.shape)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+        found = context.deal("compensating weights", rounded, work, [_cost(module) for _, module, _, _ in work])
+        for (node, module, observer, quantizer), kept in zip(work, found, strict=True):
+            weight, scale = (kept[name].to(module.weight.device) for name in ("weight", "scale"))
+            module.weight = nn.Parameter(weight.reshape(module.weight.shape), requires_grad=False)
+            _take_quantizer(node, UniformQuantizer(quantizer.bits, scale, quantizer.zero_point))
             observer.release()
         before, after = (sum(float(kept["costs"][place]) for kept in found) for place in range(2))
         context.note(cost_before=before, cost_after=after)
         return len(work)
 
     def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
-        """The weight (out, in), and the costs of rounding to nearest and of this."""
-        rounded = compensate(rows, gram, quantizer, self.dampening, self.block)
+        """The weight (out, in), its scale, and the costs of rounding to nearest and of this."""
+        rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block)
         seen = LowRank.of(gram.float())
         errors = ((after - rows).float() for after in (quantizer(rows), rounded))
         costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
-        return {"weight": rounded, "costs": torch.stack(costs)}
+        return {"weight": rounded, "scale": scaled.scale, "costs": torch.stack(costs)}
+
+
+def _take_quantizer(node: Node, quantizer: UniformQuantizer) -> None:
+    """Give the weight's candidate of the allocated width this quantizer; its predicted loss stays as searched."""
+    annotate_operands(
+        node,
+        candidates=[
+            tuple(replace(c, quantizer=quantizer) if c.bits == operand.bits else c for c in operand.candidates)
+            if operand.argument is None
+            else operand.candidates
+            for operand in annotation_of(node).operands
+        ],
+    )
+
+
+def compensate_scaled(
+    weight_oi: Tensor,
+    gram_ii: Tensor,
+    quantizer: UniformQuantizer,
+    scales: Sequence[float] = SCALES,
+    dampening: float = 0.1,
+    block: int = 128,
+) -> tuple[Tensor, UniformQuantizer]:
+    """`compensate` with the scale of every row at which (W^ - W) (G + dampening) (W^ - W)^T is least.
+
+    Args:
+        weight_oi: the weight to round, float (out, in).
+        gram_ii: the Gram matrix of the layer's inputs, float (in, in), positive semi-definite.
+        quantizer: its scale is (out, 1), or () where rows share one, which then stays.
+        scales: what is tried, relative to the quantizer's scale.
+        dampening: the share of the mean diagonal that is added to the diagonal; see CompensateWeights.
+        block: columns of which the earlier ones' errors are gathered in one product.
+
+    Returns:
+        The weight on its grid, float (out, in), and the quantizer of that grid.
+    """
+    if tuple(scales) == (1.0,) or quantizer.scale.numel() != len(weight_oi):
+        return compensate(weight_oi, gram_ii, quantizer, dampening, block), quantizer
+    # Rows know nothing of one another, so those of all scales are rounded together, with one factor of G.
+    tried = torch.cat([quantizer.scale * scale for scale in scales])
+    zeros = None if quantizer.zero_point is None else quantizer.zero_point.repeat(len(scales), 1)
+    stacked = UniformQuantizer(quantizer.bits, tried, zeros)
+    rounded = compensate(weight_oi.repeat(len(scales), 1), gram_ii, stacked, dampening, block)
+    rounded_soi = rounded.reshape(len(scales), *weight_oi.shape)
+    # Of G the low rank that SearchScales sees: all of it would cost more than the rounding, and says the same.
+    seen, added = LowRank.of(gram_ii.float()), float(gram_ii.diagonal().mean()) * dampening
+    damped = LowRank(seen.factor_ir, seen.rest_i + added)
+    costs_so = torch.stack([damped.cost((each - weight_oi).float()) for each in rounded_soi])
+    best_o, rows_o = costs_so.argmin(0), torch.arange(len(weight_oi), device=weight_oi.device)
+    scale = tried.reshape(len(scales), -1, 1)[best_o, rows_o]
+    return rounded_soi[best_o, rows_o], UniformQuantizer(quantizer.bits, scale, quantizer.zero_point)
 
 
 def _cost(module: nn.Linear | nn.Conv2d) -> float:
@@ -109,7 +173,7 @@ def _cost(module: nn.Linear | nn.Conv2d) -> float:
 
 
 def compensate(
-    weight_oi: Tensor, gram_ii: Tensor, quantizer: UniformQuantizer, dampening: float = 0.5, block: int = 128
+    weight_oi: Tensor, gram_ii: Tensor, quantizer: UniformQuantizer, dampening: float = 0.1, block: int = 128
 ) -> Tensor:
     """GPTQ: a weight on the quantizer's grid with small (W^ - W) G (W^ - W)^T.
 

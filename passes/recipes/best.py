@@ -28,6 +28,7 @@ NEGLIGIBLE = 3e-5  # in the unit of the objective; such a difference is not wort
 NARROWEST = 3  # below, tensors cost more than any prediction says
 PROBABILITIES = ("av.left",)  # of which row-log loses as little at 2 bits as others do at 4
 BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
+SHRINKAGE = 0.5  # of tokens' weights in Gram matrices: half of what 32 images' gradients say, half all tokens alike
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
 
@@ -72,7 +73,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         BalanceHeads(),
         FoldSqb(),
         InsertObservers(),
-        Calibrate(),
+        Calibrate(shrinkage=SHRINKAGE),
         SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
         allocate,
         CompensateWeights(),

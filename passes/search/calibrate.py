@@ -86,6 +86,9 @@ class Calibrate:
         output_error: without gradients, weigh an error by what it does to the layer's output (AdaLog's objective), all
             outputs alike.
         images: how many of the calibration images are used, the first ones; None uses all.
+        shrinkage: how far the weights of tokens in Gram matrices are drawn towards the mean of their image, from 0 to
+            1. Squared gradients of few images and draws say much of few tokens and next to nothing of the others, so
+            what is fitted to them alone is fitted to noise; with 1 all tokens of an image count alike.
     """
 
     gradient: bool = True
@@ -93,6 +96,7 @@ class Calibrate:
     draws: int = 4
     output_error: bool = False
     images: int | None = None
+    shrinkage: float = 0.0
 
     requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
@@ -124,7 +128,9 @@ class Calibrate:
             del output
             with torch.no_grad():
                 for node, found in watched.items():
-                    _update(graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None))
+                    _update(
+                        graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None), self.shrinkage
+                    )
             recorder.forget()
         return len(observers)
 
@@ -149,6 +155,8 @@ class Calibrate:
         check_fields(self, CalibrationError)
         if self.draws < 1 or (self.images is not None and self.images < 1):
             raise CalibrationError(f"draws must be at least 1, and images at least 1 or None; found {self}")
+        if not 0 <= self.shrinkage <= 1:
+            raise CalibrationError(f"shrinkage must be from 0 to 1; found {self}")
 
     def _squared_gradients(
         self, output: Any, recorder: Recorder, context: PassContext, first: int
@@ -207,8 +215,18 @@ def _update(
     found: list[tuple[int, Observer]],
     inputs: tuple[Tensor, ...],
     squared: Tensor | None,
+    shrinkage: float,
 ) -> None:
-    """squared: of the gradient that the node's metric needs."""
+    """Let a node's observers see its inputs of one image.
+
+    Args:
+        graph_module: the graph.
+        node: what reads the inputs.
+        found: its observers, each with the index of the input it sees.
+        inputs: float, on all arguments of the node.
+        squared: of the gradient that the node's metric needs.
+        shrinkage: see Calibrate.
+    """
     module = module_of(graph_module, node)
     for index, observer in found:
         if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
@@ -224,7 +242,7 @@ def _update(
         if observer.keeps_gram and module is not None:
             rows = weight_rows(module, inputs[index])
             if rows is not None:
-                observer.update_gram(rows, None if squared is None else gradient_rows(module, squared))
+                observer.update_gram(rows, None if squared is None else gradient_rows(module, squared), shrinkage)
 
 
 def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, squared: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.allocate.allocate_bits import AllocateBits
-from passes.correct.compensate_weights import CompensateWeights, compensate
+from passes.correct.compensate_weights import SCALES, CompensateWeights, compensate, compensate_scaled
 from passes.pipeline.contract import PassContext
 from passes.recipes import best, mptq_vit
 from passes.search.search_scales import SearchScales
@@ -86,6 +86,33 @@ def test_it_is_rounding_column_by_column_with_the_cholesky_factor(
     # A code at the edge falls either way with rounding, and later ones of its row follow.
     assert float((found == wanted).float().mean()) > 0.9
     assert cost(found - weight, gram) == pytest.approx(cost(wanted - weight, gram), rel=0.01)
+
+
+@pytest.mark.parametrize("with_zero_points", [False, True])
+def test_every_row_has_the_scale_that_costs_least(
+    layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer], with_zero_points: bool
+) -> None:
+    """Row by row what `compensate` gives at each scale, tried one by one."""
+    weight, gram, quantizer = layer
+    zeros = torch.arange(24, dtype=torch.int32)[:, None] % 3 + 2 if with_zero_points else None
+    quantizer = UniformQuantizer(3, quantizer.scale, zeros)
+    damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(40)
+    tried = [compensate(weight, gram, UniformQuantizer(3, quantizer.scale * s, zeros), 0.1) for s in SCALES]
+    costs = torch.stack([(((found - weight) @ damped) * (found - weight)).sum(1) for found in tried])
+    found, scaled = compensate_scaled(weight, gram, quantizer, SCALES, dampening=0.1)
+    best = costs.argmin(0)
+    assert len(best.unique()) > 1
+    torch.testing.assert_close(scaled.scale[:, 0], torch.tensor(SCALES)[best] * quantizer.scale[:, 0])
+    torch.testing.assert_close(found, torch.stack(tried)[best, torch.arange(24)])
+    assert torch.equal(scaled(found), found)
+
+
+def test_one_scale_for_all_rows_stays(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, _ = layer
+    quantizer = UniformQuantizer(3, 0.5)
+    found, scaled = compensate_scaled(weight, gram, quantizer)
+    assert scaled is quantizer
+    assert torch.equal(found, compensate(weight, gram, quantizer))
 
 
 def test_substitution_finds_the_compensated_codes() -> None:

@@ -210,6 +210,25 @@ def test_gram_is_the_weighted_sum_over_real_rows(observed: GraphModule) -> None:
     assert torch.allclose(observer.channel_weight(), squared.sum(0) / token.sum(), rtol=1e-3)
 
 
+def test_shrinkage_draws_the_weights_of_tokens_towards_their_image_s_mean(observed: GraphModule) -> None:
+    """With 1, G sums X^T X times the mean a_t of each image; half way it is the mean of both. b_o has no part in it."""
+    x, name = images(3), "observer_blocks_0_mlp_fc2_0"
+    none, half, whole = (calibrated(observed, x, shrinkage=share)[name] for share in (0.0, 0.5, 1.0))
+    seen: list[Tensor] = []
+    graph_module = copy.deepcopy(observed)
+    graph_module.get_submodule(name).register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0][0]))
+    for image in x:
+        graph_module(image[None])
+    # Of each image alone: a_t sums to what its Gram matrix's weights sum to.
+    sums = [calibrated(observed, x[: count + 1])[name].token_weight_sum for count in range(3)]
+    parts = [total - before for total, before in zip(sums, [0.0, *sums], strict=False)]
+    wanted = sum(part / len(rows) * rows.T @ rows for part, rows in zip(parts, seen, strict=True))
+    torch.testing.assert_close(whole.gram.matrix(), wanted.detach(), rtol=1e-3, atol=1e-5 * float(wanted.max()))
+    assert not torch.allclose(none.gram.matrix(), whole.gram.matrix(), rtol=1e-2)
+    torch.testing.assert_close(half.gram.matrix(), (none.gram.matrix() + whole.gram.matrix()) / 2)
+    torch.testing.assert_close(half.channel_weight(), none.channel_weight())
+
+
 def test_hessian_metric_predicts_the_kl_divergence_of_a_small_error(observed: GraphModule) -> None:
     """Half of sum h e^2, averaged over random signs, is the rise of KL(p || p^) for independent errors e."""
     graph_module = copy.deepcopy(observed)
