@@ -186,14 +186,22 @@ def _preset(models: Any, name: str, model: nn.Module) -> Preprocessing:
 
 def _open_clip(name: str, options: dict[str, Any]) -> Found:
     open_clip: Any = _needed("open_clip", "open_clip_torch", f"open_clip:{name}")
-    model = open_clip.create_model(name, pretrained=None, **options).visual
-    said = getattr(model, "preprocess_cfg", {})
+    model = open_clip.create_model(name, pretrained=None, **{"pretrained_hf": False, **options}).visual
+    said = {**getattr(model, "preprocess_cfg", {}), **_open_clip_training(open_clip, name)}
     size = said.get("size", getattr(model, "image_size", 224))
     height, width = size if isinstance(size, tuple | list) else (size, size)
     mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
     std = said.get("std") or open_clip.OPENAI_DATASET_STD
     interpolation = said.get("interpolation", "bicubic")
     return model, Preprocessing((3, height, width), 1.0, tuple(mean), tuple(std), interpolation), False
+
+
+def _open_clip_training(open_clip: Any, name: str) -> dict[str, Any]:
+    """How the weights that open_clip lists for an architecture want images; without weights it says what CLIP's do."""
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        said = open_clip.get_pretrained_cfg(name, tag)
+        return {key: said[key] for key in ("mean", "std", "interpolation") if said.get(key)}
+    return {}
 
 
 def _own(name: str, options: dict[str, Any]) -> Found:

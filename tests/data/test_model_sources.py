@@ -234,3 +234,23 @@ def test_jax_weights_load_by_timms_own_loader(tmp_path) -> None:
         load_weights(nn.Linear(1, 1), tmp_path / "other.npz")
     with pytest.raises(DataError, match="not there"):
         load_weights(vit(), tmp_path / "missing.npz")
+
+
+def test_open_clips_towers_have_the_preprocessing_of_their_weights(monkeypatch) -> None:
+    def create_model(name: str, **options: object) -> SimpleNamespace:
+        assert options == {"pretrained": None, "pretrained_hf": False}
+        visual = nn.Linear(2, 2)
+        visual.image_size = (48, 48)
+        visual.preprocess_cfg = {"size": (48, 48), "mean": (0.4,) * 3, "std": (0.3,) * 3, "interpolation": "bicubic"}
+        return SimpleNamespace(visual=visual)
+
+    tags = {"SigLIP": {"mean": (0.5,) * 3, "std": (0.6,) * 3, "interpolation": None}}
+    fake = SimpleNamespace(
+        create_model=create_model,
+        list_pretrained_tags_by_model=lambda name: list(tags) if name == "SigLIP" else [],
+        get_pretrained_cfg=lambda name, tag: tags[tag],
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    prepared = load_model("open_clip:SigLIP").preprocessing
+    assert (prepared.mean, prepared.std, prepared.interpolation) == ((0.5,) * 3, (0.6,) * 3, "bicubic")
+    assert load_model("open_clip:Other").preprocessing.mean == (0.4,) * 3
