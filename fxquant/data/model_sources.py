@@ -26,6 +26,7 @@ from fxquant.data.images import Preprocessing
 from fxquant.errors import DataError, MissingExtraError, ModelError
 
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_NOT_CROPPED = 384  # from this size on, ConvNext's processor resizes to the size itself, whatever its crop_pct
 Found = tuple[nn.Module, Preprocessing, bool]
 """A model, how a picture becomes its input, and whether it has its weights already."""
 
@@ -66,31 +67,62 @@ def _needed(module: str, package: str, what: str) -> ModuleType:
 
 
 def _hugging_face(folder: str, options: dict[str, Any]) -> Found:
+    """The class that config.json names, with all of its weights; of models that read texts too, the image tower."""
     if not os.path.isfile(Path(folder) / "config.json"):
         raise DataError(f"{folder} is no Hugging Face folder, it has no config.json: save one with save_pretrained")
     transformers: Any = _needed("transformers", "transformers", f"hf:{folder}")
-    local = {"local_files_only": True, "trust_remote_code": False, **options}
-    kind = transformers.AutoModelForImageClassification
-    architectures = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or [""]
-    if "ForImageClassification" not in architectures[0]:
-        kind = transformers.AutoModel
-    model: nn.Module = kind.from_pretrained(folder, **local)
+    kind = _image_model(transformers, json.loads((Path(folder) / "config.json").read_text()), folder)
+    local = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True, **options}
+    model, said = kind.from_pretrained(folder, **local)
+    if missing := sorted(said["missing_keys"]):
+        raise DataError(
+            f"{folder} lacks weights of {type(model).__name__}, which would stay random: {', '.join(missing[:5])}. "
+            "Save the model that was trained with save_pretrained"
+        )
     return model.float(), _processing_of(Path(folder)), True
 
 
+def _image_model(transformers: Any, configuration: dict[str, Any], folder: str) -> Any:
+    """The class that a configuration names; where it reads texts, its image tower, whose weights are in the folder."""
+    name = str((configuration.get("architectures") or ["AutoModel"])[0])
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ModelError(
+            f"{folder} is of the class {name!r}, which this version of transformers does not have, and no code of a "
+            "folder is run: build the model in a function of your own, --model module:factory"
+        )
+    reads_texts = {"text_config", "vision_config"} <= configuration.keys()
+    if not reads_texts or "ForImageClassification" in name:
+        return kind
+    family = name.partition("For")[0].removesuffix("Model")
+    for tower in (f"{family}VisionModelWithProjection", f"{family}VisionModel"):
+        if hasattr(transformers, tower):
+            return getattr(transformers, tower)
+    raise ModelError(
+        f"{name} in {folder} reads texts beside images: save its image tower, such as model.vision_tower, with "
+        "save_pretrained, and name that folder"
+    )
+
+
 def _processing_of(folder: Path) -> Preprocessing:
-    """What the folder's image processor does, as far as it is resizing, cropping and normalizing."""
+    """What the folder's image processor does, as far as it is resizing, cropping and normalizing.
+
+    Raises DataError where it does anything else to the pixels, and for what cannot be read.
+    """
     file = folder / "preprocessor_config.json"
     try:
-        said: Any = json.loads(file.read_text())
+        if not file.exists() and (both := folder / "processor_config.json").exists():  # of texts and images
+            said: Any = json.loads(both.read_text())["image_processor"]
+        else:
+            said = json.loads(file.read_text())
         size = said.get("size", 224)
         sides = size if isinstance(size, dict) else {"height": size, "width": size}
         crop = said.get("crop_size", sides) if said.get("do_center_crop") else sides
         crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
         height, width = (int(crop[side] if side in crop else crop["shortest_edge"]) for side in ("height", "width"))
-        resized = int(sides["shortest_edge"] if "shortest_edge" in sides else sides["height"])
+        resized = _resized(said, sides)
         is_normalized = said.get("do_normalize", True)
-        return Preprocessing(
+        prepared = Preprocessing(
             input_size=(3, height, width),
             crop_pct=min(height / resized, 1.0),
             mean=tuple(said.get("image_mean", (0.5,) * 3)) if is_normalized else (0.0,) * 3,
@@ -102,6 +134,34 @@ def _processing_of(folder: Path) -> Preprocessing:
             f"{file} does not say how images are prepared ({type(error).__name__}: {error}): save it beside the model, "
             f"AutoImageProcessor.from_pretrained(...).save_pretrained({str(folder)!r})"
         ) from error
+    _check_pixels(said, file)
+    return prepared
+
+
+def _check_pixels(said: Any, file: Path) -> None:
+    """Raise DataError where pixels become something that no mean and deviation of theirs describe."""
+    others = {
+        "do_flip_channel_order": bool(said.get("do_flip_channel_order")),
+        "rescale_factor": abs(said.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6,
+        "do_rescale": said.get("do_rescale") is False,
+        "rescale_offset": bool(said.get("rescale_offset")),
+    }
+    if found := [name for name, is_other in others.items() if is_other]:
+        raise DataError(
+            f"{file} has {found[0]} = {said[found[0]]}, and images are given to a model in RGB, from 0 to 1 before "
+            "they are normalized: do the rest in a module around the model, in a function of your own, --model "
+            "module:factory"
+        )
+
+
+def _resized(said: Any, sides: dict[str, Any]) -> float:
+    """Pixels of the short side before the crop; some processors enlarge what they are told."""
+    edge = int(sides["shortest_edge"] if "shortest_edge" in sides else sides["height"])
+    kind = str(said.get("image_processor_type", ""))
+    if kind.startswith("Levit"):
+        return edge * 256 / 224
+    is_whole = kind.startswith("ConvNext") and edge >= _NOT_CROPPED
+    return edge if is_whole else edge / float(said.get("crop_pct") or 1.0)
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> Found:
@@ -126,14 +186,22 @@ def _preset(models: Any, name: str, model: nn.Module) -> Preprocessing:
 
 def _open_clip(name: str, options: dict[str, Any]) -> Found:
     open_clip: Any = _needed("open_clip", "open_clip_torch", f"open_clip:{name}")
-    model = open_clip.create_model(name, pretrained=None, **options).visual
-    said = getattr(model, "preprocess_cfg", {})
+    model = open_clip.create_model(name, pretrained=None, **{"pretrained_hf": False, **options}).visual
+    said = {**getattr(model, "preprocess_cfg", {}), **_open_clip_training(open_clip, name)}
     size = said.get("size", getattr(model, "image_size", 224))
     height, width = size if isinstance(size, tuple | list) else (size, size)
     mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
     std = said.get("std") or open_clip.OPENAI_DATASET_STD
     interpolation = said.get("interpolation", "bicubic")
     return model, Preprocessing((3, height, width), 1.0, tuple(mean), tuple(std), interpolation), False
+
+
+def _open_clip_training(open_clip: Any, name: str) -> dict[str, Any]:
+    """How the weights that open_clip lists for an architecture want images; without weights it says what CLIP's do."""
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        said = open_clip.get_pretrained_cfg(name, tag)
+        return {key: said[key] for key in ("mean", "std", "interpolation") if said.get(key)}
+    return {}
 
 
 def _own(name: str, options: dict[str, Any]) -> Found:

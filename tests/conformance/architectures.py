@@ -52,6 +52,9 @@ TRANSFORMERS = [
     Architecture("swin_tiny_patch4_window7_224", 64, {**SWIN, "window_size": 4}, 4, {"reduction": 1}),
     Architecture("swinv2_tiny_window8_256", 64, {**SWIN, "window_size": 4}, 4, {"reduction": 1}),
     Architecture("vit_relpos_small_patch16_224", 32, VIT, 2),
+    Architecture("vit_srelpos_small_patch16_224", 32, VIT, 2),
+    Architecture("vit_intern300m_patch14_448", 28, VIT14, 2),
+    Architecture("beit3_base_patch16_224", 32, VIT, 2),
     Architecture("vit_small_patch16_rope_224", 32, VIT, 2),
     Architecture("flexivit_small", 32, VIT, 2),
     Architecture("mixer_s32_224", 64, {"img_size": 64}, 16, dict.fromkeys(BLOCK_ROLES[:5], 0)),
@@ -99,6 +102,8 @@ OTHERS = [
     Architecture("vit_base_patch16_xp_224", 32, VIT),
     Architecture("aimv2_large_patch14_224", 28, VIT14),
     Architecture("resnet18", 64),
+    Architecture("vit_pe_core_tiny_patch16_384", 32, VIT),
+    Architecture("hieradet_small", 64, {"stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
     # Adds its position embedding in place.
     Architecture("naflexvit_base_patch16_gap", 32, {"depth": 1, "embed_dim": 48, "num_heads": 3}),
 ]

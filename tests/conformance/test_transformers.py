@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fxquant
+from fxquant.data.models import load_model
 from fxquant.graph.annotation import Role, annotation_of
 from tests.models import images, scrambled, traced
 
@@ -63,3 +64,37 @@ def test_a_model_output_comes_back_and_from_a_file_a_dict(name, tmp_path) -> Non
     loaded = fxquant.load(tmp_path / "model.fxq")(images(4))
     assert type(loaded) is dict
     assert torch.equal(loaded["hidden_states"][0], found.hidden_states[0])
+
+
+STAGES: dict[str, Any] = {
+    "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 8,
+}  # fmt: skip
+TEXTS: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+BOTH = {"text_config": TEXTS, "vision_config": SIZES}
+SQUARE = {"size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize(
+    ("name", "configuration", "processor", "loaded"),
+    [
+        ("SegformerForSemanticSegmentation", ("SegformerConfig", STAGES), "SegformerImageProcessor", None),
+        ("DeiTForImageClassification", ("DeiTConfig", SIZES), "ViTImageProcessor", None),
+        ("SiglipModel", ("SiglipConfig", BOTH), "SiglipImageProcessor", "SiglipVisionModel"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_save_pretrained_gives_its_model(name, configuration, processor, loaded, tmp_path) -> None:
+    model = scrambled(getattr(transformers, name)(getattr(transformers, configuration[0])(**configuration[1])))
+    model.save_pretrained(tmp_path)
+    getattr(transformers, processor)(**SQUARE).save_pretrained(tmp_path)
+    found = load_model(f"hf:{tmp_path}")
+    assert type(found.model).__name__ == (loaded or name)
+    assert found.preprocessing.input_size == (3, 32, 32)
+    state = model.state_dict()
+    assert all(
+        torch.equal(tensor, state[key if key in state else f"vision_model.{key}"])
+        for key, tensor in found.model.state_dict().items()
+    )

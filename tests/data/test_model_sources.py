@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,19 +23,37 @@ pytestmark = pytest.mark.quick
 class Saved(nn.Linear):
     """What transformers would have built from a folder."""
 
+    missing: ClassVar[set[str]] = set()
+
     @classmethod
-    def from_pretrained(cls, folder: str, **options: object) -> Saved:
-        assert options == {"local_files_only": True, "trust_remote_code": False}
-        return cls(2, 2)
+    def from_pretrained(cls, folder: str, **options: object) -> tuple[Saved, dict[str, set[str]]]:
+        assert options == {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+        return cls(2, 2), {"missing_keys": cls.missing}
 
 
 class Backbone(Saved):
     pass
 
 
+class Tower(Saved):
+    pass
+
+
+class Half(Saved):
+    missing: ClassVar[set[str]] = {"pooler.dense.weight"}
+
+
+TOWERS: dict[str, dict[str, object]] = {
+    name: {"text_config": {}, "vision_config": {}} for name in ("ClipModel", "LlavaModel")
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    fake = SimpleNamespace(AutoModelForImageClassification=Saved, AutoModel=Backbone)
+    fake = SimpleNamespace(
+        ViTForImageClassification=Saved, ViTModel=Backbone, ClipModel=Saved, ClipVisionModel=Tower, LlavaModel=Saved,
+        YolosModel=Half,
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "transformers", fake)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["ViTForImageClassification"]}))
     processor = {"size": {"height": 48, "width": 48}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "resample": 3}
@@ -59,9 +78,50 @@ def test_a_processor_that_crops_is_a_share_of_the_resized_image(folder) -> None:
     assert (prepared.input_size, prepared.crop_pct, prepared.std) == ((3, 48, 48), 0.75, (1.0,) * 3)
 
 
-def test_a_folder_without_a_head_gives_the_model_itself(folder) -> None:
-    (folder / "config.json").write_text(json.dumps({"architectures": ["ViTModel"]}))
-    assert type(load_model(f"hf:{folder}").model) is Backbone
+@pytest.mark.parametrize(("name", "kind"), [("ViTModel", Backbone), ("ClipModel", Tower)])
+def test_a_folder_gives_the_class_that_it_names_or_its_image_tower(folder, name, kind) -> None:
+    (folder / "config.json").write_text(json.dumps({"architectures": [name], **TOWERS.get(name, {})}))
+    assert type(load_model(f"hf:{folder}").model) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("YolosModel", "lacks weights of Half, which would stay random: pooler.dense.weight"),
+        ("TheirOwn", "no code of a folder is run"),
+        ("LlavaModel", "reads texts beside images: save its image tower"),
+    ],
+)
+def test_a_folder_that_gives_no_whole_image_model_is_refused(folder, name, message) -> None:
+    (folder / "config.json").write_text(json.dumps({"architectures": [name], **TOWERS.get(name, {})}))
+    with pytest.raises((DataError, ModelError), match=message):
+        load_model(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+    ("processor", "share"),
+    [
+        ({"size": {"shortest_edge": 56}, "crop_pct": 0.875}, 0.875),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875, "image_processor_type": "ConvNextImageProcessor"}, 1.0),
+        ({"size": {"shortest_edge": 56}, "image_processor_type": "LevitImageProcessor"}, 0.875),
+    ],
+)
+def test_processors_that_enlarge_what_they_are_told_crop_a_share(folder, processor, share) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert load_model(f"hf:{folder}").preprocessing.crop_pct == share
+
+
+def test_the_processor_of_texts_and_images_is_read_too(folder) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 40}}))
+    assert load_model(f"hf:{folder}").preprocessing.input_size == (3, 40, 40)
+
+
+@pytest.mark.parametrize("other", [{"do_flip_channel_order": True}, {"rescale_factor": 1.0}, {"do_rescale": False}])
+def test_a_processor_that_makes_other_pixels_is_refused(folder, other) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 48, **other}))
+    with pytest.raises(DataError, match="in RGB, from 0 to 1"):
+        load_model(f"hf:{folder}")
 
 
 @pytest.mark.parametrize("content", ["{}}", '{"size": {"depth": 3}}', '{"resample": 17}', "[]"])
@@ -174,3 +234,23 @@ def test_jax_weights_load_by_timms_own_loader(tmp_path) -> None:
         load_weights(nn.Linear(1, 1), tmp_path / "other.npz")
     with pytest.raises(DataError, match="not there"):
         load_weights(vit(), tmp_path / "missing.npz")
+
+
+def test_open_clips_towers_have_the_preprocessing_of_their_weights(monkeypatch) -> None:
+    def create_model(name: str, **options: object) -> SimpleNamespace:
+        assert options == {"pretrained": None, "pretrained_hf": False}
+        visual = nn.Linear(2, 2)
+        visual.image_size = (48, 48)
+        visual.preprocess_cfg = {"size": (48, 48), "mean": (0.4,) * 3, "std": (0.3,) * 3, "interpolation": "bicubic"}
+        return SimpleNamespace(visual=visual)
+
+    tags = {"SigLIP": {"mean": (0.5,) * 3, "std": (0.6,) * 3, "interpolation": None}}
+    fake = SimpleNamespace(
+        create_model=create_model,
+        list_pretrained_tags_by_model=lambda name: list(tags) if name == "SigLIP" else [],
+        get_pretrained_cfg=lambda name, tag: tags[tag],
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    prepared = load_model("open_clip:SigLIP").preprocessing
+    assert (prepared.mean, prepared.std, prepared.interpolation) == ((0.5,) * 3, (0.6,) * 3, "bicubic")
+    assert load_model("open_clip:Other").preprocessing.mean == (0.4,) * 3

@@ -44,7 +44,8 @@ class BatchProxy(fx.Proxy):
         lengths = [len(value) for value in self.batch_values]
         if lengths[0] != lengths[1]:
             raise fx.proxy.TraceError(
-                "len() is asked of a tensor whose first axis is the batch, and the graph has to take any batch"
+                "len() is asked of a tensor whose first axis is the batch, and the graph has to take any batch: where "
+                "it is a size, as in expand(len(x), -1, -1), take x.shape[0]; a loop over images cannot be kept"
             )
         return lengths[0]
 

@@ -1,0 +1,73 @@
+"""What an architecture is here: a way to build a small instance of it, and the images it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture.
+
+    Args:
+        name: whose it is and what, such as "timm: vit_tiny_patch16_224, tokens"; what stands before the colon groups
+            the rows of the table.
+        build: a small instance of it, with any weights.
+        size: (height, width) of its images in pixels.
+        inputs: further arguments of its forward, which keep these values.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, int]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Calling(nn.Module):
+    """A model of which another method than its forward is called."""
+
+    def __init__(self, model: nn.Module, method: str, **options: Any) -> None:
+        super().__init__()
+        self.model, self.method, self.options = model, method, options
+
+    def forward(self, images_bchw: Tensor) -> Any:
+        """What the method returns for images (B, C, H, W)."""
+        return getattr(self.model, self.method)(images_bchw, **self.options)
+
+
+@torch.no_grad()
+def rescaled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in inference mode with random weights of which all count, where initial ones are often next to nothing.
+
+    Kernels of linear layers and convolutions are normal with one over the root of how many inputs they sum. Gains of
+    norms and of LayerScale are about 1, though they may begin at 1e-5. What begins as zero, biases and gates, position
+    embeddings and tables of relative positions, is noise. Single numbers, such as temperatures and logarithms of
+    scales, stay as they are, but for gates that begin closed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kernels = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and isinstance(module.weight, Tensor)
+    }
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_constant = bool((parameter == parameter.flatten()[:1]).all())
+        value = float(parameter.flatten()[0]) if parameter.numel() else 0.0
+        if parameter.numel() == 1:
+            if value == 0:
+                parameter.fill_(0.5)
+        elif "logit_scale" in name or "temperature" in name:
+            continue
+        elif id(parameter) in kernels or name.endswith("in_proj_weight"):
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        elif parameter.squeeze().ndim > 1:
+            parameter.copy_(0.3 * noise)
+        else:
+            parameter.copy_(1 + 0.2 * noise if is_constant and value != 0 else 0.2 * noise)
+    return model.eval()
