@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxquant.checks.hints import checked
 from fxquant.detection.coco import CocoImages, pycocotools, quiet
 from fxquant.errors import DataError, ModelError, OptionError
-from passes.pipeline.contract import ProgressReporter, reporter_of
+from passes.pipeline.progress import ProgressReporter, reporter_of
 
 RESAMPLINGS, _SEED = 50, 0
 MOST = 100  # detections of an image that count

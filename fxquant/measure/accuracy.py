@@ -18,7 +18,7 @@ from fxquant.errors import DataError, FxQuantError, ModelError, OptionError, Tra
 from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import flatten
 from fxquant.report.progress import shown
-from passes.pipeline.contract import ProgressReporter
+from passes.pipeline.progress import ProgressReporter
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from fxquant.runtime.integer.kernel_times import least_ms, linear_ms, machine, m
 from passes.lower.exact_codes import integer_nodes
 from passes.lower.lower import Lower
 from passes.lower.product_sizes import linear_sizes, matmul_sizes
-from passes.pipeline.contract import PassContext, ProgressReporter
+from passes.pipeline.contract import PassContext
+from passes.pipeline.progress import ProgressReporter
 
 _SECONDS = 0.3
 

@@ -21,7 +21,7 @@ from fxquant.checks.hints import checked
 from fxquant.errors import DataError, FxQuantError, OptionError
 from fxquant.report.progress import shown
 from fxquant.runtime.simulated import QuantizedInput, QuantizedMatmul, QuantizedWeightModule
-from passes.pipeline.contract import ProgressReporter
+from passes.pipeline.progress import ProgressReporter
 
 Variant = Callable[[Tensor], Tensor]
 _FEWEST_ROUNDS = 3

@@ -16,7 +16,7 @@ from fxquant.checks.untrusted import LIST, NOTHING, NUMBER, POSITIVE, Rule, chec
 from fxquant.quantizers.statistics.outline import Outline
 from passes.allocate.allocate_bits import TABLE
 from passes.allocate.measure_losses import REALISED
-from passes.pipeline.contract import Journal
+from passes.pipeline.journal import Journal
 from passes.search.search_scales import OUTLINES
 from passes.substitute.substitute_quantizers import LEVELS
 

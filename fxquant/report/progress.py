@@ -5,7 +5,7 @@
     with RichProgress() as progress:                                        # several calls, one display
         fxquant.compile(model, "W4A4", calibration=images, progress=progress)
 
-Passes see only the protocol, `passes.pipeline.contract.ProgressReporter`.
+Passes see only the protocol, `passes.pipeline.progress.ProgressReporter`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from passes.pipeline.contract import ProgressReporter, reporter_of
+from passes.pipeline.progress import ProgressReporter, reporter_of
 
 
 def bars_for(progress: ProgressReporter | bool | None) -> RichProgress | None:

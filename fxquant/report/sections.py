@@ -14,7 +14,7 @@ from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares
 from passes.lower.rewrite import MISSES, reported_misses
-from passes.pipeline.contract import Journal
+from passes.pipeline.journal import Journal
 
 EXECUTION = {"simulated": "simulated: right values in float arithmetic; loaded with a backend, it runs as integers"}
 

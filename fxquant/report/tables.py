@@ -24,7 +24,7 @@ from fxquant.report.render import Document
 from fxquant.report.sections import Lines, Table
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
-from passes.pipeline.contract import Journal, JournalEntry
+from passes.pipeline.journal import Journal, JournalEntry
 
 # What the report reads from a card; whoever compiles may add any entries.
 _CARD: dict[str, Rule] = {

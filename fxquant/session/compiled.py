@@ -39,7 +39,8 @@ from fxquant.runtime.mac_shares import checked_shares, with_execution
 from fxquant.runtime.state import check_names, check_state, description
 from fxquant.session.sized_graphs import SizedGraphs, described, share_tensors
 from passes.lower.lower import SIMULATED, Lower, execution_summary
-from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.contract import PassContext
+from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 
 

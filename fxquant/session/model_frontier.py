@@ -39,7 +39,8 @@ from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
 from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis
 from passes.options import documented
-from passes.pipeline.contract import ProgressReporter, check_images
+from passes.pipeline.contract import check_images
+from passes.pipeline.progress import ProgressReporter
 
 _UNITS = {"weight_bytes": (1e6, "MB"), "bit_operations": (1e9, "GBOPs"), "latency_ms": (1.0, "ms")}
 

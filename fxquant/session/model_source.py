@@ -22,8 +22,9 @@ from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
 from fxquant.session.sizes import sized_model
 from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
-from passes.pipeline.contract import PassContext, ProgressReporter, SizedModel, check_draws
+from passes.pipeline.contract import PassContext, SizedModel, check_draws
 from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.progress import ProgressReporter
 from passes.pipeline.proof import IMAGES
 from passes.prepare.assign_roles import AssignRoles
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import typing
 
     import fxquant.sensitivity.objective
-    import passes.pipeline.contract
     import passes.pipeline.pipeline
+    import passes.pipeline.progress
 
 
 class SessionOptions(SharedOptions, total=False):
@@ -42,7 +42,7 @@ class SessionOptions(SharedOptions, total=False):
         "int", "How many images go through the model at a time where outputs are compared, which bounds memory."
     ]
     progress: Annotated[
-        "passes.pipeline.contract.ProgressReporter | bool | None",
+        "passes.pipeline.progress.ProgressReporter | bool | None",
         "Where long steps report: True draws bars on stderr, False draws none, None draws them where stderr is a "
         "terminal or a notebook; or an object with the methods of ProgressReporter.",
     ]

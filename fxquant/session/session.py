@@ -53,8 +53,10 @@ from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
 from passes.lower.lower import SIMULATED
 from passes.options import SharedOptions, documented
-from passes.pipeline.contract import Journal, PassContext, check_images, reporter_of
+from passes.pipeline.contract import PassContext, check_images
+from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.progress import reporter_of
 from passes.recipes import recipe as recipe_named
 from passes.search.search_cache import run_prefix, split
 from passes.substitute.add_sizes import AddSizes

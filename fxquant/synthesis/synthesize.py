@@ -37,8 +37,9 @@ from fxquant.graph.capture.tracing import known_image_shape, trace
 from fxquant.graph.nodes import device_of
 from fxquant.report.progress import shown
 from fxquant.synthesis.priors import similarity_entropy, variation
-from passes.pipeline.contract import PassContext, ProgressReporter, check_draws
+from passes.pipeline.contract import PassContext, check_draws
 from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.progress import ProgressReporter
 from passes.prepare.assign_roles import AssignRoles
 
 _PAPER_NORMS = 4 * math.sqrt(32 * 3 * 224 * 224)  # sum of four norms for a root mean square difference of 1

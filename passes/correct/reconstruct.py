@@ -42,7 +42,8 @@ from fxquant.runtime.simulated import quantize_rows
 from passes.correct.block_error import BlockError, block_error
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
-from passes.pipeline.contract import Effect, PassContext, ProgressTask
+from passes.pipeline.contract import Effect, PassContext
+from passes.pipeline.progress import ProgressTask
 from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import OBSERVED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,10 +12,8 @@ from torch.fx import GraphModule
 
 from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
-from fxquant.checks import untrusted
-from fxquant.checks.arguments import methods, whole
+from fxquant.checks.arguments import whole
 from fxquant.checks.hints import check_fields
-from fxquant.checks.untrusted import OBJECT, POSITIVE, TEXT, record
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.facts import Fact
 from fxquant.graph.nodes import device_of
@@ -25,117 +22,11 @@ from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.sensitivity.objective import CLASSES, Objective
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.gathering import Gathered, in_shards
-
-_LOGGER = logging.getLogger("fxquant")
+from passes.pipeline.journal import Journal
+from passes.pipeline.progress import ProgressReporter, SilentProgress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class JournalEntry:
-    """One pass as it ran: its repr, nodes changed, wall seconds, peak resident memory of the process in MiB, notes.
-
-    Args:
-        step: the repr of the pass.
-        nodes_changed: how many nodes it changed.
-        seconds: how long the pass took by the clock.
-        peak_mib: largest resident memory of the process so far, in MiB.
-        notes: what the pass says of its run, JSON values.
-    """
-
-    step: str
-    nodes_changed: int
-    seconds: float
-    peak_mib: float
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> JournalEntry:
-        """From the fields by name, as a file has them. Raises ArtefactError for anything else."""
-        return cls(**record(values, _ENTRY, "a journal entry", {"notes": OBJECT}))
-
-
-_ENTRY = {"step": TEXT, "nodes_changed": untrusted.whole(), "seconds": POSITIVE, "peak_mib": POSITIVE}
-
-
-@dataclass
-class Journal:
-    """What happened: one entry per pass, in order. Passes add notes through `PassContext.note`."""
-
-    entries: list[JournalEntry] = field(default_factory=list)
-    pending: dict[str, Any] = field(default_factory=dict)
-
-    def close_step(self, step: str, nodes_changed: int, seconds: float, peak_mib: float) -> None:
-        """Append the entry of a pass that has ended, with the notes it left, and log it.
-
-        Args:
-            step: the repr of the pass.
-            nodes_changed: how many nodes it changed.
-            seconds: how long the pass took by the clock.
-            peak_mib: largest resident memory of the process so far, in MiB.
-        """
-        self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
-        self.pending = {}
-        _LOGGER.info("%s: %d nodes changed, %.2f s", step, nodes_changed, seconds)
-
-
-class ProgressReporter(Protocol):
-    """How long steps show that they advance; `fxquant.report.progress` has the rich one."""
-
-    def track(self, label: str, total: int) -> ProgressTask:
-        """Begin a step of `total` units."""
-
-
-class ProgressTask(Protocol):
-    """One running step."""
-
-    def advance(self, units: int = 1) -> None:
-        """Say that `units` more are done."""
-
-    def close(self) -> None:
-        """End the step."""
-
-
-class SilentTask:
-    """A step nobody watches."""
-
-    def advance(self, units: int = 1) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class SilentProgress:
-    """Shows nothing; the default."""
-
-    def track(self, label: str, total: int) -> SilentTask:
-        """Begin a step nobody watches."""
-        return SilentTask()
-
-
-@dataclass(frozen=True)
-class CheckedProgress:
-    """A reporter of the caller's whose steps are checked, so that a wrong one is named at once.
-
-    reporter: the caller's. Raises OptionError where a step has no `advance` or no `close`.
-    """
-
-    reporter: ProgressReporter
-
-    def track(self, label: str, total: int) -> ProgressTask:
-        """Begin a step of `total` units, which the first of several ranks shows."""
-        if not ranks.is_first():
-            return SilentTask()
-        task = self.reporter.track(label, total)
-        methods("what the `track` of progress returns", task, ProgressTask, OptionError)
-        return task
-
-
-def reporter_of(progress: ProgressReporter | None) -> ProgressReporter:
-    """Where steps are reported: to nobody for None."""
-    return SilentProgress() if progress is None else CheckedProgress(progress)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import device_of, module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
-from passes.pipeline.contract import Effect, Journal, PassContext
+from passes.pipeline.contract import Effect, PassContext
+from passes.pipeline.journal import Journal
 from passes.prepare.folds import FOLDED, note_fold
 
 

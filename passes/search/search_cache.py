@@ -25,7 +25,8 @@ from fxquant.checks.untrusted import from_json, to_json
 from fxquant.errors import ArtefactError
 from fxquant.graph.facts import facts_of
 from passes.pipeline.checkpoint import Checkpoint
-from passes.pipeline.contract import JournalEntry, PassContext
+from passes.pipeline.contract import PassContext
+from passes.pipeline.journal import JournalEntry
 from passes.pipeline.pipeline import Pipeline
 from passes.search.calibrate import CALIBRATED
 from passes.search.search_scales import SCALES_SEARCHED

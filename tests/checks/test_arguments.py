@@ -14,7 +14,7 @@ from fxquant import errors
 from fxquant.checks.arguments import json_values, path, whole
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError, FxQuantError, OptionError
-from passes.pipeline.contract import SilentProgress, reporter_of
+from passes.pipeline.progress import SilentProgress, reporter_of
 
 pytestmark = pytest.mark.quick
 

@@ -8,7 +8,7 @@ from allocators.allocation import Allocation
 from allocators.problem.budget import Budget
 from fxquant.report.tables import Report
 from fxquant.runtime.layer_row import LayerRow, OperandRow
-from passes.pipeline.contract import Journal, JournalEntry
+from passes.pipeline.journal import Journal, JournalEntry
 
 
 def row(

@@ -15,7 +15,7 @@ import pytest
 from fxquant.artefact.artefact import load_texts
 from fxquant.errors import ArtefactError
 from fxquant.report.tables import Report
-from passes.pipeline.contract import Journal, JournalEntry
+from passes.pipeline.journal import Journal, JournalEntry
 from tests.report.small_pages import HOSTILE, measured_compiled, small_compiled
 from tests.report.small_report import ALLOCATION, CARD, JOURNAL, ROWS, report
 

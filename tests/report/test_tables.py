@@ -15,7 +15,7 @@ from fxquant.report.actions import actions_for
 from fxquant.report.render import plain
 from fxquant.report.tables import Report
 from fxquant.report.totals import Totals
-from passes.pipeline.contract import Journal
+from passes.pipeline.journal import Journal
 from tests.report.small_report import ALLOCATION, CARD, JOURNAL, ROWS, report
 
 pytestmark = pytest.mark.quick

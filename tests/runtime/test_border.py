@@ -12,7 +12,7 @@ from torch import Tensor
 import fxquant
 from fxquant.errors import FxQuantError, InputError
 from fxquant.runtime.native import library
-from passes.pipeline.contract import Journal
+from passes.pipeline.journal import Journal
 from tests.quantized_by_hand import SmallNet, quantize_by_hand
 
 pytestmark = pytest.mark.quick

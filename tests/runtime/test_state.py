@@ -16,7 +16,7 @@ import fxquant
 from fxquant.errors import ArtefactError, StateError
 from fxquant.runtime.known_answers import KnownAnswers, answer_images_for
 from fxquant.runtime.native import library
-from passes.pipeline.contract import Journal
+from passes.pipeline.journal import Journal
 from tests.quantized_by_hand import SmallNet, quantize_by_hand
 
 BACKEND = "cpu-native" if library.why_absent() is None else "simulated"

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant.artefact.cache import Cache
 from fxquant.session.model_source import ModelSource
-from passes.pipeline.contract import SilentProgress
+from passes.pipeline.progress import SilentProgress
 from tests.models import images, vit
 
 

@@ -18,8 +18,8 @@ from allocators.uniform import Uniform
 from fxquant.session.session import Session
 from fxquant.synthesis.synthesize import Synthesis, synthesize
 from passes.allocate.measure_latency import MeasureLatency
-from passes.pipeline.contract import SilentProgress
 from passes.pipeline.pipeline import Pipeline
+from passes.pipeline.progress import SilentProgress
 from passes.prepare.fold_sqb import FoldSqb
 from passes.recipes import RECIPES
 from passes.search.calibrate import Calibrate

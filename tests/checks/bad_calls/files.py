@@ -18,7 +18,7 @@ from fxquant.data.models import load_model, load_weights
 from fxquant.measure.accuracy import evaluate
 from fxquant.measure.timing import measure
 from fxquant.session.sweep import Results
-from passes.pipeline.contract import SilentProgress
+from passes.pipeline.progress import SilentProgress
 from tests.checks.bad_calls.generator import ANYTHING, Endless, Entry, Good, unfit
 
 

@@ -30,7 +30,8 @@ from passes.correct.block_pairs import BlockPairs
 from passes.correct.distil import Distil
 from passes.correct.training import NOMINAL_BITS, Training, held_out, mean_bits
 from passes.lower.lower import Lower
-from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.contract import PassContext
+from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.substitute.substitute_quantizers import SubstituteQuantizers

@@ -21,7 +21,8 @@ from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
 from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.checkpoint import Checkpoint
-from passes.pipeline.contract import Journal, PassContext
+from passes.pipeline.contract import PassContext
+from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe
 from passes.search.search_cache import run_prefix, split
