@@ -55,7 +55,13 @@ def whole(lowest: int = 0, highest: int = 2**53) -> Rule:
 
 
 def listed(item: Rule, longest: int = 10**6, shortest: int = 0) -> Rule:
-    """Lists whose items all keep one rule."""
+    """Lists whose items all keep one rule.
+
+    Args:
+        item: the rule.
+        longest: how many items there may be.
+        shortest: how many there must be.
+    """
     return Rule(
         f"a list (at least {shortest}, at most {longest}) of which each is {item.says}",
         lambda value: type(value) is list and shortest <= len(value) <= longest and all(map(item.holds, value)),

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import QdqMatmul
-from fxquant.export.qdq_values import Codes, quantized
+from fxquant.export.qdq_values import FORMS, Codes, quantized
 from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.quantizers.adalog import AdaLogQuantizer
 from fxquant.quantizers.codebook import CodebookQuantizer
@@ -95,6 +95,6 @@ def test_row_log_products_are_int8_and_divided_by_the_row() -> None:
     expected = graph_module(images)
     content = to_onnx(graph_module).content
     torch.testing.assert_close(run_in_onnxruntime(content, images), expected, rtol=1e-5, atol=1e-5)
-    module = QdqMatmul(root.av)
+    module = QdqMatmul(root.av, FORMS["any"])
     assert isinstance(module.left, Codes)
     assert isinstance(module.right, Codes)

@@ -38,7 +38,7 @@ QUICK = Reconstruct(steps=6, images=4, checks=3)
 
 @pytest.fixture(scope="module")
 def allocated() -> GraphModule:
-    pipeline = mptq_vit("W3A4", allocator=Uniform())
+    pipeline = mptq_vit("W3A4", allocator=Uniform(), weight_scales="channel")
     before = pipeline[: pipeline.position(AllocateBits) + 1]
     return before.run(trace(embedded.load_model(), IMAGES[:2]), CONTEXT)
 
