@@ -269,9 +269,8 @@ def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: in
             return torch.autograd.grad(product, x, squared)[0]
     if module is None:
         left, right = inputs[0], inputs[1]
-        if index == 0:
-            return squared @ right.square().transpose(-1, -2)
-        return left.square().transpose(-1, -2) @ squared
+        given = squared @ right.square().mT if index == 0 else left.square().mT @ squared
+        return given.sum_to_size(inputs[index].shape)  # of one that several heads share: what all of them add
     return squared
 
 

@@ -34,8 +34,8 @@ from fxquant.graph.annotation import (
     planned_nodes,
 )
 from fxquant.graph.facts import ROLES_ASSIGNED, Fact, broken_at, missing
-from fxquant.graph.nodes import elements_of
-from fxquant.quantizers.families import families_named
+from fxquant.graph.nodes import elements_of, module_of, shape_of
+from fxquant.quantizers.families import FAMILIES, families_named
 from fxquant.quantizers.observers import Observer
 from passes.pipeline.contract import PassContext
 
@@ -43,6 +43,9 @@ _SHAPE_ONLY = frozenset(
     {"view", "reshape", "permute", "transpose", "contiguous", "flatten", "select", "unsqueeze", "squeeze"}
 )
 _RELUS = frozenset({functional.relu, functional.relu6, torch.relu, "relu", "relu_"})
+WITHOUT_ROWS = "asymmetric"
+"""What probabilities become whose rows do not lie along the last axis, where only families of rows are named."""
+
 _INPUTS = {Role.SOFTMAX: Source.SOFTMAX_INPUT, Role.LAYER_NORM: Source.LAYER_NORM_INPUT}
 _PRODUCED = {Role.GELU: Source.POST_GELU, Role.SOFTMAX: Source.POST_SOFTMAX, Role.LAYER_NORM: Source.POST_LAYER_NORM}
 
@@ -124,9 +127,16 @@ class PlanOperands:
             return found
         _refuse_padding_mode(node)
         return tuple(
-            replace(operand, families=self.families_of(operand.source), tied=role.is_matmul and role in self.tied)
+            replace(operand, families=self._families(node, operand), tied=role.is_matmul and role in self.tied)
             for operand in found
         )
+
+    def _families(self, node: Node, operand: Operand) -> tuple[Allowed, ...]:
+        """The families of one operand; those of rows only where its rows are a softmax's."""
+        named = self.families_of(operand.source)
+        if operand.source is not Source.POST_SOFTMAX or operand.argument is None or _has_rows(node, operand.argument):
+            return named
+        return tuple(family for family in named if not FAMILIES[family.name].of_rows) or families_named(WITHOUT_ROWS)
 
     def families_of(self, source: Source) -> tuple[Allowed, ...]:
         """The families for what an operand holds; none where it stays float."""
@@ -168,6 +178,40 @@ def source_of(node: Node, source: Node) -> Source:
     if producer is None and _is_relu(source):
         return Source.POST_RELU
     return _PRODUCED.get(producer, Source.OTHER) if producer else Source.OTHER
+
+
+def _has_rows(node: Node, argument: int) -> bool:
+    """Whether the last axis of an input is the one along which a softmax has made its numbers sum to 1.
+
+    A product with the probabilities on its right, values @ probabilities.mT, has their columns there.
+    """
+    source = node.args[argument]
+    while isinstance(source, Node) and _passes_on(source):
+        before = source.args[0]
+        if not isinstance(before, Node) or not _keeps_last_axis(source, before):
+            return False
+        source = before
+    module = module_of(node.graph.owning_module, source) if isinstance(source, Node) else None  # type: ignore[arg-type]
+    shape = shape_of(source)
+    return isinstance(module, nn.Softmax) and shape is not None and module.dim in (-1, len(shape) - 1)
+
+
+def _keeps_last_axis(node: Node, before: Node) -> bool:
+    """Whether what only changes a shape leaves the last axis of its input as it is, and in its place."""
+    shape, was = shape_of(node), shape_of(before)
+    if shape is None or was is None or not was or shape[-1:] != was[-1:]:
+        return False
+    if node.target in ("transpose", "permute"):
+        moved = node.args[1:] if node.target == "transpose" else (_axes(node)[-1:] or (-1,))
+        is_last = [isinstance(axis, int) and axis % len(was) == len(was) - 1 for axis in moved]
+        return not any(is_last) if node.target == "transpose" else all(is_last)
+    return node.op == "call_module" or node.target in ("view", "reshape", "flatten", "contiguous")
+
+
+def _axes(node: Node) -> tuple[Any, ...]:
+    """The axes of a permutation, given one by one or as one sequence."""
+    first = node.args[1] if len(node.args) > 1 else ()
+    return tuple(first) if isinstance(first, list | tuple) else tuple(node.args[1:])
 
 
 def _is_part_of_image(node: Node) -> bool:

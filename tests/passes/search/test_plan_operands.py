@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
+import fxquant
 from fxquant.errors import PatternError, VerificationError
 from fxquant.graph.annotation import Annotation, Role, Source, annotation_of, nodes_with_role, planned_nodes
+from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import declare, verify
 from passes.allocate.build_table import build_table
 from passes.pipeline.contract import PassContext
 from passes.search.insert_observers import InsertObservers
-from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands
+from passes.search.plan_operands import OPERANDS_PLANNED, PlanOperands, _has_rows
 from tests.models import images, traced, vit
 
 TOKENS, CHANNELS, HEADS = 5, 24, 3
@@ -110,3 +115,63 @@ def test_the_fact_needs_something_to_quantize() -> None:
 def test_options_that_do_not_fit(options: dict[str, object]) -> None:
     with pytest.raises(PatternError):
         PlanOperands(**options)  # type: ignore[arg-type]
+
+
+class SharedKeys(nn.Module):
+    """Attention of fewer queries than keys, which two heads share; the probabilities stand on the right of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(8, 5)
+        self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        q = self.q(tokens[:, ::4]).reshape(-1, 4, 2, 8).transpose(1, 2)
+        probabilities = (q @ self.k(tokens)[:, None].transpose(-2, -1)).softmax(-1)
+        values = self.v(tokens)[:, None].transpose(-2, -1)
+        return self.head((values @ probabilities.transpose(-2, -1)).mean((1, 3)))
+
+
+def test_rows_that_are_not_a_softmaxs_get_no_family_of_rows() -> None:
+    torch.manual_seed(0)
+    model, x = SharedKeys().eval(), torch.randn(8, 3, 8, 8)
+    found = fxquant.compile(model, "W8A8", calibration=x, progress=False)
+    (product,) = (row for row in found.layers if row.role == "av")
+    assert [(operand.source, operand.quantizer) for operand in product.operands] == [
+        ("other", "uniform"),
+        ("post_softmax", "uniform"),
+    ]
+    with torch.no_grad():
+        assert (found(x) - model(x)).norm() < 0.05 * model(x).norm()
+    straight = fxquant.compile(vit(depth=1), "W8A8", calibration=images(2), progress=False)
+    assert [row.operands[0].quantizer for row in straight.layers if row.role == "av"] == ["row-log"]
+
+
+@pytest.mark.parametrize(
+    ("moved", "has_rows"),
+    [
+        (lambda p: p.transpose(1, 2), True),
+        (lambda p: p.transpose(-1, -2), False),
+        (lambda p: p.permute(0, 2, 1, 3), True),
+        (lambda p: p.permute([0, 1, 3, 2]), False),
+        (lambda p: p.reshape(-1, 6, 4), True),
+        (lambda p: p.reshape(-1, 2, 2, 6), False),
+        (lambda p: p.flatten(1, 2), True),
+        (lambda p: p.contiguous().view(-1, 6, 4).transpose(1, 2), False),
+    ],
+)
+def test_rows_are_followed_through_moves(moved: Callable[[Tensor], Tensor], has_rows: bool) -> None:
+    graph_module = trace(Moved(moved), torch.randn(2, 2, 3, 4))
+    product = graph_module.graph.output_node().args[0]
+    assert _has_rows(product, 0) == has_rows
+
+
+class Moved(nn.Module):
+    def __init__(self, moved: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.moved, self.mix = moved, nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.moved(self.mix(x).softmax(-1))
+        return torch.matmul(p, torch.ones(p.shape[-1], 3))
