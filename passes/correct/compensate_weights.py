@@ -98,8 +98,9 @@ class CompensateWeights:
 
         found = context.deal("compensating weights", rounded, work, [_cost(module) for _, module, _, _ in work])
         for (node, module, observer, quantizer), kept in zip(work, found, strict=True):
-            weight, scale = (kept[name].to(module.weight.device) for name in ("weight", "scale"))
-            module.weight = nn.Parameter(weight.reshape(module.weight.shape), requires_grad=False)
+            steps, scale = (kept[name].to(module.weight.device) for name in ("steps", "scale"))
+            weight = (steps.float() * scale).to(module.weight.dtype).reshape(module.weight.shape)
+            module.weight = nn.Parameter(weight, requires_grad=False)
             _take_quantizer(node, UniformQuantizer(quantizer.bits, scale, quantizer.zero_point))
             observer.release()
         before, after = (sum(float(kept["costs"][place]) for kept in found) for place in range(2))
@@ -107,12 +108,16 @@ class CompensateWeights:
         return len(work)
 
     def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
-        """The weight (out, in), its scale, and the costs of rounding to nearest and of this."""
+        """The weight in steps of its scale, (out, in), that scale, and the costs of rounding to nearest and of this.
+
+        Steps are whole, and a byte or two each: all layers' are held before the first weight is replaced.
+        """
         rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block)
         seen = LowRank.of(gram.float())
         errors = ((after - rows).float() for after in (quantizer(rows), rounded))
         costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
-        return {"weight": rounded, "scale": scaled.scale, "costs": torch.stack(costs)}
+        steps = (rounded / scaled.scale).round().to(torch.int8 if scaled.zero_point is None else torch.int16)
+        return {"steps": steps, "scale": scaled.scale, "costs": torch.stack(costs)}
 
 
 def _take_quantizer(node: Node, quantizer: UniformQuantizer) -> None:
