@@ -50,6 +50,13 @@ class _Module(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        """Nothing: the device draws no random numbers. torch's own tools keep every device's state."""
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        """There is none to set."""
+
 
 @cache
 def stand_in() -> torch.device:

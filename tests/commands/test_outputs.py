@@ -111,7 +111,9 @@ def test_without_a_home_the_command_line_warns_and_keeps_nothing(monkeypatch: py
 
 def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxquant.commands.doctor.examined", lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     result = CliRunner().invoke(app, ["doctor"])
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130, result.output
     assert (result.stdout, result.stderr) == ("", "error: interrupted\n")
 

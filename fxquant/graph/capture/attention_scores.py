@@ -160,7 +160,8 @@ def _gather(product: Node, factors: Iterable[tuple[Node, float]]) -> None:
     for key in ("nn_module_stack", "stack_trace"):
         if key in product.meta:
             scaled.meta[key] = product.meta[key]
-    scaled.meta["tensor_meta"] = query.meta["tensor_meta"]
+    if (shape := query.meta.get("tensor_meta")) is not None:  # a constant has none
+        scaled.meta["tensor_meta"] = shape
     product.update_arg(0, scaled)
 
 
