@@ -120,6 +120,7 @@ def reproduce_table(
         "--calibration": calibration, "--data": data, "--classes": classes, "--labels": labels, "--weights": weights,
         "--num-classes": num_classes, "--model-option": model_option, "--limit": limit, "--image-size": image_size,
         "--crop-pct": crop_pct, "--mean": mean, "--std": std, "--interpolation": interpolation,
+        "--device": None if device == "cpu" else device,
     }  # fmt: skip
     commands = [command(wanted, each.row, model, images, same) for each in done]
     absent = {row.method.name: row.method.absent for row in chosen if row.method.absent}

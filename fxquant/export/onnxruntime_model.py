@@ -68,13 +68,13 @@ class OnnxruntimeModel(nn.Module):
         # A session can neither be copied nor saved: made on first use, and for each number of threads.
         self._session: tuple[int, Any] | None = None
 
-    def session(self) -> Any:
-        """ONNX Runtime's session for the present number of threads."""
+    def session(self, optimized: Path | None = None) -> Any:
+        """ONNX Runtime's session for the present number of threads. optimized: where one that is made is written."""
         threads = torch.get_num_threads()
         if self._session is None or self._session[0] != threads:
             check_onnxruntime()
             try:
-                self._session = threads, session_of(self.content)
+                self._session = threads, session_of(self.content, optimized)
             except Exception as error:  # ONNX Runtime's errors have no common class
                 raise BackendError(f"ONNX Runtime cannot read the model: {str(error).splitlines()[0]}") from error
         return self._session[1]
@@ -91,10 +91,11 @@ class OnnxruntimeModel(nn.Module):
         """By layer, for those whose product ONNX Runtime runs on bytes: "linear onnxruntime", ..."""
         import onnx
 
-        self.session()  # for the error of one that cannot be read
+        self._session = None  # one that has been made does not say what it runs
         with tempfile.TemporaryDirectory() as folder:
-            session_of(self.content, Path(folder) / "optimized.onnx")
-            graph = onnx.load(Path(folder) / "optimized.onnx").graph
+            written = Path(folder) / "optimized.onnx"
+            self.session(written)
+            graph = onnx.load(written).graph
         constants = {initializer.name for initializer in graph.initializer}
         found = {}
         for node in graph.node:

@@ -112,8 +112,8 @@ class CompensateWeights:
 
         Steps are whole, and a byte or two each: all layers' are held before the first weight is replaced.
         """
-        rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block)
         seen = LowRank.of(gram.float())
+        rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block, seen)
         errors = ((after - rows).float() for after in (quantizer(rows), rounded))
         costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
         steps = (rounded / scaled.scale).round().to(torch.int8 if scaled.zero_point is None else torch.int16)
@@ -140,6 +140,7 @@ def compensate_scaled(
     scales: Sequence[float] = SCALES,
     dampening: float = 0.1,
     block: int = 128,
+    seen: LowRank | None = None,
 ) -> tuple[Tensor, UniformQuantizer]:
     """`compensate` with the scale of every row at which (W^ - W) (G + dampening) (W^ - W)^T is least.
 
@@ -150,6 +151,7 @@ def compensate_scaled(
         scales: what is tried, relative to the quantizer's scale.
         dampening: the share of the mean diagonal that is added to the diagonal; see CompensateWeights.
         block: columns of which the earlier ones' errors are gathered in one product.
+        seen: the low rank of G that scales are compared by; None: it is made here.
 
     Returns:
         The weight on its grid, float (out, in), and the quantizer of that grid.
@@ -163,8 +165,8 @@ def compensate_scaled(
     rounded = compensate(weight_oi.repeat(len(scales), 1), gram_ii, stacked, dampening, block)
     rounded_soi = rounded.reshape(len(scales), *weight_oi.shape)
     # Of G the low rank that SearchScales sees: all of it would cost more than the rounding, and says the same.
-    seen, added = LowRank.of(gram_ii.float()), float(gram_ii.diagonal().mean()) * dampening
-    damped = LowRank(seen.factor_ir, seen.rest_i + added)
+    seen = LowRank.of(gram_ii.float()) if seen is None else seen
+    damped = LowRank(seen.factor_ir, seen.rest_i + float(gram_ii.diagonal().mean()) * dampening)
     costs_so = torch.stack([damped.cost((each - weight_oi).float()) for each in rounded_soi])
     best_o, rows_o = costs_so.argmin(0), torch.arange(len(weight_oi), device=weight_oi.device)
     scale = tried.reshape(len(scales), -1, 1)[best_o, rows_o]

@@ -201,17 +201,13 @@ def _keeps_last_axis(node: Node, before: Node) -> bool:
     shape, was = shape_of(node), shape_of(before)
     if shape is None or was is None or not was or shape[-1:] != was[-1:]:
         return False
-    if node.target in ("transpose", "permute"):
-        moved = node.args[1:] if node.target == "transpose" else (_axes(node)[-1:] or (-1,))
-        is_last = [isinstance(axis, int) and axis % len(was) == len(was) - 1 for axis in moved]
-        return not any(is_last) if node.target == "transpose" else all(is_last)
+    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
+    lasts = [isinstance(axis, int) and axis % len(was) == len(was) - 1 for axis in given]
+    if node.target == "transpose":
+        return not any(lasts)
+    if node.target == "permute":
+        return lasts[-1:] == [True]
     return node.op == "call_module" or node.target in ("view", "reshape", "flatten", "contiguous")
-
-
-def _axes(node: Node) -> tuple[Any, ...]:
-    """The axes of a permutation, given one by one or as one sequence."""
-    first = node.args[1] if len(node.args) > 1 else ()
-    return tuple(first) if isinstance(first, list | tuple) else tuple(node.args[1:])
 
 
 def _is_part_of_image(node: Node) -> bool:
