@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant.data.images import Preprocessing
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.export.program_file import to_program
 from fxquant.graph.notes import IMAGE_SHAPE
 from fxquant.graph.output_tree import leaves

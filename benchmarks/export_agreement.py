@@ -24,7 +24,8 @@ from peers import installed, onnxruntime_session, openvino_runner
 from torch import Tensor
 
 import fxquant
-from fxquant.data.images import ImageData, Preprocessing, embedded_test
+from fxquant.data.images import ImageData, embedded_test
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.graph.notes import IMAGE_SHAPE
 
 

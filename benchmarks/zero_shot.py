@@ -28,7 +28,7 @@ from fxquant.artefact.cache import signature
 from fxquant.data import embedded
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results
-from fxquant.synthesis.synthesize import Pictures, Synthesis
+from fxquant.synthesis.pictures import Pictures, Synthesis
 from passes.recipes import RECIPES
 
 COUNT = 32

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fxquant.session.compiled import Compiled, load
     from fxquant.session.model_frontier import frontier
     from fxquant.session.session import Session, compile
-    from fxquant.synthesis.synthesize import Synthesis, synthesize
+    from fxquant.synthesis.pictures import Synthesis
+    from fxquant.synthesis.synthesize import synthesize
     from passes.pipeline.contract import PassContext
     from passes.pipeline.pipeline import Pipeline
 

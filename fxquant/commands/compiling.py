@@ -18,15 +18,8 @@ from typing import Annotated, Any, Unpack, get_type_hints
 
 import typer
 
-from fxquant.commands.options import (
-    BACKENDS_HELP,
-    QUANTIZATION,
-    Device,
-    parse_bits,
-    parse_inputs,
-    parse_overrides,
-    parse_sizes,
-)
+from fxquant.commands.options import BACKENDS_HELP, QUANTIZATION, Device
+from fxquant.commands.texts import parse_bits, parse_inputs, parse_overrides, parse_sizes
 from fxquant.errors import OptionError
 from fxquant.session.options import (
     DEFAULT_BATCH_SIZE,

@@ -46,7 +46,7 @@ def evaluate_model(
         evaluate_detector(model, detector, coco, data, limit, backend, json)
         return
     from fxquant.commands.console import emit, show
-    from fxquant.data.images import Preprocessing
+    from fxquant.data.preprocessing import Preprocessing
     from fxquant.errors import DataError
     from fxquant.measure.accuracy import evaluate
     from fxquant.report.progress import RichProgress

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxquant.report.render import Page
     from fxquant.reproduction.published import Method, Row, Table
     from fxquant.reproduction.reproduce import Reproduced
-    from fxquant.synthesis.synthesize import Synthesis
+    from fxquant.synthesis.pictures import Synthesis
 
 
 def reproduce_table(

@@ -10,6 +10,7 @@ import typer
 from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
+from fxquant.commands.texts import parse_numbers
 
 
 @compiling
@@ -56,7 +57,7 @@ def show_frontier(
     o.check_output(plot)
     if plot is not None:
         check_plot(plot)
-    wanted = o.parse_numbers(limits, "limits")
+    wanted = parse_numbers(limits, "limits")
     given.options()  # which is read before anything takes long
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, given.device)

@@ -11,110 +11,25 @@ model's classes where the model is known, in `ImageData.for_outputs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import timm.data
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.checks.arguments import whole
-from fxquant.checks.hints import check_fields, checked
+from fxquant.checks.hints import checked
 from fxquant.data import embedded
 from fxquant.data.class_names import as_numbers, check_classes, indices_of, matched, read_classes
 from fxquant.data.image_files import image_reader, labels_of, read_arrays, read_picture
 from fxquant.data.image_folders import images_by_folder, listed_images
+from fxquant.data.preprocessing import EMBEDDED, Preprocessing
 from fxquant.errors import DataError
 
 LISTED = "by the names of classes given"
 Batch = tuple[Tensor, Tensor | None]
-_LARGEST_SIDE = 16_384
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
-
-    Args:
-        input_size: channels, height and width of the model's input.
-        crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
-        mean, std: what is subtracted from pixels in 0..1, and what the rest is divided by; a number for each channel.
-        interpolation: how pictures are resized: nearest, bilinear or bicubic.
-    """
-
-    input_size: tuple[int, int, int]
-    crop_pct: float = 1.0
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        """Raise DataError for values that make no preprocessing."""
-        check_fields(self, DataError)
-        if self.input_size[0] not in (1, 3) or not 1 <= min(self.input_size) <= max(self.input_size) <= _LARGEST_SIDE:
-            raise DataError(
-                f"input_size must be (1 or 3 channels, height, width), sides up to {_LARGEST_SIDE:,}, found "
-                f"{self.input_size}"
-            )
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise DataError(f"interpolation must be nearest, bilinear or bicubic, found {self.interpolation!r}")
-        if not 0 < self.crop_pct <= 1:
-            raise DataError(f"crop_pct must be above 0 and at most 1, found {self.crop_pct}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.input_size[0]:
-                raise DataError(f"{name} needs {self.input_size[0]} numbers, one a channel, found {list(values)}")
-        if min(self.std) <= 0:
-            raise DataError(f"std must be positive, found {list(self.std)}")
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Preprocessing:
-        """What timm says the model was trained with."""
-        config = timm.data.resolve_model_data_config(model)
-        channels = int(config["input_size"][0])
-        return cls(
-            input_size=tuple(config["input_size"]),
-            crop_pct=float(config["crop_pct"]),
-            mean=tuple(config["mean"])[:channels],
-            std=tuple(config["std"])[:channels],
-            interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Inverse of `to_dict`; raises DataError for anything else."""
-        try:
-            return cls(**values)
-        except DataError:
-            raise
-        except TypeError as error:
-            raise DataError.for_type(f"not a preprocessing: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    def with_options(self, **options: Any) -> Preprocessing:
-        """With the options that are not None replaced; `image_size` sets height and width."""
-        given = {key: value for key, value in options.items() if value is not None}
-        names = ("image_size", *(field.name for field in fields(self)))
-        if unknown := [name for name in given if name not in names]:
-            raise DataError.for_type(f"a preprocessing has no option {unknown[0]!r}; it has {', '.join(names)}")
-        if (size := given.pop("image_size", None)) is not None:
-            given["input_size"] = (self.input_size[0], size, size)
-        return replace(self, **given)
-
-    def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture to a float32 tensor (C, H, W), as timm evaluates."""
-        found: Callable[[Image.Image], Tensor] = timm.data.create_transform(**asdict(self), is_training=False)
-        mode = "L" if self.input_size[0] == 1 else "RGB"
-        return lambda picture: found(picture.convert(mode))
-
-
-EMBEDDED = Preprocessing((1, 28, 28), mean=(embedded.MEAN,), std=(embedded.STD,))
 
 
 @dataclass(frozen=True)

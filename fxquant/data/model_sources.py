@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant.data.images import Preprocessing
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import DataError, MissingExtraError, ModelError
 
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fxquant.checks.hints import checked
 from fxquant.data import embedded
-from fxquant.data.images import EMBEDDED, Preprocessing
 from fxquant.data.model_sources import from_source, has_source
+from fxquant.data.preprocessing import EMBEDDED, Preprocessing
 from fxquant.errors import DataError, ModelError
 
 EMBEDDED_NAME = "embedded"

@@ -154,7 +154,7 @@ def _texts(texts: Sequence[str]) -> tuple[bytes, list[int]]:
 
 
 def _preprocessing(card: Any) -> records.PreprocessingRecord:
-    """What a card says of how pictures become images (`fxquant.data.images.Preprocessing`), as timm evaluates."""
+    """What a card says of how pictures become images (`fxquant.data.preprocessing.Preprocessing`), as in timm."""
     if card is None:
         return records.PreprocessingRecord()
     try:

@@ -24,7 +24,7 @@ from fxquant.measure.accuracy import Accuracy
 from fxquant.reproduction.published import Method, Row, Table
 from fxquant.session.session import Session
 from fxquant.session.sweep import Results, point_of
-from fxquant.synthesis.synthesize import Synthesis
+from fxquant.synthesis.pictures import Synthesis
 
 Images = Tensor | Synthesis
 

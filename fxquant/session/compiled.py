@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,39 +11,38 @@ from typing import Any
 
 import networkx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from allocators.allocation import Allocation
 from fxquant.artefact import artefact
 from fxquant.artefact.container import write_file
 from fxquant.checks.hints import checked
-from fxquant.errors import ArtefactError, BackendError, ExportError, ModelError, StateError, VerificationError
+from fxquant.errors import ArtefactError, BackendError, ExportError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.onnxruntime_model import check_onnxruntime
 from fxquant.export.program_file import to_program
-from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
-from fxquant.graph.nodes import device_of, on_cpu
+from fxquant.graph.facts import QUANTIZED
+from fxquant.graph.nodes import on_cpu
 from fxquant.graph.notes import execution_of
 from fxquant.graph.output_tree import Tree, leaves, tree_of
 from fxquant.graph.structure import pattern
 from fxquant.report import summary
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
-from fxquant.runtime.border import Border
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares, with_execution
-from fxquant.runtime.state import check_names, check_state, description
-from fxquant.session.sized_graphs import SizedGraphs, described, share_tensors
+from fxquant.session.fixed_module import FixedModule
+from fxquant.session.sized_graphs import SizedGraphs, share_tensors
 from passes.lower.lower import SIMULATED, Lower, execution_summary
 from passes.pipeline.contract import PassContext
 from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 
 
-class Compiled(nn.Module):
+class Compiled(FixedModule):
     """A quantized model: call it like the original.
 
     Args:
@@ -73,16 +71,10 @@ class Compiled(nn.Module):
         tree: Tree | None = None,
         sizes: Mapping[tuple[int, int], GraphModule] | None = None,
     ) -> None:
-        super().__init__()
-        self.tree = tree or tree_of(graph_module)
-        self.graph_module, self.answers = graph_module, answers
+        super().__init__(graph_module, sizes or {})
+        self.tree, self.answers = tree or tree_of(graph_module), answers
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
-        self.border = Border.of(graph_module, described(list(sizes or ())))
-        self.sizes = SizedGraphs(graph_module, sizes) if sizes else None
-        self._is_lowered = LOWERED in facts_of(graph_module)
-        self._fetches_images = any("cuda" in kernel for kernel in execution_of(graph_module).values())
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
-        self.eval()
 
     def forward(self, images_bchw: Tensor) -> Any:
         """Float (B, C, H, W) images to what the original model returns for them: a tensor, or tensors in the same tree.
@@ -162,84 +154,6 @@ class Compiled(nn.Module):
                 "already, compile it again with the versions that are installed here, or install those of its card"
             )
         return found
-
-    def train(self, mode: bool = True) -> Compiled:
-        """Nothing: a quantized model stays in inference mode, as it was compiled."""
-        return super().train(False)
-
-    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
-        """Codes, scales and what else the model consists of, by name. Raises StateError for a lowered model."""
-        self._refuse_lowered("has no state dict")
-        return super().state_dict(*arguments, **keywords)
-
-    def get_extra_state(self) -> Tensor:
-        """What the tensors of the state belong to, see `fxquant.runtime.state`."""
-        return description(self.graph_module, self.sizes.graphs.values() if self.sizes else ())
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: it has been compared with this model's."""
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Take the numbers of a model compiled alike, with the same quantizers; report and card stay as they are.
-
-        Args:
-            state_dict: as `state_dict` of a model compiled alike gave it.
-            strict: whether all of them have to be there.
-            assign: as torch has it; tensors are copied in any case.
-
-        Raises StateError, and changes nothing, for every other state.
-        """
-        self._refuse_lowered("takes no state dict")
-        if strict or not isinstance(state_dict, Mapping):
-            check_names(self.state_dict(), state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        self._refuse_lowered("takes no state dict")
-        check_state(self.graph_module, f"{prefix}graph_module.", state_dict, self.get_extra_state())
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Compiled:
-        """Move to another device, of which a lowered model has one; refuse another dtype."""
-        device = self._device()
-        before = torch.empty(0, dtype=self.border.dtype, device=device)
-        after = fn(before)
-        if after.dtype != before.dtype:
-            raise ModelError(
-                f"a quantized model computes in {before.dtype}, as it was compiled, not in {after.dtype}: for a "
-                "smaller or faster one take fewer bits or a backend"
-            )
-        if after.is_meta:
-            raise BackendError("a quantized model cannot be moved to meta, where tensors have no values: leave it")
-        if device is not None and after.device != device and self._is_lowered:
-            raise BackendError(
-                f"a lowered model cannot be moved to {after.device}: move the model it was lowered from, or lower that "
-                "with backend='cuda'"
-            )
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.sizes is not None:
-            self.sizes.point(self.graph_module)
-        return self
-
-    def _refuse_lowered(self, what: str) -> None:
-        if self._is_lowered:
-            raise StateError(f"a lowered model {what}, it belongs to this machine: take the model it was lowered from")
-
-    def _device(self) -> torch.device | None:
-        """Where images have to be; None where the graph fetches them itself."""
-        if self._fetches_images:
-            return None
-        return device_of(self.graph_module)
-
-    def __copy__(self) -> Compiled:
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As its artefact; raises ArtefactError where that cannot be written, before anything is."""

@@ -37,7 +37,7 @@ from fxquant.sensitivity.objective import Objective, Outputs
 from fxquant.session.compiled import Compiled
 from fxquant.session.options import DEFAULT_BATCH_SIZE, SessionOptions
 from fxquant.session.session import Session
-from fxquant.synthesis.synthesize import Synthesis
+from fxquant.synthesis.pictures import Synthesis
 from passes.options import documented
 from passes.pipeline.contract import check_images
 from passes.pipeline.progress import ProgressReporter

@@ -21,7 +21,8 @@ from fxquant.graph.output_tree import Output, Tree, flat
 from fxquant.runtime.known_answers import answer_images_for, range_of
 from fxquant.sensitivity.objective import AUTO, Objective, check_objective, objective_named
 from fxquant.session.sizes import sized_model
-from fxquant.synthesis.synthesize import Pictures, Synthesis, synthesize_for, trace_without_images
+from fxquant.synthesis.pictures import Pictures, Synthesis
+from fxquant.synthesis.synthesize import synthesize_for, trace_without_images
 from passes.pipeline.contract import PassContext, SizedModel, check_draws
 from passes.pipeline.pipeline import Pipeline
 from passes.pipeline.progress import ProgressReporter

@@ -48,7 +48,7 @@ from fxquant.session.model_source import ModelSource
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
 from fxquant.session.protocol_card import layer_rows, protocol_card
 from fxquant.session.sizes import checked_sizes
-from fxquant.synthesis.synthesize import Synthesis
+from fxquant.synthesis.pictures import Synthesis
 from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
 from passes.allocate.check_budget import check_budget
 from passes.lower.lower import SIMULATED

@@ -20,7 +20,7 @@ from allocators.uniform import Uniform
 from fxquant.artefact.cache import signature
 from fxquant.cli import app
 from fxquant.commands.inspect_artefact import report_of
-from fxquant.commands.options import parse_overrides
+from fxquant.commands.texts import parse_overrides
 from fxquant.data import embedded
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy

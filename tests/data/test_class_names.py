@@ -13,7 +13,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from fxquant.data.class_names import SORTED_ORDER, matched, read_classes, read_labels
-from fxquant.data.images import ImageData, Preprocessing
+from fxquant.data.images import ImageData
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import DataError, ModelError
 from fxquant.measure.accuracy import evaluate
 

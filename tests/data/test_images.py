@@ -11,7 +11,8 @@ import timm
 import torch
 from PIL import Image
 
-from fxquant.data.images import EMBEDDED, ImageData, Preprocessing, load_images
+from fxquant.data.images import ImageData, load_images
+from fxquant.data.preprocessing import EMBEDDED, Preprocessing
 from fxquant.errors import DataError
 
 SMALL = Preprocessing((3, 16, 16), crop_pct=0.8)

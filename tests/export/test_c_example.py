@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fxquant.data.images import Preprocessing
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.export.program_file import to_program
 from fxquant.runtime.native import library, program
 from tests.lowering import needs_kernels

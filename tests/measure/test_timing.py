@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import fxquant
 from fxquant.cli import app
 from fxquant.data import embedded
-from fxquant.data.images import EMBEDDED
+from fxquant.data.preprocessing import EMBEDDED
 from fxquant.errors import DataError
 from fxquant.measure.timing import bfloat16_variant, float_graph, measure
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from allocators.greedy import Greedy
-from fxquant.commands.options import parse_overrides
+from fxquant.commands.texts import parse_overrides
 from fxquant.session.session import Session
 from passes.allocate.allocate_bits import COST_TABLE
 from tests.models import images, vit

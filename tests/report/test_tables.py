@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from fxquant.commands.options import parse_overrides
+from fxquant.commands.texts import parse_overrides
 from fxquant.errors import ArtefactError
 from fxquant.report import sections
 from fxquant.report.actions import actions_for

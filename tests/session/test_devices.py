@@ -15,7 +15,8 @@ import fxquant
 from fxquant.errors import BackendError, InputError, ModelError
 from fxquant.session.compiled import Compiled
 from fxquant.session.session import Session
-from fxquant.synthesis.synthesize import Synthesis, synthesize
+from fxquant.synthesis.pictures import Synthesis
+from fxquant.synthesis.synthesize import synthesize
 from passes.allocate.measure_losses import MeasureLosses
 from passes.correct.distil import Distil
 from passes.correct.reconstruct import Reconstruct

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 import fxquant
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError, InfeasibleBudgetError
+from fxquant.synthesis.descent import Watched
+from fxquant.synthesis.pictures import Pictures, Synthesis
 from fxquant.synthesis.priors import variation
-from fxquant.synthesis.synthesize import Pictures, Synthesis, Watched, synthesize, trace_without_images
+from fxquant.synthesis.synthesize import synthesize, trace_without_images
 from passes.pipeline.contract import PassContext
 from passes.prepare.assign_roles import AssignRoles
 from tests.models import SWIN, VIT, timm_model, vit

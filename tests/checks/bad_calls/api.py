@@ -16,7 +16,8 @@ from allocators.greedy import Greedy
 from allocators.problem.budget import Budget
 from allocators.uniform import Uniform
 from fxquant.session.session import Session
-from fxquant.synthesis.synthesize import Synthesis, synthesize
+from fxquant.synthesis.pictures import Synthesis
+from fxquant.synthesis.synthesize import synthesize
 from passes.allocate.measure_latency import MeasureLatency
 from passes.pipeline.pipeline import Pipeline
 from passes.pipeline.progress import SilentProgress

@@ -11,8 +11,8 @@ from allocators.module_frontier import ModuleFrontier
 from allocators.problem.budget import Budget
 from allocators.quadratic import Interaction, Quadratic
 from allocators.swaps import Swaps
-from fxquant.data.images import Preprocessing
-from fxquant.synthesis.synthesize import Synthesis
+from fxquant.data.preprocessing import Preprocessing
+from fxquant.synthesis.pictures import Synthesis
 from passes.allocate.allocate_bits import AllocateBits
 from passes.allocate.measure_latency import MeasureLatency
 from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.data.images import ImageData, Preprocessing, load_images
+from fxquant.data.images import ImageData, load_images
 from fxquant.data.models import load_model, load_weights
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.measure.accuracy import evaluate
 from fxquant.measure.timing import measure
 from fxquant.session.sweep import Results

@@ -29,7 +29,8 @@ import fxquant
 from allocators.problem.budget import Budget
 from fxquant.checks.arguments import shown
 from fxquant.checks.hints import fitted
-from fxquant.data.images import ImageData, Preprocessing
+from fxquant.data.images import ImageData
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import FxQuantError
 from fxquant.session.session import Session
 from tests.models import images, vit

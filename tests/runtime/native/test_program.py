@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.data.images import Preprocessing
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import BackendError, ExportError
 from fxquant.export.program_file import to_program
 from fxquant.graph.capture.tracing import trace
