@@ -60,6 +60,8 @@ def build_library(platform: Platform, level: int, out: Path) -> None:
             "-O3",  # as of zig's own library, which each level would compile anew
             "-s",
             *([f"-Wl,--version-script={script}"] if platform.has_version_script else []),
+            # Otherwise its name is the folder that it was made in.
+            *([f"-Wl,-install_name,@rpath/{platform.library}"] if "macos" in platform.target else []),
         ]
         made = f"{folder}/{platform.library}"
         subprocess.run([*compiler, *link, *objects, "-o", made], check=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from release import instruction_sets
+from release import instruction_sets, run_wheels
 from release.instruction_sets import InstructionSetError, check_sets, flags_of_processor, sets_that_run
 from release.platform_wheel import FOLDER, PLATFORMS, record_line, with_library
 from tests.lowering import needs_kernels
@@ -102,3 +102,25 @@ def test_a_library_that_does_not_run_what_the_processor_has_is_refused(
         check_sets(library, ("scalar", "avx2"), HERE)
     monkeypatch.setattr(instruction_sets, "flags_of_processor", lambda: {"fma"})
     assert check_sets(library, ("scalar", "avx2"), HERE).endswith("runs scalar here")
+
+
+@on_linux
+def test_what_runs_a_library_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_wheels.shutil, "which", lambda name: None)
+    assert run_wheels.runner(f"{HERE}-gnu.2.17") == []
+    assert run_wheels.runner(PLATFORMS["windows_x86_64"].target) is None
+    assert run_wheels.runner(PLATFORMS["macos_arm64"].target) is None
+    monkeypatch.setattr(run_wheels.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert run_wheels.runner(PLATFORMS["windows_x86_64"].target) == ["wine"]
+
+
+def test_results_that_differ_between_platforms_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = dict(zip(PLATFORMS, ("1f", "1f", None, "2e"), strict=True))
+    for platform in PLATFORMS.values():
+        (tmp_path / f"fxquant-1.0-py3-none-{platform.tag}.whl").touch()
+    found = {platform.tag: digests[name] for name, platform in PLATFORMS.items()}
+    monkeypatch.setattr(
+        run_wheels, "run_wheel", lambda wheel, made_for, rounds: found[made_for.tag] and f"digest {found[made_for.tag]}"
+    )
+    with pytest.raises(run_wheels.WheelRunError, match=r"different results.*windows_x86_64.: .2e"):
+        run_wheels.compare(tmp_path, rounds=1)
