@@ -19,13 +19,16 @@ _LARGEST_SIDE = 16_384
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
+    """How a picture becomes the model's input: resize to size / crop_pct, centre crop, normalize.
 
     Args:
         input_size: channels, height and width of the model's input.
         crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
         mean, std: what is subtracted from pixels in 0..1, and what the rest is divided by; a number for each channel.
         interpolation: how pictures are resized: nearest, bilinear or bicubic.
+        crop_mode: what is resized, by timm's names. center: the short side, so that ends of the long one are cropped.
+            squash: both sides, so that pictures lose their proportions. border: the long side, and the rest is filled
+            with the mean.
     """
 
     input_size: tuple[int, int, int]
@@ -33,6 +36,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         """Raise DataError for values that make no preprocessing."""
@@ -44,6 +48,8 @@ class Preprocessing:
             )
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise DataError(f"interpolation must be nearest, bilinear or bicubic, found {self.interpolation!r}")
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise DataError(f"crop_mode must be center, squash or border, found {self.crop_mode!r}")
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct must be above 0 and at most 1, found {self.crop_pct}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -63,6 +69,7 @@ class Preprocessing:
             mean=tuple(config["mean"])[:channels],
             std=tuple(config["std"])[:channels],
             interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
+            crop_mode=config["crop_mode"] or "center",
         )
 
     @classmethod
