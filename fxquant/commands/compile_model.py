@@ -77,7 +77,7 @@ def compile_model(
         quantized.save(out)
         say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
     if report is not None:
-        is_page = report.suffix.lower() in (".html", ".htm")
+        is_page = report.suffix.lower() in o.PAGE
         write_file(report, (summary.to_html() if is_page else to_json(summary.to_dict())).encode())
     if picture is not None:
         quantized.draw(picture)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fxquant.data.preprocessing import Preprocessing
     from fxquant.synthesis.pictures import Synthesis
 
+PAGE = (".html", ".htm")
+"""How the names of pages end."""
+
 _MODEL, _IMAGES, _PIXELS, QUANTIZATION, _CACHE = "Model", "Images", "Preprocessing", "Quantization", "Cache"
 """Under which headings `--help` lists options; what a command writes, and --json, come first without one."""
 
@@ -292,6 +295,12 @@ def calibration_images(
     options = synthesis(preprocessing, count, steps)
     say(f"no calibration images are given, so they are {options.described(seed)}")
     return options
+
+
+def check_ending(path: Path | None, *endings: str) -> None:
+    """Raise DataError for a file to write that ends otherwise, as a slip of the pen or the name of a file to read."""
+    if path is not None and path.suffix.lower() not in endings:
+        raise DataError(f"{path} must end in {' or '.join(endings)}")
 
 
 def check_output(*paths: Path | None) -> None:
