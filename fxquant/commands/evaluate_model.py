@@ -66,7 +66,7 @@ def evaluate_model(
 
     runs: Any
     if o.is_artefact(model):
-        given = {"--weights": weights, "--num-classes": num_classes, "--model-option": model_option}
+        given: dict[str, Any] = {"--weights": weights, "--num-classes": num_classes, "--model-option": model_option}
         o.refuse_unused(given, f"{model} is an artefact, which brings its own weights")
         runs = load(model, backend).to(o.device_of_run(device))
         runs.check_answers()

@@ -213,7 +213,7 @@ def _labelled(
 ) -> ImageData:
     """Files with the names of their classes as data: by the list of classes where there is one.
 
-    listed: names are from a file of labels, where numbers are the model's classes.
+    listed: names are from a file of labels, where numbers are the model's classes unless the list has them as names.
     """
     transform = preprocessing.transform()
     short_side = int(min(preprocessing.input_size[1:]) / preprocessing.crop_pct)
@@ -226,7 +226,7 @@ def _labelled(
     names = sorted(set(found))
     position = {name: index for index, name in enumerate(names)}
     labels = torch.tensor([position[name] for name in found])
-    numbers = as_numbers(names) if listed else None
+    numbers = as_numbers(names) if listed and not set(names) <= set(classes or ()) else None
     if classes is None and numbers is None:
         return ImageData(str(place), len(files), read, labels, len(names), tuple(names))
     indices = indices_of(names, classes or [], str(place)) if numbers is None else numbers

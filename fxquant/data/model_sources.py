@@ -14,7 +14,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,14 @@ Found = tuple[nn.Module, Preprocessing, bool]
 """A model, how a picture becomes its input, and whether it has its weights already."""
 
 
+@contextmanager
+def same_random_weights() -> Iterator[None]:
+    """What is drawn on the CPU inside is the same every time, and the caller's random numbers go on where they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 def has_source(name: str) -> bool:
     """Whether a model's name has a prefix, which no name of timm has."""
     return ":" in name
@@ -50,9 +59,9 @@ def from_source(name: str, options: Mapping[str, Any]) -> Found:
     read, MissingExtraError without the package.
     """
     prefix, _, rest = name.partition(":")
-    torch.manual_seed(0)
     try:
-        return _SOURCES.get(prefix, _own)(name if prefix not in _SOURCES else rest, dict(options))
+        with same_random_weights():
+            return _SOURCES.get(prefix, _own)(name if prefix not in _SOURCES else rest, dict(options))
     except (DataError, ModelError, MissingExtraError):
         raise
     except Exception as error:  # whatever a constructor raises for an option it does not take

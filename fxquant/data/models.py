@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fxquant.checks.hints import checked
 from fxquant.data import embedded
-from fxquant.data.model_sources import from_source, has_source
+from fxquant.data.model_sources import from_source, has_source, same_random_weights
 from fxquant.data.preprocessing import EMBEDDED, Preprocessing
 from fxquant.errors import DataError, ModelError
 
@@ -110,9 +110,9 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
     if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
         raise ModelError(f"num_classes is from 1 to {_MOST_CLASSES:,}, not {num_classes}")
     given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
-    torch.manual_seed(0)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **given)
+        with same_random_weights():
+            model: nn.Module = timm.create_model(name, pretrained=False, **given)
     except Exception as error:  # whatever a constructor raises for an option it does not take
         raise ModelError(f"{name} cannot be built with {given}: {error}") from error
     return model

@@ -158,7 +158,7 @@ def _numbered(annotations: list[dict[str, Any]], images: set[Any]) -> list[dict[
 
     Raises KeyError, TypeError or ValueError for annotations of another form.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for annotation in annotations:
         if annotation["image_id"] in images:
             _, _, width, height = map(float, annotation["bbox"])

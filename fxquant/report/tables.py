@@ -136,7 +136,7 @@ _ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", 
 
 def _candidates(journal: Journal) -> list[int]:
     """Widths that bits were chosen from. Raises ArtefactError for a note of another shape."""
-    table = next((entry.notes[TABLE] for entry in reversed(journal.entries) if TABLE in entry.notes), {})
+    table: Any = next((entry.notes[TABLE] for entry in reversed(journal.entries) if TABLE in entry.notes), {})
     widths = checked(table, OBJECT, "the journal's cost table").get("bits", list(CANDIDATES))
     return sorted(checked(widths, listed(whole(1, 32)), "the widths in the journal's cost table"))
 
