@@ -50,7 +50,7 @@ def compile_model(
     from fxquant.session.session import compile
 
     wanted, chosen = Budget.parse(budget), o.allocator_or_none(allocator)
-    given.options()  # which is read before anything takes long
+    given.options(recipe=recipe)  # which is read before anything takes long
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -213,8 +214,11 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise DataError(f"weights {file} are not a whole safetensors file: {error}") from error
     except Exception as error:  # torch.load raises whatever the bytes provoke
+        is_other = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other Python objects, or is no file of torch" if is_other else _first_line(error)
         raise DataError(
-            f"weights {file} cannot be read as a state dict of plain tensors: {_first_line(error)}"
+            f"weights {file} cannot be read as a state dict of plain tensors: {reason}; nothing is unpickled, so save "
+            "one with torch.save(model.state_dict(), path)"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

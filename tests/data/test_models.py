@@ -93,6 +93,10 @@ def test_weights_of_the_wrong_kind_are_named(tmp_path: Path) -> None:
     torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(DataError, match="hold no state dict"):
         load_weights(small_vit(), tmp_path / "a.pth")
+    torch.save(small_vit(), tmp_path / "a.pth")
+    with pytest.raises(DataError, match=r"holds other Python objects.*save one with torch\.save") as refusal:
+        load_weights(small_vit(), tmp_path / "a.pth")
+    assert "weights_only" not in str(refusal.value), "nobody is told to unpickle it"
     (tmp_path / "empty.pth").write_bytes(b"")
     with pytest.raises(DataError, match="EOFError"):
         load_weights(small_vit(), tmp_path / "empty.pth")
