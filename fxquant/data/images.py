@@ -216,10 +216,9 @@ def _labelled(
     listed: names are from a file of labels, where numbers are the model's classes unless the list has them as names.
     """
     transform = preprocessing.transform()
-    short_side = int(min(preprocessing.input_size[1:]) / preprocessing.crop_pct)
 
     def read(index: int) -> Tensor:
-        return read_picture(files[index], short_side, transform)
+        return read_picture(files[index], transform)
 
     if found is None:
         return ImageData(str(place), len(files), read)

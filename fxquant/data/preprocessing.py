@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -97,10 +98,29 @@ class Preprocessing:
         return replace(self, **given)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture to a float32 tensor (C, H, W), as timm evaluates."""
+        """From a picture to a float32 tensor (C, H, W), as timm evaluates.
+
+        What it returns raises DataError for a picture that would have more pixels than PIL reads, once it is resized.
+        """
         found: Callable[[Image.Image], Tensor] = timm.data.create_transform(**asdict(self), is_training=False)
         mode = "L" if self.input_size[0] == 1 else "RGB"
-        return lambda picture: found(picture.convert(mode))
+
+        def transformed(picture: Image.Image) -> Tensor:
+            if self._resized_pixels(*picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+                width, height = picture.size
+                wanted = " x ".join(f"{side / self.crop_pct:.0f}" for side in self.input_size[1:])
+                raise DataError(f"a picture of {height} x {width} is too narrow to be resized to {wanted} at least")
+            return found(picture.convert(mode))
+
+        return transformed
+
+    def _resized_pixels(self, width: int, height: int) -> float:
+        """Pixels of a resized picture before the crop."""
+        tall, wide = (side / self.crop_pct for side in self.input_size[1:])
+        if self.crop_mode == "squash":
+            return tall * wide
+        factor = (max if self.crop_mode == "center" else min)(tall / height, wide / width)
+        return factor**2 * width * height
 
 
 EMBEDDED = Preprocessing((1, 28, 28), mean=(embedded.MEAN,), std=(embedded.STD,))

@@ -103,7 +103,7 @@ class CocoImages:
         """
         entry = self.document["images"][index]
         place = self.folder / str(entry["file_name"])
-        found = read_picture(place, 1, _to_tensor)
+        found = read_picture(place, _to_tensor)
         height, width = found.shape[1:]
         if (entry.get("height", height), entry.get("width", width)) != (height, width):
             raise DataError(

@@ -234,6 +234,12 @@ def test_pictures_without_pixels_or_as_thin_as_a_thread(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     Image.new("RGB", (1, 60_000)).save(tmp_path / "b" / "thread.png")
     wide = Preprocessing((3, 224, 224))
-    for place, message in ((tmp_path / "a", "flat.ppm"), (tmp_path / "b", "too narrow to be resized to 224")):
+    thread = "a picture of 60000 x 1 is too narrow to be resized to 224 x 224"
+    array = npz(tmp_path, images=np.zeros((1, 60_000, 1), dtype=np.uint8))
+    for place, message in ((tmp_path / "a", "flat.ppm"), (tmp_path / "b", thread), (array, f"0: {thread}")):
         with pytest.raises(DataError, match=message):
             load_images(place, 1, wide)
+    assert load_images(tmp_path / "b", 1, wide.with_options(crop_mode="squash")).shape == (1, 3, 224, 224)
+    square = npz(tmp_path, images=np.zeros((1, 8, 8), dtype=np.uint8))
+    with pytest.raises(DataError, match="too narrow to be resized to 16384 x 1"):
+        load_images(square, 1, wide.with_options(input_size=(3, 16_384, 1)))

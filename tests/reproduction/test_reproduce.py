@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fxquant.cli import app
+from fxquant.commands.compiling import Compiling
 from fxquant.commands.table_rows import command
 from fxquant.errors import OptionError, PipelineError
 from fxquant.measure.accuracy import Accuracy
@@ -78,6 +83,27 @@ def test_a_whole_name_and_budget_is_one_row() -> None:
         assert wanted_rows(table, [f"{row.method.name} {row.budget}"]) == (row,)
     assert len(wanted_rows(table, ["LampQ", "VT-PTQ on PSAQ-ViT W4A8"])) == 3
     assert wanted_rows(table) == table.rows
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", tables())
+def test_the_commands_of_a_table_are_read_as_its_rows(name: str) -> None:
+    table, group = published(name), get_command(app)
+    assert isinstance(group, TyperGroup)
+    for row in table.rows:
+        if row.method.recipe is None:
+            continue
+        _, verb, *words = shlex.split(command(table, row, "embedded", 4, {}, {}))
+        given = group.commands[verb].make_context(verb, words).params
+        if verb == "sweep":
+            names = [field.name for field in dataclasses.fields(Compiling)]
+            options = Compiling(**{name: given[name] for name in names}).options(recipe=given["recipe"])
+            found = options["recipe"]
+            assert (WrittenRecipe(found) if isinstance(found, str) else found) == row.method.recipe
+            assert {key: options[key] for key in ("fully_quantized", "overrides") if options[key]} == table.options
+            assert (given["budgets"], given["images"]) == (row.budget, 4)
+        else:
+            assert wanted_rows(table, given["rows"]) == (row,)
 
 
 @pytest.mark.quick
