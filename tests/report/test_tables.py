@@ -79,6 +79,13 @@ def test_actions_are_overrides_that_the_command_line_reads() -> None:
     assert parse_overrides(text) == {action.layer: action.bits for action in found}
 
 
+def test_a_card_may_say_nothing() -> None:
+    names = ("pipeline", "first_last_weight_bits", "versions", "stays_float", "objective", "preprocessing", "recipe")
+    found = Report(ROWS, ALLOCATION, JOURNAL, CARD | dict.fromkeys(names))
+    assert "no such layers" in str(found)
+    assert "stays float" in found.to_html()
+
+
 def test_actions_ask_for_candidates_alone() -> None:
     table = {"cost_table": {"bits": [3, 4, 5, 8]}}
     journal = Journal([*JOURNAL.entries, JournalEntry("AllocateBits()", 0, 0.1, 1.0, table)])
