@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.commands.options import Json, check_output
+from fxquant.commands.options import PAGE, Json, check_ending, check_output
 
 
 def compare_artefacts(
@@ -22,6 +22,7 @@ def compare_artefacts(
     from fxquant.commands.inspect_artefact import report_of
     from fxquant.report.comparison import Comparison
 
+    check_ending(html, *PAGE)
     check_output(html)
     names = (str(first), str(second)) if first.name == second.name else (first.name, second.name)
     found = Comparison(report_of(first), report_of(second), names)

@@ -50,7 +50,7 @@ def compile_model(
     from fxquant.session.session import compile
 
     wanted, chosen = Budget.parse(budget), o.allocator_or_none(allocator)
-    given.options()  # which is read before anything takes long
+    given.options(recipe=recipe)  # which is read before anything takes long
     o.check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)
@@ -77,7 +77,7 @@ def compile_model(
         quantized.save(out)
         say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
     if report is not None:
-        is_page = report.suffix.lower() in (".html", ".htm")
+        is_page = report.suffix.lower() in o.PAGE
         write_file(report, (summary.to_html() if is_page else to_json(summary.to_dict())).encode())
     if picture is not None:
         quantized.draw(picture)

@@ -8,7 +8,17 @@ from torch import nn
 
 
 def evaluate_detector(
-    model: str, detector: str | None, coco: Path | None, data: Path | None, limit: int | None, backend: str, json: bool
+    model: str,
+    *,
+    detector: str | None,
+    coco: Path | None,
+    data: Path | None,
+    weights: Path | None,
+    num_classes: int | None,
+    options: list[str] | None,
+    limit: int | None,
+    backend: str,
+    json: bool,
 ) -> None:
     """Measure average precision of boxes and, where there are any, of masks.
 
@@ -17,31 +27,41 @@ def evaluate_detector(
         detector: module:factory of the detector that an artefact goes into.
         coco: a COCO file.
         data: the folder of its pictures.
-        limit: how many images at most; None: all.
+        weights: a file of a float detector's weights; None: those that it is built with.
+        num_classes: for the function that builds the detector; None: as it is there.
+        options: name=value, for that function.
+        limit: how many images at most, evenly spread over all; None: all.
         backend: how an artefact runs.
         json: whether JSON is printed.
 
-    Raises DataError where something is missing, ModelError for what is no detector.
+    Raises DataError where something is missing or would do nothing, ModelError for what is no detector.
     """
     from fxquant.commands.console import emit, show
-    from fxquant.data.model_sources import from_source, has_source
+    from fxquant.commands.options import is_artefact, named_model, refuse_unused
+    from fxquant.data.model_sources import has_source
     from fxquant.detection.average_precision import average_precision
     from fxquant.detection.coco import CocoImages
     from fxquant.detection.compiled_detector import load_detector
     from fxquant.errors import DataError
     from fxquant.report.progress import RichProgress
+    from passes.lower.lower import SIMULATED
 
     if coco is None or data is None:
         raise DataError("average precision needs objects and pictures: --coco instances.json --data FOLDER")
-    is_artefact = Path(model).is_file()
-    factory = detector if is_artefact else model
+    is_quantized = is_artefact(model)
+    if is_quantized:
+        refuse_unused({"--weights": weights}, f"{model} is an artefact, which brings its own weights")
+    else:
+        given = {"--detector": detector, "--backend": None if backend == SIMULATED else backend}
+        refuse_unused(given, f"{model} is a float detector, and no artefact (.fxq)")
+    factory = detector if is_quantized else model
     if factory is None or not has_source(factory):
         raise DataError(
             "a detector is named by a function that builds it, module:factory: give it as the model, or with "
             "--detector where the model is an artefact"
         )
-    built = from_source(factory, {})[0].eval()
-    runs: nn.Module = load_detector(model, built, backend) if is_artefact else built
+    built = named_model(factory, weights, num_classes, options, "cpu").model
+    runs: nn.Module = load_detector(model, built, backend) if is_quantized else built
     images = CocoImages.open(coco, data)
     with RichProgress() as progress:
         found = average_precision(runs, images, limit=limit, progress=progress)

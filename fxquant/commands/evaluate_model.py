@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fxquant.commands import options as o
+from passes.lower.lower import SIMULATED
 
 
 def evaluate_model(
@@ -26,7 +27,7 @@ def evaluate_model(
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
-    backend: Annotated[str, typer.Option(help=f"How an artefact runs: {o.BACKENDS_HELP}.")] = "simulated",
+    backend: Annotated[str, typer.Option(help=f"How an artefact runs: {o.BACKENDS_HELP}.")] = SIMULATED,
     coco: Annotated[
         Path | None,
         typer.Option(help="A COCO file of objects in the pictures of --data: average precision of a detector."),
@@ -43,7 +44,18 @@ def evaluate_model(
     if coco is not None or detector is not None:
         from fxquant.commands.evaluate_detector import evaluate_detector
 
-        evaluate_detector(model, detector, coco, data, limit, backend, json)
+        o.refuse_unused(
+            {
+                "--classes": classes, "--labels": labels, "--image-size": image_size, "--crop-pct": crop_pct,
+                "--mean": mean, "--std": std, "--interpolation": interpolation,
+                "--device": None if device == "cpu" else device,
+            },
+            "a detector takes classes from the COCO file, prepares pictures itself, and is measured on the CPU",
+        )  # fmt: skip
+        evaluate_detector(
+            model, detector=detector, coco=coco, data=data, weights=weights, num_classes=num_classes,
+            options=model_option, limit=limit, backend=backend, json=json,
+        )  # fmt: skip
         return
     from fxquant.commands.console import emit, show
     from fxquant.data.preprocessing import Preprocessing
@@ -53,9 +65,9 @@ def evaluate_model(
     from fxquant.session.compiled import load
 
     runs: Any
-    if model.endswith(".fxq") or Path(model).is_file():
-        if weights is not None or num_classes is not None or model_option:
-            raise DataError(f"{model} is an artefact, which brings its own weights: leave model options out")
+    if o.is_artefact(model):
+        given: dict[str, Any] = {"--weights": weights, "--num-classes": num_classes, "--model-option": model_option}
+        o.refuse_unused(given, f"{model} is an artefact, which brings its own weights")
         runs = load(model, backend).to(o.device_of_run(device))
         runs.check_answers()
         is_embedded = runs.card.get("model") == "embedded"
@@ -66,6 +78,8 @@ def evaluate_model(
             )
         preprocessing = Preprocessing.from_dict(runs.card["preprocessing"])
     else:
+        given = {"--backend": None if backend == SIMULATED else backend}
+        o.refuse_unused(given, f"{model} is a float model, and no artefact (.fxq)")
         named = o.named_model(model, weights, num_classes, model_option, device)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
     preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)

@@ -39,8 +39,9 @@ def export_model(
     from fxquant.report.progress import RichProgress
     from fxquant.session.compiled import load
 
+    o.check_ending(out, ".onnx", SUFFIX)
     o.check_output(out)
-    if out.suffix == SUFFIX:
+    if out.suffix.lower() == SUFFIX:
         if weight_type != "int8" or runtime != "any" or check:
             raise ExportError(
                 f"--weight-type, --runtime and --check are for ONNX; a {SUFFIX} file is checked in any case"

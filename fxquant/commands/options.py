@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fxquant.data.models import NamedModel
     from fxquant.data.preprocessing import Preprocessing
     from fxquant.synthesis.pictures import Synthesis
+
+PAGE = (".html", ".htm")
+"""How the names of pages end."""
 
 _MODEL, _IMAGES, _PIXELS, QUANTIZATION, _CACHE = "Model", "Images", "Preprocessing", "Quantization", "Cache"
 """Under which headings `--help` lists options; what a command writes, and --json, come first without one."""
@@ -107,6 +111,20 @@ NoCache = Annotated[
 DEVICE_HELP = "Where the model is, and all is computed: cpu, cuda:0, ...; `fxquant doctor` lists what there is."
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.", rich_help_panel=_PIXELS)]
+
+
+def is_artefact(model: str) -> bool:
+    """Whether a model's name is that of a file."""
+    return model.endswith(".fxq") or Path(model).is_file()
+
+
+def refuse_unused(given: Mapping[str, Any], why: str) -> None:
+    """Raise DataError for an option that is given and would do nothing.
+
+    given: values by option, None where it is not given. why: what makes it useless.
+    """
+    if unused := [name for name, value in given.items() if value not in (None, [])]:
+        raise DataError(f"{why}: leave {', '.join(unused)} out")
 
 
 def allocator_or_none(name: str | None) -> Allocator | None:
@@ -213,11 +231,24 @@ def labelled_images(
 
     if path is None and not is_embedded:
         raise DataError("give labelled images: --data FOLDER or --data FILE.npz")
+    if path is None:
+        _check_embedded(preprocessing, "--data")
     if path is None and (classes is not None or labels is not None):
         raise DataError("--classes and --labels are about the images of --data: give them too")
     data = embedded_test() if path is None else ImageData.open(path, preprocessing, classes=classes, labels=labels)
     data.checked_labels()
     return data
+
+
+def _check_embedded(preprocessing: Preprocessing, option: str) -> None:
+    """Raise DataError for a preprocessing that the embedded images have not had; the option gives others."""
+    from fxquant.data.preprocessing import EMBEDDED
+
+    if preprocessing != EMBEDDED:
+        raise DataError(
+            "the embedded images are as the model takes them: leave out the options of preprocessing, or give images "
+            f"with {option}"
+        )
 
 
 def synthesis(
@@ -251,7 +282,6 @@ def calibration_images(
     from fxquant.commands.console import say
     from fxquant.data import embedded
     from fxquant.data.images import load_images
-    from fxquant.data.preprocessing import EMBEDDED
     from fxquant.report.progress import RichProgress
 
     if path is not None and steps is not None:
@@ -260,15 +290,17 @@ def calibration_images(
         with RichProgress() as progress:
             return load_images(path, count, preprocessing, seed, progress.track("reading images", count).advance)
     if is_embedded and steps is None:
-        if preprocessing != EMBEDDED:
-            raise DataError(
-                "the embedded images are as the model takes them: leave out the options of preprocessing, or give "
-                "images with --calibration"
-            )
+        _check_embedded(preprocessing, "--calibration")
         return embedded.calibration_images(count)
     options = synthesis(preprocessing, count, steps)
     say(f"no calibration images are given, so they are {options.described(seed)}")
     return options
+
+
+def check_ending(path: Path | None, *endings: str) -> None:
+    """Raise DataError for a file to write that ends otherwise, as a slip of the pen or the name of a file to read."""
+    if path is not None and path.suffix.lower() not in endings:
+        raise DataError(f"{path} must end in {' or '.join(endings)}")
 
 
 def check_output(*paths: Path | None) -> None:

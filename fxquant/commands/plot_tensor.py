@@ -52,7 +52,9 @@ def plot_tensor(
     check_plot(out)
     if kind not in KINDS:
         raise OptionError(f"there is no plot {kind!r}; there are {', '.join(KINDS)}")
-    if kind == "tensor" and layer is None:
+    if kind != "tensor":
+        o.refuse_unused({"--layer": layer}, f"the plot of {kind} is of all layers")
+    elif layer is None:
         raise OptionError("the plot of a tensor needs --layer, such as --layer blocks.3.mlp.fc2")
     if source not in list(Source):
         raise OptionError(f"there is no source {source!r}; there are {', '.join(Source)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, check_output
+from fxquant.commands.options import BACKENDS_HELP, PAGE, check_ending, check_output
 from passes.lower.lower import SIMULATED
 
 
@@ -29,6 +29,7 @@ def report_artefact(
     from fxquant.report.progress import RichProgress
     from fxquant.session.compiled import load
 
+    check_ending(out, *PAGE)
     check_output(out)
     if backend == SIMULATED and not time:
         report = report_of(artefact)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.table_rows import command, option_texts, with_options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,10 @@ def reproduce_table(
     model_option: o.ModelOption = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option(help="Only rows whose method, or method and budget, has this in it: 'MPTQ-ViT W6A6'. Repeatable."),
+        typer.Option(
+            help="Only rows whose method, or method and budget, has this in it: 'MPTQ-ViT W6A6'. The whole of both is "
+            "one row alone. Repeatable."
+        ),
     ] = None,
     column: Annotated[
         str | None, typer.Option(help="The paper's name of the model, such as DeiT-T, where timm's does not say it.")
@@ -87,11 +90,19 @@ def reproduce_table(
     is_embedded = model == "embedded"
     tested = o.labelled_images(data, preprocessing, is_embedded, classes, labels)
 
+    def makes_images(row: Row) -> bool:
+        is_without = calibration is None and not is_embedded
+        return row.method.recipe is not None and (row.method.made_images or is_without)
+
+    if not any(map(makes_images, chosen)):
+        o.refuse_unused({"--synthesis-steps": synthesis_steps}, "no row is calibrated on images made from the model")
+
     def calibrated(method: Method, seed: int) -> Tensor | Synthesis:
         count = images or method.images
         if method.made_images:
             return o.synthesis(preprocessing, count, synthesis_steps)
-        return o.calibration_images(calibration, count, preprocessing, seed, is_embedded)
+        steps = None if is_embedded or calibration is not None else synthesis_steps
+        return o.calibration_images(calibration, count, preprocessing, seed, is_embedded, steps)
 
     _check_images(calibration, [images or row.method.images for row in chosen if _is_calibrated(row)], is_embedded)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}
@@ -122,7 +133,15 @@ def reproduce_table(
         "--crop-pct": crop_pct, "--mean": mean, "--std": std, "--interpolation": interpolation,
         "--device": None if device == "cpu" else device,
     }  # fmt: skip
-    commands = [command(wanted, each.row, model, images, same) for each in done]
+    here = {"--backend": None if backend == SIMULATED else backend, "--seeds": None if seeds == 1 else seeds}
+    commands = [
+        command(
+            wanted, each.row, model, images,
+            same | {"--synthesis-steps": synthesis_steps if makes_images(each.row) else None},
+            here | {"--column": column, "--option": option_texts(each.row, option or [])},
+        )
+        for each in done
+    ]  # fmt: skip
     absent = {row.method.name: row.method.absent for row in chosen if row.method.absent}
     if json:
         emit(
@@ -160,62 +179,6 @@ def _check_images(calibration: Path | None, wanted: list[int], is_embedded: bool
         known = len(images_by_folder(calibration)[0])
         if most > known:
             raise DataError(f"{calibration} has {known} images, and a row takes {most}: say how many by --images")
-
-
-def with_options(rows: tuple[Row, ...], texts: list[str]) -> tuple[Row, ...]:
-    """Rows whose recipes have these options, wherever they take them.
-
-    Raises PipelineError for texts that are no options, OptionError for an option that no row takes.
-    """
-    from dataclasses import replace
-
-    from fxquant.errors import OptionError
-    from passes.recipes.written import own_options, with_texts
-
-    taken: set[str] = set()
-    found = []
-    for row in rows:
-        recipe = row.method.recipe
-        own = [] if recipe is None or not recipe.base else own_options(recipe.base)
-        fitting = [each for each in texts if each.partition("=")[0] in own]
-        taken.update(fitting)
-        changed = with_texts(recipe, fitting) if recipe is not None and fitting else recipe
-        assert not isinstance(changed, str)
-        found.append(replace(row, method=replace(row.method, recipe=changed)))
-    if left := [each for each in texts if each not in taken]:
-        raise OptionError(f"no recipe of these rows takes the option {left[0]!r}: leave it out, or choose other --rows")
-    return tuple(found)
-
-
-def command(table: Table, row: Row, model: str, images: int | None, same: dict[str, Any]) -> str:
-    """The command that measures one row alone.
-
-    Args:
-        table: that the row stands in.
-        row: with a recipe.
-        model: as the command line takes it.
-        images: how many calibration images; None: the method's own number.
-        same: further options by name; those that are None are left out.
-    """
-    from json import dumps
-
-    recipe = row.method.recipe
-    words = ["fxquant", "sweep", model, "--budgets", row.budget]
-    if recipe is None or not recipe.base or row.method.made_images:
-        words = ["fxquant", "reproduce", table.name, model, "--rows", f"{row.method.name} {row.budget}"]
-    else:
-        words += ["--recipe", recipe.base]
-        for name, value in recipe.options.items():
-            words += ["--option", f"{name}={value if isinstance(value, str) else dumps(value)}"]
-        words += ["--fully-quantized"] if table.options.get("fully_quantized") else []
-        for name, bits in table.options.get("overrides", {}).items():
-            words += ["--override", f"{name}={bits}"]
-        images = images or row.method.images
-    words += [] if images is None else ["--images", str(images)]
-    for name, value in same.items():
-        for each in value if isinstance(value, list) else [value]:
-            words += [] if each is None else [name, str(each)]
-    return shlex.join(words)
 
 
 def _values(found: Reproduced, line: str) -> dict[str, Any]:

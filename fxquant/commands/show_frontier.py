@@ -58,7 +58,7 @@ def show_frontier(
     if plot is not None:
         check_plot(plot)
     wanted = parse_numbers(limits, "limits")
-    given.options()  # which is read before anything takes long
+    given.options(recipe=recipe)  # which is read before anything takes long
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, given.device)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)

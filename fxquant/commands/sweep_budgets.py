@@ -65,7 +65,9 @@ def sweep_budgets(
 
     wanted = [Budget.parse(text.strip()) for text in budgets.split(";" if ";" in budgets else ",")]
     allocators = [o.allocator_or_none(name.strip()) for name in allocator.split(",")] if allocator else [None]
-    options = given.options()
+    recipes = [name.strip() for name in recipe.split(",")]
+    options, *_ = [given.options(recipe=name) for name in recipes]  # which are read before anything takes long
+    options.pop("recipe")
     o.check_output(results, plot)
     if plot is not None:
         check_plot(plot)
@@ -80,7 +82,7 @@ def sweep_budgets(
     settings = signature(named.model, data_used, card, repr(options), *known, limit)
     with RichProgress() as progress:
         sessions = {}
-        for name in map(str.strip, recipe.split(",")):
+        for name in recipes:
             label = given.label(name)
             own = given.options(recipe=name, card={**card, "recipe": label}, progress=progress, cache=folder)
             sessions[label] = Session(named.model, found, **own)

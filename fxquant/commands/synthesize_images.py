@@ -38,14 +38,12 @@ def synthesize_images(
 
     from fxquant.artefact.container import write_file
     from fxquant.commands.console import emit, say
-    from fxquant.errors import DataError
     from fxquant.report.progress import RichProgress
     from fxquant.synthesis.sheet import write_sheet
     from fxquant.synthesis.synthesize import synthesize
 
-    for path, suffix in ((out, ".npz"), (sheet, ".png")):
-        if path is not None and path.suffix.lower() != suffix:
-            raise DataError(f"{path} must end in {suffix}")
+    o.check_ending(out, ".npz")
+    o.check_ending(sheet, ".png")
     o.check_output(out, sheet)
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, device)

@@ -1,8 +1,7 @@
 """Pictures and .npz arrays from files that anybody may have written: read within bounds, or refused by name.
 
 An .npz is read entry by entry: what its header claims is held against the size of the entry before anything is
-allocated, and nothing is unpickled. A picture is refused before it is resized where that would take more memory than a
-picture of PIL's largest size.
+allocated, and nothing is unpickled. How large a picture may become is for the transform to say.
 """
 
 from __future__ import annotations
@@ -32,27 +31,21 @@ _DAMAGE = (
 """What zipfile, numpy and PIL raise for damaged files."""
 
 
-def read_picture(file: Path, short_side: int, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+def read_picture(file: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     """A picture, transformed: float32 (C, H, W).
 
-    Args:
-        file: the picture.
-        short_side: pixels that the transform resizes the short side to.
-        transform: from a picture to a tensor.
+    file: the picture. transform: from a picture to a tensor; may raise DataError.
 
-    Raises DataError for what cannot be read, has no pixels, or would be too large.
+    Raises DataError for what cannot be read, has no pixels, or is refused by the transform.
     """
     try:
         with Image.open(file) as picture:
             width, height = picture.size
             if not width or not height:
-                raise DataError(f"{file} has no pixels: its size is {width} x {height}")
-            largest = Image.MAX_IMAGE_PIXELS or math.inf
-            if short_side**2 * max(width, height) / min(width, height) > largest:
-                raise DataError(f"{file} is {width} x {height}, too narrow to be resized to {short_side} at its side")
+                raise DataError(f"it has no pixels, its size is {width} x {height}")
             return transform(picture)
-    except DataError:
-        raise
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise DataError(f"{file} cannot be read as an image: {error or type(error).__name__}") from error
 
@@ -91,7 +84,7 @@ def image_reader(
         input_size: (channels, height, width) that the model takes.
         transform: makes a picture the model's input.
 
-    Raises DataError for other arrays; what it returns, for values that are not finite.
+    Raises DataError for other arrays; what it returns, for values that are not finite and for what transform refuses.
     """
     shape = images.shape
     is_bytes = images.dtype == np.uint8 and (images.ndim == 3 or (images.ndim == 4 and shape[3] in (1, 3)))
@@ -104,7 +97,14 @@ def image_reader(
         raise DataError(f"{place} has no images: 'images' has shape {shape}")
     if is_bytes:
         pictures = images[..., 0] if images.ndim == 4 and shape[3] == 1 else images
-        return lambda index: transform(Image.fromarray(pictures[index]))
+
+        def made(index: int) -> Tensor:
+            try:
+                return transform(Image.fromarray(pictures[index]))
+            except DataError as error:
+                raise DataError(f"{place}, image {index}: {error}") from error
+
+        return made
     if tuple(shape[1:]) != input_size:
         expected = ", ".join(map(str, input_size))
         raise DataError(f"{place}: float images are taken as preprocessed, and must be (N, {expected}); found {shape}")

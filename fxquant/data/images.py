@@ -104,7 +104,7 @@ class ImageData:
     def parts(self, batch_size: int, limit: int | None = None) -> list[list[int]]:
         """Indices of the images of each batch; `limit` takes that many, evenly spread over all."""
         size = whole("batch_size", batch_size, DataError, least=1)
-        chosen = list(range(self.count)) if limit is None else _spread(self.count, limit)
+        chosen = spread(self.count, limit)
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def sample(self, count: int, seed: int = 0, advance: Callable[[int], None] | None = None) -> Tensor:
@@ -184,7 +184,10 @@ def embedded_test() -> ImageData:
     return ImageData("the embedded test images", len(images), lambda index: images[index], labels, 10)
 
 
-def _spread(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of so many of `count` images, evenly spread over them; None: of all. Raises DataError for no image."""
+    if limit is None:
+        return list(range(count))
     if whole("limit", limit, DataError) < 1:
         raise DataError(f"the limit must be at least 1 image, found {limit}")
     wanted = min(count, limit)
@@ -210,20 +213,19 @@ def _labelled(
 ) -> ImageData:
     """Files with the names of their classes as data: by the list of classes where there is one.
 
-    listed: names are from a file of labels, where numbers are the model's classes.
+    listed: names are from a file of labels, where numbers are the model's classes unless the list has them as names.
     """
     transform = preprocessing.transform()
-    short_side = int(min(preprocessing.input_size[1:]) / preprocessing.crop_pct)
 
     def read(index: int) -> Tensor:
-        return read_picture(files[index], short_side, transform)
+        return read_picture(files[index], transform)
 
     if found is None:
         return ImageData(str(place), len(files), read)
     names = sorted(set(found))
     position = {name: index for index, name in enumerate(names)}
     labels = torch.tensor([position[name] for name in found])
-    numbers = as_numbers(names) if listed else None
+    numbers = as_numbers(names) if listed and not set(names) <= set(classes or ()) else None
     if classes is None and numbers is None:
         return ImageData(str(place), len(files), read, labels, len(names), tuple(names))
     indices = indices_of(names, classes or [], str(place)) if numbers is None else numbers

@@ -14,7 +14,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,9 +27,20 @@ from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import DataError, MissingExtraError, ModelError
 
 _RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
-_NOT_CROPPED = 384  # from this size on, ConvNext's processor resizes to the size itself, whatever its crop_pct
+_NOT_CROPPED = 384  # from this size on, ConvNext's processor squashes to the size itself, whatever its crop_pct
+_OF_SHORT_SIDE = ("Bit", "CLIP", "ChineseCLIP", "ConvNext", "Levit", "MobileNet", "PoolFormer", "ViTHybrid")
+"""Processors to which a size that is one number means the short side; to the others it means both sides."""
+_CROP_MODES = {"shortest": "center", "squash": "squash"}  # by open_clip's names
 Found = tuple[nn.Module, Preprocessing, bool]
 """A model, how a picture becomes its input, and whether it has its weights already."""
+
+
+@contextmanager
+def same_random_weights() -> Iterator[None]:
+    """What is drawn on the CPU inside is the same every time, and the caller's random numbers go on where they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def has_source(name: str) -> bool:
@@ -47,9 +59,9 @@ def from_source(name: str, options: Mapping[str, Any]) -> Found:
     read, MissingExtraError without the package.
     """
     prefix, _, rest = name.partition(":")
-    torch.manual_seed(0)
     try:
-        return _SOURCES.get(prefix, _own)(name if prefix not in _SOURCES else rest, dict(options))
+        with same_random_weights():
+            return _SOURCES.get(prefix, _own)(name if prefix not in _SOURCES else rest, dict(options))
     except (DataError, ModelError, MissingExtraError):
         raise
     except Exception as error:  # whatever a constructor raises for an option it does not take
@@ -89,7 +101,7 @@ def _image_model(transformers: Any, configuration: dict[str, Any], folder: str) 
     if kind is None:
         raise ModelError(
             f"{folder} is of the class {name!r}, which this version of transformers does not have, and no code of a "
-            "folder is run: build the model in a function of your own, --model module:factory"
+            "folder is run: build the model in a function of your own, and name that, module:factory"
         )
     reads_texts = {"text_config", "vision_config"} <= configuration.keys()
     if not reads_texts or "ForImageClassification" in name:
@@ -115,12 +127,14 @@ def _processing_of(folder: Path) -> Preprocessing:
             said: Any = json.loads(both.read_text())["image_processor"]
         else:
             said = json.loads(file.read_text())
+        kind = str(said.get("image_processor_type") or said.get("feature_extractor_type") or "")
         size = said.get("size", 224)
-        sides = size if isinstance(size, dict) else {"height": size, "width": size}
+        whole = {"shortest_edge": size} if kind.startswith(_OF_SHORT_SIDE) else {"height": size, "width": size}
+        sides = size if isinstance(size, dict) else whole
         crop = said.get("crop_size", sides) if said.get("do_center_crop") else sides
         crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
         height, width = (int(crop[side] if side in crop else crop["shortest_edge"]) for side in ("height", "width"))
-        resized = _resized(said, sides)
+        resized, is_squashed = _resized(said, sides, kind)
         is_normalized = said.get("do_normalize", True)
         prepared = Preprocessing(
             input_size=(3, height, width),
@@ -128,6 +142,7 @@ def _processing_of(folder: Path) -> Preprocessing:
             mean=tuple(said.get("image_mean", (0.5,) * 3)) if is_normalized else (0.0,) * 3,
             std=tuple(said.get("image_std", (0.5,) * 3)) if is_normalized else (1.0,) * 3,
             interpolation=_RESAMPLE[said.get("resample", 2)],
+            crop_mode="squash" if is_squashed else "center",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -149,19 +164,26 @@ def _check_pixels(said: Any, file: Path) -> None:
     if found := [name for name, is_other in others.items() if is_other]:
         raise DataError(
             f"{file} has {found[0]} = {said[found[0]]}, and images are given to a model in RGB, from 0 to 1 before "
-            "they are normalized: do the rest in a module around the model, in a function of your own, --model "
+            "they are normalized: do the rest in a module around the model, in a function of your own, and name that, "
             "module:factory"
         )
 
 
-def _resized(said: Any, sides: dict[str, Any]) -> float:
-    """Pixels of the short side before the crop; some processors enlarge what they are told."""
-    edge = int(sides["shortest_edge"] if "shortest_edge" in sides else sides["height"])
-    kind = str(said.get("image_processor_type", ""))
+def _resized(said: Any, sides: dict[str, Any], kind: str) -> tuple[float, bool]:
+    """Pixels of the height before the crop, and whether both sides are resized or the short one.
+
+    Args:
+        said: what the file has; some processors enlarge what they are told.
+        sides: the size in it.
+        kind: the processor's class.
+    """
+    if "shortest_edge" not in sides:
+        return int(sides["height"]) / float(said.get("crop_pct") or 1.0), True
+    edge = int(sides["shortest_edge"])
     if kind.startswith("Levit"):
-        return edge * 256 / 224
-    is_whole = kind.startswith("ConvNext") and edge >= _NOT_CROPPED
-    return edge if is_whole else edge / float(said.get("crop_pct") or 1.0)
+        return edge * 256 / 224, False
+    is_squashed = kind.startswith("ConvNext") and edge >= _NOT_CROPPED
+    return (edge if is_squashed else edge / float(said.get("crop_pct") or 1.0)), is_squashed
 
 
 def _torchvision(name: str, options: dict[str, Any]) -> Found:
@@ -192,15 +214,22 @@ def _open_clip(name: str, options: dict[str, Any]) -> Found:
     height, width = size if isinstance(size, tuple | list) else (size, size)
     mean = said.get("mean") or open_clip.OPENAI_DATASET_MEAN
     std = said.get("std") or open_clip.OPENAI_DATASET_STD
+    mode = said.get("resize_mode", "shortest")
+    if mode not in _CROP_MODES:
+        raise DataError(
+            f"open_clip:{name} resizes pictures by {mode!r}, and {', '.join(_CROP_MODES)} are known: build the model "
+            "in a function of your own, module:factory"
+        )
     interpolation = said.get("interpolation", "bicubic")
-    return model, Preprocessing((3, height, width), 1.0, tuple(mean), tuple(std), interpolation), False
+    how = Preprocessing((3, height, width), 1.0, tuple(mean), tuple(std), interpolation, _CROP_MODES[mode])
+    return model, how, False
 
 
 def _open_clip_training(open_clip: Any, name: str) -> dict[str, Any]:
     """How the weights that open_clip lists for an architecture want images; without weights it says what CLIP's do."""
     for tag in open_clip.list_pretrained_tags_by_model(name):
         said = open_clip.get_pretrained_cfg(name, tag)
-        return {key: said[key] for key in ("mean", "std", "interpolation") if said.get(key)}
+        return {key: said[key] for key in ("mean", "std", "interpolation", "resize_mode") if said.get(key)}
     return {}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from fxquant.checks.hints import checked
 from fxquant.data import embedded
-from fxquant.data.model_sources import from_source, has_source
+from fxquant.data.model_sources import from_source, has_source, same_random_weights
 from fxquant.data.preprocessing import EMBEDDED, Preprocessing
 from fxquant.errors import DataError, ModelError
 
@@ -110,9 +111,9 @@ def _create(name: str, num_classes: int | None, options: Mapping[str, Any]) -> n
     if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
         raise ModelError(f"num_classes is from 1 to {_MOST_CLASSES:,}, not {num_classes}")
     given = {**options, **({} if num_classes is None else {"num_classes": num_classes})}
-    torch.manual_seed(0)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **given)
+        with same_random_weights():
+            model: nn.Module = timm.create_model(name, pretrained=False, **given)
     except Exception as error:  # whatever a constructor raises for an option it does not take
         raise ModelError(f"{name} cannot be built with {given}: {error}") from error
     return model
@@ -213,8 +214,11 @@ def read_state(path: str | PathLike[str]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise DataError(f"weights {file} are not a whole safetensors file: {error}") from error
     except Exception as error:  # torch.load raises whatever the bytes provoke
+        is_other = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds other Python objects, or is no file of torch" if is_other else _first_line(error)
         raise DataError(
-            f"weights {file} cannot be read as a state dict of plain tensors: {_first_line(error)}"
+            f"weights {file} cannot be read as a state dict of plain tensors: {reason}; nothing is unpickled, so save "
+            "one with torch.save(model.state_dict(), path)"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -19,13 +20,16 @@ _LARGEST_SIDE = 16_384
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the model's input: resize the short side to size / crop_pct, centre crop, normalize.
+    """How a picture becomes the model's input: resize to size / crop_pct, centre crop, normalize.
 
     Args:
         input_size: channels, height and width of the model's input.
         crop_pct: share of the resized picture's side that the crop keeps, above 0 and at most 1.
         mean, std: what is subtracted from pixels in 0..1, and what the rest is divided by; a number for each channel.
         interpolation: how pictures are resized: nearest, bilinear or bicubic.
+        crop_mode: what is resized, by timm's names. center: the short side, so that ends of the long one are cropped.
+            squash: both sides, so that pictures lose their proportions. border: the long side, and the rest is filled
+            with the mean.
     """
 
     input_size: tuple[int, int, int]
@@ -33,6 +37,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         """Raise DataError for values that make no preprocessing."""
@@ -44,6 +49,8 @@ class Preprocessing:
             )
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise DataError(f"interpolation must be nearest, bilinear or bicubic, found {self.interpolation!r}")
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise DataError(f"crop_mode must be center, squash or border, found {self.crop_mode!r}")
         if not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct must be above 0 and at most 1, found {self.crop_pct}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -63,6 +70,7 @@ class Preprocessing:
             mean=tuple(config["mean"])[:channels],
             std=tuple(config["std"])[:channels],
             interpolation=config["interpolation"] if config["interpolation"] != "random" else "bilinear",
+            crop_mode=config["crop_mode"] or "center",
         )
 
     @classmethod
@@ -90,10 +98,29 @@ class Preprocessing:
         return replace(self, **given)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture to a float32 tensor (C, H, W), as timm evaluates."""
+        """From a picture to a float32 tensor (C, H, W), as timm evaluates.
+
+        What it returns raises DataError for a picture that would have more pixels than PIL reads, once it is resized.
+        """
         found: Callable[[Image.Image], Tensor] = timm.data.create_transform(**asdict(self), is_training=False)
         mode = "L" if self.input_size[0] == 1 else "RGB"
-        return lambda picture: found(picture.convert(mode))
+
+        def transformed(picture: Image.Image) -> Tensor:
+            if self._resized_pixels(*picture.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+                width, height = picture.size
+                wanted = " x ".join(f"{side / self.crop_pct:.0f}" for side in self.input_size[1:])
+                raise DataError(f"a picture of {height} x {width} is too narrow to be resized to {wanted} at least")
+            return found(picture.convert(mode))
+
+        return transformed
+
+    def _resized_pixels(self, width: int, height: int) -> float:
+        """Pixels of a resized picture before the crop."""
+        tall, wide = (side / self.crop_pct for side in self.input_size[1:])
+        if self.crop_mode == "squash":
+            return tall * wide
+        factor = (max if self.crop_mode == "center" else min)(tall / height, wide / width)
+        return factor**2 * width * height
 
 
 EMBEDDED = Preprocessing((1, 28, 28), mean=(embedded.MEAN,), std=(embedded.STD,))

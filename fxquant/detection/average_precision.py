@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.checks.hints import checked
+from fxquant.data.images import spread
 from fxquant.detection.coco import CocoImages, pycocotools, quiet
 from fxquant.errors import DataError, ModelError, OptionError
 from passes.pipeline.progress import ProgressReporter, reporter_of
@@ -50,7 +51,12 @@ class Precision:
         return float(np.std(self.resampled, ddof=1))
 
     def below(self, other: Precision) -> tuple[float, float]:
-        """How many points this is under another on the same images, and the standard error of that."""
+        """How many points this is under another on the same images, and the standard error of that.
+
+        Raises OptionError where the images are not the same in number, or their objects.
+        """
+        if (self.images, self.objects) != (other.images, other.objects):
+            raise OptionError(f"{self} and {other} are of different images: measure both on the same")
         pairs = np.subtract(other.resampled, self.resampled)
         return other.ap - self.ap, float(np.std(pairs, ddof=1))
 
@@ -76,34 +82,39 @@ def average_precision(
     progress: ProgressReporter | None = None,
     label: str = "detecting",
 ) -> dict[str, Precision]:
-    """AP of a detector: {"box": ...} and, where it gives masks, {"mask": ...}; one image is in memory at a time.
+    """AP of a detector: {"box": ...} and, where it gives masks and all objects have outlines, {"mask": ...}.
+
+    One image is in memory at a time.
 
     Args:
         model: called with a list of pictures (3, H, W), returns for each a dict with boxes (x1, y1, x2, y2), labels
             and scores, and perhaps masks (N, 1, H, W) of probabilities, as torchvision's detectors do.
         data: images with objects.
-        limit: how many images at most; None: all.
+        limit: how many images at most, evenly spread over all; None: all.
         progress: shows how far it is; None: nothing is shown.
         label: how the progress display calls this step.
 
-    Raises MissingExtraError without pycocotools, ModelError for a model that gives something else.
+    Raises MissingExtraError without pycocotools, ModelError for a model that gives something else, DataError where the
+    images have no objects, of which a precision could be.
     """
     pycocotools("cocoeval")
-    count = len(data) if limit is None else min(limit, len(data))
-    task = reporter_of(progress).track(label, count)
+    chosen = spread(len(data), limit)
+    if not any(True for index in chosen for _ in data.objects(index)):
+        raise DataError(f"the {len(chosen):,} images of {data.name} have no objects: give others, or a higher limit")
+    task = reporter_of(progress).track(label, len(chosen))
     boxes: list[dict[str, Any]] = []
     masks: list[dict[str, Any]] = []
     gives_masks = False
-    for index in range(count):
+    for index in chosen:
         (found,) = _checked(model([data.image(index)]))
         boxes += _box_rows(found, data, index)
-        if "masks" in found:
+        if "masks" in found and data.has_shapes:
             gives_masks = True
             masks += _mask_rows(found, data, index)
         task.advance()
     task.close()
-    result = {"box": _precision(data, boxes, "bbox", count)}
-    return result | ({"mask": _precision(data, masks, "segm", count)} if gives_masks else {})
+    result = {"box": _precision(data, boxes, "bbox", chosen)}
+    return result | ({"mask": _precision(data, masks, "segm", chosen)} if gives_masks else {})
 
 
 def _checked(output: Any) -> list[dict[str, Tensor]]:
@@ -140,9 +151,9 @@ def _mask_rows(found: dict[str, Tensor], data: CocoImages, index: int) -> list[d
     return [{**row, "segmentation": code} for row, code in zip(_rows(found, data, index), codes, strict=True)]
 
 
-def _precision(data: CocoImages, rows: list[dict[str, Any]], kind: str, count: int) -> Precision:
-    images = data.image_ids[:count]
-    objects = sum(1 for index in range(count) for _ in data.objects(index))
+def _precision(data: CocoImages, rows: list[dict[str, Any]], kind: str, chosen: list[int]) -> Precision:
+    images, count = [data.image_ids[index] for index in chosen], len(chosen)
+    objects = sum(1 for index in chosen for _ in data.objects(index))
     if not rows:
         return Precision(0.0, 0.0, 0.0, (0.0,) * RESAMPLINGS, count, objects)
     with quiet():

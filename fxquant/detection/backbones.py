@@ -100,15 +100,27 @@ def timm_backbone(name: str, channels: int = 256, **options: Any) -> Backbone:
         channels: of every map of the pyramid.
         **options: of `timm.create_model`, such as img_size, embed_dim, depths.
 
-    Raises ModelError where timm has no such model, or it is neither of several resolutions nor a plain ViT.
+    Raises ModelError where timm has no such model or it takes other options, and where it is neither of several
+    resolutions nor a plain ViT.
     """
     if not timm.is_model(name):
         raise ModelError(f"no timm model is called {name!r}")
     if "swin" in name:  # images of every size, of which windows are padded
         options = {"strict_img_size": False, **options}
     if "vit" in name or "deit" in name:
-        body = timm.create_model(name, num_classes=0, global_pool="", **options)
+        body = _created(name, num_classes=0, global_pool="", **options)
         if not hasattr(body, "forward_intermediates") or not hasattr(body, "embed_dim"):
             raise ModelError(f"{name} is no plain ViT whose last map is known")
         return ViTBackbone(body, channels)
-    return PyramidBackbone(timm.create_model(name, features_only=True, **options), channels)
+    body = _created(name, features_only=True, **options)
+    reductions = list(body.feature_info.reduction())
+    if reductions != sorted(set(reductions)):
+        raise ModelError(f"the maps of {name} are not of several resolutions, but {reductions} pixels a step")
+    return PyramidBackbone(body, channels)
+
+
+def _created(name: str, **options: Any) -> Any:
+    try:
+        return timm.create_model(name, **options)
+    except Exception as error:  # whatever a constructor raises for an option that it does not take
+        raise ModelError(f"{name} cannot be built with {options}: {error}") from error

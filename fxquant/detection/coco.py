@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from fxquant.checks.hints import checked
+from fxquant.data.image_files import read_picture
 from fxquant.errors import DataError, MissingExtraError
 
 
@@ -30,7 +31,7 @@ class CocoImages:
     """Images with objects.
 
     Args:
-        document: "images", "annotations" and "categories", as in a COCO file.
+        document: "images", "annotations" and "categories", as in a COCO file; see `of`.
         folder: where the pictures lie that it names.
         name: what reports call the set.
     """
@@ -48,31 +49,38 @@ class CocoImages:
         """
         try:
             document = json.loads(Path(annotations).read_text(encoding="utf-8"))
-            found = cls.of(document, folder, Path(annotations).name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{annotations} is no COCO file of images, annotations and categories: {error!r}"
-            ) from error
-        return found
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{annotations} cannot be read as JSON: {error}") from error
+        return cls.of(document, folder, Path(annotations).name)
 
     @classmethod
     def of(cls, document: dict[str, Any], folder: str | PathLike[str], name: str) -> CocoImages:
-        """The images of a document that has been read.
+        """The images of a document that has been read; its annotations are numbered anew, from 1.
 
         Args:
             document: as in a COCO file.
             folder: of the pictures.
             name: what reports call the set.
 
-        Raises DataError for a folder that is not there, an image without a picture, and a set without images.
+        Raises DataError for a document of another form, a folder that is not there, an image without a picture, and a
+        set without images.
         """
-        places = [Path(folder) / str(image["file_name"]) for image in document["images"]]
+        try:
+            places = [Path(folder) / str(image["file_name"]) for image in document["images"]]
+            known = {key: {entry["id"] for entry in document[key]} for key in ("images", "categories")}
+            annotations = _numbered(document["annotations"], known["images"])
+            strange = {annotation["category_id"] for annotation in annotations} - known["categories"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{name} is no COCO file of images, annotations and categories: {error!r}") from error
+        if strange or any(len(known[key]) < len(document[key]) for key in known):
+            what = f"annotations of category {min(strange)}, which it does not list" if strange else "one id twice"
+            raise DataError(f"{name} has {what}: correct the file")
         missing = next((place for place in places if not place.is_file()), None)
         if missing is not None:
             raise DataError(f"there is no picture {missing}: give the folder that the names in {name} belong to")
         if not places or not document["categories"]:
             raise DataError(f"{name} has {len(places)} images and {len(document['categories'])} categories")
-        kept = {"images": document["images"], "annotations": document["annotations"]}
+        kept = {"images": document["images"], "annotations": annotations}
         return cls({**kept, "categories": document["categories"]}, Path(folder), name)
 
     def __len__(self) -> int:
@@ -89,14 +97,20 @@ class CocoImages:
         return [image["id"] for image in self.document["images"]]
 
     def image(self, index: int) -> Tensor:
-        """One picture, float32 (3, H, W) from 0 to 1, as torchvision's detectors take it."""
-        place = self.folder / str(self.document["images"][index]["file_name"])
-        try:
-            with Image.open(place) as picture:
-                pixels = np.array(picture.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{place} cannot be read as a picture: {error}") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        """One picture, float32 (3, H, W) from 0 to 1, as torchvision's detectors take it.
+
+        Raises DataError where it cannot be read, or is of another size than the file says.
+        """
+        entry = self.document["images"][index]
+        place = self.folder / str(entry["file_name"])
+        found = read_picture(place, _to_tensor)
+        height, width = found.shape[1:]
+        if (entry.get("height", height), entry.get("width", width)) != (height, width):
+            raise DataError(
+                f"{place} is {height} x {width}, and {self.name} says {entry.get('height')} x {entry.get('width')}: "
+                "its objects are elsewhere in this picture; give the pictures that the file was made for"
+            )
+        return found
 
     def images(self, count: int | None = None) -> list[Tensor]:
         """The first pictures; None: all of them."""
@@ -127,8 +141,33 @@ class CocoImages:
         labels = torch.tensor([self.category_ids.index(found["category_id"]) + 1 for found in objects]).long()
         target = {"boxes": boxes, "labels": labels}
         if masks:
-            target["masks"] = torch.from_numpy(np.stack([self.index.annToMask(found) for found in objects]))
+            found = [torch.from_numpy(self.index.annToMask(found)) for found in objects]
+            none = torch.zeros(0, *self.image(index).shape[1:], dtype=torch.uint8) if not found else None
+            target["masks"] = torch.stack(found) if none is None else none
         return target
+
+    @cached_property
+    def has_shapes(self) -> bool:
+        """Whether every object has an outline, and every image the size that it is drawn in."""
+        is_sized = all("height" in image and "width" in image for image in self.document["images"])
+        return is_sized and all(annotation.get("segmentation") for annotation in self.document["annotations"])
+
+
+def _numbered(annotations: list[dict[str, Any]], images: set[Any]) -> list[dict[str, Any]]:
+    """Annotations of these images with all that pycocotools reads, numbered from 1: it takes number 0 for "no object".
+
+    Raises KeyError, TypeError or ValueError for annotations of another form.
+    """
+    found: list[dict[str, Any]] = []
+    for annotation in annotations:
+        if annotation["image_id"] in images:
+            _, _, width, height = map(float, annotation["bbox"])
+            found.append({"iscrowd": 0, "area": width * height, **annotation, "id": len(found) + 1})
+    return found
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def pycocotools(module: str) -> Any:

@@ -60,11 +60,8 @@ class CompiledDetector(nn.Module):
         Pictures are resized and normalised by the detector's own transform, and padded with zeros to the smallest of
         the sizes that it was compiled for. Raises InputError for anything else, and for pictures that fit none.
         """
-        for image in images:
-            is_picture = isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()
-            if not is_picture or not bool(torch.isfinite(image).all()):
-                raise InputError("a detector takes a list of finite pictures (C, H, W), float")
-        return self._runs[0](list(images)) if len(images) else []
+        pictures = self.parts.checked_pictures(images, self.compiled.border.dtype, InputError)
+        return self._runs[0](pictures) if pictures else []
 
     def report(self) -> Report:
         """Tables per layer and in total, of all parts; of one image with its regions."""

@@ -23,7 +23,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from fxquant.detection.cascade import CascadeRoIHeads
 from fxquant.detection.regions import Planes, RegionPool
-from fxquant.errors import CalibrationError, ModelError
+from fxquant.errors import CalibrationError, FxQuantError, ModelError
 from fxquant.graph.output_tree import flatten
 from fxquant.sensitivity.objective import FEATURES, Objective, Outputs
 
@@ -81,6 +81,26 @@ class Parts:
     def planes(self) -> Planes:
         """How regions ride along with images."""
         return Planes(self.colours, tuple(head.count for head in self.heads))
+
+    def checked_pictures(self, pictures: Any, dtype: torch.dtype, error: type[FxQuantError]) -> list[Tensor]:
+        """The pictures as a list.
+
+        Args:
+            pictures: each (C, H, W), of its own size.
+            dtype: that they must have.
+            error: what is raised for anything else, and for pictures without pixels or with values that are not finite.
+        """
+        wanted = f"a detector takes a list of finite pictures ({self.colours}, H, W) of {dtype}"
+        if not isinstance(pictures, Sequence | Tensor):
+            raise error.for_type(f"{wanted}, not a {type(pictures).__name__}")
+        for index, picture in enumerate(pictures):
+            if not isinstance(picture, Tensor):
+                raise error.for_type(f"{wanted}, and picture {index} is a {type(picture).__name__}")
+            if picture.ndim != 3 or len(picture) != self.colours or not picture.numel() or picture.dtype != dtype:
+                raise error(f"{wanted}, and picture {index} is {tuple(picture.shape)} of {picture.dtype}")
+            if not bool(torch.isfinite(picture).all()):
+                raise error(f"{wanted}, and picture {index} has NaN or infinite pixels")
+        return list(pictures)
 
     @torch.no_grad()
     def found_by(self, detector: nn.Module, picture: Tensor) -> list[Tensor]:

@@ -147,6 +147,6 @@ class RegionPool:
 def _points(first: Tensor, last: Tensor, count: int, size: int) -> Tensor:
     """Places of samples (B, K, count) from -1 to 1 along a side of a map, between two ends (B, K) in pixels."""
     length = (last - first).clamp(min=1.0)
-    shares = (torch.arange(count, dtype=first.dtype) + 0.5) / count
+    shares = (torch.arange(count, dtype=first.dtype, device=first.device) + 0.5) / count
     places = first[:, :, None] + length[:, :, None] * shares
     return places * (2 / max(size - 1, 1)) - 1

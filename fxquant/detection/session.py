@@ -48,7 +48,10 @@ class DetectorSession:
         """
         whole("regions", regions, OptionError, least=1, most=1000)
         self.parts = Parts.of(detector, regions)
-        pictures = _checked(calibration)
+        if isinstance(calibration, Tensor) or not len(calibration):
+            raise CalibrationError("a detector is calibrated on a list of pictures (C, H, W); 32 are usual")
+        dtype = next((weight.dtype for weight in detector.parameters() if weight.is_floating_point()), torch.float32)
+        pictures = self.parts.checked_pictures(calibration, dtype, CalibrationError)
         self.detector, self.regions = detector, regions
         runs = copy.deepcopy(detector).eval()  # pools of torchvision keep something of the first picture they see
         planes = packed_images(runs, self.parts, pictures)
@@ -96,13 +99,3 @@ def compile_detector(
     Raises ModelError for another model, and as `fxquant.compile` does.
     """
     return DetectorSession(detector, calibration, regions, **options).compile(budget, allocator)
-
-
-def _checked(pictures: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The pictures. Raises CalibrationError where there are none, and for what is no picture."""
-    if isinstance(pictures, Tensor) or not len(pictures):
-        raise CalibrationError("a detector is calibrated on a list of pictures (C, H, W); 32 are usual")
-    for index, picture in enumerate(pictures):
-        if not isinstance(picture, Tensor) or picture.ndim != 3 or not picture.is_floating_point():
-            raise CalibrationError(f"calibration picture {index} is no float tensor (C, H, W)")
-    return pictures

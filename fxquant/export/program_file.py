@@ -158,6 +158,8 @@ def _preprocessing(card: Any) -> records.PreprocessingRecord:
     if card is None:
         return records.PreprocessingRecord()
     try:
+        if card.get("crop_mode", "center") != "center":  # the file knows pictures that keep their proportions alone
+            return records.PreprocessingRecord()
         channels, *size = card["input_size"]
         resize = tuple(math.floor(side / card["crop_pct"]) for side in size)
         mean, std = (tuple(map(float, card[key])) for key in ("mean", "std"))
@@ -165,5 +167,5 @@ def _preprocessing(card: Any) -> records.PreprocessingRecord:
         if channels not in (1, 3) or len(mean) != channels or len(std) != channels or 0 in std:
             raise ValueError
         return records.PreprocessingRecord(1, interpolation, resize, mean, std)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ExportError(f"the card's preprocessing cannot be written: {card!s:.200}") from error

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fxquant import ranks
 from fxquant.artefact.cache import signature
@@ -76,7 +78,8 @@ def evaluate(
 
     Class folders are matched to the model's classes by `ImageData.for_outputs`. Raises DataError without labels, for
     labels beyond the model's classes and class names that say nothing of them, ModelError for a model that cannot run
-    on these images and outputs that are not class scores (B, classes). Ranks of a process group share the batches out.
+    on these images or is another one in training mode, and for outputs that are not class scores (B, classes) or NaN.
+    Ranks of a process group share the batches out.
 
     Args:
         model: the model to measure, in inference mode, on any device; images go there batch by batch.
@@ -87,6 +90,7 @@ def evaluate(
         label: how the progress display calls this step.
     """
     whole("batch_size", batch_size, DataError, least=1, most=2**31 - 1)
+    _check_mode(model)
     device = device_of(model)
     given = {"batch size": batch_size, "limit": limit, "images": (data.name, data.count)}
     with ranks.together(lambda: {**given, "model": signature(model)}), shown(progress) as reporter:
@@ -97,11 +101,26 @@ def evaluate(
         def right(part: list[int]) -> int:
             images = torch.stack([data.read(index) for index in part])
             scores = _scores(model(images.to(device)))
+            is_nan = torch.isnan(scores).any(1).cpu()
+            if bool(is_nan.any()):
+                index = part[int(is_nan.nonzero()[0])]
+                raise ModelError(
+                    f"the model gives NaN as scores of image {index} of {data.name}: look at it and at the weights"
+                )
             return int(torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).sum())
 
         correct = sum(ranks.dealt(label, right, parts, advance=task.advance))
         task.close()
     return Accuracy(correct, sum(map(len, parts)), data.matched_by)
+
+
+def _check_mode(model: nn.Module) -> None:
+    """Raise ModelError where a module drops values at random, or normalizes by the batch and learns from it."""
+    for name, module in model.named_modules():
+        fields = ("p",) if isinstance(module, _DropoutNd) else ("drop_prob", "dropout")
+        drops = any(isinstance(chance := getattr(module, field, 0), int | float) and chance > 0 for field in fields)
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            raise ModelError(f"{name or 'the model'} is in training mode, where it gives something else: model.eval()")
 
 
 def _first(model: nn.Module, image_chw: torch.Tensor) -> Any:

@@ -12,6 +12,8 @@ from fxquant.report.totals import bit_operations
 from fxquant.runtime.layer_row import LayerRow, OperandRow
 
 _WIDEST, _STEP = 8, 2
+CANDIDATES = tuple(range(2, _WIDEST + 1))
+"""Widths that may be asked for where nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,35 @@ class Action:
         }
 
 
-def actions_for(layers: Sequence[LayerRow], allocation: Allocation | None, count: int = 3) -> list[Action]:
+def actions_for(
+    layers: Sequence[LayerRow], allocation: Allocation | None, candidates: Sequence[int] = CANDIDATES, count: int = 3
+) -> list[Action]:
     """The layers with the largest predicted loss that can still be raised, worst first, each raised by two bits.
 
     Args:
         layers: one row per quantized layer.
         allocation: the bits and how they were found; None for pipelines that allocate nothing.
+        candidates: widths that may be asked for, ascending; the next one is taken where two bits more is none of them.
         count: how many layers are listed at most.
     """
     total = sum(row.predicted_loss for row in layers)
     found: list[Action] = []
     for row in sorted(layers, key=lambda row: -row.predicted_loss):
-        action = _raise(row, allocation, total)
+        action = _raise(row, allocation, total, candidates)
         if action is not None and len(found) < count:
             found.append(action)
     return found
 
 
-def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action | None:
-    """The layer with all its widths raised; of inputs with widths of their own the narrower one alone, by its name."""
+def _raise(row: LayerRow, allocation: Allocation | None, total: float, candidates: Sequence[int]) -> Action | None:
+    """The layer with all its widths raised; of inputs with widths of their own the narrower one alone, by its name.
+
+    Args:
+        row: what the layer got.
+        allocation: the bits and how they were found.
+        total: the predicted loss of all layers.
+        candidates: widths that may be asked for.
+    """
     if row.predicted_loss <= 0:
         return None
     names = [f"{row.layer}.{place}" for place in ("left", "right")]
@@ -83,7 +95,7 @@ def _raise(row: LayerRow, allocation: Allocation | None, total: float) -> Action
         chosen, name = [index], names[index]
     else:
         chosen, name = [i for i, operand in enumerate(row.operands) if _is_free(row, operand, allocation)], row.layer
-    operands = [_raised(operand) if i in chosen else operand for i, operand in enumerate(row.operands)]
+    operands = [_raised(operand, candidates) if i in chosen else operand for i, operand in enumerate(row.operands)]
     after = replace(row, operands=tuple(operands))
     if after == row:
         return None
@@ -105,6 +117,7 @@ def _is_free(row: LayerRow, operand: OperandRow, allocation: Allocation | None) 
     return row.layer in (allocation.weight_bits if of_weight else allocation.activation_bits)
 
 
-def _raised(operand: OperandRow) -> OperandRow:
+def _raised(operand: OperandRow, candidates: Sequence[int]) -> OperandRow:
     bits = operand.bits or _WIDEST
-    return replace(operand, bits=max(bits, min(bits + _STEP, _WIDEST)))
+    wider = [width for width in candidates if bits < width <= _WIDEST]
+    return replace(operand, bits=next((width for width in wider if width >= bits + _STEP), max([bits, *wider])))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant.checks.hints import checked
+from fxquant.errors import OptionError
 from fxquant.report import html_page
 from fxquant.report.grid import Tile, tiles_of
 from fxquant.report.render import Document
@@ -48,8 +50,9 @@ class Comparison(Document):
         names: what to call them, such as their files.
     """
 
+    @checked(OptionError)
     def __init__(self, first: Report, second: Report, names: tuple[str, str] = ("first", "second")) -> None:
-        """Match the layers of two reports by name."""
+        """Match the layers of two reports by name. Raises OptionError for what is no report, such as a model."""
         self.reports, self.names = (first, second), names
         self.differences = _differences(first, second)
         self.layers = len({row.layer for report in self.reports for row in report.layers})

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def plot_accuracy(path: str | PathLike[str], points: Sequence[PlotPoint], float_
     check_plot(path)
     figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for marker, line in zip("os^Dvph*" * 4, dict.fromkeys(point.line for point in points), strict=False):
+    for marker, line in zip(cycle("os^Dvph*"), dict.fromkeys(point.line for point in points), strict=False):
         found = sorted((point for point in points if point.line == line), key=lambda point: point.mean_bits)
         bits, top1 = [point.mean_bits for point in found], [point.top1 for point in found]
         axes.errorbar(
@@ -86,7 +87,7 @@ def plot_sensitivity(
     figure = new_figure(figsize=(4.2 * len(panels) + 0.8, 3.6), layout="constrained")
     for index, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
-        for marker, role in zip("os^D" * 4, dict.fromkeys(role_of[layer] for layer in scores), strict=False):
+        for marker, role in zip(cycle("os^D"), dict.fromkeys(role_of[layer] for layer in scores), strict=False):
             found = [score for layer, score in scores.items() if role_of[layer] == role]
             shown = [score if score > 0 else math.nan for score in found]
             axes.plot(range(len(found)), shown, marker=marker, markersize=4.5, linewidth=1.2, label=role)
@@ -130,7 +131,7 @@ def plot_frontier(
     check_plot(path)
     figure = new_figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for marker, (name, values) in zip("os^D" * 4, losses.items(), strict=False):
+    for marker, (name, values) in zip(cycle("os^D"), losses.items(), strict=False):
         axes.plot(limits, values, marker=marker, markersize=4, label=name)
     if all(value > 0 for values in losses.values() for value in values):
         axes.set_yscale("log")

@@ -92,7 +92,7 @@ def _arithmetic(card: Mapping[str, Any]) -> list[str]:
 
 
 def _recipe(card: Mapping[str, Any]) -> str:
-    steps = " > ".join(step_name(step) for step in card.get("pipeline", ()))
+    steps = " > ".join(step_name(step) for step in card.get("pipeline") or ())
     name = card.get("recipe")
     return f"{name}: {steps}" if name else steps or "unknown"
 
@@ -207,16 +207,16 @@ def misses(journal: Journal) -> Lines | None:
 
 def protocol(card: Mapping[str, Any]) -> Lines:
     """How the numbers came about."""
-    ends = card.get("first_last_weight_bits", {})
+    ends = card.get("first_last_weight_bits") or {}
     policy = "; ".join(f"{role} W{'/W'.join(map(str, bits))}" for role, bits in ends.items() if bits)
     images = card.get("calibration_images", "?")
     labels = "labels used" if card.get("labels_used") else "no labels used"
-    versions = ", ".join(f"{name} {version}" for name, version in card.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in (card.get("versions") or {}).items())
     lines = [
         ("calibration", f"{card.get('calibration') or f'{images} images'}, {labels}"),
         ("seed", str(card.get("seed", "?"))),
         ("first, last", policy or "no such layers"),
-        ("stays float", ", ".join(card.get("stays_float", ())) or "nothing"),
+        ("stays float", ", ".join(card.get("stays_float") or ()) or "nothing"),
         ("versions", versions or "unknown"),
     ]
     if preprocessing := card.get("preprocessing"):

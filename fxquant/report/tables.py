@@ -19,11 +19,12 @@ from fxquant.artefact.artefact import LoadedTexts
 from fxquant.checks.untrusted import LIST, OBJECT, TEXT, Rule, checked, listed, mapped, whole
 from fxquant.errors import ArtefactError
 from fxquant.report import html_page, sections
-from fxquant.report.actions import actions_for
+from fxquant.report.actions import CANDIDATES, actions_for
 from fxquant.report.render import Document
 from fxquant.report.sections import Lines, Table
 from fxquant.report.totals import Totals
 from fxquant.runtime.layer_row import LayerRow
+from passes.allocate.allocate_bits import TABLE
 from passes.pipeline.journal import Journal, JournalEntry
 
 # What the report reads from a card; whoever compiles may add any entries.
@@ -63,7 +64,7 @@ class Report(Document):
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
-        self.actions = actions_for(self.layers, allocation)
+        self.actions = actions_for(self.layers, allocation, _candidates(journal))
         self.missed = sections.misses(journal)
 
     @classmethod
@@ -131,6 +132,13 @@ class Report(Document):
 
 _ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", "pinned")
 """Of a layer's operands together, beside each of them."""
+
+
+def _candidates(journal: Journal) -> list[int]:
+    """Widths that bits were chosen from. Raises ArtefactError for a note of another shape."""
+    table: Any = next((entry.notes[TABLE] for entry in reversed(journal.entries) if TABLE in entry.notes), {})
+    widths = checked(table, OBJECT, "the journal's cost table").get("bits", list(CANDIDATES))
+    return sorted(checked(widths, listed(whole(1, 32)), "the widths in the journal's cost table"))
 
 
 def _check(card: Mapping[str, Any]) -> None:

@@ -94,8 +94,12 @@ class Table:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, model: str) -> str | None:
-        """The paper's name of a model, given that or timm's; None for one that the table does not have."""
-        return next((own for own in self.float_top1 if model in (own, ARCHITECTURES[own])), None)
+        """The paper's name of a model, given that or timm's; None for one that the table does not have.
+
+        What stands behind a point in timm's name says which weights are meant, and not which architecture.
+        """
+        names = (model, model.partition(".")[0])
+        return next((own for own in self.float_top1 if own == model or ARCHITECTURES[own] in names), None)
 
 
 def _texts() -> Any:

@@ -68,13 +68,17 @@ class Reproduced:
 def wanted_rows(table: Table, names: Sequence[str] = ()) -> tuple[Row, ...]:
     """Rows whose method's name, or method and budget, has one of these texts in it; all without any.
 
-    Raises OptionError where there is none.
+    A text that is the whole of one row's method and budget means this row alone. Raises OptionError for a text that no
+    row has.
     """
-    found = tuple(row for row in table.rows if not names or any(n in f"{row.method.name} {row.budget}" for n in names))
-    if not found:
+    if not names:
+        return table.rows
+    rows = {f"{row.method.name} {row.budget}": row for row in table.rows}
+    chosen = {name: [name] if name in rows else [label for label in rows if name in label] for name in names}
+    if strange := [name for name, labels in chosen.items() if not labels]:
         known = ", ".join(dict.fromkeys(row.method.name for row in table.rows))
-        raise OptionError(f"no row of {table.name} is called {', '.join(names)}; its methods are {known}")
-    return found
+        raise OptionError(f"no row of {table.name} is called {', '.join(strange)}; its methods are {known}")
+    return tuple(row for label, row in rows.items() if any(label in labels for labels in chosen.values()))
 
 
 def reproduce(

@@ -46,7 +46,8 @@ class Results:
             content = json.loads(self.path.read_text())
             self.points = {point["signature"]: point for point in content["points"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} holds no sweep results ({error!r}): give another file, or remove it") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path} holds no sweep results ({reason}): give another file, or remove it") from error
 
     def point(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The point of this signature: the one kept, else a new one, which is kept at once."""

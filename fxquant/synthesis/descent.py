@@ -84,7 +84,15 @@ def _prefix(traced: GraphModule, node: Node) -> Iterator[int]:
 
 
 class Chunk:
-    """Some of the images, and where their descent stands. Every random draw follows the image's index and the step."""
+    """Some of the images, and where their descent stands. Every random draw follows the image's index and the step.
+
+    Args:
+        watched: the model whose losses the images descend.
+        pictures: what images the model takes.
+        options: how images are made.
+        seed: of every random draw.
+        indices: which of all images these are.
+    """
 
     def __init__(self, watched: Watched, pictures: Pictures, options: Synthesis, seed: int, indices: range) -> None:
         self.watched, self.pictures, self.options, self.seed = watched, pictures, options, seed

@@ -237,10 +237,11 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
     kept = Results(tmp_path / "r.json")
     assert kept.point("k", lambda: {"x": 1}) == {"x": 1, "signature": "k"}
     assert Results(tmp_path / "r.json").point("k", lambda: pytest.fail("made again")) == {"x": 1, "signature": "k"}
-    for text in ("{", "[]", '{"points": [1]}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(DataError, match="holds no sweep results"):
+    for content in (b"{", b"[]", b'{"points": [1]}', b"\xff" * 1000):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(DataError, match="holds no sweep results") as refusal:
             Results(tmp_path / "bad.json")
+        assert len(str(refusal.value)) < 300, "what is in the file is not all told"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +264,30 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--mean", "a"], "mean must be numbers"),
         (["compile", "embedded", "W4A4", "--calibration", "missing"], "missing does not exist"),
         (["compile", "embedded", "W4A4", "--calibration", "x", "--synthesis-steps", "3"], "give one of them"),
+        *(
+            (
+                [*command, "--recipe", "tsptq_vit", "--option", "weight_scales=channel", "--calibration", "missing"],
+                "missing does not exist",  # after the recipe's own option was read
+            )
+            for command in (
+                ["compile", "embedded", "W4A4"],
+                ["sweep", "embedded", "--budgets", "W4A4"],
+                ["frontier", "embedded"],
+            )
+        ),
+        (["compile", "embedded", "W4A4", "--recipe", "tsptq_vit", "--option", "x=1"], "'tsptq_vit' has no option 'x'"),
         (["frontier", "embedded", "--limits", "4,1"], "minimum reachable 2"),
         (["frontier", "embedded", "--axis", "bits", "--limits", "4"], "runs along one of"),
         (["synthesize", "embedded", "--out", "x.png"], "must end in .npz"),
         (["evaluate", "vit_tiny_patch16_224"], "give labelled images"),
         (["evaluate", "missing.fxq"], "missing.fxq is not there"),
+        (["evaluate", "missing.fxq", "--num-classes", "3"], "brings its own weights: leave --num-classes out"),
+        (["evaluate", "embedded", "--backend", "auto"], "a float model, and no artefact (.fxq): leave --backend out"),
+        (["evaluate", "embedded", "--mean", "0.1"], "or give images with --data"),
         (["inspect", "missing.fxq"], "missing.fxq is not there"),
+        (["export", "missing.fxq", "missing.fxq"], "missing.fxq must end in .onnx or .fxm"),
+        (["report", "missing.fxq", "report.json"], "report.json must end in .html or .htm"),
+        (["compare", "missing.fxq", "missing.fxq", "--html", "missing.fxq"], "must end in .html or .htm"),
         (["sweep", "embedded", "--budgets", "W4A4", "--plot", "p.gif"], "ends in one of"),
         (["sweep", "embedded", "--budgets", "W4A4,W1A1"], "minimum reachable 2"),
         (["demo", "--budget", "none"], "cannot read"),

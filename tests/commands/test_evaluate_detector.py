@@ -42,7 +42,30 @@ def test_what_is_missing_is_named(coco: list[str]) -> None:
     for arguments, message in (
         (["vit_tiny_patch16_224", *coco], "module:factory"),
         ([FACTORY, *coco[:2]], "--data FOLDER"),
+        (["nowhere.fxq", "--detector", FACTORY, *coco], "nowhere.fxq is not there"),
     ):
         result = CliRunner().invoke(app, ["evaluate", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.quick
+def test_options_that_would_do_nothing_are_refused(coco: list[str], tmp_path: Path) -> None:
+    weights = str(tmp_path / "weights.pth")
+    for arguments, message in (
+        ([FACTORY, "--device", "cuda:0", "--labels", weights], "leave --labels, --device out"),
+        ([FACTORY, "--backend", "cpu-native"], "no artefact (.fxq): leave --backend out"),
+        ([FACTORY, "--detector", FACTORY], "leave --detector out"),
+        (["detector.fxq", "--detector", FACTORY, "--weights", weights], "leave --weights out"),
+    ):
+        result = CliRunner().invoke(app, ["evaluate", *arguments, *coco])
+        assert result.exit_code == 2
+        assert message in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.quick
+def test_a_float_detector_takes_weights(coco: list[str], tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"none")
+    result = CliRunner().invoke(app, ["evaluate", FACTORY, "--weights", str(tmp_path / "weights.pth"), *coco])
+    assert result.exit_code == 2
+    assert "cannot be read as a state dict" in result.stderr.replace("\n", " ")

@@ -53,6 +53,7 @@ def test_what_cannot_be_read_or_drawn_is_refused(tmp_path: Path) -> None:
         (["report", str(tmp_path / "no.fxq"), str(tmp_path / "a.html")], "no.fxq"),
         (["plot", "pie", "embedded", str(tmp_path / "a.png")], "there is no plot 'pie'"),
         (["plot", "tensor", "embedded", str(tmp_path / "a.png")], "needs --layer"),
+        (["plot", "layers", "embedded", str(tmp_path / "a.png"), "--layer", "head"], "leave --layer out"),
         (["plot", "boxes", "embedded", str(tmp_path / "a.png"), "--source", "soup"], "there is no source 'soup'"),
         (["plot", "boxes", "embedded", str(tmp_path / "a.gif")], "a plot ends in"),
     ):

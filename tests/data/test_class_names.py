@@ -104,6 +104,8 @@ def test_a_file_of_labels(tmp_path: Path) -> None:
     for file, classes in (("labels.txt", None), ("labels.csv", None), ("names.csv", list("abcde"))):
         data = ImageData.open(tmp_path, SMALL, labels=tmp_path / file, classes=classes)
         assert evaluate(Reader(5), data).correct == 2
+    numbered = ImageData.open(tmp_path, SMALL, labels=tmp_path / "labels.txt", classes=["1", "4", "7"])
+    assert numbered.checked_labels().tolist() == [1, 0], "numbers that the list has as names are these names"
     with pytest.raises(DataError, match="label 4, but the model gives 3 classes"):
         evaluate(Reader(3), ImageData.open(tmp_path, SMALL, labels=tmp_path / "labels.txt"))
     for text, message in (

@@ -49,10 +49,11 @@ def test_class_folders_in_sorted_order(folder: Path) -> None:
     assert torch.equal(images[1, 0], images[1, 2]), "grey becomes RGB"
 
 
-def test_preprocessing_is_timms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_preprocessing_is_timms(tmp_path: Path, crop_mode: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    model = timm.create_model("vit_tiny_patch16_224")
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, pretrained_cfg_overlay={"crop_mode": crop_mode})
     config = timm.data.resolve_model_data_config(model)
     expected = timm.data.create_transform(**config, is_training=False)(Image.fromarray(noise))
     found = load_images(tmp_path, 1, Preprocessing.of(model))
@@ -158,6 +159,7 @@ def test_an_unreadable_image_is_named(folder: Path, content: bytes) -> None:
         ({"mean": (0.5,)}, "mean needs 3 numbers"),
         ({"std": (0.5, 0.5, 0.0)}, "std must be positive"),
         ({"interpolation": "best"}, "nearest, bilinear or bicubic"),
+        ({"crop_mode": "middle"}, "center, squash or border"),
         ({"crop_pct": 1.5}, "crop_pct"),
         ({"image_size": 0}, "input_size"),
     ],
@@ -232,6 +234,12 @@ def test_pictures_without_pixels_or_as_thin_as_a_thread(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     Image.new("RGB", (1, 60_000)).save(tmp_path / "b" / "thread.png")
     wide = Preprocessing((3, 224, 224))
-    for place, message in ((tmp_path / "a", "flat.ppm"), (tmp_path / "b", "too narrow to be resized to 224")):
+    thread = "a picture of 60000 x 1 is too narrow to be resized to 224 x 224"
+    array = npz(tmp_path, images=np.zeros((1, 60_000, 1), dtype=np.uint8))
+    for place, message in ((tmp_path / "a", "flat.ppm"), (tmp_path / "b", thread), (array, f"0: {thread}")):
         with pytest.raises(DataError, match=message):
             load_images(place, 1, wide)
+    assert load_images(tmp_path / "b", 1, wide.with_options(crop_mode="squash")).shape == (1, 3, 224, 224)
+    square = npz(tmp_path, images=np.zeros((1, 8, 8), dtype=np.uint8))
+    with pytest.raises(DataError, match="too narrow to be resized to 16384 x 1"):
+        load_images(square, 1, wide.with_options(input_size=(3, 16_384, 1)))

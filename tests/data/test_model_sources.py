@@ -68,7 +68,7 @@ def test_a_hugging_face_folder_brings_weights_and_preprocessing(folder) -> None:
     assert not found.model.training
     prepared = found.preprocessing
     assert (prepared.input_size, prepared.mean, prepared.std) == ((3, 48, 48), (0.1,) * 3, (0.2,) * 3)
-    assert (prepared.interpolation, prepared.crop_pct) == ("bicubic", 1.0)
+    assert (prepared.interpolation, prepared.crop_pct, prepared.crop_mode) == ("bicubic", 1.0, "squash")
 
 
 def test_a_processor_that_crops_is_a_share_of_the_resized_image(folder) -> None:
@@ -76,6 +76,7 @@ def test_a_processor_that_crops_is_a_share_of_the_resized_image(folder) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     prepared = load_model(f"hf:{folder}").preprocessing
     assert (prepared.input_size, prepared.crop_pct, prepared.std) == ((3, 48, 48), 0.75, (1.0,) * 3)
+    assert prepared.crop_mode == "center"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ViTModel", Backbone), ("ClipModel", Tower)])
@@ -99,16 +100,23 @@ def test_a_folder_that_gives_no_whole_image_model_is_refused(folder, name, messa
 
 
 @pytest.mark.parametrize(
-    ("processor", "share"),
+    ("processor", "share", "mode"),
     [
-        ({"size": {"shortest_edge": 56}, "crop_pct": 0.875}, 0.875),
-        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875, "image_processor_type": "ConvNextImageProcessor"}, 1.0),
-        ({"size": {"shortest_edge": 56}, "image_processor_type": "LevitImageProcessor"}, 0.875),
+        ({"size": {"shortest_edge": 56}, "crop_pct": 0.875}, 0.875, "center"),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875, "image_processor_type": "ConvNextImageProcessor"}, 1.0,
+         "squash"),
+        ({"size": {"shortest_edge": 56}, "image_processor_type": "LevitImageProcessor"}, 0.875, "center"),
+        ({"size": 56, "feature_extractor_type": "LevitFeatureExtractor"}, 0.875, "center"),
+        ({"size": 64, "crop_size": 56, "do_center_crop": True, "feature_extractor_type": "CLIPFeatureExtractor"}, 0.875,
+         "center"),
+        ({"size": 64, "crop_size": 56, "do_center_crop": True, "feature_extractor_type": "DeiTFeatureExtractor"}, 0.875,
+         "squash"),
     ],
-)
-def test_processors_that_enlarge_what_they_are_told_crop_a_share(folder, processor, share) -> None:
+)  # fmt: skip
+def test_processors_crop_a_share_of_what_they_resize(folder, processor, share, mode) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert load_model(f"hf:{folder}").preprocessing.crop_pct == share
+    prepared = load_model(f"hf:{folder}").preprocessing
+    assert (prepared.crop_pct, prepared.crop_mode) == (share, mode)
 
 
 def test_the_processor_of_texts_and_images_is_read_too(folder) -> None:
@@ -244,13 +252,20 @@ def test_open_clips_towers_have_the_preprocessing_of_their_weights(monkeypatch) 
         visual.preprocess_cfg = {"size": (48, 48), "mean": (0.4,) * 3, "std": (0.3,) * 3, "interpolation": "bicubic"}
         return SimpleNamespace(visual=visual)
 
-    tags = {"SigLIP": {"mean": (0.5,) * 3, "std": (0.6,) * 3, "interpolation": None}}
+    tags = {
+        "SigLIP": {"mean": (0.5,) * 3, "std": (0.6,) * 3, "interpolation": None, "resize_mode": "squash"},
+        "Long": {"resize_mode": "longest"},
+    }
     fake = SimpleNamespace(
         create_model=create_model,
-        list_pretrained_tags_by_model=lambda name: list(tags) if name == "SigLIP" else [],
+        list_pretrained_tags_by_model=lambda name: [name] if name in tags else [],
         get_pretrained_cfg=lambda name, tag: tags[tag],
     )
     monkeypatch.setitem(sys.modules, "open_clip", fake)
     prepared = load_model("open_clip:SigLIP").preprocessing
     assert (prepared.mean, prepared.std, prepared.interpolation) == ((0.5,) * 3, (0.6,) * 3, "bicubic")
-    assert load_model("open_clip:Other").preprocessing.mean == (0.4,) * 3
+    assert prepared.crop_mode == "squash"
+    other = load_model("open_clip:Other").preprocessing
+    assert (other.mean, other.crop_mode) == ((0.4,) * 3, "center")
+    with pytest.raises(DataError, match="resizes pictures by 'longest'"):
+        load_model("open_clip:Long")

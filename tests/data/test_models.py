@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from fxquant.data import embedded
 from fxquant.data.models import load_model, load_weights, parse_option
 from fxquant.errors import DataError, ModelError
 
@@ -91,9 +93,31 @@ def test_weights_of_the_wrong_kind_are_named(tmp_path: Path) -> None:
     torch.save({0: torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(DataError, match="hold no state dict"):
         load_weights(small_vit(), tmp_path / "a.pth")
+    torch.save(small_vit(), tmp_path / "a.pth")
+    with pytest.raises(DataError, match=r"holds other Python objects.*save one with torch\.save") as refusal:
+        load_weights(small_vit(), tmp_path / "a.pth")
+    assert "weights_only" not in str(refusal.value), "nobody is told to unpickle it"
     (tmp_path / "empty.pth").write_bytes(b"")
     with pytest.raises(DataError, match="EOFError"):
         load_weights(small_vit(), tmp_path / "empty.pth")
+
+
+def test_random_weights_are_the_same_and_leave_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    small: dict[str, Any] = {"depth": 1, "embed_dim": 12, "num_heads": 2, "img_size": 32}
+    first, second = (load_model("vit_tiny_patch16_224", **small).model.state_dict() for _ in range(2))
+    load_model("torchvision:mobilenet_v3_small")
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_embedded_images_are_as_many_as_asked_for() -> None:
+    assert len(embedded.test_images(3)[0]) == 3
+    for read, count in ((embedded.test_images, 2001), (embedded.test_images, -1), (embedded.calibration_images, 513)):
+        with pytest.raises(DataError, match="ask for fewer"):
+            read(count)
 
 
 def test_options_of_a_model_bring_no_weights() -> None:

@@ -1,5 +1,6 @@
 """Average precision of detectors whose answers are known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.detection.average_precision import average_precision
 from fxquant.detection.coco import CocoImages
-from fxquant.errors import DataError, ModelError
+from fxquant.errors import DataError, ModelError, OptionError
 
 pytestmark = pytest.mark.quick
 BOXES = {1: [[2.0, 3.0, 10.0, 8.0], [20.0, 12.0, 8.0, 10.0]], 2: [[5.0, 5.0, 12.0, 12.0]], 3: [[1.0, 1.0, 9.0, 9.0]]}
@@ -72,6 +73,43 @@ def test_the_standard_error_is_over_pictures(data: CocoImages) -> None:
     assert 0 < some.ap < 100
     assert some.standard_error > 5
     assert average_precision(Known(9.0, (3,)), data, limit=2)["box"].ap == pytest.approx(100)
+    with pytest.raises(OptionError, match="are of different images"):
+        some.below(average_precision(Known(9.0, (3,)), data, limit=2)["box"])
+
+
+def of(data: CocoImages, **changed: Any) -> CocoImages:
+    return CocoImages.of({**data.document, **changed}, data.folder, "changed")
+
+
+def test_annotations_are_numbered_as_pycocotools_needs_it(data: CocoImages) -> None:
+    bare = [{key: each[key] for key in ("image_id", "category_id", "bbox")} for each in data.document["annotations"]]
+    for annotations in (bare, [{**each, "id": 0} for each in bare], [*bare, {**bare[0], "image_id": 99}]):
+        found = average_precision(Known(0.0), of(data, annotations=annotations))
+        assert found.keys() == {"box"}, "without outlines there is no precision of masks"
+        assert (found["box"].ap, found["box"].objects) == (pytest.approx(100), 4)
+
+
+def test_a_limit_is_spread_over_all_images(data: CocoImages) -> None:
+    many = [{**image, "id": 3 * turn + image["id"]} for turn in range(2) for image in data.document["images"]]
+    seen: list[int] = []
+
+    class Looks(Known):
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            seen.append(round(float(images[0][0, 0, 0]) * 255))
+            return super().forward(images)
+
+    average_precision(Looks(0.0), of(data, images=many), limit=3)
+    assert seen == [1, 3, 2]
+
+
+def test_no_precision_is_made_up(data: CocoImages) -> None:
+    with pytest.raises(DataError, match="have no objects"):
+        average_precision(Known(0.0), of(data, annotations=[]))
+    with pytest.raises(DataError, match="limit must be at least 1"):
+        average_precision(Known(0.0), data, limit=0)
+    larger = [{**image, "height": 48, "width": 64} for image in data.document["images"]]
+    with pytest.raises(DataError, match="is 24 x 32, and changed says 48 x 64"):
+        average_precision(Known(0.0), of(data, images=larger))
 
 
 def test_targets_are_what_a_detector_is_trained_towards(data: CocoImages) -> None:
@@ -79,6 +117,7 @@ def test_targets_are_what_a_detector_is_trained_towards(data: CocoImages) -> Non
     assert target["boxes"].tolist() == [[2, 3, 12, 11], [20, 12, 28, 22]]
     assert target["labels"].tolist() == [1, 1]
     assert target["masks"].sum((1, 2)).tolist() == [80, 80]
+    assert of(data, annotations=[]).target(0, masks=True)["masks"].shape == (0, 24, 32)
 
 
 def test_other_answers_and_other_files_are_refused(data: CocoImages, tmp_path: Path) -> None:
@@ -89,6 +128,20 @@ def test_other_answers_and_other_files_are_refused(data: CocoImages, tmp_path: P
         average_precision(identity, data)
     with pytest.raises(DataError, match="there is no picture"):
         CocoImages.of(data.document, tmp_path / "nowhere", "three")
-    (tmp_path / "no.json").write_text("[]")
-    with pytest.raises(DataError, match="is no COCO file"):
-        CocoImages.open(tmp_path / "no.json", tmp_path)
+    first, *_ = data.document["annotations"]
+    for changed, message in (
+        ({"annotations": [{"image_id": 1}]}, "is no COCO file"),
+        ({"annotations": [{**first, "bbox": [1, 2]}]}, "is no COCO file"),
+        ({"annotations": [{**first, "category_id": 8}]}, "annotations of category 8, which it does not list"),
+        ({"images": data.document["images"] * 2}, "has one id twice"),
+        ({"images": []}, "has 0 images"),
+    ):
+        with pytest.raises(DataError, match=message):
+            of(data, **changed)
+    for text, message in (("[]", "is no COCO file"), ("{", "cannot be read as JSON")):
+        (tmp_path / "no.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            CocoImages.open(tmp_path / "no.json", tmp_path)
+    (tmp_path / "yes.json").write_text(json.dumps(data.document))
+    with pytest.raises(DataError, match=r"^there is no picture"):
+        CocoImages.open(tmp_path / "yes.json", tmp_path / "nowhere")

@@ -10,6 +10,7 @@ from torch import nn
 
 import fxquant
 from allocators.milp import Milp
+from fxquant.detection.backbones import timm_backbone
 from fxquant.detection.compiled_detector import CompiledDetector, Cuts, load_detector
 from fxquant.detection.composite import Composite, Parts
 from fxquant.detection.session import DetectorSession
@@ -84,8 +85,16 @@ def test_pictures_are_padded_to_a_size_that_holds_them() -> None:
     assert len(found["boxes"])
     with pytest.raises(InputError, match=r"fit none of the sizes .* 32 x 32, 32 x 64"):
         tiny_compiled()([torch.rand(3, 80, 40)])
-    with pytest.raises(InputError, match="finite pictures"):
-        tiny_compiled()([torch.full((3, 40, 40), float("nan"))])
+    for wrong, message in (
+        ([torch.full((3, 40, 40), float("nan"))], "picture 0 has NaN or infinite"),
+        ([*pictures(1), torch.rand(1, 40, 40)], r"picture 1 is \(1, 40, 40\) of torch.float32"),
+        ([torch.rand(3, 40, 40).double()], "of torch.float64"),
+        ([torch.rand(3, 0, 40)], "picture 0"),
+        ([[0.0]], "picture 0 is a list"),
+        (None, "not a NoneType"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tiny_compiled()(wrong)
 
 
 def test_a_cut_that_computes_something_else_is_found() -> None:
@@ -104,9 +113,20 @@ def test_what_is_no_detector_or_no_picture_is_refused() -> None:
         Parts.of(nn.Linear(2, 2), REGIONS)
     with pytest.raises(ModelError, match=r"MaskRCNN is a detector.*fxquant.compile_detector"):
         fxquant.compile(tiny_mask_rcnn(), "W8A8", calibration=torch.rand(2, 3, 32, 32))
-    for wrong in ([], torch.rand(2, 3, 40, 40), [torch.rand(40, 40)]):
+    grey, coarse = [torch.rand(1, 40, 40)], [torch.rand(3, 40, 40).double()]
+    for wrong in ([], torch.rand(2, 3, 40, 40), [torch.rand(40, 40)], grey, coarse):
         with pytest.raises(CalibrationError, match=r"picture|calibration must be a list"):
             DetectorSession(tiny_mask_rcnn(), wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.quick
+def test_a_backbone_is_of_several_resolutions_or_a_plain_vit() -> None:
+    for name, options, message in (
+        ("mixer_s32_224", {}, "not of several resolutions"),
+        ("vit_tiny_patch16_224", {"size": 3}, "cannot be built with .*'size': 3"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            timm_backbone(name, **options)
 
 
 def test_a_detector_is_left_as_it_was() -> None:

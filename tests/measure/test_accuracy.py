@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from timm.layers import DropPath
 
 from fxquant.data import embedded
 from fxquant.data.images import embedded_test
@@ -23,3 +26,29 @@ def test_evaluation() -> None:
         evaluate(few, data, limit=20)
     with pytest.raises(ModelError, match="class scores"):
         evaluate(torch.nn.Identity(), data, limit=20)
+
+
+class Linear(torch.nn.Sequential):
+    """Ten scores of grey images of 28 x 28, after what is given."""
+
+    def __init__(self, *before: torch.nn.Module) -> None:
+        super().__init__(*before, torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("first", [torch.nn.Dropout(0.1), torch.nn.BatchNorm2d(1), DropPath(0.1)])
+def test_a_model_in_training_mode_is_refused(first: torch.nn.Module) -> None:
+    model = Linear(first)
+    with pytest.raises(ModelError, match=r"0 is in training mode.*model\.eval"):
+        evaluate(model, embedded_test(), limit=20)
+    assert evaluate(model.eval(), embedded_test(), limit=20).count == 20
+    assert evaluate(Linear(torch.nn.Dropout(0.0)), embedded_test(), limit=20).count == 20
+
+
+@pytest.mark.quick
+def test_scores_that_are_no_numbers_are_no_class() -> None:
+    model = Linear()
+    with torch.no_grad():
+        model[1].bias[3] = math.nan
+    with pytest.raises(ModelError, match="NaN as scores of image 0 of the embedded test images"):
+        evaluate(model, embedded_test(), limit=20)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fxquant.errors import OptionError
 from fxquant.report.comparison import Comparison
 from fxquant.report.tables import Report
 from tests.report.small_pages import HOSTILE
@@ -32,6 +33,13 @@ def test_only_layers_that_differ_are_listed() -> None:
     assert lines["extra"][2:4] == ["not", "there"]
     assert "blocks.0.attn.qkv" not in lines
     assert lines["top-1"][-2:] == ["-", "71.50"]
+
+
+def test_models_are_no_reports() -> None:
+    with pytest.raises(OptionError, match="second must be a Report"):
+        Comparison(report(), "b.fxq")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="names"):
+        Comparison(report(), report(), ("one",))  # type: ignore[arg-type]
 
 
 def test_values_are_those_of_the_text() -> None:

@@ -27,6 +27,11 @@ def test_plot(tmp_path: Path) -> None:
         check_plot(tmp_path / "a.gif")
 
 
+def test_every_line_is_drawn(tmp_path: Path) -> None:
+    plot_accuracy(tmp_path / "p.svg", [PlotPoint(f"line {index}", 4, 50) for index in range(40)])
+    assert "<!-- line 39 -->" in (tmp_path / "p.svg").read_text()
+
+
 def test_sensitivity_plot_has_a_panel_a_metric_and_a_line_a_role(tmp_path: Path) -> None:
     layers = [f"blocks.{block}.{role}" for block in range(3) for role in ("qkv", "fc1")]
     roles = {layer: layer.rpartition(".")[2] for layer in layers}

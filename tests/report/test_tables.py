@@ -15,7 +15,7 @@ from fxquant.report.actions import actions_for
 from fxquant.report.render import plain
 from fxquant.report.tables import Report
 from fxquant.report.totals import Totals
-from passes.pipeline.journal import Journal
+from passes.pipeline.journal import Journal, JournalEntry
 from tests.report.small_report import ALLOCATION, CARD, JOURNAL, ROWS, report
 
 pytestmark = pytest.mark.quick
@@ -77,6 +77,26 @@ def test_actions_are_overrides_that_the_command_line_reads() -> None:
     assert (matmul.bits, matmul.extra_bytes) == (7, 0)
     text = [action.command.removeprefix("--override ") for action in found]
     assert parse_overrides(text) == {action.layer: action.bits for action in found}
+
+
+def test_a_card_may_say_nothing() -> None:
+    names = ("pipeline", "first_last_weight_bits", "versions", "stays_float", "objective", "preprocessing", "recipe")
+    found = Report(ROWS, ALLOCATION, JOURNAL, CARD | dict.fromkeys(names))
+    assert "no such layers" in str(found)
+    assert "stays float" in found.to_html()
+
+
+def test_actions_ask_for_candidates_alone() -> None:
+    table = {"cost_table": {"bits": [3, 4, 5, 8]}}
+    journal = Journal([*JOURNAL.entries, JournalEntry("AllocateBits()", 0, 0.1, 1.0, table)])
+    found = Report(ROWS, ALLOCATION, journal, CARD).actions
+    assert [(action.layer, action.bits) for action in found] == [
+        ("blocks.0.mlp.fc1", (5, 8)), ("blocks.0.attn.qk", 8), ("blocks.0.attn.qkv", 8)
+    ]  # fmt: skip
+    with pytest.raises(ArtefactError, match="widths in the journal's cost table"):
+        Report(
+            ROWS, ALLOCATION, Journal([JournalEntry("AllocateBits()", 0, 0.1, 1.0, {"cost_table": {"bits": 3}})]), {}
+        )
 
 
 def test_nothing_to_do_at_eight_bits() -> None:

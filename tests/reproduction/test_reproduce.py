@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fxquant.cli import app
+from fxquant.commands.compiling import Compiling
+from fxquant.commands.table_rows import command
 from fxquant.errors import OptionError, PipelineError
 from fxquant.measure.accuracy import Accuracy
 from fxquant.reproduction.published import Method, Row, Table, methods, published, tables
@@ -60,11 +66,58 @@ def test_numbers_are_the_papers() -> None:
 def test_columns_go_by_the_papers_names_and_by_timms() -> None:
     table = published("mptq-vit-2")
     assert (table.column("DeiT-S"), table.column("swin_base_patch4_window7_224")) == ("DeiT-S", "Swin-B")
+    assert table.column("deit_small_patch16_224.fb_in1k") == "DeiT-S"
     assert table.column("deit_tiny_patch16_224") is None
     with pytest.raises(OptionError, match="there are lampq-3"):
         published("lampq-2")
     with pytest.raises(OptionError, match="its methods are Baseline, SQ"):
         wanted_rows(table, ["Nobody"])
+    with pytest.raises(OptionError, match="called Nobody; its methods"):
+        wanted_rows(table, ["SQ-b", "Nobody"])
+
+
+@pytest.mark.quick
+def test_a_whole_name_and_budget_is_one_row() -> None:
+    table = published("lampq-5")
+    for row in table.rows:
+        assert wanted_rows(table, [f"{row.method.name} {row.budget}"]) == (row,)
+    assert len(wanted_rows(table, ["LampQ", "VT-PTQ on PSAQ-ViT W4A8"])) == 3
+    assert wanted_rows(table) == table.rows
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", tables())
+def test_the_commands_of_a_table_are_read_as_its_rows(name: str) -> None:
+    table, group = published(name), get_command(app)
+    assert isinstance(group, TyperGroup)
+    for row in table.rows:
+        if row.method.recipe is None:
+            continue
+        _, verb, *words = shlex.split(command(table, row, "embedded", 4, {}, {}))
+        given = group.commands[verb].make_context(verb, words).params
+        if verb == "sweep":
+            names = [field.name for field in dataclasses.fields(Compiling)]
+            options = Compiling(**{name: given[name] for name in names}).options(recipe=given["recipe"])
+            found = options["recipe"]
+            assert (WrittenRecipe(found) if isinstance(found, str) else found) == row.method.recipe
+            assert {key: options[key] for key in ("fully_quantized", "overrides") if options[key]} == table.options
+            assert (given["budgets"], given["images"]) == (row.budget, 4)
+        else:
+            assert wanted_rows(table, given["rows"]) == (row,)
+
+
+@pytest.mark.quick
+def test_a_command_measures_what_the_row_did() -> None:
+    made, plain = published("lampq-5").rows[0], published("mptq-vit-1").rows[-1]
+    same, here = {"--synthesis-steps": 500}, {"--seeds": None, "--backend": None, "--option": ["fold=x"]}
+    text = command(published("lampq-5"), made, "m", None, same, here)
+    assert text.startswith("fxquant reproduce lampq-5 m --rows 'PSAQ-ViT W4A8' --synthesis-steps 500")
+    assert "--option fold=x" in text
+    assert command(published("mptq-vit-1"), plain, "m", 8, {}, here).startswith("fxquant sweep m --budgets W4A4 ")
+    for option in ({"--seeds": 3}, {"--backend": "cpu-native"}):
+        text = command(published("mptq-vit-1"), plain, "m", 8, {}, here | option)
+        assert text.startswith("fxquant reproduce mptq-vit-1 m --rows 'SQ-b+OPT-m W4A4' --images 8")
+        assert all(f"{name} {value}" in text for name, value in option.items())
 
 
 @pytest.mark.quick
@@ -150,6 +203,7 @@ def test_the_command_prints_what_the_page_says(tmp_path: Path) -> None:
         (["--rows", "ResNet"], "its methods are"),
         (["--backend", "abacus"], "no backend is called"),
         (["--images", "1024"], "512 embedded calibration images"),
+        (["--synthesis-steps", "9"], "made from the model: leave --synthesis-steps out"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(options: list[str], message: str) -> None:

@@ -49,14 +49,20 @@ def calibration_images(count: int = 32) -> torch.Tensor:
     Raises DataError where there are not that many.
     """
     with np.load(CALIBRATION) as data:
-        if not 1 <= count <= len(data["images"]):
-            raise DataError(
-                f"there are {len(data['images'])} embedded calibration images, not {count}: ask for fewer (--images)"
-            )
-        return normalize(data["images"][:count])
+        return normalize(_first(data["images"], count, "calibration images", " (--images)"))
 
 
 def test_images(count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `count` test images, float32 (count, 1, 28, 28), and their labels, int64 (count,)."""
+    """The first `count` of 2,000 test images, float32 (count, 1, 28, 28), and their labels, int64 (count,).
+
+    Raises DataError where there are not that many.
+    """
     with np.load(TEST) as data:
-        return normalize(data["images"][:count]), torch.from_numpy(data["labels"][:count].astype(np.int64))
+        images = _first(data["images"], count, "test images")
+        return normalize(images), torch.from_numpy(data["labels"][:count].astype(np.int64))
+
+
+def _first(images: np.ndarray, count: int, what: str, option: str = "") -> np.ndarray:
+    if not 1 <= count <= len(images):
+        raise DataError(f"there are {len(images)} embedded {what}, not {count}: ask for fewer{option}")
+    return images[:count]

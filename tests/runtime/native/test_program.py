@@ -109,6 +109,13 @@ def test_preprocessing_that_is_none_is_refused(field: str, value: Any) -> None:
 
 
 @pytest.mark.quick
+def test_a_file_says_nothing_of_pictures_that_lose_their_proportions() -> None:
+    for mode, is_known in (("center", 1), ("squash", 0)):
+        content = content_of(Mean(), preprocessing=HOW.with_options(crop_mode=mode).to_dict())
+        assert program.FileRecord.from_buffer(content).preprocessing.known == is_known
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("channels", [2, 64])
 def test_preprocessing_is_of_one_channel_or_three(channels: int) -> None:
     content = content_of(Mean(), preprocessing=HOW.to_dict())
