@@ -167,7 +167,7 @@ def _out_of_reach(budget: Budget, least: FloatArray) -> str:
         if minimum > limit * (1 + TOLERANCE)
     ]
     return (
-        f"the budget {str(budget)!r} cannot be met where the layers of a module share their widths: {'; '.join(parts)}; "
+        f"the budget {str(budget)!r} cannot be met where the layers of a module share widths: {'; '.join(parts)}; "
         f"raise it, override all layers of a module alike, or take ModuleFrontier(module_wise=False)"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.graph.capture.model_checks import check_model
-from fxquant.graph.capture.plain_model import copy_of
+from fxquant.graph.capture.plain_model import copy_of, unwrapped
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import Output, Tree, flat
@@ -162,6 +163,12 @@ class ModelSource:
         with torch.no_grad():
             tree, outputs = flat(model(first.clone()))
             return ModelOutputs(outputs, flat(model(more))[1], tree)
+
+    @property
+    def argument(self) -> str | None:
+        """What the model's forward calls the images; None where they have no name."""
+        first = next(iter(inspect.signature(unwrapped(self._model).forward).parameters.values()))
+        return first.name if first.kind is first.POSITIONAL_OR_KEYWORD else None
 
     def given_up(self) -> GraphModule:
         """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""

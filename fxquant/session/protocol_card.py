@@ -15,6 +15,7 @@ from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, no
 from fxquant.graph.notes import COVERAGE, EXPORTED
 from fxquant.runtime.layer_row import LayerRow, OperandRow
 from fxquant.runtime.mac_shares import mac_shares
+from fxquant.session.compiled import IMAGE_ARGUMENT
 from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
@@ -87,6 +88,7 @@ def protocol_card(
         "calibration": source.described,
         "calibration_images": len(source.images),
         "image_shape": list(source.images.shape[1:]),
+        **({} if source.argument is None else {IMAGE_ARGUMENT: source.argument}),
         **({"image_sizes": [list(sized.size) for sized in source.sized]} if source.sized else {}),
         "labels_used": any(_uses_labels(step) for step in pipeline),
         "seed": source.context.seed,

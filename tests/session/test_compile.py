@@ -16,6 +16,8 @@ from fxquant.errors import (
 )
 from fxquant.graph.annotation import Role
 from fxquant.session.compiled import Compiled
+from passes.lower.lower import Lower
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best, naive_min_max
 from tests.models import SWIN, VIT, embedded_compiled, images, timm_model, vit
 
@@ -124,6 +126,20 @@ def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     fxquant.compile(model, "W4A4", calibration=images(4))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_recipe_that_lowers_reports_what_it_has_lowered() -> None:
+    """Kernels take the place of layers in the graph; the report, the journal and the answers are of all layers."""
+    model, x, pipeline = vit(depth=1), images(4), naive_min_max("W6A6")
+    alone = fxquant.compile(model, None, calibration=x, recipe=pipeline)
+    lowered = fxquant.compile(model, None, calibration=x, recipe=Pipeline([*pipeline, Lower("cpu-native")]))
+    assert torch.equal(lowered(x), alone.lowered("cpu-native")(x))
+    assert lowered.card["execution"] == alone.lowered("cpu-native").card["execution"]
+    assert lowered.card["execution"].startswith("integer: 8 of 8 layers")
+    assert lowered.report().totals.to_dict() == alone.report().totals.to_dict()
+    assert [row.layer for row in lowered.layers] == [row.layer for row in alone.layers]
+    assert len(lowered.journal.entries) == len(pipeline) + 1
+    assert lowered.card["pipeline"][-1] == repr(Lower("cpu-native"))
 
 
 @pytest.mark.quick
