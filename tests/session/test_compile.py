@@ -148,6 +148,21 @@ def test_one_image_is_enough() -> None:
     assert bool(torch.isfinite(compiled(images(3))).all())
 
 
+def test_positions_that_all_images_share_are_not_the_images_own_where_there_is_one() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Linear(192, 16), nn.LayerNorm(16), nn.Linear(16, 5)
+            self.positions = nn.Parameter(torch.randn(1, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = x.reshape(-1, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 192)
+            return self.head(self.norm(self.embed(patches) + self.positions).mean(1))
+
+    compiled = fxquant.compile(Patches().eval(), "W8A8", calibration=images(1), recipe="naive_min_max")
+    assert (compiled.lowered("cpu-native")(images(3)) - compiled(images(3))).abs().max() < 1e-5
+
+
 def test_double_models() -> None:
     compiled = fxquant.compile(vit(depth=1).double(), "W8A8", calibration=images(4).double())
     assert compiled(images(2).double()).dtype == torch.float64
