@@ -59,7 +59,7 @@ class Report(Document):
         show_layers: bool = True,
     ) -> None:
         """Compute totals and actions. Raises ArtefactError for a card, or notes of a lowering, of the wrong shape."""
-        _check(card)
+        check_card(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
@@ -133,8 +133,8 @@ _ALSO = ("parameters", "weight_bits", "activation_bits", "activation_elements", 
 """Of a layer's operands together, beside each of them."""
 
 
-def _check(card: Mapping[str, Any]) -> None:
-    """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
+def check_card(card: Mapping[str, Any]) -> None:
+    """Raise ArtefactError where a card is not as `fxquant.compile` writes it, and a report reads it."""
     for name, rule in _CARD.items():
         if card.get(name) is not None:
             checked(card[name], rule, f"the card's '{name}'")

@@ -32,7 +32,7 @@ from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from fxquant import ranks
 from fxquant.artefact.cache import Cache
-from fxquant.checks.arguments import json_values, shown
+from fxquant.checks.arguments import shown
 from fxquant.checks.hints import checked
 from fxquant.checks.torch_modes import exact
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
@@ -46,7 +46,7 @@ from fxquant.session.calibration_images import gathered
 from fxquant.session.compiled import Compiled, load, lowered_by
 from fxquant.session.model_source import ModelSource
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
-from fxquant.session.protocol_card import layer_rows, protocol_card
+from fxquant.session.protocol_card import checked_entries, layer_rows, protocol_card
 from fxquant.session.sizes import checked_sizes
 from fxquant.synthesis.pictures import Synthesis
 from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
@@ -100,7 +100,7 @@ class Session:
                     "was exported"
                 )
             model = module_of_program(model)
-        self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
+        self.model, self.card = model, checked_entries(options.get("card") or {})
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
             check_images(calibration)

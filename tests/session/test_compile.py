@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.data import embedded
-from fxquant.errors import (
-    InputError,
-)
+from fxquant.errors import InputError, OptionError
 from fxquant.graph.annotation import Role
 from fxquant.session.compiled import Compiled
+from fxquant.session.protocol_card import _OF_THE_CALL
 from passes.lower.lower import Lower
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best, naive_min_max
@@ -183,6 +182,25 @@ def test_options_reach_the_graph() -> None:
     assert rows["fc1"].pinned
     assert compiled.card["data"] == "noise"
     assert compiled.card["first_last_weight_bits"] == {"patch_embed": [8], "head": [8]}
+
+
+@pytest.mark.parametrize(
+    ("card", "text"),
+    [
+        ({"execution": "very fast"}, "the card's 'execution' is what the compile finds out"),
+        ({"versions": {"torch": "9"}}, "'versions' is what the compile finds out"),
+        ({"recipe": 3}, "the card's 'recipe' is 3, not a text: give your entry another name"),
+    ],
+)
+def test_entries_of_the_card_that_nobody_else_knows_are_refused(card: dict[str, object], text: str) -> None:
+    """They would make the report false, and some of them a file that cannot be loaded."""
+    with pytest.raises(OptionError, match=text):
+        fxquant.Session(vit(depth=1), images(2), card=card)
+
+
+def test_the_call_alone_writes_what_it_finds_out() -> None:
+    card = embedded_compiled().card
+    assert card.keys() - _OF_THE_CALL == {"model", "calibration"}
 
 
 def test_fully_quantized() -> None:
