@@ -27,7 +27,7 @@ from allocators.problem.cost_table import CostTable
 from fxquant import ranks
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
-from fxquant.checks.torch_modes import without_autocast
+from fxquant.checks.torch_modes import exact
 from fxquant.errors import BY_ARGUMENT, BudgetError, CalibrationError, OptionError
 from fxquant.graph.nodes import device_of
 from fxquant.report.plots import plot_frontier
@@ -254,11 +254,11 @@ class _Divergence:
     def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
         batches = torch.split(images_bchw, batch_size)
         self._objective, self._batches = objective, [batch.to(device_of(model)) for batch in batches]
-        with torch.inference_mode(), without_autocast():
+        with exact(), torch.inference_mode():
             self._expected = [self._doubled(model(batch)) for batch in self._batches]
 
+    @exact()
     @torch.inference_mode()
-    @without_autocast()
     def __call__(self, model: nn.Module) -> float:
         def divergence(pair: tuple[Tensor, Outputs]) -> float:
             images, expected = pair

@@ -41,6 +41,17 @@ def autocast() -> Iterator[None]:
         assert torch.is_autocast_enabled("cpu")
 
 
+@contextmanager
+def coarse() -> Iterator[None]:
+    """Products of float32 may be of bfloat16, and are on processors that have them."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 Mode = Callable[[], AbstractContextManager[None]]
 MODES = pytest.mark.parametrize("mode", [float64, elsewhere, autocast])
 
@@ -64,19 +75,21 @@ def test_a_model_runs_is_kept_and_is_lowered_in_any_mode(mode: Mode, tmp_path: P
     assert loaded.answers.simulated.equal(loaded.graph_module(loaded.answers.images_for(loaded.graph_module)))
 
 
-@pytest.mark.parametrize("mode", [float64, autocast])
+@pytest.mark.parametrize("mode", [float64, autocast, coarse])
 def test_a_model_is_compiled_in_any_mode(mode: Mode) -> None:
-    model, options = vit(depth=1), {"recipe": "naive_min_max"}
+    model, options = vit(depth=1), {"recipe": "naive_min_max", "bits": (4, 8)}
     expected = fxquant.compile(model, "W4A4", calibration=X, **options)(X)
     losses = fxquant.frontier(model, X, limits=[4], realised="divergence", **options).realised
     with mode():
-        found = fxquant.compile(model, "W4A4", calibration=X, **options)(X)
-        assert fxquant.frontier(model, X, limits=[4], realised="divergence", **options).realised == losses
-    assert torch.equal(found, expected)
+        found = fxquant.compile(model, "W4A4", calibration=X, **options)
+        measured = fxquant.frontier(model, X, limits=[4], realised="divergence", **options).realised
+    assert torch.equal(found(X), expected)
+    assert measured == losses
 
 
 def test_modes_inside() -> None:
-    with float64(), elsewhere(), autocast(), torch.inference_mode(), usual():
+    with float64(), elsewhere(), autocast(), coarse(), torch.inference_mode(), usual():
+        assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_autocast_enabled("cpu")
         assert (torch.zeros(1).dtype, torch.zeros(1).device) == (torch.float32, torch.device("cpu"))
