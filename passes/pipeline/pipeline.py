@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.facts import QUANTIZED, TRACED, Fact, declare, facts_of, known_after, verify
 from fxquant.graph.nodes import image_of
 from passes.pipeline.contract import Dependent, Pass, PassContext, check_images
+from passes.pipeline.journal import peak_mib
 from passes.pipeline.proof import Proof
 
 
@@ -183,8 +183,7 @@ class Pipeline:
             is_part = context.expected is not None and QUANTIZED not in facts_of(graph_module)
             if index + 1 == len(self.passes) and not is_part:
                 proof.finish(graph_module, context)
-            peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
+            context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib())
             if passed is not None:
                 passed(graph_module)
             task.advance()
