@@ -24,7 +24,7 @@ from allocators.problem.arrays import FloatArray, IntArray
 from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.checks.hints import check_fields
-from fxquant.errors import BudgetError, OverrideError
+from fxquant.errors import BudgetError, InfeasibleBudgetError, OverrideError
 
 HALVES = {"qkv": "msa", "proj": "msa", "fc1": "mlp", "fc2": "mlp"}
 """The half of a block that a layer of this role belongs to."""
@@ -57,7 +57,7 @@ class ModuleFrontier:
         """The bits of every layer, "optimal" among module-wise allocations unless the frontier was thinned.
 
         Raises:
-            InfeasibleBudgetError: the lowest widths exceed the budget.
+            InfeasibleBudgetError: the lowest widths exceed the budget, or the lowest that the layers of modules share.
             OverrideError: the layers of a module have no width in common; a layer with one allowed width stands alone.
         """
         started_s = time.perf_counter()
@@ -129,6 +129,8 @@ class _Frontier:
         used = [np.rint(module.usage[limited].T * divisors) for module in modules]
         limits = np.array(list(budget.limits.values())) * divisors * (1 + TOLERANCE)
         least = np.cumsum([module.min(axis=0) for module in used[::-1]], axis=0)[::-1]
+        if (least[0] > limits).any():
+            raise InfeasibleBudgetError(_out_of_reach(budget, least[0] / divisors))
         rest = [*least[1:], np.zeros(len(limited))]
         self.modules, self.thinned = modules, False
         self._picks: list[IntArray] = []
@@ -155,6 +157,19 @@ class _Frontier:
             found[:, module.layers] = module.columns[:, :, picks[state]].T
             state = parents[state]
         return found
+
+
+def _out_of_reach(budget: Budget, least: FloatArray) -> str:
+    """The message for a budget that single layers meet, and modules not. least: what modules use at least, [Q]."""
+    parts = [
+        f"{quantity} {limit:.12g} is below the minimum reachable {minimum:.12g}"
+        for (quantity, limit), minimum in zip(budget.limits.items(), least.tolist(), strict=True)
+        if minimum > limit * (1 + TOLERANCE)
+    ]
+    return (
+        f"the budget {str(budget)!r} cannot be met where the layers of a module share widths: {'; '.join(parts)}; "
+        f"raise it, override all layers of a module alike, or take ModuleFrontier(module_wise=False)"
+    )
 
 
 def _cheapest(cost: FloatArray, usage: FloatArray) -> IntArray:

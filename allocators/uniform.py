@@ -16,7 +16,7 @@ from fxquant.errors import BudgetError
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every layer at the budget's mean widths, or the nearest width its overrides allow.
+    """Every layer at the budget's mean widths, or the nearest width its overrides allow, which may raise the means.
 
     A quantity without a limit leaves its tensors at the widest candidate.
     """
@@ -25,7 +25,8 @@ class Uniform:
         """The uniform bits.
 
         Raises:
-            BudgetError: the budget names bytes or bit operations only, from which no width follows.
+            BudgetError: the budget names bytes, bit operations or a latency only, from which no width follows, or these
+                widths exceed what it says of them.
         """
         started_s = time.perf_counter()
         means: tuple[float | None, float | None] = (budget.mean_weight_bits, budget.mean_activation_bits)
@@ -35,9 +36,16 @@ class Uniform:
             means = (budget.like_uniform_bits, budget.like_uniform_bits)
         widest = table.bits[-1]
         bits = [int(widest if mean is None else min(mean, widest)) for mean in means]
+        assignment = table.uniform(*bits)
+        beyond = [name for name in budget.exceeded(table.usage(assignment, budget)) if not name.startswith("mean_")]
+        if beyond:
+            raise BudgetError(
+                f"Uniform takes its widths from mean bits, and at those of the budget {str(budget)!r} it exceeds its "
+                f"{' and '.join(beyond)}: lower the mean bits, or give an allocator that looks at it, such as Milp()"
+            )
         return Allocation.of(
             table,
-            table.uniform(*bits),
+            assignment,
             budget,
             status="heuristic",
             gap=None,

@@ -21,6 +21,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,18 +133,18 @@ class _Ranks:
 
 
 _team: _Ranks | None = None
-_is_alone = False
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)  # each thread has its own
 _launched_as = 0  # the rank that torchrun has started this process as
 
 
 def count() -> int:
     """How many ranks share what is dealt out: 1 outside of `together`, and inside what is dealt out."""
-    return 1 if _team is None or _is_alone else _team.count
+    return 1 if _team is None or _is_alone.get() else _team.count
 
 
 def number() -> int:
     """This rank's place among those that share what is dealt out, from 0."""
-    return 0 if _team is None or _is_alone else _team.number
+    return 0 if _team is None or _is_alone.get() else _team.number
 
 
 def is_first() -> bool:
@@ -158,13 +159,12 @@ def card() -> dict[str, Any]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, the process waits for no other and shares nothing out."""
-    global _is_alone
-    before, _is_alone = _is_alone, True
+    """Inside, this thread waits for no other process and shares nothing out."""
+    token = _is_alone.set(True)
     try:
         yield
     finally:
-        _is_alone = before
+        _is_alone.reset(token)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def together(given: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     them raises.
     """
     global _team
-    if _is_alone or not _has_group():
+    if _is_alone.get() or not _has_group():
         yield
         return
     if _team is not None:

@@ -25,6 +25,7 @@ from fxquant.artefact.graph_json import Size, graph_to_json, graphs_from_json
 from fxquant.artefact.module_json import CODES, claimed_bits, unpacked_bytes
 from fxquant.artefact.shape_check import check_shapes
 from fxquant.checks import untrusted
+from fxquant.checks.torch_modes import usual
 from fxquant.errors import ArtefactError
 from fxquant.runtime.known_answers import KnownAnswers
 
@@ -66,6 +67,7 @@ class LoadedArtefact(LoadedTexts):
     sizes: dict[Size, GraphModule] = field(default_factory=dict, kw_only=True)
 
 
+@usual()
 def save(
     path: str | PathLike[str],
     graph_module: GraphModule,
@@ -108,6 +110,7 @@ def save(
     write_file(Path(path), content)
 
 
+@usual()
 def load(path: str | PathLike[str]) -> LoadedArtefact:
     """Read a file written by `save`; runs nothing that the file says.
 

@@ -60,7 +60,7 @@ class Report(Document):
         show_layers: bool = True,
     ) -> None:
         """Compute totals and actions. Raises ArtefactError for a card, or notes of a lowering, of the wrong shape."""
-        _check(card)
+        check_card(card)
         self.layers, self.allocation, self.journal, self.card = list(layers), allocation, journal, card
         self.show_layers = show_layers
         self.totals = Totals.of(self.layers, allocation, card)
@@ -141,8 +141,8 @@ def _candidates(journal: Journal) -> list[int]:
     return sorted(checked(widths, listed(whole(1, 32)), "the widths in the journal's cost table"))
 
 
-def _check(card: Mapping[str, Any]) -> None:
-    """Raise ArtefactError where a card from a file is not as `fxquant.compile` writes it."""
+def check_card(card: Mapping[str, Any]) -> None:
+    """Raise ArtefactError where a card is not as `fxquant.compile` writes it, and a report reads it."""
     for name, rule in _CARD.items():
         if card.get(name) is not None:
             checked(card[name], rule, f"the card's '{name}'")

@@ -4,12 +4,13 @@
 - An image with a pixel that is NaN or infinite has NaN as its scores, as in a float model: codes cannot say that there
   was no number. The other images of its batch have the scores they have without it.
 - A batch of no images has no scores, a tensor (0, classes).
+- Autocast has no say: codes are of the numbers that the model was calibrated in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
+from fxquant.checks.torch_modes import without_autocast
 from fxquant.errors import InputError
 from fxquant.graph.nodes import image_of, shape_of
 from fxquant.graph.output_tree import Output, leaves
@@ -67,7 +69,10 @@ class Border:
         self.check(images_bchw, device)
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or isinstance(images_bchw, FakeTensor):
             return model(images_bchw)  # without numbers there is nothing to look at
-        images: Tensor = images_bchw.contiguous()
+        with without_autocast():
+            return self._run(model, images_bchw.contiguous())
+
+    def _run(self, model: Callable[[Tensor], Output], images: Tensor) -> Output:
         is_whole = all(batched or same for batched, same in zip(self.by_image, self.constant, strict=True))
         if len(images) == 0 and is_whole:
             return self._by_image(model(images.new_zeros((1, *self.image_shape))), lambda result: result[:0])
@@ -122,3 +127,24 @@ class Border:
             raise InputError(
                 f"images are on {images_bchw.device}, and the model is on {device}: give images.to('{device}')"
             )
+
+
+def images_of(given: Any, named: Mapping[str, Any], name: str) -> Any:
+    """The images of a call: its first argument, or what it gives by the name of the images.
+
+    Args:
+        given: the first argument, None where there is none.
+        named: what is given by name.
+        name: what the original model calls the images.
+
+    Raises InputError, which is a TypeError too, for anything else by name.
+    """
+    if given is None and list(named) == [name]:
+        return named[name]
+    if named:
+        raise InputError.for_type(
+            f"the model takes images alone, as its first argument or as '{name}', and was given "
+            f"{', '.join(map(repr, named))} by name: what is the same for all images is said when a model is compiled, "
+            f"inputs={{...}}"
+        )
+    return given

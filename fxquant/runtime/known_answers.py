@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.checks.torch_modes import usual
 from fxquant.checks.untrusted import field
 from fxquant.errors import ArtefactError, CalibrationError
 from fxquant.graph.nodes import device_of, image_of
@@ -105,6 +106,7 @@ class KnownAnswers:
     parts: tuple[int, ...] = ()
 
     @classmethod
+    @usual()
     @torch.no_grad()
     def measured(
         cls, simulated: GraphModule, float_output: Output | None = None, pixels: Range | None = None

@@ -54,8 +54,13 @@ def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]
         state: tensors and the description by name, as `state_dict` gave them.
         own: the model's own description.
     """
-    _check_description(own, state.get(f"{prefix.removesuffix('graph_module.')}{EXTRA}"))
-    for name, tensor in graph_module.state_dict(prefix=prefix).items():
+    whole = prefix.removesuffix("graph_module.")
+    for name, found in state.items():
+        if name.startswith(whole) and isinstance(found, Tensor) and found.is_meta:
+            raise StateError(f"'{name}' of the state is on the meta device, where it has no values: load them first")
+    _check_description(own, state.get(f"{whole}{EXTRA}"))
+    mine = graph_module.state_dict(prefix=prefix)
+    for name, tensor in mine.items():
         if name in state:
             _check_like(name, state[name], tensor)
     for path, module in graph_module.named_modules():
@@ -63,6 +68,10 @@ def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]
             module.check_codes(state.get(f"{prefix}{path}.weight_codes"), path)
         elif isinstance(module, Quantizer):
             _check_scales(f"{prefix}{path}", module, state)
+    for name, tensor in mine.items():
+        # A mask may be infinite, where it was before.
+        if name in state and not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
+            raise StateError(f"'{name}' of the state has NaN or infinite values: take that of a model that works")
 
 
 def _check_description(own: Tensor, found: Any) -> None:

@@ -2,8 +2,8 @@
 
 An iterable is gone through once, and what it gives is held as one tensor: at most `MOST_IMAGES` images and
 `MOST_BYTES`, since a loader over a whole data set would fill any memory, and 32 images are usual. One that gives more
-is refused when it does. Its items are images (C, H, W), batches (B, C, H, W), tuples or lists that begin with one of
-these, as (images, labels) of a DataLoader, or dicts that have them under a usual key.
+is refused when it does. Its items are images (C, H, W), batches (B, C, H, W), lists of images, tuples or lists that
+begin with one of these, as (images, labels) of a DataLoader, or dicts that have them under a usual key.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _KEYS = ("pixel_values", "images", "image", "x")
 
 
 def gathered(given: Any) -> Tensor:
-    """One tensor (N, C, H, W) of a tensor, which is handed on as it is, or of an iterable; see the module.
+    """One tensor (N, C, H, W), without gradients, of a tensor, which is not copied, or of an iterable; see the module.
 
     Raises CalibrationError, naming the item, for what are no images of one shape and dtype, and for too many.
     """
     if isinstance(given, Tensor):
-        return given
+        return given.detach()
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping) or hasattr(given, "__array__"):
         raise CalibrationError.for_type(
             f"calibration images are a tensor (N, C, H, W), or a list or DataLoader of such, not a "
@@ -53,7 +53,7 @@ def gathered(given: Any) -> Tensor:
         batches.append(batch)
     if not batches:
         raise CalibrationError("the calibration iterable gives nothing: a generator can be gone through only once")
-    return torch.cat(batches)
+    return torch.cat(batches).detach()
 
 
 def _next(iterator: Any, place: int) -> Any:
@@ -71,6 +71,8 @@ def _batch(item: Any, place: int) -> Tensor:
     found = item
     if isinstance(found, Mapping):
         found = next((found[key] for key in _KEYS if key in found), None)
+    elif isinstance(found, list) and len(found) > 1 and _are_images(found):
+        found = torch.stack(found)
     elif isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim not in (3, 4):
@@ -80,3 +82,9 @@ def _batch(item: Any, place: int) -> Tensor:
             f"labels) or a dict with {', '.join(map(repr, _KEYS))}"
         )
     return found if found.ndim == 4 else found[None]
+
+
+def _are_images(items: list[Any]) -> bool:
+    """Whether all of these are images (C, H, W) of one shape and dtype, as loaders that put nothing together give."""
+    kinds = {(item.shape, item.dtype) if isinstance(item, Tensor) and item.ndim == 3 else None for item in items}
+    return len(kinds) == 1 and None not in kinds

@@ -18,6 +18,7 @@ from allocators.allocation import Allocation
 from fxquant.artefact import artefact
 from fxquant.artefact.container import write_file
 from fxquant.checks.hints import checked
+from fxquant.checks.torch_modes import exact
 from fxquant.errors import ArtefactError, BackendError, ExportError, VerificationError
 from fxquant.export.onnx_check import check_in_onnxruntime
 from fxquant.export.onnx_file import to_onnx
@@ -31,6 +32,7 @@ from fxquant.graph.structure import pattern
 from fxquant.report import summary
 from fxquant.report.picture import write_picture
 from fxquant.report.tables import Report
+from fxquant.runtime.border import images_of
 from fxquant.runtime.known_answers import KnownAnswers
 from fxquant.runtime.layer_row import LayerRow
 from fxquant.runtime.mac_shares import checked_shares, with_execution
@@ -40,6 +42,9 @@ from passes.lower.lower import SIMULATED, Lower, execution_summary
 from passes.pipeline.contract import PassContext
 from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
+
+IMAGE_ARGUMENT = "image_argument"
+"""In a card: what the forward of the model that was compiled calls the images."""
 
 
 class Compiled(FixedModule):
@@ -56,8 +61,8 @@ class Compiled(FixedModule):
             dicts.
         sizes: by (height, width), graphs for images of other sizes, which call the same modules.
 
-    It stays in inference mode and in the dtype it was compiled in. `state_dict` holds all its numbers and fits models
-    compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
+    It stays in inference mode and in the dtype it was compiled in, under autocast too. `state_dict` holds all its
+    numbers and fits models compiled alike; a lowered model has none. It can be copied, and pickled as its artefact.
     """
 
     def __init__(
@@ -76,16 +81,18 @@ class Compiled(FixedModule):
         self.allocation, self.journal, self.layers, self.card = allocation, journal, layers, card
         self.register_load_state_dict_post_hook(_answer_anew)  # type: ignore[no-untyped-call]
 
-    def forward(self, images_bchw: Tensor) -> Any:
+    def forward(self, images_bchw: Tensor | None = None, **named: Any) -> Any:
         """Float (B, C, H, W) images to what the original model returns for them: a tensor, or tensors in the same tree.
 
+        Images may be given by the name that the original has for them too, `model(pixel_values=images)`.
         An image with a NaN or infinite pixel gives NaN, and leaves the others as they are; no images give (0, ...).
         Images are of the size it was calibrated on or one of `image_sizes`, all of a batch alike.
         Raises InputError for images of another shape, dtype, layout or device, a TypeError too for what is no tensor.
         """
-        at_size = None if self.sizes is None else self.sizes.at(images_bchw)
+        images = images_of(images_bchw, named, str(self.card.get(IMAGE_ARGUMENT, "images_bchw")))
+        at_size = None if self.sizes is None else self.sizes.at(images)
         graph_module, border = at_size or (self.graph_module, self.border)
-        output = border.run(graph_module, images_bchw, self._device())
+        output = border.run(graph_module, images, self._device())
         return output if self.tree.is_bare else self.tree.build(leaves(output))
 
     def report(self) -> Report:
@@ -117,21 +124,7 @@ class Compiled(FixedModule):
         BackendError where the backend cannot run here, or computes something else, naming the first layer that differs;
         MissingExtraError without its extra.
         """
-        pipeline = Pipeline([Lower(backend)], assumes=[QUANTIZED])
-        journal = Journal(list(self.journal.entries))
-        graph_module = pipeline.run(on_cpu(self.graph_module), PassContext(journal=journal, answers=self.answers))
-        sizes: dict[tuple[int, int], GraphModule] = {}
-        for size, graph in (self.sizes.graphs if self.sizes else {}).items():
-            sizes[size] = pipeline.run(on_cpu(graph), PassContext(answers=self._answers_at(graph)))
-            share_tensors(graph_module, sizes[size])
-        kernels = execution_of(graph_module)
-        layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in self.layers]
-        shares = with_execution(checked_shares(self.card.get("multiply_accumulates")), layers)
-        summary = execution_summary(kernels)
-        if (in_float := shares.get("float_share", 0.0)) > 0:
-            summary += f"; {in_float:.1%} of all multiply-accumulates stay in float"
-        card = {**self.card, "execution": summary, "multiply_accumulates": shares}
-        return Compiled(graph_module, self.allocation, journal, layers, card, self.answers, self.tree, sizes)
+        return lowered_by(Pipeline([Lower(backend)], assumes=[QUANTIZED]), self, PassContext())
 
     def _answers_at(self, graph_module: GraphModule) -> KnownAnswers:
         """Known answers of the graph of another size, which no file holds."""
@@ -144,7 +137,7 @@ class Compiled(FixedModule):
         """
         if self.answers is None:
             return 0.0
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             output = self.graph_module(self.answers.images_for(self.graph_module).to(self._device()))
         found = self.answers.difference(output)
         if not found <= self.answers.tolerance:
@@ -240,6 +233,31 @@ class Compiled(FixedModule):
         height, width = self.border.image_shape[1:]
         other = None if size is None else sizes.named(size, (height, width))
         return self.graph_module if other is None else other
+
+
+def lowered_by(pipeline: Pipeline, model: Compiled, context: PassContext) -> Compiled:
+    """A simulated model lowered, with what it says of itself; see `Compiled.lowered`, which this is but for the passes.
+
+    Args:
+        pipeline: passes on a quantized graph that lower it.
+        model: stays as it is.
+        context: images and seed for the passes; the journal and the known answers are the model's.
+    """
+    journal = Journal(list(model.journal.entries))
+    given = replace(context, journal=journal, answers=model.answers, expected=None)
+    graph_module = pipeline.run(on_cpu(model.graph_module), given)
+    sizes: dict[tuple[int, int], GraphModule] = {}
+    for size, graph in (model.sizes.graphs if model.sizes else {}).items():
+        sizes[size] = pipeline.run(on_cpu(graph), PassContext(answers=model._answers_at(graph)))
+        share_tensors(graph_module, sizes[size])
+    kernels = execution_of(graph_module)
+    layers = [replace(row, execution=kernels.get(row.layer, row.execution)) for row in model.layers]
+    shares = with_execution(checked_shares(model.card.get("multiply_accumulates")), layers)
+    execution = execution_summary(kernels)
+    if (in_float := shares.get("float_share", 0.0)) > 0:
+        execution += f"; {in_float:.1%} of all multiply-accumulates stay in float"
+    card = {**model.card, "execution": execution, "multiply_accumulates": shares}
+    return Compiled(graph_module, model.allocation, journal, layers, card, model.answers, model.tree, sizes)
 
 
 def _answer_anew(model: Compiled, incompatible_keys: object) -> None:

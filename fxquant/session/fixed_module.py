@@ -58,7 +58,7 @@ class FixedModule(nn.Module):
         Args:
             state_dict: as `state_dict` of a model compiled alike gave it.
             strict: whether all of them have to be there.
-            assign: as torch has it; tensors are copied in any case.
+            assign: as torch has it, the state's own tensors become the model's.
 
         Raises StateError, and changes nothing, for every other state.
         """

@@ -27,7 +27,8 @@ from allocators.problem.cost_table import CostTable
 from fxquant import ranks
 from fxquant.checks.arguments import number
 from fxquant.checks.hints import checked
-from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError
+from fxquant.checks.torch_modes import exact
+from fxquant.errors import BY_ARGUMENT, BudgetError, CalibrationError, OptionError
 from fxquant.graph.nodes import device_of
 from fxquant.report.plots import plot_frontier
 from fxquant.report.progress import shown
@@ -183,6 +184,8 @@ def _frontier(
     lowest = budget_at(axis, min(limits)) if limits else None
     if lowest is not None:
         session.check(lowest)
+    if images is not None and realised == "divergence":
+        _check_like(images, session.calibration, options.get("image_sizes") or ())
     table = session.cost_table("W8A8, 1ms" if axis == "latency_ms" else "W8A8", lowest)
     wanted = default_limits(table, axis) if limits is None else limits
     task = progress.track("solving budgets", len(wanted))
@@ -209,6 +212,27 @@ def _frontier(
     return Frontier(axis, tuple(points), tuple(losses), name, session.objective.unit)
 
 
+def _check_like(images: Tensor, calibration: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise CalibrationError unless the float model and the compiled ones take images of this shape and dtype.
+
+    Args:
+        images: float (N, C, H, W), what is to be measured.
+        calibration: the images that the model is calibrated on.
+        sizes: further (height, width) that the compiled models take.
+    """
+    known = [tuple(calibration.shape[2:]), *map(tuple, sizes)]
+    if images.shape[1] != calibration.shape[1] or tuple(images.shape[2:]) not in known:
+        raise CalibrationError(
+            f"the images to measure on have shape {tuple(images.shape)}, and the model is calibrated on "
+            f"{tuple(calibration.shape)}: resize them alike"
+        )
+    if images.dtype != calibration.dtype:
+        raise CalibrationError(
+            f"the images to measure on are {images.dtype}, and those of the calibration {calibration.dtype}: give "
+            f"images.to({calibration.dtype})"
+        )
+
+
 def _compiled(session: Session, point: FrontierPoint) -> Compiled:
     return session.compile(point.allocation.budget, _Known(point.allocation))
 
@@ -230,9 +254,10 @@ class _Divergence:
     def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
         batches = torch.split(images_bchw, batch_size)
         self._objective, self._batches = objective, [batch.to(device_of(model)) for batch in batches]
-        with torch.inference_mode():
+        with exact(), torch.inference_mode():
             self._expected = [self._doubled(model(batch)) for batch in self._batches]
 
+    @exact()
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
         def divergence(pair: tuple[Tensor, Outputs]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.graph.capture.model_checks import check_model
-from fxquant.graph.capture.plain_model import copy_of
+from fxquant.graph.capture.plain_model import copy_of, unwrapped
 from fxquant.graph.capture.tracing import trace
 from fxquant.graph.nodes import device_of
 from fxquant.graph.output_tree import Output, Tree, flat
@@ -92,7 +93,7 @@ class ModelSource:
         if isinstance(self._given, Synthesis):
             found = trace_without_images(self._model, self._pictures, self._inputs)
         else:
-            found = trace(self._model, self._given[:2], inputs=self._inputs)
+            found = trace(self._model, _two(self._given), inputs=self._inputs)
         task.advance()
         task.close()
         return found
@@ -147,7 +148,7 @@ class ModelSource:
     @property
     def first_images(self) -> Tensor:
         """The first two images, where the model is; one of them twice where there is one."""
-        return self.images[torch.arange(IMAGES) % len(self.images)].to(device_of(self._model))
+        return _two(self.images).to(device_of(self._model))
 
     def float_model(self) -> nn.Module:
         """A copy of the caller's model in inference mode, with all that hangs on it and its fixed inputs."""
@@ -162,6 +163,12 @@ class ModelSource:
         with torch.no_grad():
             tree, outputs = flat(model(first.clone()))
             return ModelOutputs(outputs, flat(model(more))[1], tree)
+
+    @property
+    def argument(self) -> str | None:
+        """What the model's forward calls the images; None where they have no name."""
+        first = next(iter(inspect.signature(unwrapped(self._model).forward).parameters.values()))
+        return first.name if first.kind is first.POSITIONAL_OR_KEYWORD else None
 
     def given_up(self) -> GraphModule:
         """The traced model, to be changed in place; the source keeps its images and outputs and traces no more."""
@@ -198,3 +205,8 @@ class ModelSource:
         """For the protocol card."""
         given = self._given
         return given.described(self._seed) if isinstance(given, Synthesis) else f"{len(given)} images given"
+
+
+def _two(images_bchw: Tensor) -> Tensor:
+    """The first two images, or the only one twice: in a batch of one, what all images share looks like the image's."""
+    return images_bchw[[place % len(images_bchw) for place in range(IMAGES)]]

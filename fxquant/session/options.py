@@ -53,7 +53,7 @@ class SessionOptions(SharedOptions, total=False):
     ]
     card: Annotated[
         "collections.abc.Mapping[str, typing.Any] | None",
-        "Entries to add to the protocol card, for example the name of the data.",
+        "Entries to add to the protocol card, for example the name of the data; none of what the call finds out.",
     ]
 
 

@@ -11,16 +11,42 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxquant import ranks
+from fxquant.checks.arguments import json_values
+from fxquant.errors import ArtefactError, OptionError
 from fxquant.graph.annotation import Candidate, Operand, Role, annotation_of, nodes_with_role
 from fxquant.graph.notes import COVERAGE, EXPORTED
+from fxquant.report.tables import check_card
 from fxquant.runtime.layer_row import LayerRow, OperandRow
 from fxquant.runtime.mac_shares import mac_shares
+from fxquant.session.compiled import IMAGE_ARGUMENT
 from fxquant.session.model_source import ModelSource
 from passes.allocate.measure_latency import MeasureLatency
 from passes.lower.lower import SIMULATED, backend_summary
 from passes.pipeline.contract import Pass
 from passes.pipeline.pipeline import Pipeline
 from passes.substitute.substitute_quantizers import chosen
+
+_OF_THE_CALL = frozenset({
+    "parameters", "calibration_images", "image_shape", IMAGE_ARGUMENT, "image_sizes", "labels_used", "seed",
+    "distributed", "objective", "pipeline", "stays_float", "first_last_weight_bits", "execution", "backend", "latency",
+    "captured_by", "multiply_accumulates", "coverage", "versions", "layers",
+})  # fmt: skip
+"""Entries of a card that are found out, and that nobody else can know."""
+
+
+def checked_entries(given: Any) -> dict[str, Any]:
+    """A caller's own entries for the card, JSON values by name; what the model and its images are called may be theirs.
+
+    Raises OptionError for anything else, for an entry that only the call can know, and for one that no report can show.
+    """
+    card = json_values("card", given, OptionError)
+    if known := sorted(_OF_THE_CALL & card.keys()):
+        raise OptionError(f"the card's '{known[0]}' is what the compile finds out: give your entry another name")
+    try:
+        check_card(card)
+    except ArtefactError as error:
+        raise OptionError(f"{error}: give your entry another name") from error
+    return card
 
 
 def layer_rows(graph_module: GraphModule) -> list[LayerRow]:
@@ -87,6 +113,7 @@ def protocol_card(
         "calibration": source.described,
         "calibration_images": len(source.images),
         "image_shape": list(source.images.shape[1:]),
+        **({} if source.argument is None else {IMAGE_ARGUMENT: source.argument}),
         **({"image_sizes": [list(sized.size) for sized in source.sized]} if source.sized else {}),
         "labels_used": any(_uses_labels(step) for step in pipeline),
         "seed": source.context.seed,

@@ -23,7 +23,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -33,8 +32,9 @@ from allocators.problem.budget import Budget
 from allocators.problem.cost_table import CostTable
 from fxquant import ranks
 from fxquant.artefact.cache import Cache
-from fxquant.checks.arguments import json_values, shown
+from fxquant.checks.arguments import shown
 from fxquant.checks.hints import checked
+from fxquant.checks.torch_modes import exact
 from fxquant.errors import BY_ARGUMENT, BudgetError, OptionError, PipelineError
 from fxquant.graph.capture.exported import module_of_program
 from fxquant.graph.facts import LOWERED, QUANTIZED
@@ -43,10 +43,10 @@ from fxquant.report.progress import bars_for, quiet
 from fxquant.runtime.known_answers import KnownAnswers, range_of
 from fxquant.sensitivity.objective import Objective
 from fxquant.session.calibration_images import gathered
-from fxquant.session.compiled import Compiled, load
+from fxquant.session.compiled import Compiled, load, lowered_by
 from fxquant.session.model_source import ModelSource
 from fxquant.session.options import DEFAULT_BATCH_SIZE, DEFAULT_OBJECTIVE, DEFAULT_RECIPE, DEFAULT_SEED, SessionOptions
-from fxquant.session.protocol_card import layer_rows, protocol_card
+from fxquant.session.protocol_card import checked_entries, layer_rows, protocol_card
 from fxquant.session.sizes import checked_sizes
 from fxquant.synthesis.pictures import Synthesis
 from passes.allocate.allocate_bits import ALLOCATION, AllocateBits
@@ -100,7 +100,7 @@ class Session:
                     "was exported"
                 )
             model = module_of_program(model)
-        self.model, self.card = model, json_values("card", options.get("card") or {}, OptionError)
+        self.model, self.card = model, checked_entries(options.get("card") or {})
         if calibration is not None and not isinstance(calibration, Synthesis):
             calibration = gathered(calibration)
             check_images(calibration)
@@ -149,18 +149,18 @@ class Session:
     @property
     def calibration(self) -> Tensor:
         """The calibration images, float (N, C, H, W); synthesised when first asked for where none were given."""
-        with torch.inference_mode(False), self._bars:
+        with exact(), self._bars:
             return self._source.images
 
     def float_model(self) -> nn.Module:
         """A copy of the model in inference mode, called with images alone: what quantized ones are held against."""
-        with torch.inference_mode(False):
+        with exact():
             return self._source.float_model()
 
     @property
     def objective(self) -> Objective:
         """What quantization must keep of the output. Raises as `fxquant.trace` where the model cannot be traced."""
-        with torch.inference_mode(False):
+        with exact():
             return self._source.objective
 
     @checked(BudgetError)
@@ -186,12 +186,12 @@ class Session:
     def _with_sizes(self, pipeline: Pipeline) -> Pipeline:
         return Pipeline((*pipeline, AddSizes()), pipeline.assumes) if self._sizes else pipeline
 
-    @torch.inference_mode(False)
+    @exact()
     def check(self, budget: Any, allocator: Allocator | None = None) -> None:
         """Refuse a budget that cannot be met, before anything is calibrated. Raises as `fxquant.compile` does."""
         check_budget(self.pipeline(budget, allocator), self._source.with_roles)
 
-    @torch.inference_mode(False)
+    @exact()
     def compile(self, budget: Any, allocator: Allocator | None = None, *, last: bool = False) -> Compiled:
         """The model quantized within one budget; calibrates and searches on the first call only.
 
@@ -216,17 +216,22 @@ class Session:
 
     def _compile(self, pipeline: Pipeline, last: bool) -> Compiled:
         check_budget(pipeline, self._source.with_roles)
-        prefix, rest = split(pipeline)
+        # The report, the known answers and the file are of the simulated graph, which a lowering is held against.
+        lowers = [LOWERED in step.provides for step in pipeline]
+        end = lowers.index(True) if True in lowers else len(pipeline)
+        prefix, rest = split(pipeline[:end])
         if last and not self._searched:
             context = replace(self._source.context, journal=Journal())
             is_kept = context.cache.folder is not None  # as what differs from the traced model
             traced = self._source.traced if is_kept else self._source.given_up()
             searched = run_prefix(prefix, traced, context, in_place=not is_kept)
-            return self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
-        searched, context = self._after_search(prefix)
-        return self._compiled(pipeline, rest.run(searched, context), context.journal)
+            found = self._compiled(pipeline, rest.run(searched, context, in_place=True), context.journal)
+        else:
+            searched, context = self._after_search(prefix)
+            found = self._compiled(pipeline, rest.run(searched, context), context.journal)
+        return found if end == len(pipeline) else lowered_by(pipeline[end:], found, context)
 
-    @torch.inference_mode(False)
+    @exact()
     @checked(BudgetError)
     def cost_table(self, budget: Any = "W8A8", lowest: Budget | None = None) -> CostTable:
         """The allocation problem, with overrides and policies applied; calibrates on the first call only.
@@ -242,7 +247,7 @@ class Session:
         allocate = next(step for step in pipeline if isinstance(step, AllocateBits))
         return allocate.without_narrow(allocate.cost_table(found), lowest)
 
-    @torch.inference_mode(False)
+    @exact()
     def searched(self) -> GraphModule:
         """The graph with quantizers found at every width and none chosen; calibrates on the first call only.
 

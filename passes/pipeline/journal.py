@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ class JournalEntry:
         step: the repr of the pass.
         nodes_changed: how many nodes it changed.
         seconds: how long the pass took by the clock.
-        peak_mib: largest resident memory of the process so far, in MiB.
+        peak_mib: see `peak_mib`.
         notes: what the pass says of its run, JSON values.
     """
 
@@ -58,3 +59,13 @@ class Journal:
         self.entries.append(JournalEntry(step, nodes_changed, seconds, peak_mib, self.pending))
         self.pending = {}
         _LOGGER.info("%s: %d nodes changed, %.2f s", step, nodes_changed, seconds)
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far, in MiB; 0 where the system does not say, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

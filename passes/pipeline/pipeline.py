@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,10 +20,12 @@ from torch.fx import GraphModule
 
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import checked, fitted
+from fxquant.checks.torch_modes import usual
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.facts import QUANTIZED, TRACED, Fact, declare, facts_of, known_after, verify
 from fxquant.graph.nodes import image_of
 from passes.pipeline.contract import Dependent, Pass, PassContext, check_images
+from passes.pipeline.journal import peak_mib
 from passes.pipeline.proof import Proof
 
 
@@ -133,6 +134,7 @@ class Pipeline:
         self.position(kind)
         return Pipeline((step for step in self.passes if not isinstance(step, kind)), self.assumes)
 
+    @usual()
     @checked(PipelineError)
     def run(
         self,
@@ -181,8 +183,7 @@ class Pipeline:
             is_part = context.expected is not None and QUANTIZED not in facts_of(graph_module)
             if index + 1 == len(self.passes) and not is_part:
                 proof.finish(graph_module, context)
-            peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib)
+            context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib())
             if passed is not None:
                 passed(graph_module)
             task.advance()
@@ -193,13 +194,18 @@ class Pipeline:
 def _check_images(graph_module: GraphModule, images_bchw: Tensor | None) -> None:
     if images_bchw is None:
         return
-    traced = image_of(graph_module).meta["tensor_meta"].shape
-    if images_bchw.shape[1:] != traced[1:]:
+    traced = image_of(graph_module).meta["tensor_meta"]
+    if images_bchw.shape[1:] != traced.shape[1:]:
         raise CalibrationError(
-            f"images of the context have shape {tuple(images_bchw.shape)}, and the graph takes {tuple(traced[1:])} for "
-            f"each: resize them or trace again"
+            f"images of the context have shape {tuple(images_bchw.shape)}, and the graph takes "
+            f"{tuple(traced.shape[1:])} for each: resize them or trace again"
         )
     check_images(images_bchw, minimum=0)
+    if images_bchw.dtype != traced.dtype:
+        raise CalibrationError(
+            f"images of the context are {images_bchw.dtype}, and the graph takes {traced.dtype}: prepare them as the "
+            f"model wants them, then images.to({traced.dtype})"
+        )
 
 
 def _listed(facts: Iterable[Fact]) -> str:

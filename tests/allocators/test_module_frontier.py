@@ -130,6 +130,14 @@ def test_overrides() -> None:
         ModuleFrontier().allocate(CostTable(**values), Budget.parse("W6A6"))
 
 
+def test_a_budget_that_layers_meet_and_modules_do_not_is_refused() -> None:
+    """Both layers of a half follow one that is pinned; the lowest widths of the layers alone are no promise."""
+    table, budget = block_table(0).override({"blocks.0.mlp.fc1": (6, None)}), Budget.parse("W2.8")
+    table.check_feasible(budget)
+    with pytest.raises(InfeasibleBudgetError, match=r"mean_weight_bits 2.8 is below .* 3.23\d*; .*module_wise=False"):
+        ModuleFrontier(tie_weights_and_activations=False).allocate(table, budget)
+
+
 def test_refusals() -> None:
     with pytest.raises(InfeasibleBudgetError):
         ModuleFrontier().allocate(block_table(0), Budget.parse("W1.5"))

@@ -87,6 +87,7 @@ def without(state: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 SCALE, CODES = "graph_module.fc.input_quantizer.scale", "graph_module.fc.weight_codes"
+BIAS = "graph_module.fc.bias"
 REFUSED: dict[str, Any] = {
     "of another width": (lambda s: quantized(bits=4).state_dict(), "has other settings for the quantizer"),
     "of a float model": (lambda s: SmallNet().state_dict(), "the state lacks '_extra_state'"),
@@ -97,6 +98,8 @@ REFUSED: dict[str, Any] = {
     "with another dtype": (lambda s: changed(s, CODES, s[CODES].float()), "is torch.float32"),
     "with codes beyond the width": (lambda s: changed(s, CODES, s[CODES] * 0 + 100), "are of another width"),
     "with a scale of NaN": (lambda s: changed(s, SCALE, s[SCALE] * torch.nan), "NaN, infinite or not positive"),
+    "with a bias of NaN": (lambda s: changed(s, BIAS, s[BIAS] * torch.nan), "bias' of the state has NaN or infinite"),
+    "without values": (lambda s: {name: each.to("meta") for name, each in s.items()}, "on the meta device"),
     "with no tensor": (lambda s: changed(s, SCALE, 3.0), "is float, not torch.float32"),
     "no mapping": (lambda s: list(s), "not a list"),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxquant
-from fxquant.errors import CalibrationError, TraceError
+from fxquant.errors import CalibrationError, InputError, TraceError
 from fxquant.graph.capture.tracing import trace
 from fxquant.session.calibration_images import MOST_IMAGES, gathered
 from tests.models import images, vit
@@ -41,6 +42,7 @@ GIVEN = {
     "generator": (image for image in IMAGES),
     "loader": DataLoader(TensorDataset(IMAGES), batch_size=4),
     "loader with labels": DataLoader(TensorDataset(IMAGES, torch.arange(6)), batch_size=4),
+    "loader of lists of images": DataLoader(list(IMAGES), batch_size=4, collate_fn=list),
     "loader of dicts": DataLoader([{"pixel_values": image, "labels": 1} for image in IMAGES], batch_size=4),
 }
 
@@ -48,6 +50,12 @@ GIVEN = {
 @pytest.mark.parametrize("name", GIVEN)
 def test_images_come_in_order_from_whatever_holds_them(name) -> None:
     assert torch.equal(gathered(GIVEN[name]), IMAGES)
+
+
+def test_images_with_gradients_have_none() -> None:
+    given = IMAGES.clone().requires_grad_()
+    assert not gathered(given).requires_grad
+    assert not gathered([given]).requires_grad
 
 
 def test_an_endless_loader_is_left_when_it_has_given_too_many() -> None:
@@ -113,6 +121,20 @@ def test_inputs_have_their_value_in_whatever_is_made_of_the_model() -> None:
     assert type(found) is tuple
     for one, other in zip(found, wanted, strict=True):
         assert torch.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.99
+
+
+def test_images_are_taken_by_the_name_that_the_model_has_for_them(tmp_path: Path) -> None:
+    inputs, x = {"mask": MASK, "scale": 2.0}, images(3)
+    model = fxquant.compile(Asks().eval(), "W8A8", calibration=images(2), recipe="naive_min_max", inputs=inputs)
+    model.save(tmp_path / "model.fxq")
+    for each in (model, fxquant.load(tmp_path / "model.fxq"), model.lowered("cpu-native")):
+        assert torch.equal(each(image=x), each(x))
+    for arguments, named in (((), {"x": x}), ((x,), {"image": x}), ((), {"image": x, "scale": 2.0})):
+        with pytest.raises(InputError, match=r"or as 'image', and was given '.*inputs=") as error:
+            model(*arguments, **named)
+        assert isinstance(error.value, TypeError)
+    with pytest.raises(InputError, match="the model takes images, a tensor"):
+        model()
 
 
 @pytest.mark.parametrize(

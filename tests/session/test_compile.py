@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.data import embedded
-from fxquant.errors import (
-    InputError,
-)
+from fxquant.errors import InputError, OptionError
 from fxquant.graph.annotation import Role
 from fxquant.session.compiled import Compiled
+from fxquant.session.protocol_card import _OF_THE_CALL
+from passes.lower.lower import Lower
+from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best, naive_min_max
 from tests.models import SWIN, VIT, embedded_compiled, images, timm_model, vit
 
@@ -126,10 +127,39 @@ def test_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_recipe_that_lowers_reports_what_it_has_lowered() -> None:
+    """Kernels take the place of layers in the graph; the report, the journal and the answers are of all layers."""
+    model, x, pipeline = vit(depth=1), images(4), naive_min_max("W6A6")
+    alone = fxquant.compile(model, None, calibration=x, recipe=pipeline)
+    lowered = fxquant.compile(model, None, calibration=x, recipe=Pipeline([*pipeline, Lower("cpu-native")]))
+    assert torch.equal(lowered(x), alone.lowered("cpu-native")(x))
+    assert lowered.card["execution"] == alone.lowered("cpu-native").card["execution"]
+    assert lowered.card["execution"].startswith("integer: 8 of 8 layers")
+    assert lowered.report().totals.to_dict() == alone.report().totals.to_dict()
+    assert [row.layer for row in lowered.layers] == [row.layer for row in alone.layers]
+    assert len(lowered.journal.entries) == len(pipeline) + 1
+    assert lowered.card["pipeline"][-1] == repr(Lower("cpu-native"))
+
+
 @pytest.mark.quick
 def test_one_image_is_enough() -> None:
     compiled = fxquant.compile(vit(depth=1), "W4A4", calibration=images(1))
     assert bool(torch.isfinite(compiled(images(3))).all())
+
+
+def test_positions_that_all_images_share_are_not_the_images_own_where_there_is_one() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Linear(192, 16), nn.LayerNorm(16), nn.Linear(16, 5)
+            self.positions = nn.Parameter(torch.randn(1, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            patches = x.reshape(-1, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 192)
+            return self.head(self.norm(self.embed(patches) + self.positions).mean(1))
+
+    compiled = fxquant.compile(Patches().eval(), "W8A8", calibration=images(1), recipe="naive_min_max")
+    assert (compiled.lowered("cpu-native")(images(3)) - compiled(images(3))).abs().max() < 1e-5
 
 
 def test_double_models() -> None:
@@ -152,6 +182,25 @@ def test_options_reach_the_graph() -> None:
     assert rows["fc1"].pinned
     assert compiled.card["data"] == "noise"
     assert compiled.card["first_last_weight_bits"] == {"patch_embed": [8], "head": [8]}
+
+
+@pytest.mark.parametrize(
+    ("card", "text"),
+    [
+        ({"execution": "very fast"}, "the card's 'execution' is what the compile finds out"),
+        ({"versions": {"torch": "9"}}, "'versions' is what the compile finds out"),
+        ({"recipe": 3}, "the card's 'recipe' is 3, not a text: give your entry another name"),
+    ],
+)
+def test_entries_of_the_card_that_nobody_else_knows_are_refused(card: dict[str, object], text: str) -> None:
+    """They would make the report false, and some of them a file that cannot be loaded."""
+    with pytest.raises(OptionError, match=text):
+        fxquant.Session(vit(depth=1), images(2), card=card)
+
+
+def test_the_call_alone_writes_what_it_finds_out() -> None:
+    card = embedded_compiled().card
+    assert card.keys() - _OF_THE_CALL == {"model", "calibration"}
 
 
 def test_fully_quantized() -> None:

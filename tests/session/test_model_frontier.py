@@ -100,6 +100,18 @@ def test_options_of_no_use_are_refused_at_once(options: dict[str, object], text:
         fxquant.frontier(vit(depth=1), images(3), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [(images(2, 48), r"shape \(2, 3, 48, 48\).*resize"), (images(2).double(), "are torch.float64")],
+)
+def test_images_that_the_model_does_not_take_are_refused_before_anything_is_solved(
+    measured: torch.Tensor, text: str
+) -> None:
+    options: dict[str, Any] = {"recipe": "naive_min_max", "bits": (4, 8), "realised": "divergence"}
+    with pytest.raises(CalibrationError, match=text):
+        fxquant.frontier(vit(depth=1), images(2), limits=[4], images=measured, **options)
+
+
 def test_outputs_that_are_no_class_scores_have_the_divergence_of_their_features() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

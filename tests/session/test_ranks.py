@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,3 +98,27 @@ def test_without_a_process_group_everything_is_done_here() -> None:
         assert shown == [1, 1, 1]
         assert ranks.once("asking", lambda: 7) == 7
         assert ranks.from_all("telling", "here") == ["here"]
+
+
+def test_threads_that_take_turns_leave_nobody_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread deals out makes neither another thread alone, nor the process for good."""
+    monkeypatch.setattr(ranks, "_team", SimpleNamespace(number=1, count=2))
+    inside, over = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with ranks.alone():
+            inside.set()
+            over.wait(10)
+
+    def last() -> int:
+        inside.wait(10)
+        before = ranks.count()
+        with ranks.alone():
+            over.set()
+            thread.join(10)
+        return before
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert last() == 2
+    assert (ranks.count(), ranks.number()) == (2, 1)

@@ -151,6 +151,10 @@ class TestEditing:
             Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(2, 48)))
         with pytest.raises(CalibrationError, match="NaN"):
             Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(2) / 0))
+        with pytest.raises(
+            CalibrationError, match=r"are torch.float64, and the graph takes torch.float32: .*images\.to"
+        ):
+            Pipeline([AssignRoles(), FoldSqb()]).run(graph, PassContext(images(2).double()))
 
     def test_before_after_replace_without(self) -> None:
         pipeline = mptq_vit(4)
