@@ -37,6 +37,7 @@ from benchmarks.conformance_models import other_models, timm_models, transformer
 from benchmarks.conformance_models.case import Case, rescaled
 from fxquant.errors import FxQuantError
 from fxquant.graph.annotation import Role, annotation_of
+from fxquant.graph.nodes import elements_of
 from fxquant.graph.output_tree import flatten
 from fxquant.graph.structure.kind import Kind, kind_of
 from fxquant.session.compiled import Compiled
@@ -124,8 +125,8 @@ def check(case: Case, folder: Path, export: bool = True) -> Found:
 def _check(case: Case, folder: Path, found: Found, export: bool) -> None:
     """The stages, one after the other, until something is wrong."""
     torch.manual_seed(0)
-    model = rescaled(case.build())
     images = torch.randn(IMAGES, 3, *case.size, generator=torch.Generator().manual_seed(1))
+    model = rescaled(case.build(), images, case.inputs)
     expected = model(images, **case.inputs)
     found.stage = "compile"
     compiled = fxquant.compile(model, "W8A8", calibration=images, inputs=case.inputs or None, progress=False)
@@ -177,16 +178,21 @@ def _attentions(compiled: Compiled, found: Found) -> str:
 
 
 def _weighs_values(softmax: Node) -> bool:
-    """Whether a quantized product with values reads a softmax, itself or blended with others."""
+    """Whether a quantized product with values reads a softmax, itself, blended with others or its heads mixed."""
     waiting, seen = list(softmax.users), set[Node]()
     while waiting:
         node = waiting.pop()
         if annotation_of(node).role is Role.AV:
             return True
-        if node not in seen and not annotation_of(node).has_bits:
+        if node not in seen and (not annotation_of(node).has_bits or _mixes_heads(node, softmax)):
             waiting += node.users
         seen.add(node)
     return False
+
+
+def _mixes_heads(node: Node, softmax: Node) -> bool:
+    """Whether a layer is of no block's MLP or attention, and gives as many numbers as the softmax."""
+    return annotation_of(node).role is Role.LINEAR and elements_of(node) == elements_of(softmax)
 
 
 def _integers(compiled: Compiled, loaded: Compiled, images: Tensor, found: Found) -> str:
