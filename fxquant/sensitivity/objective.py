@@ -146,11 +146,12 @@ class Objective:
             tensors: the tensors whose gradients are wanted.
             draws: the random draws of the cotangents v.
         """
-        pairs = zip(outputs, self.cotangents(outputs, draws), strict=True)
-        pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]  # a mask depends on none
+        drawn = zip(outputs, self.cotangents(outputs, draws), strict=True)
+        pairs = [(output, cotangent) for output, cotangent in drawn if output.requires_grad]  # a mask depends on none
+        reached = [output for output, _ in pairs]
         for draw in range(draws.count):
             chosen = [cotangent[draw].to(output) for output, cotangent in pairs]
-            more, reached = draw + 1 < draws.count, [output for output, _ in pairs]
+            more = draw + 1 < draws.count
             yield torch.autograd.grad(reached, tensors, chosen, retain_graph=more, allow_unused=True)
 
 
