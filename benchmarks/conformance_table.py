@@ -20,6 +20,7 @@ Written by `python -m benchmarks.conformance_table` from `benchmarks/results/con
 (one or two layers, few channels) with random weights of which all count: LayerScale about 1, gates open, position
 embeddings and biases not zero, batch norms with the statistics of the images. Each is compiled by the default recipe at
 W8A8 with 8 random images, saved, loaded on integer kernels{exported}.
+
 It is **whole** where the tree of outputs is the model's, their cosine to the float model's is at least 0.99 (or at
 least that of the float model whose layers read inputs of 8 bits, rounded by hand, where that is less), integer kernels
 agree with the simulated model within the tolerance of known answers, and every softmax is the attention of a quantized
@@ -29,7 +30,9 @@ product, or is named in the journal as none.
 This says that a model computes what it should; accuracy of trained models is on [its own page](../results.md).
 
 {whole} of {total} are whole, {refused} are refused, {fault} are faults; {left} of the list have not been run
-yet. Versions: {versions}.
+yet. {remark}
+
+Versions: {versions}.
 """
 
 
@@ -44,7 +47,8 @@ def page(document: dict[str, Any]) -> str:
         whole=counts["whole"],
         refused=counts["refused"],
         fault=counts["fault"],
-        exported=f", and {exported} of them exported to ONNX, where ONNX Runtime gives the known answers",
+        remark=document.get("remark", ""),
+        exported=f",\nand {exported} of them exported to ONNX, where ONNX Runtime gives the known answers",
         versions=", ".join(f"{package} {version}" for package, version in document["versions"].items()),
     )
     groups = list(dict.fromkeys(name.partition(":")[0] for name in models))
