@@ -175,9 +175,11 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, Tensor
         return embedded.load_model(), embedded.calibration_images(options.images), *embedded.test_images(options.limit)
     test = np.load(options.test)
     labels = torch.from_numpy(test["labels"][: options.limit].astype(np.int64))
-    named = load_model(options.model, options.weights, num_classes=int(test["labels"].max()) + 1)
+    given = np.load(options.calibration)
+    classes = 1 + max(int(data["labels"].max()) for data in (test, given) if "labels" in data)
+    named = load_model(options.model, options.weights, num_classes=classes)
     mean, std = named.preprocessing.mean, named.preprocessing.std
-    calibration = normalized(np.load(options.calibration)["images"][: options.images], mean, std)
+    calibration = normalized(given["images"][: options.images], mean, std)
     return named.model, calibration, normalized(test["images"][: options.limit], mean, std), labels
 
 

@@ -18,16 +18,21 @@ _HEAD = """# What was tried, and what works
 Written by `python -m benchmarks.conformance_table` from `benchmarks/results/conformance.json`, which
 `python -m benchmarks.conformance` makes: {total} architectures beyond those of `tests/conformance`, each a small one
 (one or two layers, few channels) with random weights of which all count: LayerScale about 1, gates open, position
-embeddings and biases not zero. Each is compiled by the default recipe at W8A8 with 8 random images, saved, loaded on
-integer kernels{exported}. It is **whole** where the tree of outputs is the model's, their cosine to the
-float model's is at least 0.99, integer kernels agree with the simulated model within the tolerance of known answers,
-and every softmax is the attention of a quantized product, or is named in the journal as none.
+embeddings and biases not zero, batch norms with the statistics of the images. Each is compiled by the default recipe at
+W8A8 with 8 random images, saved, loaded on integer kernels{exported}.
+
+It is **whole** where the tree of outputs is the model's, their cosine to the float model's is at least 0.99 (or at
+least that of the float model whose layers read inputs of 8 bits, rounded by hand, where that is less), integer kernels
+agree with the simulated model within the tolerance of known answers, and every softmax is the attention of a quantized
+product, or is named in the journal as none.
 **Refused** is what raises an error of fxquant's with a remedy; everything else is a **fault**.
 
 This says that a model computes what it should; accuracy of trained models is on [its own page](../results.md).
 
 {whole} of {total} are whole, {refused} are refused, {fault} are faults; {left} of the list have not been run
-yet. Versions: {versions}.
+yet. {remark}
+
+Versions: {versions}.
 """
 
 
@@ -42,7 +47,8 @@ def page(document: dict[str, Any]) -> str:
         whole=counts["whole"],
         refused=counts["refused"],
         fault=counts["fault"],
-        exported=f", and {exported} of them exported to ONNX, where ONNX Runtime gives the known answers",
+        remark=document.get("remark", ""),
+        exported=f",\nand {exported} of them exported to ONNX, where ONNX Runtime gives the known answers",
         versions=", ".join(f"{package} {version}" for package, version in document["versions"].items()),
     )
     groups = list(dict.fromkeys(name.partition(":")[0] for name in models))
@@ -77,7 +83,9 @@ def _row(name: str, found: dict[str, Any]) -> str:
     onnx = "yes" if found["stage"] == "export" else "not tried"
     attentions = f"{found['attentions_found']} of {found['attentions']}"
     shares = f"{found['float_share']:.1%} | {found['integer_share']:.1%}"
-    return f"| {title} | {found['cosine']:.4f} | {shares} | {attentions} | {onnx} |"
+    plain = found.get("plain_cosine")
+    cosine = f"{found['cosine']:.4f}" + (f" ({plain:.4f} by hand)" if plain is not None else "")
+    return f"| {title} | {cosine} | {shares} | {attentions} | {onnx} |"
 
 
 def main() -> None:

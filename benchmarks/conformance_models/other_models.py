@@ -55,6 +55,15 @@ def _open_clip(name: str, vision: dict[str, Any]) -> nn.Module:
     return tower
 
 
+def _mobile_clip() -> nn.Module:
+    """MobileCLIP-S1's image tower with the first block of every stage, since its configuration tells no depths."""
+    tower: Any = _open_clip("MobileCLIP-S1", {})
+    for stage in tower.trunk.stages:
+        stage.blocks = stage.blocks[:1]
+    model: nn.Module = tower
+    return model
+
+
 def _vit_pytorch(module: str, name: str, **options: Any) -> nn.Module:
     model: nn.Module = getattr(importlib.import_module(f"vit_pytorch.{module}"), name)(**options)
     return model
@@ -165,7 +174,7 @@ _OTHERS: list[tuple[str, Callable[[], nn.Module], tuple[int, int]]] = [
     ("open_clip: coca_ViT-B-32", functools.partial(_open_clip, "coca_ViT-B-32", _CLIP), (32, 32)),
     ("open_clip: ViT-H-14-CLIPA", functools.partial(_open_clip, "ViT-H-14-CLIPA", {**_CLIP,
      "mlp_ratio": 2.0}), (32, 32)),
-    ("open_clip: MobileCLIP-S1", functools.partial(_open_clip, "MobileCLIP-S1", {}), (64, 64)),
+    ("open_clip: MobileCLIP-S1", _mobile_clip, (64, 64)),
     ("vit-pytorch: vit", functools.partial(_vit_pytorch, "vit", "ViT", **_VIT), (32, 32)),
     ("vit-pytorch: simple_vit", functools.partial(_vit_pytorch, "simple_vit", "SimpleViT", **_VIT), (32, 32)),
     ("vit-pytorch: simple_vit_with_register_tokens", functools.partial(_vit_pytorch,

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.conformance_models.case import Case
 
@@ -126,6 +127,19 @@ def _model(name: str, configuration: str, values: dict[str, Any], attention: str
     return model
 
 
+class InOrder(nn.Module):
+    """A ViTMAE that draws no order of patches: the noise that it sorts them by is given, and has them in theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _model("ViTMAEModel", "ViTMAEConfig", {**_VIT, "mask_ratio": 0.0}, None)
+
+    def forward(self, images_bchw: Tensor) -> Any:
+        """The model's output for images (B, 3, 32, 32), of which it makes 16 patches."""
+        noise = torch.linspace(0, 1, 16, device=images_bchw.device)
+        return self.model(images_bchw, noise=noise.expand(images_bchw.shape[0], -1))
+
+
 def _llava_tower() -> nn.Module:
     """The vision tower of LLaVA as `get_vision_tower` hands it out, whose last but one layer is read."""
     import transformers
@@ -149,6 +163,7 @@ def cases() -> Iterator[Case]:
             spelling = "" if attention is None else f", {attention} attention"
             build = functools.partial(_model, name, configuration, values, attention)
             yield Case(f"transformers: {name}{spelling}", build, size)
+    yield Case("transformers: ViTMAEModel, noise given", InOrder, (32, 32))
     yield Case("transformers: LLaVA's tower, hidden states", _llava_tower, (32, 32), {"output_hidden_states": True})
     yield Case(
         "transformers: ViTModel, attentions",

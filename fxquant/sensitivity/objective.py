@@ -146,11 +146,13 @@ class Objective:
             tensors: the tensors whose gradients are wanted.
             draws: the random draws of the cotangents v.
         """
-        cotangents = self.cotangents(outputs, draws)
+        drawn = zip(outputs, self.cotangents(outputs, draws), strict=True)
+        pairs = [(output, cotangent) for output, cotangent in drawn if output.requires_grad]  # a mask depends on none
+        reached = [output for output, _ in pairs]
         for draw in range(draws.count):
-            chosen = [cotangent[draw].to(output) for cotangent, output in zip(cotangents, outputs, strict=True)]
+            chosen = [cotangent[draw].to(output) for output, cotangent in pairs]
             more = draw + 1 < draws.count
-            yield torch.autograd.grad(outputs, tensors, chosen, retain_graph=more, allow_unused=True)
+            yield torch.autograd.grad(reached, tensors, chosen, retain_graph=more, allow_unused=True)
 
 
 def objective_named(given: str | Objective, graph_module: GraphModule) -> Objective:

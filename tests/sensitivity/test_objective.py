@@ -96,3 +96,11 @@ def test_an_objective_of_ones_own_has_a_key_that_no_other_process_has() -> None:
     own = Objective(**{**values, "divergence": lambda wanted, found: torch.zeros(())})
     assert own.key not in keys
     assert own.key.startswith("classes ")
+
+
+def test_an_output_that_depends_on_no_tensor_has_no_gradient() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    outputs, draws = (2 * x, torch.ones(2, 5)), Draws(2)
+    found = [gradient for (gradient,) in FEATURES.gradients(outputs, [x], draws)]
+    wanted = [2 * cotangent for cotangent in FEATURES.cotangents(outputs, draws)[0]]
+    assert all(torch.allclose(one, other) for one, other in zip(found, wanted, strict=True))

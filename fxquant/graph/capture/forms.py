@@ -14,9 +14,23 @@ from fxquant.graph.capture.attention_forms import scaled_dot_product_attention
 from fxquant.graph.capture.batch_proxy import is_constant
 from fxquant.graph.capture.multi_head_attention import multi_head_attention_forward
 
+
+def _embedding(input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:
+    """`torch.nn.functional.embedding`, rows of a table; what limits their norm writes to the table, and stays.
+
+    Args:
+        input: whole numbers of any shape, which rows.
+        weight: (rows, columns).
+        padding_idx: a row that training leaves alone.
+        max_norm: of a row; None for no limit.
+    """
+    return weight[input] if max_norm is None else NotImplemented
+
+
 FORMS: dict[Any, Callable[..., Any]] = {
     functional.scaled_dot_product_attention: scaled_dot_product_attention,
     functional.multi_head_attention_forward: multi_head_attention_forward,
+    functional.embedding: _embedding,
     torch.einsum: functools.partial(contractions.einsum, is_constant),
     torch.tensordot: functools.partial(contractions.tensordot, is_constant),
     torch.inner: functools.partial(contractions.inner, is_constant),

@@ -27,7 +27,7 @@ _CONTAINERS = frozenset(
         nn.TransformerDecoderLayer, nn.MultiheadAttention,
     }
 )  # fmt: skip
-_KEPT_AS_FUNCTIONS = frozenset({nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d})  # they stay float
+_KEPT_AS_FUNCTIONS = frozenset({nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding})  # float
 _CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module))
 _LEAVES = _CLASSES - _CONTAINERS - _KEPT_AS_FUNCTIONS
 _TORCH_FOLDER = str(Path(torch.__file__).parent)

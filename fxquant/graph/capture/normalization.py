@@ -280,6 +280,14 @@ def _drop_whole_slice(graph_module: GraphModule, node: Node) -> None:
         _drop(node)
 
 
+def _spell_operator(graph_module: GraphModule, node: Node) -> None:
+    """mask & other, which torch hands on as a method where the mask is a constant."""
+    node.op, node.target = "call_function", _OPERATORS[node.target]
+
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    "__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor,
+}  # fmt: skip
 _REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {
     functional.linear: _rewrite_linear,
     functional.gelu: _rewrite_gelu,
@@ -289,4 +297,5 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], None]] = {
     functional.dropout: _drop_dropout,
     functional.pad: _drop_empty_padding,
     operator.getitem: _drop_whole_slice,
+    **dict.fromkeys(_OPERATORS, _spell_operator),
 }

@@ -221,7 +221,7 @@ class ShapeTracer(fx.Tracer):
             self._memory.keep(proxy.node, first)
         if _is_aggregate(first) and len(first) == len(second):
             getters = [self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(first))]
-            return getters if isinstance(first, list) else tuple(getters)
+            return _like(first, getters)
         return counted(proxy)
 
     def write(self, written: Any, value: Any) -> Any:
@@ -299,7 +299,8 @@ class ShapeTracer(fx.Tracer):
         def enter(item: Any) -> Any:
             return ConstantProxy(item, self) if isinstance(item, torch.Tensor) else item
 
-        return map_aggregate(value, enter)
+        entered = map_aggregate(value, enter)
+        return _like(value, entered) if _has_names(value) else entered
 
 
 def _versions(tensors: list[FakeTensor]) -> list[int]:
@@ -313,4 +314,14 @@ def _is_known(first: Any, second: Any) -> bool:
 
 
 def _is_aggregate(value: Any) -> bool:
-    return type(value) in (tuple, list, torch.Size)
+    return type(value) in (tuple, list, torch.Size) or _has_names(value)
+
+
+def _has_names(value: Any) -> bool:
+    """Whether it is several tensors with names, such as the values and indices of a maximum."""
+    return type(value).__module__ == "torch.return_types"
+
+
+def _like(value: Any, items: Any) -> Any:
+    """Items in the container of a value; sizes become a plain tuple, since a torch.Size takes no proxies."""
+    return type(value)(items) if isinstance(value, list) or _has_names(value) else tuple(items)

@@ -39,6 +39,14 @@ from fxquant.graph.structure.class_scores import declared_classes
 
 _RELATIVE_TOLERANCE = 1e-4
 _CHECKED_BATCH_SIZES = (1, 3)
+_ADVICE = (
+    "Tensor operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
+    "of forward"
+)
+_ADVICE_ON_FLEX = (
+    "flex_attention compiles itself and cannot be recorded: call scaled_dot_product_attention in its place, with a "
+    "mask where it has one"
+)
 _LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
 
 
@@ -195,7 +203,8 @@ def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> tuple[Tree, lis
         if not difference <= _tolerance(before):
             raise TraceError(
                 f"{name} differs from the model it was two calls before: the same image has outputs "
-                f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference"
+                f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference; "
+                "where it takes what it would draw as an argument (ViTMAE's noise), wrap it in a module that gives it"
             )
     return tree, [one, several]
 
@@ -232,10 +241,9 @@ def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule
     try:
         graph = tracer.record(root)
     except Exception as error:
+        advice = _ADVICE_ON_FLEX if "flex_attention" in str(error) else _ADVICE
         raise TraceError(
-            f"{type(root).__name__} cannot be traced: {_place(root, tracer)}{_where(error)}: {error}. Tensor "
-            "operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
-            "of forward"
+            f"{type(root).__name__} cannot be traced: {_place(root, tracer)}{_where(error)}: {error}. {advice}"
         ) from error
     return fx.GraphModule(root, with_valid_names(root, graph), class_name=type(root).__name__), tracer
 

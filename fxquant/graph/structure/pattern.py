@@ -44,6 +44,7 @@ class Attention:
         av: the product of the attention probabilities with the values.
         qkv: the linear layers that give queries, keys and values.
         proj: the linear layers that read the result.
+        mixers: the layers between softmax and a product that mix heads (talking heads): linear ones, 1x1 convolutions.
     """
 
     softmax: str
@@ -51,6 +52,7 @@ class Attention:
     av: str
     qkv: tuple[str, ...]
     proj: tuple[str, ...]
+    mixers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,18 @@ def walk(
 
 def match_attention(graph: nx.DiGraph, softmax: str) -> Attention | Failure:
     """The attention around a softmax node, or why there is none."""
-    after = walk(graph, graph.successors(softmax), graph.successors, frozenset({Kind.MATMUL}))
-    after = after if after.reached else _through_head_mixing(graph, after, graph.successors)
+    after, mixers_after = _to_product(graph, softmax, graph.successors)
     if not after.reached:
         return Failure(softmax, f"softmax feeds no matmul (its output goes to {_listed(after.stopped)})")
     av = after.reached[0]
-    before = walk(graph, graph.predecessors(softmax), graph.predecessors, frozenset({Kind.MATMUL}))
-    direct = before.reached or _through_head_mixing(graph, before, graph.predecessors).reached
-    qk = direct[0] if direct else None
+    before, mixers_before = _to_product(graph, softmax, graph.predecessors)
+    qk = before.reached[0] if before.reached else None
     if qk == av:
         return Failure(softmax, f"the matmul '{av}' both feeds the softmax and is fed by it")
     operands = [name for name in graph.predecessors(av) if not _descends(graph, softmax, name)]
+    factor = graph.nodes[av]["node"].args[0]
+    if factor.name in operands and graph.nodes[factor.name]["kind"] is Kind.CONSTANT:
+        return Failure(softmax, f"'{av}' multiplies its output from the left by a constant, not by values")
     operands += list(graph.predecessors(qk)) if qk else []
     qkv = _sources(graph, operands)
     if qk is None:
@@ -151,7 +154,7 @@ def match_attention(graph: nx.DiGraph, softmax: str) -> Attention | Failure:
     factors = [name for name in proj.stopped if graph.nodes[name]["kind"] is Kind.MATMUL]  # q (k^T v), as in CoaT
     if not proj.reached and factors:
         proj = walk(graph, graph.successors(factors[0]), graph.successors, _LAYERS)
-    return Attention(softmax, qk, av, tuple(qkv), tuple(proj.reached))
+    return Attention(softmax, qk, av, tuple(qkv), tuple(proj.reached), (*mixers_before, *mixers_after))
 
 
 def _sources(graph: nx.DiGraph, operands: Iterable[str]) -> list[str]:
@@ -165,15 +168,20 @@ def _sources(graph: nx.DiGraph, operands: Iterable[str]) -> list[str]:
     return walk(graph, operands, above, _LAYERS).reached
 
 
-def _through_head_mixing(graph: nx.DiGraph, blocked: Walk, neighbours: Callable[[str], Iterable[str]]) -> Walk:
-    """Go on across one layer that mixes the heads of attention weights (talking heads): output as wide as input."""
+def _to_product(graph: nx.DiGraph, softmax: str, neighbours: Callable[[str], Iterable[str]]) -> tuple[Walk, list[str]]:
+    """From a softmax to the nearest product, and the layers in between that mix heads: their outputs are as wide as
+    their inputs. Where no product is reached, the walk is the one that stopped at the first layers, without mixers."""
+    direct = walk(graph, neighbours(softmax), neighbours, frozenset({Kind.MATMUL}))
+    if direct.reached:
+        return direct, []
     mixers = [
         name
-        for name in blocked.stopped
+        for name in direct.stopped
         if graph.nodes[name]["kind"] in _LAYERS and _is_square(graph.nodes[name]["node"])
     ]
     starts = [other for name in mixers for other in neighbours(name)]
-    return walk(graph, starts, neighbours, frozenset({Kind.MATMUL}), frozenset({Kind.SUM}))
+    beyond = walk(graph, starts, neighbours, frozenset({Kind.MATMUL}), frozenset({Kind.SUM}))
+    return (beyond, mixers) if beyond.reached else (direct, [])
 
 
 def _is_square(node: fx.Node) -> bool:

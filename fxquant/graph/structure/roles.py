@@ -94,6 +94,7 @@ def _assign(roles: Roles, match: Attention | Mlp, block: int) -> None:
         pairs = [(match.softmax, Role.SOFTMAX), (match.qk, Role.QK), (match.av, Role.AV)]
         pairs += [(name, Role.QKV) for name in match.qkv]
         pairs += [(name, Role.PROJ) for name in match.proj[:1]]
+        roles.role |= dict.fromkeys(match.mixers, Role.LINEAR)  # of no block, whose layers metrics know by role
     else:
         pairs = [*((name, Role.FC1) for name in match.fc1), *((name, Role.FC2) for name in match.fc2)]
     for name, role in pairs:

@@ -24,7 +24,7 @@ class Adds(nn.Module):
     def __init__(self, function) -> None:
         super().__init__()
         self.layer, self.function = nn.Linear(48, 4), function
-        self.plain, self.inner = torch.arange(4.0)[None], Expands()
+        self.plain, self.inner, self.table = torch.arange(4.0)[None], Expands(), nn.Embedding(5, 4)
 
     def forward(self, image):
         return self.function(self, self.layer(image.flatten(1)))
@@ -79,6 +79,12 @@ FUNCTIONS = {
     "eye of the batch": lambda m, x: torch.eye(x.shape[0]) @ x,
     "linspace of the batch": lambda m, x: x + torch.linspace(0, 1, x.shape[0])[:, None],
     "arange of the batch": lambda m, x: x[torch.arange(x.shape[0])],
+    "a maximum by name": lambda m, x: x.max(1).values[:, None] + x.view(-1, 4, 1).min(2).indices,
+    "a maximum unpacked": lambda m, x: sum(torch.min(x, 1))[:, None] + x.topk(2)[0][:, :1],
+    "a constant's maximum": lambda m, x: x * m.plain.max(1).values,
+    "rows of a table": lambda m, x: x + m.table((x > 0).long().sum(1)) + m.table(torch.full((x.shape[0],), 3)),
+    "rows of a table, the same for all": lambda m, x: x + m.table(torch.tensor([2])),
+    "a constant mask and another": lambda m, x: x * ((m.plain > 1) & (x > 0) | (m.plain > 2) ^ (x < 0)),
     "grid": lambda m, x: x + torch.stack(torch.meshgrid(*2 * [torch.arange(2)], indexing="ij"))[0].flatten(),
 }
 

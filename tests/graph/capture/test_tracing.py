@@ -161,6 +161,16 @@ def test_randomness_is_refused() -> None:
         trace(Block(lambda m, x: x + torch.rand(())), IMAGES_BCHW)
 
 
+def test_attention_that_compiles_itself_is_refused() -> None:
+    def body(m, x):  # flex_attention itself takes seconds to refuse
+        if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+            raise RuntimeError("Attempted to inline torch.ops.higher_order.flex_attention")
+        return x
+
+    with pytest.raises(TraceError, match="call scaled_dot_product_attention in its place"):
+        trace(Block(body), IMAGES_BCHW)
+
+
 def test_hidden_weights_are_refused() -> None:
     model = Block(lambda m, x: m.attention(x)[0])
     model.attention = nn.GRU(6, 6, batch_first=True)

@@ -27,7 +27,18 @@ class Body(nn.Module):
         self.embed, self.head, self.norm = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 2), nn.LayerNorm(6)
         self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
         self.gather = nn.Linear(12, 6)
+        self.heads, self.heads_1x1 = nn.Linear(2, 2), nn.Conv2d(2, 2, 1)
         self.body = body
+
+    def mix(self, mixing, scores_bhnn):
+        """Every head's numbers as sums over all heads', spelled in one of several ways."""
+        if mixing == "linear":
+            return self.heads(scores_bhnn.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if mixing == "convolution":
+            return self.heads_1x1(scores_bhnn)
+        if mixing == "einsum":
+            return torch.einsum("bhij,hg->bgij", scores_bhnn, self.heads.weight)
+        return torch.einsum("gh,bhij->bgij", self.heads.weight, scores_bhnn)
 
     def forward(self, image):
         tokens_bnc = self.embed(image).flatten(2).transpose(1, 2)
@@ -52,6 +63,28 @@ def test_gated_mlp_has_two_first_linears() -> None:
     assert [roles.role[name] for name in "abd"] == [Role.FC1, Role.FC1, Role.FC2]
 
 
+@pytest.mark.parametrize("mixing", ["linear", "convolution", "einsum", "einsum, weight first"])
+@pytest.mark.parametrize("place", ["before the softmax", "after it"])
+def test_layers_that_mix_heads_belong_to_attention(mixing: str, place: str) -> None:
+    def body(m, x):
+        q, k, v = (layer(x).unflatten(-1, (2, 3)).transpose(1, 2) for layer in (m.a, m.b, m.c))
+        scores = q @ k.mT
+        scores = scores if place == "after it" else m.mix(mixing, scores)
+        probabilities = scores.softmax(-1)
+        probabilities = m.mix(mixing, probabilities) if place == "after it" else probabilities
+        return m.d((probabilities @ v).transpose(1, 2).flatten(2))
+
+    roles, failures = found(body)
+    assert [roles.role[name] for name in "abcd"] == [Role.QKV, Role.QKV, Role.QKV, Role.PROJ]
+    assert sorted(roles.role.values()).count(Role.LINEAR) == 1
+    assert [role for role in (Role.QK, Role.SOFTMAX, Role.AV) if role in roles.role.values()] == [
+        Role.QK,
+        Role.SOFTMAX,
+        Role.AV,
+    ]
+    assert not failures
+
+
 def test_merging_neighbours_is_a_reduction() -> None:
     roles, _ = found(lambda m, x: m.gather(m.a(x).reshape(x.shape[0], 2, 12)))
     assert roles.role["gather"] is Role.REDUCTION
@@ -69,6 +102,11 @@ def test_merging_neighbours_is_a_reduction() -> None:
             lambda m, x: (lambda n: m.d((n @ n.mT).softmax(-1) @ n) + m.b(n))(m.norm(x)),
             "matmul_2",
             "no linear before the operands",
+        ),
+        (
+            lambda m, x: m.d((m.d.weight[:4, :4] @ (m.a(x) @ m.b(x).mT).softmax(-1)) @ m.c(x)),
+            "softmax_1",
+            "'matmul_4' multiplies its output from the left by a constant",
         ),
         (lambda m, x: m.a(x), "a", "neither in attention nor in an MLP"),
     ],
