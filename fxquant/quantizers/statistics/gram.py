@@ -41,7 +41,7 @@ class Gram:
         weighted_it = (rows_ti * weight_t[:, None]).T
         for number, block in enumerate(self._blocks):
             at = number * BLOCK
-            # Not `addmm_`, which may add to G after every few rows: so merging what these rows give gives the same bits.
+            # Not `addmm_`, which may add to G every few hundred rows: merging what rows give must give these bits too.
             block += weighted_it[at : at + BLOCK] @ rows_ti[:, at:]
 
     def matrix(self) -> Tensor:
