@@ -15,6 +15,7 @@ model's own output, so g g^T is the Fisher matrix and half the metric predicts t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -138,33 +139,28 @@ def _best_ranges(weight: Tensor, ranked: LowRank, width: int, has_zero_point: bo
     covering = _covering(weight, has_zero_point)
     if not search:
         return covering
-    ends = covering.shape[1]
-    best = torch.ones_like(covering)
-    least = _costs(weight, covering, width, ranked)
-
-    def attempt(ratio: Tensor, rows: Tensor | slice) -> Tensor:
-        """Take what is better of these ranges, relative to the covering ones of these rows; returns their cost."""
-        cost = _costs(weight[rows], ratio * covering[rows], width, ranked)
-        better = cost < least[rows]
-        least[rows] = torch.where(better, cost, least[rows])
-        best[rows] = torch.where(better[:, None], ratio, best[rows])
-        return cost
-
-    # Downwards: what is clipped stays clipped, so a row that suffers from it need not go on.
+    rows, ends = covering.shape
     device = weight.device
-    every = rest = torch.arange(len(weight), device=device)
-    for ratio in COARSE_RATIOS:
-        if not len(rest):
-            break
-        # To try some rows alone they are copied, which takes half as long as trying them.
-        rows, tried = (rest, rest) if 2 * len(rest) < len(every) else (every, slice(None))
-        cost = attempt(torch.full((len(rows), ends), ratio, device=device), tried)
-        rest = rows[cost <= HOPELESS * least[tried]]
+    best, least = torch.ones_like(covering), _costs(weight, covering, width, ranked)
+
+    def attempt(ratios: Sequence[Tensor | float], enough: float = math.inf) -> None:
+        """Take what is best of these ranges, relative to the covering ones; not the rest once all rows suffer so."""
+        nonlocal best, least
+        tried, costs = [best], [least]
+        for ratio in ratios:
+            tried.append(ratio if isinstance(ratio, Tensor) else torch.full_like(best, ratio))
+            costs.append(_costs(weight, tried[-1] * covering, width, ranked))
+            least = torch.minimum(least, costs[-1])
+            if enough < math.inf and bool((costs[-1] > enough * least).all()):
+                break
+        place = torch.stack(costs).argmin(0)
+        best = torch.stack(tried)[place, torch.arange(rows, device=device)]
+
+    # Downwards: what is clipped stays clipped.
+    attempt(COARSE_RATIOS, HOPELESS)
     together, each = torch.ones(ends, device=device), torch.eye(ends, device=device) if has_zero_point else ()
     for moved, steps in ((together, FINE_STEPS), *((end, END_STEPS) for end in (*each, *each))):
-        centre = best.clone()
-        for step in steps:
-            attempt((centre + step * moved).clamp_min(END_STEPS[-1] / 4), slice(None))
+        attempt([(best + step * moved).clamp_min(END_STEPS[-1] / 4) for step in steps])
     return best * covering
 
 
@@ -209,7 +205,7 @@ def _error(weight: Tensor, range_or: Tensor, width: int) -> tuple[Tensor, Tensor
     Without building a quantizer, and with one matrix beside the weight, so that both stay in the processor's cache.
     """
     scale, zero = _grid(range_or, width)
-    per_step = 1 / scale
+    per_step = scale.reciprocal()
     codes = (weight * per_step).round_()
     if zero is None:
         codes.clamp_(-(2 ** (width - 1)), 2 ** (width - 1) - 1)
