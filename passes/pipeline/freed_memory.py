@@ -1,8 +1,8 @@
 """Memory that a pass has freed goes back to the system before the next one runs.
 
-glibc keeps what is freed below the top of its heap, in pieces that the next pass's tensors often do not fit into: before
-the calibration of a ViT-B of four blocks that is 340 MiB. Other C libraries give memory back themselves, or have no
-such call; there nothing is done.
+glibc keeps what is freed below the top of its heap, in pieces that the next pass's tensors often do not fit into: of a
+ViT-B of four blocks 340 MiB before its calibration. Other C libraries give memory back by themselves; there
+nothing is done.
 """
 
 from __future__ import annotations
