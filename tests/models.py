@@ -53,10 +53,19 @@ def traced(model: nn.Module, images_bchw: Tensor) -> GraphModule:
     return graph_module
 
 
-ONE_BLOCK = "vit, one block"
-"""For what takes long with every layer, as exporting does."""
-
 Builder = Callable[[], tuple[nn.Module, int]]
+
+ONE_BLOCK = "vit, one block"
+SHALLOW: dict[str, Builder] = {
+    ONE_BLOCK: lambda: (vit(depth=1), 32),
+    "deit3, one block": lambda: (timm_model("deit3_small_patch16_224", **{**VIT, "depth": 1}), 32),
+    # Two blocks are the fewest of which one has shifted windows.
+    "swin that pads, three blocks": lambda: (
+        timm_model("swin_tiny_patch4_window7_224", **{**SWIN, "depths": (2, 1)}),
+        56,
+    ),
+}
+"""For what takes long with every layer, as exporting does."""
 
 ARCHITECTURES: dict[str, Builder] = {
     "vit": lambda: (vit(), 32),
@@ -71,8 +80,8 @@ ARCHITECTURES: dict[str, Builder] = {
 
 
 def built(architecture: str) -> tuple[nn.Module, int]:
-    """One of `ARCHITECTURES` or `ONE_BLOCK`, and the size of its images."""
-    return (vit(depth=1), 32) if architecture == ONE_BLOCK else ARCHITECTURES[architecture]()
+    """One of `ARCHITECTURES` or `SHALLOW`, and the size of its images."""
+    return (SHALLOW.get(architecture) or ARCHITECTURES[architecture])()
 
 
 @functools.cache

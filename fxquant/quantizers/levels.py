@@ -7,6 +7,7 @@ median reach. Levels of row-log are relative to the largest of a row. Not done: 
 
 from __future__ import annotations
 
+import copy
 from typing import Final
 
 import torch
@@ -49,6 +50,12 @@ def _median(quantizer: Quantizer, asked: Tensor, scale: Tensor | None, of_weight
     if scale is None or scale.numel() == 1:
         return quantizer(asked)  # type: ignore[no-any-return]
     count = scale.numel()
-    wide = asked.expand(count, -1)
-    returned = quantizer(wide) if of_weight else quantizer(wide.T).T
-    return returned[returned.abs().amax(1).argsort()[count // 2]]  # type: ignore[no-any-return]
+    # Asked of all rows, all values would take more memory than the weight.
+    ends = asked[[0, -1]].expand(count, -1)
+    returned = quantizer(ends) if of_weight else quantizer(ends.T).T
+    middle = int(returned.abs().amax(1).argsort()[count // 2])
+    alone = copy.deepcopy(quantizer)
+    for name, tensor in quantizer.named_buffers():
+        if tensor.numel() == count:
+            setattr(alone, name, tensor.flatten()[middle])
+    return alone(asked)  # type: ignore[no-any-return]

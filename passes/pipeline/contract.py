@@ -109,7 +109,13 @@ class PassContext:
         return frozenset().union(*(sized.padded for sized in self.sized))
 
     def gather(
-        self, label: str, gathered: Gathered, graph_module: GraphModule, *settings: Any, together: int = 1
+        self,
+        label: str,
+        gathered: Gathered,
+        graph_module: GraphModule,
+        *settings: Any,
+        together: int = 1,
+        in_place: bool = False,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Calibration images a few at a time, (B, C, H, W), where the graph is, with the index of the first.
 
@@ -126,11 +132,16 @@ class PassContext:
             graph_module: what the images run through.
             settings: JSON values that what is gathered depends on as well, such as the pass's repr.
             together: images at a time; matrix products of several cost less than one by one, and take more memory.
+            in_place: whether a batch changes what is gathered by the same bits as merging what it gives from zero
+                does; then one process takes less memory.
         """
         key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
         task = self.progress.track(label, len(self.images))
         device = device_of(graph_module)
-        yield from in_shards(label, self.images, device, together, gathered, Checkpoint(self.cache, key), task.advance)
+        checkpoint = Checkpoint(self.cache, key)
+        yield from in_shards(
+            label, self.images, device, together, gathered, checkpoint, task.advance, in_place=in_place
+        )
         task.close()
 
     def deal(

@@ -5,8 +5,9 @@
 Sums of floating-point numbers depend on how they are put in brackets. So the images are cut into shards, of which the
 number of ranks knows nothing: each is gathered from zero by one rank, image by image, and added to the total in the
 order of the images, on every rank. One process alone does the same. The price is the memory of a second set of
-statistics. There are `SHARDS` shards, or more where they would be longer than `LONGEST` images; so many ranks at most
-have something to do.
+statistics; a process alone does without it for a shard of one batch, where the statistics promise that the batch adds
+to the total what it would have given from zero. There are `SHARDS` shards, or more where they would be longer than
+`LONGEST` images; so many ranks at most have something to do.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def in_shards(
     gathered: Gathered,
     checkpoint: Checkpoint,
     advance: Callable[[int], None],
+    *,
+    in_place: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
     """Batches of images for this rank to gather from, with the index of the first image of each; see the module.
 
@@ -68,6 +71,8 @@ def in_shards(
         gathered: as it is before the first image; what it holds then is not of images, and is the same on all ranks.
         checkpoint: keeps the state between batches, or, of several ranks, between rounds of shards.
         advance: told how many more images are done.
+        in_place: whether a batch may be added to the total at once: it changes that by the same bits as merging what
+            the batch gives from zero does.
     """
     shards = _shards(images_bchw, together)
     start = gathered.state()
@@ -80,8 +85,10 @@ def in_shards(
     while first < len(shards):
         taken = shards[first : first + ranks.count()]
         mine = taken[ranks.number()] if ranks.number() < len(taken) else []
+        is_added = in_place and ranks.count() == 1 and len(mine) == 1
         # Of a shard that a killed process had begun, the first rank has what that one had gathered.
-        gathered.restore(part if part and ranks.number() == 0 else _own(start))
+        begun = part if part and ranks.number() == 0 else _own(start)
+        gathered.restore(total if is_added else begun)
         done = seen
         for index, batch in mine:
             if index >= seen:
@@ -90,9 +97,10 @@ def in_shards(
                 advance(len(batch))
                 if ranks.count() == 1 and done < _end(mine):
                     checkpoint.save(partial(_kept, done, total, gathered))
-        part = gathered.state()
-        gathered.restore(total)
-        _merge(label, gathered, part, len(taken), device)
+        if not is_added:
+            part = gathered.state()
+            gathered.restore(total)
+            _merge(label, gathered, part, len(taken), device)
         total, part, end = gathered.state(), {}, _end(taken[-1])
         advance(end - done)
         first, seen = first + len(taken), end

@@ -25,6 +25,7 @@ from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.facts import QUANTIZED, TRACED, Fact, declare, facts_of, known_after, verify
 from fxquant.graph.nodes import image_of
 from passes.pipeline.contract import Dependent, Pass, PassContext, check_images
+from passes.pipeline.freed_memory import give_back
 from passes.pipeline.journal import peak_mib
 from passes.pipeline.proof import Proof
 
@@ -186,6 +187,7 @@ class Pipeline:
             context.journal.close_step(repr(step), changed, time.perf_counter() - start, peak_mib())
             if passed is not None:
                 passed(graph_module)
+            give_back(graph_module)
             task.advance()
         task.close()
         return graph_module

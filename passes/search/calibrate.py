@@ -119,7 +119,8 @@ class Calibrate:
         if grouped:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))
-        for seen, batch in context.gather("calibrating", _Statistics(observers), graph_module, repr(self)):
+        gathered = _Statistics(observers)
+        for seen, batch in context.gather("calibrating", gathered, graph_module, repr(self), in_place=True):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
                 squares = self._squared_gradients(output, recorder, context, seen) if self.gradient else {}
@@ -182,7 +183,7 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What observers have gathered, for `PassContext.gather`."""
+    """What observers have gathered, for `PassContext.gather`: sums to which a batch adds one number each."""
 
     observers: list[Observer]
 

@@ -8,18 +8,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
+import torch
+from torch import nn
+
+STACKED = ("Block", "TransformerLayer", "Transformer", "Outlooker")
 BLOCK_ROLES = ("qkv", "qk", "softmax", "av", "proj", "fc1", "gelu", "fc2")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """blocks: transformer blocks, None where roles are not asserted; counts: roles that are not one per block."""
+    """One row.
+
+    Args:
+        name: what timm calls it.
+        size: of its images.
+        options: for timm.
+        blocks: transformer blocks, None where roles are not asserted.
+        counts: roles that are not one per block.
+        is_cut: of every stack of blocks the first two are kept, where timm has no option for the depth.
+    """
 
     name: str
     size: int
     options: dict[str, Any] = field(default_factory=dict)
     blocks: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    is_cut: bool = False
+
+    def built(self) -> nn.Module:
+        """The model, with random weights."""
+        torch.manual_seed(0)
+        model: nn.Module = timm.create_model(self.name, **self.options)
+        for stack in list(model.modules()) if self.is_cut else []:
+            kinds = {type(block).__name__ for block in stack.children()}
+            if isinstance(stack, nn.Sequential | nn.ModuleList) and len(kinds) == 1 and kinds.pop().endswith(STACKED):
+                del stack[2:]
+        return model
 
 
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -30,8 +55,8 @@ STAGES = {"depths": (1, 1, 1, 1)}
 # Every block's roles are asserted here.
 TRANSFORMERS = [
     Architecture("vit_tiny_patch16_224", 32, VIT, 2),
-    Architecture("vit_small_patch16_224", 32, {"img_size": 32, "depth": 2}, 2),
-    Architecture("vit_base_patch16_224", 32, {"img_size": 32, "depth": 1}, 1),
+    Architecture("vit_small_patch16_224", 32, VIT, 2),
+    Architecture("vit_base_patch16_224", 32, {**VIT, "num_heads": 4}, 2),
     Architecture("deit_tiny_patch16_224", 32, VIT, 2),
     Architecture("deit_tiny_distilled_patch16_224", 32, VIT, 2, {"head": 2}),
     Architecture("deit3_small_patch16_224", 32, VIT, 2),
@@ -57,7 +82,7 @@ TRANSFORMERS = [
     Architecture("beit3_base_patch16_224", 32, VIT, 2),
     Architecture("vit_small_patch16_rope_224", 32, VIT, 2),
     Architecture("flexivit_small", 32, VIT, 2),
-    Architecture("mixer_s32_224", 64, {"img_size": 64}, 16, dict.fromkeys(BLOCK_ROLES[:5], 0)),
+    Architecture("mixer_s32_224", 64, {"img_size": 64}, 4, dict.fromkeys(BLOCK_ROLES[:5], 0), is_cut=True),
     Architecture("hiera_tiny_224", 224, {"stages": (1, 1, 1, 1)}, 4),
     Architecture("visformer_tiny", 224, {"depth": (0, 1, 1), "embed_dim": 48}, 2),
 ]
@@ -66,42 +91,42 @@ TRANSFORMERS = [
 OTHERS = [
     Architecture("swinv2_cr_tiny_ns_224", 224, {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4)}),
     Architecture("cait_xxs24_224", 32, {"img_size": 32, "depth": 1}),
-    Architecture("levit_128s", 224),
+    Architecture("levit_128s", 224, is_cut=True),
     Architecture("pvt_v2_b0", 64, STAGES),
     Architecture("twins_pcpvt_small", 64, {**STAGES, "img_size": 64}),
     Architecture("twins_svt_small", 64, {**STAGES, "img_size": 64}),
     Architecture("xcit_nano_12_p16_224", 64, {"img_size": 64, "depth": 1}),
     Architecture("tnt_s_patch16_224", 32, {"img_size": 32, "depth": 1}),
-    Architecture("volo_d1_224", 64, {"img_size": 64}),
+    Architecture("volo_d1_224", 64, {"img_size": 64}, is_cut=True),
     Architecture("pit_ti_224", 224, {"depth": (1, 1, 1)}),
     Architecture("davit_tiny", 64, STAGES),
-    Architecture("gcvit_xxtiny", 224),
-    Architecture("mvitv2_tiny", 64, {"img_size": 64}),
-    Architecture("nest_tiny_jx", 224),
-    Architecture("poolformer_s12", 64),
+    Architecture("gcvit_xxtiny", 224, is_cut=True),
+    Architecture("mvitv2_tiny", 64, {"img_size": 64}, is_cut=True),
+    Architecture("nest_tiny_jx", 224, is_cut=True),
+    Architecture("poolformer_s12", 64, is_cut=True),
     Architecture("convit_tiny", 32, {"img_size": 32, "depth": 1}),
-    Architecture("crossvit_tiny_240", 240),
+    Architecture("crossvit_tiny_240", 240, is_cut=True),
     Architecture("coat_lite_tiny", 64, {"img_size": 64, "serial_depths": (1, 1, 1, 1)}),
     Architecture("maxvit_rmlp_pico_rw_256", 256, STAGES),
     Architecture("coatnet_nano_rw_224", 224, STAGES),
     Architecture("efficientformer_l1", 224, STAGES),
     Architecture("efficientformerv2_s0", 224, STAGES),
-    Architecture("mobilevit_xxs", 64),
+    Architecture("mobilevit_xxs", 64, is_cut=True),
     Architecture("mobilevitv2_050", 64),
     Architecture("tiny_vit_5m_224", 224, STAGES),
     Architecture("edgenext_xx_small", 64, STAGES),
-    Architecture("focalnet_tiny_srf", 64),
+    Architecture("focalnet_tiny_srf", 64, is_cut=True),
     Architecture("nextvit_small", 64, {"depths": (1, 2, 5, 2)}),
-    Architecture("resmlp_12_224", 32, {"img_size": 32}),
-    Architecture("gmlp_s16_224", 32, {"img_size": 32}),
-    Architecture("caformer_s18", 64),
+    Architecture("resmlp_12_224", 32, {"img_size": 32}, is_cut=True),
+    Architecture("gmlp_s16_224", 32, {"img_size": 32}, is_cut=True),
+    Architecture("caformer_s18", 64, is_cut=True),
     Architecture("vit_tiny_r_s16_p8_224", 64, {"img_size": 64, "depth": 1}),
     Architecture("samvit_base_patch16_224", 224, {"depth": 1, "embed_dim": 48, "num_heads": 3}),
     Architecture("vitamin_small_224", 64, {"img_size": 64, "depth": 1}),
     Architecture("convnext_atto", 64, STAGES),
     Architecture("vit_base_patch16_xp_224", 32, VIT),
     Architecture("aimv2_large_patch14_224", 28, VIT14),
-    Architecture("resnet18", 64),
+    Architecture("resnet18", 64, {"layers": (1, 1, 1, 1)}),
     Architecture("vit_pe_core_tiny_patch16_384", 32, VIT),
     Architecture("hieradet_small", 64, {"stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
     # Adds its position embedding in place.

@@ -20,9 +20,7 @@ from tests.conformance.architectures import BLOCK_ROLES, KNOWN_UNTRACEABLE, OTHE
 
 
 def traced(architecture: Architecture) -> torch.fx.GraphModule:
-    torch.manual_seed(0)
-    model = timm.create_model(architecture.name, **architecture.options)
-    graph_module = trace(model, torch.rand(2, 3, architecture.size, architecture.size))
+    graph_module = trace(architecture.built(), torch.rand(2, 3, architecture.size, architecture.size))
     AssignRoles().apply(graph_module, PassContext())
     return graph_module
 

@@ -41,7 +41,8 @@ class Gram:
         weighted_it = (rows_ti * weight_t[:, None]).T
         for number, block in enumerate(self._blocks):
             at = number * BLOCK
-            block.addmm_(weighted_it[at : at + BLOCK], rows_ti[:, at:])
+            # Not `addmm_`, which may add to G every few hundred rows: merging what rows give must give these bits too.
+            block += weighted_it[at : at + BLOCK] @ rows_ti[:, at:]
 
     def matrix(self) -> Tensor:
         """G, float (in, in), a tensor of its own."""

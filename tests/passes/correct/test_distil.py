@@ -1,4 +1,4 @@
-"""Distil on the embedded model: closer to the float model on images it has not seen, on the grid, resumable."""
+"""Distil on blocks of the embedded model: closer to the float model on unseen images, on the grid, resumable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from allocators.uniform import Uniform
@@ -35,7 +35,7 @@ from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
-from tests.models import images, vit
+from tests.models import embedded_blocks, images, vit
 
 IMAGES = embedded.calibration_images(96)
 CONTEXT = PassContext(IMAGES[:64], batch_size=16)
@@ -54,11 +54,16 @@ QUICK = Distil(
 )
 
 
+def model() -> nn.Module:
+    """Real weights, and as few blocks as still tell classes apart."""
+    return embedded_blocks(4)
+
+
 @pytest.fixture(scope="module")
 def allocated() -> GraphModule:
     pipeline = mptq_vit("W2A3", allocator=Uniform())
     before = pipeline[: pipeline.position(AllocateBits) + 1]
-    return before.run(trace(embedded.load_model(), IMAGES[:2]), CONTEXT)
+    return before.run(trace(model(), IMAGES[:2]), CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,7 @@ def quantized(graph_module: GraphModule) -> GraphModule:
 
 def unseen_divergence(graph_module: GraphModule) -> float:
     with torch.no_grad():
-        return float(divergence(embedded.load_model()(UNSEEN), quantized(graph_module)(UNSEEN)))
+        return float(divergence(model()(UNSEEN), quantized(graph_module)(UNSEEN)))
 
 
 def everything(graph_module: GraphModule) -> dict[str, Tensor]:
@@ -116,7 +121,7 @@ def test_weights_lie_on_their_grid(distilled: GraphModule) -> None:
         if isinstance(module, QuantizedWeightModule):
             torch.testing.assert_close(module.weight, distilled.get_submodule(str(node.target)).weight)
             checked += 1
-    assert checked == 26
+    assert checked == 18
 
 
 def test_runs_as_integers(distilled: GraphModule) -> None:
@@ -128,11 +133,11 @@ def test_runs_as_integers(distilled: GraphModule) -> None:
         assert "simulated" not in kernels
 
 
-def test_same_seed_same_result_and_another_seed_another(allocated: GraphModule) -> None:
+def test_same_seed_same_result_and_another_seed_another(small: GraphModule) -> None:
     step = replace(QUICK, steps=8, checks=1, scale_rate=0.01)
-    first, second = (everything(run(allocated, step)) for _ in range(2))
+    first, second = (everything(run(small, step, SMALL)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = everything(run(allocated, step, replace(CONTEXT, seed=1)))
+    other = everything(run(small, step, replace(SMALL, seed=1)))
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 

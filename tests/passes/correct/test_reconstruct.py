@@ -1,4 +1,4 @@
-"""Reconstruct and CorrectWeights on the embedded model: better on images they have not seen, on the grid, resumable."""
+"""Reconstruct and CorrectWeights on blocks of the embedded model: better on unseen images, on the grid, resumable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from passes.pipeline.contract import Pass, PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit
 from passes.substitute.substitute_quantizers import SubstituteQuantizers, chosen
-from tests.models import images, vit
+from tests.models import embedded_blocks, images, vit
 
 IMAGES = embedded.calibration_images(40)
 CONTEXT = PassContext(IMAGES[:24], batch_size=12)
@@ -40,7 +40,7 @@ QUICK = Reconstruct(steps=6, images=4, checks=3)
 def allocated() -> GraphModule:
     pipeline = mptq_vit("W3A4", allocator=Uniform(), weight_scales="channel")
     before = pipeline[: pipeline.position(AllocateBits) + 1]
-    return before.run(trace(embedded.load_model(), IMAGES[:2]), CONTEXT)
+    return before.run(trace(embedded_blocks(3), IMAGES[:2]), CONTEXT)
 
 
 @pytest.fixture(scope="module")

@@ -47,10 +47,13 @@ class Memory(Checkpoint):
         self.kept = texts, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def gathered(images: Tensor, checkpoint: Checkpoint, stop: int | None = None) -> tuple[Sum, list[int]]:
+def gathered(
+    images: Tensor, checkpoint: Checkpoint, stop: int | None = None, in_place: bool = False
+) -> tuple[Sum, list[int]]:
     """The sum, and the first images of the batches that were gathered; only so many where the process is killed."""
     found, seen = Sum(), []
-    for first, batch in in_shards("adding", images, images.device, 2, found, checkpoint, lambda count: None):
+    settings = "adding", images, images.device, 2, found, checkpoint, lambda count: None
+    for first, batch in in_shards(*settings, in_place=in_place):
         if len(seen) == stop:
             break
         found.update(batch)
@@ -78,3 +81,20 @@ def test_shards_are_added_in_the_order_of_the_images() -> None:
     for shard in images.split(4):
         expected = expected + (shard[:2].sum() + shard[2:].sum())
     assert torch.equal(gathered(images, Memory())[0].sum, expected)
+
+
+def test_a_shard_of_one_batch_is_added_in_place_to_the_same_bits() -> None:
+    images = torch.randn(2 * SHARDS, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    whole, _ = gathered(images, Memory())
+    found, seen = Sum(), 0
+    for first, batch in in_shards(
+        "adding", images, images.device, 2, found, Memory(), lambda count: None, in_place=True
+    ):
+        assert found.count == first, "the statistics are those of a part only"
+        found.update(batch)
+        seen += 1
+    assert seen == SHARDS
+    assert torch.equal(found.sum, whole.sum)
+    memory = Memory()
+    gathered(images, memory, 3, in_place=True)
+    assert torch.equal(gathered(images, memory, in_place=True)[0].sum, whole.sum)

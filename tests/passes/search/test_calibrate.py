@@ -16,7 +16,9 @@ from fxquant.graph.annotation import nodes_with_role
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.statistics.histogram import BUCKETS
 from fxquant.sensitivity.logit_gradients import logit_gradients
+from passes.pipeline import contract
 from passes.pipeline.contract import PassContext
+from passes.pipeline.gathering import in_shards
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import observers_of
 from tests.models import VIT, images, timm_model, traced, vit
@@ -80,6 +82,22 @@ def test_the_batch_size_has_no_say_in_statistics(observed: GraphModule, fisher: 
 def test_only_the_first_images_where_asked(observed: GraphModule) -> None:
     x = images(5)
     assert_same_statistics(calibrated(observed, x, images=2), calibrated(observed, x[:2]), 1e-6)
+
+
+def test_an_image_added_in_place_gives_the_bits_of_one_that_is_merged(
+    observed: GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_by_one = calibrated(observed, images(3))
+
+    def merged(*settings: Any, in_place: bool) -> Any:
+        assert in_place or settings[0] != "calibrating"
+        return in_shards(*settings)
+
+    monkeypatch.setattr(contract, "in_shards", merged)
+    for name, observer in calibrated(observed, images(3)).items():
+        other = one_by_one[name].state()
+        assert observer.state().keys() == other.keys()
+        assert all(torch.equal(tensor, other[part]) for part, tensor in observer.state().items()), name
 
 
 def test_idempotent(observed: GraphModule) -> None:

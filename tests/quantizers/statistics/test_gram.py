@@ -7,9 +7,9 @@ from torch import Tensor
 from fxquant.quantizers.statistics.gram import BLOCK, Gram
 
 
-def rows_of(columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def rows_of(columns: int, seed: int = 0, rows: int = 30) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(30, columns, generator=generator), torch.rand(30, generator=generator)
+    return torch.randn(rows, columns, generator=generator), torch.rand(rows, generator=generator)
 
 
 @pytest.mark.parametrize("columns", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 40])
@@ -45,6 +45,17 @@ def test_two_are_merged_into_one() -> None:
     expected = first.matrix() + second.matrix()
     first.merge(second.state())
     assert torch.equal(first.matrix(), expected)
+
+
+def test_rows_that_are_added_change_it_as_merging_what_they_give_does() -> None:
+    columns, rows = 40, (rows_of(40, 0, 1000), rows_of(40, 1, 1000))
+    added, merged, second = (Gram(columns) for _ in range(3))
+    added.add(*rows[0])
+    merged.add(*rows[0])
+    added.add(*rows[1])
+    second.add(*rows[1])
+    merged.merge(second.state())
+    assert torch.equal(added.matrix(), merged.matrix())
 
 
 def test_of_a_matrix_a_copy_is_kept() -> None:
