@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import check_output
 
 if TYPE_CHECKING:
     from fxquant.measure.timing import Timing
@@ -42,7 +43,7 @@ def benchmark_model(
     from fxquant.session.compiled import load
     from passes.lower.lower import resolved
 
-    o.check_output(plot)
+    check_output(plot)
     if plot is not None:
         check_plot(plot)
     simulated = load(artefact)

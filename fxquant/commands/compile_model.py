@@ -10,6 +10,7 @@ import typer
 from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
+from fxquant.commands.early_checks import PAGE, check_output
 
 
 @compiling
@@ -51,7 +52,7 @@ def compile_model(
 
     wanted, chosen = Budget.parse(budget), o.allocator_or_none(allocator)
     given.options(recipe=recipe)  # which is read before anything takes long
-    o.check_output(out, report, picture)
+    check_output(out, report, picture)
     if picture is not None:
         check_picture(picture)
     kept = o.cache_folder(cache, no_cache)
@@ -77,7 +78,7 @@ def compile_model(
         quantized.save(out)
         say(f"{out}: {out.stat().st_size / 1e6:.3f} MB")
     if report is not None:
-        is_page = report.suffix.lower() in o.PAGE
+        is_page = report.suffix.lower() in PAGE
         write_file(report, (summary.to_html() if is_page else to_json(summary.to_dict())).encode())
     if picture is not None:
         quantized.draw(picture)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_or_none, check_output
+from fxquant.commands.early_checks import check_output
+from fxquant.commands.options import AllocatorName, Json, Limit, Recipe, allocator_or_none
 
 
 def demo(

@@ -37,7 +37,8 @@ def evaluate_detector(
     Raises DataError where something is missing or would do nothing, ModelError for what is no detector.
     """
     from fxquant.commands.console import emit, show
-    from fxquant.commands.options import is_artefact, named_model, refuse_unused
+    from fxquant.commands.early_checks import is_artefact, refuse_unused
+    from fxquant.commands.options import named_model
     from fxquant.data.model_sources import has_source
     from fxquant.detection.average_precision import average_precision
     from fxquant.detection.coco import CocoImages

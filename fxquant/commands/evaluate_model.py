@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import is_artefact, refuse_unused
 from passes.lower.lower import SIMULATED
 
 
@@ -44,7 +45,7 @@ def evaluate_model(
     if coco is not None or detector is not None:
         from fxquant.commands.evaluate_detector import evaluate_detector
 
-        o.refuse_unused(
+        refuse_unused(
             {
                 "--classes": classes, "--labels": labels, "--image-size": image_size, "--crop-pct": crop_pct,
                 "--mean": mean, "--std": std, "--interpolation": interpolation,
@@ -65,9 +66,9 @@ def evaluate_model(
     from fxquant.session.compiled import load
 
     runs: Any
-    if o.is_artefact(model):
+    if is_artefact(model):
         given: dict[str, Any] = {"--weights": weights, "--num-classes": num_classes, "--model-option": model_option}
-        o.refuse_unused(given, f"{model} is an artefact, which brings its own weights")
+        refuse_unused(given, f"{model} is an artefact, which brings its own weights")
         runs = load(model, backend).to(o.device_of_run(device))
         runs.check_answers()
         is_embedded = runs.card.get("model") == "embedded"
@@ -79,7 +80,7 @@ def evaluate_model(
         preprocessing = Preprocessing.from_dict(runs.card["preprocessing"])
     else:
         given = {"--backend": None if backend == SIMULATED else backend}
-        o.refuse_unused(given, f"{model} is a float model, and no artefact (.fxq)")
+        refuse_unused(given, f"{model} is a float model, and no artefact (.fxq)")
         named = o.named_model(model, weights, num_classes, model_option, device)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
     preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)

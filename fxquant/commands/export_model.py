@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import check_ending, check_output
 from fxquant.errors import ExportError
 
 
@@ -39,8 +40,8 @@ def export_model(
     from fxquant.report.progress import RichProgress
     from fxquant.session.compiled import load
 
-    o.check_ending(out, ".onnx", SUFFIX)
-    o.check_output(out)
+    check_ending(out, ".onnx", SUFFIX)
+    check_output(out)
     if out.suffix.lower() == SUFFIX:
         if weight_type != "int8" or runtime != "any" or check:
             raise ExportError(

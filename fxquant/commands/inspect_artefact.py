@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxquant.commands.options import Json, check_output
+from fxquant.commands.early_checks import check_output
+from fxquant.commands.options import Json
 
 if TYPE_CHECKING:
     from fxquant.report.tables import Report

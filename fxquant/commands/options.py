@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
     from fxquant.data.preprocessing import Preprocessing
     from fxquant.synthesis.pictures import Synthesis
 
-PAGE = (".html", ".htm")
-"""How the names of pages end."""
 
 _MODEL, _IMAGES, _PIXELS, QUANTIZATION, _CACHE = "Model", "Images", "Preprocessing", "Quantization", "Cache"
 """Under which headings `--help` lists options; what a command writes, and --json, come first without one."""
@@ -111,20 +106,6 @@ NoCache = Annotated[
 DEVICE_HELP = "Where the model is, and all is computed: cpu, cuda:0, ...; `fxquant doctor` lists what there is."
 Device = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Interpolation = Annotated[str | None, typer.Option(help="nearest, bilinear or bicubic.", rich_help_panel=_PIXELS)]
-
-
-def is_artefact(model: str) -> bool:
-    """Whether a model's name is that of a file."""
-    return model.endswith(".fxq") or Path(model).is_file()
-
-
-def refuse_unused(given: Mapping[str, Any], why: str) -> None:
-    """Raise DataError for an option that is given and would do nothing.
-
-    given: values by option, None where it is not given. why: what makes it useless.
-    """
-    if unused := [name for name, value in given.items() if value not in (None, [])]:
-        raise DataError(f"{why}: leave {', '.join(unused)} out")
 
 
 def allocator_or_none(name: str | None) -> Allocator | None:
@@ -295,34 +276,3 @@ def calibration_images(
     options = synthesis(preprocessing, count, steps)
     say(f"no calibration images are given, so they are {options.described(seed)}")
     return options
-
-
-def check_ending(path: Path | None, *endings: str) -> None:
-    """Raise DataError for a file to write that ends otherwise, as a slip of the pen or the name of a file to read."""
-    if path is not None and path.suffix.lower() not in endings:
-        raise DataError(f"{path} must end in {' or '.join(endings)}")
-
-
-def check_output(*paths: Path | None) -> None:
-    """Fail before the work and not after it: raises DataError where a file could not be written.
-
-    A file is tried out beside each, since permissions, read-only file systems and long names show in no other way.
-    """
-    targets = [(path, Path(os.path.realpath(path))) for path in paths if path is not None]
-    for path, target in targets:
-        try:
-            if target.is_dir():
-                raise DataError(f"{path} is a folder: give the name of a file in it")
-            if os.path.lexists(target) and not target.is_file():
-                raise DataError(f"{path} is no regular file, and is not replaced by one: give the name of a file")
-            if not target.parent.is_dir():
-                raise DataError(f"{path} cannot be written: there is no folder {path.parent}; create it first")
-            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-            partial.open("xb").close()
-            partial.unlink()
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error}") from error
-    found = [target for _, target in targets]
-    if len(set(found)) < len(found):
-        twice = next(path for path, target in targets if found.count(target) > 1)
-        raise DataError(f"{twice} is given for two outputs, of which one would replace the other: give two names")

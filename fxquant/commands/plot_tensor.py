@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import check_output, refuse_unused
 
 KINDS = ("tensor", "boxes", "means", "layers")
 
@@ -48,12 +49,12 @@ def plot_tensor(
     from fxquant.session import tensor_figures as figures
     from fxquant.session.session import Session
 
-    o.check_output(out)
+    check_output(out)
     check_plot(out)
     if kind not in KINDS:
         raise OptionError(f"there is no plot {kind!r}; there are {', '.join(KINDS)}")
     if kind != "tensor":
-        o.refuse_unused({"--layer": layer}, f"the plot of {kind} is of all layers")
+        refuse_unused({"--layer": layer}, f"the plot of {kind} is of all layers")
     elif layer is None:
         raise OptionError("the plot of a tensor needs --layer, such as --layer blocks.3.mlp.fc2")
     if source not in list(Source):

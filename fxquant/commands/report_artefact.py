@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fxquant.commands.options import BACKENDS_HELP, PAGE, check_ending, check_output
+from fxquant.commands.early_checks import PAGE, check_ending, check_output
+from fxquant.commands.options import BACKENDS_HELP
 from passes.lower.lower import SIMULATED
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import check_output, refuse_unused
 from fxquant.commands.table_rows import command, option_texts, with_options
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def reproduce_table(
     if column is not None and found_column is None:
         raise OptionError(f"{table} has no column {column!r}; it has {', '.join(wanted.float_top1)}")
     check_backend(backend)
-    o.check_output(results)
+    check_output(results)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, device)
     preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
@@ -95,7 +96,7 @@ def reproduce_table(
         return row.method.recipe is not None and (row.method.made_images or is_without)
 
     if not any(map(makes_images, chosen)):
-        o.refuse_unused({"--synthesis-steps": synthesis_steps}, "no row is calibrated on images made from the model")
+        refuse_unused({"--synthesis-steps": synthesis_steps}, "no row is calibrated on images made from the model")
 
     def calibrated(method: Method, seed: int) -> Tensor | Synthesis:
         count = images or method.images

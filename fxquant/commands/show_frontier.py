@@ -10,6 +10,7 @@ import typer
 from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
+from fxquant.commands.early_checks import check_output
 from fxquant.commands.texts import parse_numbers
 
 
@@ -54,7 +55,7 @@ def show_frontier(
     from fxquant.report.progress import RichProgress
     from fxquant.session.model_frontier import frontier
 
-    o.check_output(plot)
+    check_output(plot)
     if plot is not None:
         check_plot(plot)
     wanted = parse_numbers(limits, "limits")

@@ -10,6 +10,7 @@ import typer
 from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.compiling import Compiling, compiling
+from fxquant.commands.early_checks import check_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +69,7 @@ def sweep_budgets(
     recipes = [name.strip() for name in recipe.split(",")]
     options, *_ = [given.options(recipe=name) for name in recipes]  # which are read before anything takes long
     options.pop("recipe")
-    o.check_output(results, plot)
+    check_output(results, plot)
     if plot is not None:
         check_plot(plot)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fxquant.commands import options as o
+from fxquant.commands.early_checks import check_ending, check_output
 
 
 def synthesize_images(
@@ -42,9 +43,9 @@ def synthesize_images(
     from fxquant.synthesis.sheet import write_sheet
     from fxquant.synthesis.synthesize import synthesize
 
-    o.check_ending(out, ".npz")
-    o.check_ending(sheet, ".png")
-    o.check_output(out, sheet)
+    check_ending(out, ".npz")
+    check_ending(sheet, ".png")
+    check_output(out, sheet)
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, device)
     preprocessing = o.with_options(named.preprocessing, image_size, None, mean, std, None)

@@ -93,7 +93,7 @@ class ModelSource:
         if isinstance(self._given, Synthesis):
             found = trace_without_images(self._model, self._pictures, self._inputs)
         else:
-            found = trace(self._model, _two(self._given), inputs=self._inputs)
+            found = trace(self._model, self._given[:IMAGES], inputs=self._inputs)
         task.advance()
         task.close()
         return found
@@ -148,7 +148,7 @@ class ModelSource:
     @property
     def first_images(self) -> Tensor:
         """The first two images, where the model is; one of them twice where there is one."""
-        return _two(self.images).to(device_of(self._model))
+        return self.images[torch.arange(IMAGES) % len(self.images)].to(device_of(self._model))
 
     def float_model(self) -> nn.Module:
         """A copy of the caller's model in inference mode, with all that hangs on it and its fixed inputs."""
@@ -205,8 +205,3 @@ class ModelSource:
         """For the protocol card."""
         given = self._given
         return given.described(self._seed) if isinstance(given, Synthesis) else f"{len(given)} images given"
-
-
-def _two(images_bchw: Tensor) -> Tensor:
-    """The first two images, or the only one twice: in a batch of one, what all images share looks like the image's."""
-    return images_bchw[[place % len(images_bchw) for place in range(IMAGES)]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxquant.checks.arguments import whole
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
-from fxquant.graph.capture.tracing import known_image_shape
+from fxquant.graph.capture.equivalence import known_image_shape
 
 PAPER_NORMS = 4 * math.sqrt(32 * 3 * 224 * 224)  # sum of four norms for a root mean square difference of 1
 PAPER_STD = 0.226  # of the normalisation its pixels are in (ImageNet's, mean over channels)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.checks.hints import checked
+from fxquant.checks.torch_modes import exact
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.capture.tracing import trace
 from fxquant.report.progress import shown
@@ -29,7 +30,7 @@ from passes.prepare.assign_roles import AssignRoles
 
 
 @checked(OptionError, **BY_ARGUMENT, options=CalibrationError)
-@torch.inference_mode(False)
+@exact()
 def synthesize(
     model: nn.Module,
     options: Synthesis = Synthesis(),

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import fxquant
 from fxquant.cli import app
+from fxquant.commands.early_checks import check_output
 from fxquant.commands.inspect_artefact import report_of
-from fxquant.commands.options import cache_folder, check_output
+from fxquant.commands.options import cache_folder
 from fxquant.errors import DataError
 from fxquant.report.sections import Table
 from tests.models import images, vit

@@ -23,9 +23,10 @@ from torch.export import ExportedProgram
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fxquant.checks.arguments import number
-from fxquant.errors import CalibrationError, CoverageError, ModelError, OptionError, TraceError
+from fxquant.checks.torch_modes import exact
+from fxquant.errors import CoverageError, ModelError, OptionError, TraceError
+from fxquant.graph.capture.equivalence import MOST_IMAGES, check_equivalence, checked_images, run_eagerly
 from fxquant.graph.capture.exported import ProgramModule, exported, module_of_program
-from fxquant.graph.capture.leaves import has_global_hooks
 from fxquant.graph.capture.model_checks import check_example, check_model
 from fxquant.graph.capture.normalization import normalize
 from fxquant.graph.capture.plain_model import copy_of, has_own_code, settle_weights
@@ -34,11 +35,9 @@ from fxquant.graph.facts import TRACED, declare
 from fxquant.graph.names import with_valid_names
 from fxquant.graph.nodes import device_of, image_of
 from fxquant.graph.notes import CLASSES, COVERAGE, EXPORTED, IMAGE_SHAPE
-from fxquant.graph.output_tree import TREE, Tree, flatten, leaves
+from fxquant.graph.output_tree import TREE
 from fxquant.graph.structure.class_scores import declared_classes
 
-_RELATIVE_TOLERANCE = 1e-4
-_CHECKED_BATCH_SIZES = (1, 3)
 _ADVICE = (
     "Tensor operations may not decide which Python code runs: use torch.where and masks there, or move that code out "
     "of forward"
@@ -50,7 +49,7 @@ _ADVICE_ON_FLEX = (
 _LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
 
 
-@torch.inference_mode(False)
+@exact()
 @torch.no_grad()
 def trace(
     model: nn.Module | ExportedProgram,
@@ -87,9 +86,10 @@ def trace(
     check_example(example_bchw)
     if not 0 <= number("minimum_coverage", minimum_coverage, OptionError) <= 1:
         raise OptionError(f"minimum_coverage is a share from 0 to 1, not {minimum_coverage}")
-    example_bchw = example_bchw.to(device_of(model))
+    # In a batch of one, what all images share looks like the image's own: one image is taken twice.
+    example_bchw = example_bchw.expand(max(len(example_bchw), 2), *example_bchw.shape[1:]).to(device_of(model))
     # A copy of its own, since running it may change its state.
-    tree, expected = _run_eagerly(copy_of(model, fixed), example_bchw)
+    tree, expected = run_eagerly(copy_of(model, fixed), example_bchw)
     root = copy_of(model, fixed)
     classes = declared_classes(root)
     try:
@@ -126,7 +126,7 @@ def _graph_by_export(
         error: what tracing raised.
     """
     try:
-        program = exported(root, _images(example_bchw, max(_CHECKED_BATCH_SIZES)))
+        program = exported(root, checked_images(example_bchw, MOST_IMAGES))
         graph_module = _graph_of(program, example_bchw, expected, minimum_coverage)
     except Exception as second:  # whatever torch.export meets in the model's code
         reason = str(second).strip().partition("\n")[0]
@@ -152,88 +152,9 @@ def _graph_of(
     _propagate_shapes(graph_module, example_bchw)
     graph_module.graph.lint()
     graph_module.recompile()
-    _check_equivalence(graph_module, example_bchw, expected)
+    check_equivalence(graph_module, example_bchw, expected)
     COVERAGE.write(graph_module, coverage)
     return graph_module
-
-
-def _images(example_bchw: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """A batch of different images made from the first one: it, and darker ones, which every model takes."""
-    factors = torch.linspace(1, 0, batch_size + 1, device=example_bchw.device, dtype=example_bchw.dtype)[:-1]
-    return example_bchw[:1] * factors.view(-1, 1, 1, 1)
-
-
-def _run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> tuple[Tree, list[list[torch.Tensor]]]:
-    """How the model's own outputs are arranged, and their tensors for every checked batch size."""
-    name = type(root).__name__
-    try:
-        sizes = (*_CHECKED_BATCH_SIZES, _CHECKED_BATCH_SIZES[0])
-        outputs = [root(_images(example_bchw, batch_size)) for batch_size in sizes]
-    except Exception as error:
-        size = known_image_shape(root)
-        known = f"; the model takes (B, {', '.join(map(str, size))})" if size else ""
-        raise CalibrationError(
-            f"{name} refuses an example of shape {tuple(example_bchw.shape)} and dtype "
-            f"{example_bchw.dtype}{known}: {error}"
-        ) from error
-    (tree, one), (other, several), (_, again) = (flatten(output) for output in outputs)
-    if not one:
-        raise TraceError(f"{name} returns a {type(outputs[0]).__name__} without a tensor, so nothing can be quantized")
-    if tree != other:
-        raise TraceError(
-            f"{name} returns something else for {_CHECKED_BATCH_SIZES[1]} images than for one, besides its tensors: "
-            "wrap it in a module whose forward returns the tensors to quantize for"
-        )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*one, *several)):
-        raise CalibrationError(
-            f"{name} gives NaN or infinite numbers for the example, or for the same image darker: "
-            "preprocess images as the model wants them, and check its weights"
-        )
-    for where, single, three in zip(tree.names, one, several, strict=True):
-        is_constant = single.shape == three.shape and len(one) > 1
-        if three.numel() != single.numel() * _CHECKED_BATCH_SIZES[1] and not is_constant:
-            at = f" at {where}" if where else ""
-            raise TraceError(
-                f"{name} gives {single.numel()} numbers{at} for one image and {three.numel()} for "
-                f"{_CHECKED_BATCH_SIZES[1]}: wrap it in a module whose forward returns as much for every image of the "
-                "batch"
-            )
-    for after, before in zip(again, one, strict=True):
-        difference = _difference(after, before)
-        if not difference <= _tolerance(before):
-            raise TraceError(
-                f"{name} differs from the model it was two calls before: the same image has outputs "
-                f"{difference:.3g} apart. Its forward draws at random or keeps a state: take that out of inference; "
-                "where it takes what it would draw as an argument (ViTMAE's noise), wrap it in a module that gives it"
-            )
-    return tree, [one, several]
-
-
-def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same elements, where NaN is the same as NaN."""
-    return torch.equal(tensor, other) or bool(((tensor == other) | (tensor.isnan() & other.isnan())).all())
-
-
-def _difference(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference of two outputs; infinite where their shapes differ."""
-    if output.shape != reference.shape:
-        return float("inf")
-    return float((output.double() - reference.double()).abs().max()) if output.numel() else 0.0
-
-
-def _tolerance(reference: torch.Tensor) -> float:
-    largest = float(reference.double().abs().max()) if reference.numel() else 0.0
-    return _RELATIVE_TOLERANCE * max(largest, 1e-6)
-
-
-def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """(C, H, W) from the usual places: a patch embedding's image size, timm's default configuration."""
-    for module in model.modules():
-        size, projection = getattr(module, "img_size", None), getattr(module, "proj", None)
-        if isinstance(size, tuple) and len(size) == 2 and isinstance(projection, nn.Conv2d):
-            return (projection.in_channels, *size)
-    configuration = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    return tuple(configuration["input_size"]) if configuration and "input_size" in configuration else None
 
 
 def _record(root: nn.Module, example_bchw: torch.Tensor) -> tuple[fx.GraphModule, ShapeTracer]:
@@ -311,31 +232,3 @@ def _guard_image_shape(graph_module: fx.GraphModule, image_shape: tuple[int, ...
         is_expected = graph.call_function(operator.eq, (image_dimensions, image_shape))
     with graph.inserting_after(is_expected):
         graph.call_function(torch._assert, (is_expected, message))
-
-
-def _check_equivalence(
-    graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[list[torch.Tensor]]
-) -> None:
-    """Raise TraceError unless the graph computes what the model did, and keeps no state."""
-    before = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
-    for batch_size, references in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
-        try:
-            output = graph_module(_images(example_bchw, batch_size))
-        except Exception as error:
-            raise TraceError(f"the traced graph fails at batch size {batch_size}: {error}") from error
-        for found, reference in zip(leaves(output), references, strict=True):
-            difference, tolerance = _difference(found, reference), _tolerance(reference)
-            if difference <= tolerance:
-                continue
-            hooks = "hooks are registered for all modules of the process, remove them; else " * has_global_hooks()
-            raise TraceError(
-                f"the traced graph differs from the model by {difference:.3g} at batch size {batch_size} "
-                f"(tolerance {tolerance:.3g}): {hooks}its forward depends on the batch size, on randomness or on a "
-                "state, or it changes a tensor in place that it reads under another name"
-            )
-    changed = [name for name, buffer in graph_module.named_buffers() if not _is_same(buffer, before[name])]
-    if changed:
-        raise TraceError(
-            f"the forward of the model changes '{changed[0]}', and a quantized model keeps no state: take that out of "
-            f"inference"
-        )
