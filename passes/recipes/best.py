@@ -73,7 +73,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         BalanceHeads(),
         FoldSqb(),
         InsertObservers(),
-        Calibrate(shrinkage=SHRINKAGE),
+        Calibrate(shrinkage=SHRINKAGE, outputs=True),
         SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
         allocate,
         CompensateWeights(),
