@@ -1,9 +1,15 @@
-"""CompensateWeights: round each weight column so that later columns make up for the error of earlier ones (OPTQ/GPTQ).
+"""CompensateWeights: round weights one after another, so that later ones make up for the errors of earlier ones.
 
 With G = R R^T the layer's damped Gram matrix, R upper triangular, the cost of an error d = w - q is |d R|^2, whose term
 of column j is R_jj^2 (w_j + sum over k < j of d_k R_kj / R_jj - q_j)^2: column by column, what is in front of q_j is
 rounded to the grid. This gives what GPTQ gives (Frantar et al., algorithm 1) without inverting G (Chee et al., QuIP,
-theorem 6). Bits stay as allocated.
+theorem 6): OPTQ, or GPTQ. Bits stay as allocated.
+
+Rows make up for one another as well, where Calibrate has gathered the Gram matrix H = S S^T of gradients at the layer's
+output. Errors D then cost tr(H D G D^T) = |S^T D R|^2 (Tseng et al., YAQA, 2025), the layer's Hessian in its Kronecker
+form. The term of a weight in row i and column j is S_ii^2 R_jj^2 (c_ij + sum over earlier rows k of c_kj S_ki / S_ii)^2,
+where c_ij = d_ij + sum over k < j of d_ik R_kj / R_jj as above. Rows are rounded some at a time, which know nothing of one
+another; what earlier ones leave is added to their weights.
 
 The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
 for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
