@@ -8,8 +8,8 @@ theorem 6): OPTQ, or GPTQ. Bits stay as allocated.
 Rows make up for one another as well, where Calibrate has gathered the Gram matrix H = S S^T of gradients at the layer's
 output. Errors D then cost tr(H D G D^T) = |S^T D R|^2 (Tseng et al., YAQA, 2025), the layer's Hessian in its Kronecker
 form. With c_ij = d_ij + sum over k < j of d_ik R_kj / R_jj as above, the term of a weight in row i and column j is
-S_ii^2 R_jj^2 (c_ij + sum over earlier rows k of c_kj S_ki / S_ii)^2. Rows are rounded some at a time; those know nothing
-of one another, and what earlier ones leave is added to their weights.
+S_ii^2 R_jj^2 (c_ij + sum over earlier rows k of c_kj S_ki / S_ii)^2. Rows of one turn are rounded together and
+know nothing of one another; what earlier ones leave is added to their weights.
 
 The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
 for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
