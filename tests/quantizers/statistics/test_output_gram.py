@@ -68,5 +68,14 @@ def test_parts_merge_into_the_whole() -> None:
     torch.testing.assert_close(again.matrix(), gathered(found).matrix())
 
 
+def test_an_image_added_is_an_image_merged_bit_for_bit() -> None:
+    """So that one process may add what several ranks merge."""
+    added, merged = OutputGram(), OutputGram()
+    for each in matrices(6, noise=1.0):
+        added.add(each)
+        merged.merge(gathered([each]).state())
+    assert torch.equal(added.matrix(), merged.matrix())
+
+
 def test_a_layer_without_gradients_has_a_matrix_of_zeros() -> None:
     assert not gathered([torch.zeros(1, 3, 3)] * 2).matrix().any()
