@@ -66,6 +66,7 @@ ROWS: dict[str, Callable[[str], Pipeline]] = {
     "tensors of 2 bits allowed": lambda b: best(b).changed(AllocateBits, narrowest=2),
     "float GELU": lambda b: best(b).without(TabulateGelu),
     "Gram matrices of gradients alone": lambda b: best(b).changed(Calibrate, shrinkage=0.0),
+    "no row makes up for another": lambda b: best(b).changed(Calibrate, outputs=False),
     "searched scales of weights": lambda b: best(b).changed(CompensateWeights, scales=(1.0,)),
     "rounded to nearest": lambda b: best(b).without(CompensateWeights),
     "closed form (ridge and GPTQ)": lambda b: best(b).without(CompensateWeights).after(AllocateBits, CorrectWeights()),

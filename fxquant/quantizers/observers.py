@@ -7,6 +7,7 @@ families ask for. `Calibrate` feeds it. It keeps streamed statistics only, never
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,19 @@ from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.family import Family, Statistics
 from fxquant.quantizers.statistics.gram import Gram
 from fxquant.quantizers.statistics.histogram import Bfloat16Histogram
+from fxquant.quantizers.statistics.output_gram import OutputGram
 
 # What an observer gathers: all that `release` forgets.
 _COUNTS = ("images", "row_length", "coherence_count")
 _NUMBERS = (*_COUNTS, "minimum", "maximum", "image_minimum_sum", "token_weight_sum", "coherence_sum")
 _TENSORS = ("channel_magnitude", "channel_factor", "output_weight")
-_STREAMED = ("histogram", "row_histogram", "gram")  # which have states of their own
+# Those that have states of their own, and how each is made.
+_STREAMED: dict[str, Callable[[], Bfloat16Histogram | Gram | OutputGram]] = {
+    "histogram": Bfloat16Histogram,
+    "row_histogram": Bfloat16Histogram,
+    "gram": Gram,
+    "output_gram": OutputGram,
+}
 
 # How two observers' numbers become one's.
 _MERGED = {"row_length": max, "minimum": min, "maximum": max}  # the others are sums
@@ -43,19 +51,21 @@ class Observer(nn.Module):
         self.families, self.source, self.keeps_gram = families, source, gram
         self.release()
 
-    def released_gram(self) -> Tensor:
-        """The Gram matrix of the inputs, float (in, in), which the observer forgets with all else.
+    def released_grams(self) -> tuple[Tensor, Tensor | None]:
+        """The Gram matrices of the inputs, float (in, in), and of the gradients at the reading layer's output, float
+        (groups, outputs, outputs), None where they were not asked for. The observer forgets both with all else.
 
         Raises CalibrationError where it has none.
         """
         if self.gram is None:
             raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
         gram = self.gram.matrix()
+        outputs = None if self.output_gram is None else self.output_gram.matrix()
         self.release()
-        return gram
+        return gram, outputs
 
     def release(self, keep_gram: bool = False) -> None:
-        """Forget all statistics, or all but the Gram matrix, and free their memory."""
+        """Forget all statistics, or all but the Gram matrices, and free their memory."""
         self.histogram: Bfloat16Histogram | None = None
         self.row_histogram: Bfloat16Histogram | None = None
         self.row_length = 0
@@ -64,6 +74,7 @@ class Observer(nn.Module):
         self.channel_magnitude: Tensor | None = None
         self.channel_factor: Tensor | None = None
         self.gram: Gram | None = self.gram if keep_gram else None
+        self.output_gram: OutputGram | None = self.output_gram if keep_gram else None
         self.output_weight: Tensor | None = None
         self.token_weight_sum = 0.0
         self.coherence_sum, self.coherence_count = 0.0, 0
@@ -152,6 +163,14 @@ class Observer(nn.Module):
         self.gram = self.gram or Gram(rows.shape[1], rows.dtype, rows.device)
         self.gram.add(rows, token_weight)
 
+    def add_output_gram(self, gram_goo: Tensor) -> None:
+        """Add the Gram matrix of one image's gradients at the output of the layer that reads the edge.
+
+        gram_goo: float (groups, outputs, outputs), see `fxquant.quantizers.statistics.output_gram`.
+        """
+        self.output_gram = self.output_gram or OutputGram()
+        self.output_gram.add(gram_goo)
+
     def state(self) -> dict[str, Tensor]:
         """All statistics gathered so far, by name."""
         numbers = torch.tensor([getattr(self, name) for name in _NUMBERS], dtype=torch.float64)
@@ -168,9 +187,9 @@ class Observer(nn.Module):
             setattr(self, name, int(value) if name in _COUNTS else value)
         for name in _TENSORS:
             setattr(self, name, state.get(name))
-        for name in _STREAMED:
+        for name, make in _STREAMED.items():
             parts = _parts(name, state)
-            streamed = (Gram() if name == "gram" else Bfloat16Histogram()) if parts else None
+            streamed = make() if parts else None
             if streamed is not None:
                 streamed.restore(parts)
             setattr(self, name, streamed)
@@ -184,10 +203,10 @@ class Observer(nn.Module):
             own, other = getattr(self, name), state.get(name)
             if other is not None:
                 setattr(self, name, other if own is None else join(own, other))
-        for name in _STREAMED:
+        for name, make in _STREAMED.items():
             streamed, parts = getattr(self, name), _parts(name, state)
             if parts and streamed is None:
-                streamed = Gram() if name == "gram" else Bfloat16Histogram()
+                streamed = make()
                 streamed.restore(parts)
                 setattr(self, name, streamed)
             elif parts:

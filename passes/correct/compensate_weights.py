@@ -1,9 +1,15 @@
-"""CompensateWeights: round each weight column so that later columns make up for the error of earlier ones (OPTQ/GPTQ).
+"""CompensateWeights: round weights one after another, so that later ones make up for the errors of earlier ones.
 
 With G = R R^T the layer's damped Gram matrix, R upper triangular, the cost of an error d = w - q is |d R|^2, whose term
 of column j is R_jj^2 (w_j + sum over k < j of d_k R_kj / R_jj - q_j)^2: column by column, what is in front of q_j is
 rounded to the grid. This gives what GPTQ gives (Frantar et al., algorithm 1) without inverting G (Chee et al., QuIP,
-theorem 6). Bits stay as allocated.
+theorem 6): OPTQ, or GPTQ. Bits stay as allocated.
+
+Rows make up for one another as well, where Calibrate has gathered the Gram matrix H = S S^T of gradients at the layer's
+output. Errors D then cost tr(H D G D^T) = |S^T D R|^2 (Tseng et al., YAQA, 2025), the layer's Hessian in its Kronecker
+form. With c_ij = d_ij + sum over k < j of d_ik R_kj / R_jj as above, the term of a weight in row i and column j is
+S_ii^2 R_jj^2 (c_ij + sum over earlier rows k of c_kj S_ki / S_ii)^2. Rows of one turn are rounded together and
+know nothing of one another; what earlier ones leave is added to their weights.
 
 The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
 for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
@@ -37,6 +43,8 @@ from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
 WELL_DAMPED = 0.1
 FACTORED = 256  # columns that are factored together
+TURNS = 8  # in which the rows of a group are rounded; more make up for more of one another, and take longer
+LARGE = 1 << 19  # weights from which on rounding has half as many turns, at the scale that is likely the best one
 SCALES = (0.85, 0.925, 1.0, 1.075)  # relative to the searched one; rows take each of them about as often
 
 
@@ -92,9 +100,10 @@ class CompensateWeights:
 
         def rounded(layer: tuple[Node, nn.Linear | nn.Conv2d, Observer, UniformQuantizer]) -> dict[str, Tensor]:
             _, module, observer, quantizer = layer
-            rows, gram = module.weight.detach().flatten(1), observer.released_gram()
-            key = context.cache.key_of(rows, gram, quantizer, repr(self))
-            return context.cache.recall_tensors(key, partial(self._rounded, rows, gram, quantizer))
+            rows, (gram, outputs) = module.weight.detach().flatten(1), observer.released_grams()
+            given = (rows, gram, quantizer, outputs)
+            key = context.cache.key_of(*given, repr(self))
+            return context.cache.recall_tensors(key, partial(self._rounded, *given))
 
         found = context.deal("compensating weights", rounded, work, [_cost(module) for _, module, _, _ in work])
         for (node, module, observer, quantizer), kept in zip(work, found, strict=True):
@@ -107,13 +116,15 @@ class CompensateWeights:
         context.note(cost_before=before, cost_after=after)
         return len(work)
 
-    def _rounded(self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer) -> dict[str, Tensor]:
+    def _rounded(
+        self, rows: Tensor, gram: Tensor, quantizer: UniformQuantizer, outputs: Tensor | None
+    ) -> dict[str, Tensor]:
         """The weight in steps of its scale, (out, in), that scale, and the costs of rounding to nearest and of this.
 
         Steps are whole, and a byte or two each: all layers' are held before the first weight is replaced.
         """
         seen = LowRank.of(gram.float())
-        rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block, seen)
+        rounded, scaled = compensate_scaled(rows, gram, quantizer, self.scales, self.dampening, self.block, outputs)
         errors = ((after - rows).float() for after in (quantizer(rows), rounded))
         costs = [seen.cost(error).sum(dtype=torch.float64) for error in errors]
         steps = (rounded / scaled.scale).round().to(torch.int8 if scaled.zero_point is None else torch.int16)
@@ -140,7 +151,7 @@ def compensate_scaled(
     scales: Sequence[float] = SCALES,
     dampening: float = 0.1,
     block: int = 128,
-    seen: LowRank | None = None,
+    outputs_goo: Tensor | None = None,
 ) -> tuple[Tensor, UniformQuantizer]:
     """`compensate` with the scale of every row at which (W^ - W) (G + dampening) (W^ - W)^T is least.
 
@@ -151,32 +162,43 @@ def compensate_scaled(
         scales: what is tried, relative to the quantizer's scale.
         dampening: the share of the mean diagonal that is added to the diagonal; see CompensateWeights.
         block: columns of which the earlier ones' errors are gathered in one product.
-        seen: the low rank of G that scales are compared by; None: it is made here.
+        outputs_goo: the Gram matrix of the gradients at the layer's output, float (groups, outputs, outputs), of groups
+            of neighbouring rows; None: no row makes up for another.
 
     Returns:
         The weight on its grid, float (out, in), and the quantizer of that grid.
     """
-    if tuple(scales) == (1.0,) or quantizer.scale.numel() != len(weight_oi):
-        return compensate(weight_oi, gram_ii, quantizer, dampening, block), quantizer
-    # Rows know nothing of one another, so those of all scales are rounded together, with one factor of G.
-    tried = torch.cat([quantizer.scale * scale for scale in scales])
-    zeros = None if quantizer.zero_point is None else quantizer.zero_point.repeat(len(scales), 1)
-    stacked = UniformQuantizer(quantizer.bits, tried, zeros)
-    rounded = compensate(weight_oi.repeat(len(scales), 1), gram_ii, stacked, dampening, block)
-    rounded_soi = rounded.reshape(len(scales), *weight_oi.shape)
-    # Of G the low rank that SearchScales sees: all of it would cost more than the rounding, and says the same.
-    seen = LowRank.of(gram_ii.float()) if seen is None else seen
-    damped = LowRank(seen.factor_ir, seen.rest_i + float(gram_ii.diagonal().mean()) * dampening)
-    costs_so = torch.stack([damped.cost((each - weight_oi).float()) for each in rounded_soi])
-    best_o, rows_o = costs_so.argmin(0), torch.arange(len(weight_oi), device=weight_oi.device)
-    scale = tried.reshape(len(scales), -1, 1)[best_o, rows_o]
-    return rounded_soi[best_o, rows_o], UniformQuantizer(quantizer.bits, scale, quantizer.zero_point)
-
-
-def _cost(module: nn.Linear | nn.Conv2d) -> float:
-    """How long a layer takes: its columns one after another, each over all rows, and the factor of its G."""
-    rows, columns = module.weight.flatten(1).shape
-    return float(columns * columns * (rows + columns / 3))
+    rows, columns = weight_oi.shape
+    scale_o = quantizer.scale.reshape(-1).expand(rows)
+    tried = tuple(scales) if quantizer.scale.numel() == rows else (1.0,)
+    feedback, power = _factor(gram_ii, dampening, weight_oi.dtype)
+    is_large = weight_oi.numel() >= LARGE
+    among, size, turn = outputs_goo, rows, rows
+    if outputs_goo is not None:
+        among = torch.stack([_factor(gram_oo, dampening, weight_oi.dtype)[0] for gram_oo in outputs_goo])
+        size = outputs_goo.shape[1]
+        turn = -(-size // (TURNS // 2 if is_large else TURNS))
+    found, moved, best_o = torch.empty_like(weight_oi), torch.zeros_like(weight_oi), torch.empty_like(scale_o)
+    low, high = (end.expand(rows) for end in quantizer.reach)
+    for start in range(0, size, turn):
+        taken = torch.arange(rows, device=weight_oi.device).reshape(-1, size)[:, start : start + turn].reshape(-1)
+        shift = torch.zeros_like(weight_oi[taken])
+        if among is not None:
+            before = moved.reshape(-1, size, columns)[:, :start]
+            shift = (among[:, :start, start : start + turn].mT @ before).reshape(shift.shape)
+        # Rows of one turn know nothing of one another, so those of all scales are rounded together.
+        steps_so = torch.stack([scale_o[taken] * scale for scale in tried])
+        reach = low[taken], high[taken]
+        if is_large:
+            steps_so = _likely_scale(weight_oi[taken] + shift, power, steps_so, *reach)[None]
+        rounded_so, left_so = _round_columns(weight_oi[taken], shift, feedback, steps_so, *reach, block)
+        best = torch.einsum("isr,i->sr", left_so.square(), power).argmin(0)
+        picked = torch.arange(len(taken), device=taken.device)
+        found[taken], best_o[taken] = rounded_so[:, best, picked].T, steps_so[best, picked]
+        moved[taken] = left_so[:, best, picked].T - shift
+    if tried == (1.0,):
+        return found, quantizer
+    return found, UniformQuantizer(quantizer.bits, best_o[:, None], quantizer.zero_point)
 
 
 def compensate(
@@ -194,26 +216,59 @@ def compensate(
     Returns:
         float (out, in).
     """
-    feedback = _feedback(gram_ii, dampening).to(weight_oi.dtype)
-    weight = weight_oi.T.contiguous()  # a column's weights stand side by side
-    error = torch.empty_like(weight)
-    scale, (low, high) = quantizer.scale.reshape(-1), quantizer.reach
-    per_step, result = 1 / scale, []
+    return compensate_scaled(weight_oi, gram_ii, quantizer, (1.0,), dampening, block)[0]
+
+
+def _likely_scale(target_oi: Tensor, power_i: Tensor, steps_so: Tensor, low_o: Tensor, high_o: Tensor) -> Tensor:
+    """Of several scales for each row, (scales, out), the best one, (out,), if no column made up for another."""
+    costs = []
+    for step in steps_so[:, :, None]:
+        rounded = (target_oi / step).round_().clamp_(low_o[:, None], high_o[:, None]).mul_(step)
+        costs.append(rounded.sub_(target_oi).square_() @ power_i)
+    return steps_so.gather(0, torch.stack(costs).argmin(0, keepdim=True))[0]
+
+
+def _round_columns(
+    weight_oi: Tensor, shift_oi: Tensor, feedback: Tensor, steps_so: Tensor, low_o: Tensor, high_o: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """The weight rounded column by column at several scales, and what is left of what each column was to be.
+
+    Args:
+        weight_oi: the weight, (out, in).
+        shift_oi: what is added to each weight beside the feedback of earlier columns, (out, in).
+        feedback: of earlier columns (in, in), see `_factor`.
+        steps_so: scales of every row, (scales, out).
+        low_o, high_o: the smallest and the largest step of every row, (out,).
+        block: columns of which the earlier ones' errors are gathered in one product.
+
+    Returns:
+        Both (in, scales, out).
+    """
+    count = len(steps_so)
+    weight = weight_oi.T.repeat(1, count)  # a column's weights stand side by side
+    shifted = weight + shift_oi.T.repeat(1, count)
+    error, left, result = (torch.empty_like(weight) for _ in range(3))
+    scale, low, high = steps_so.reshape(-1), low_o.repeat(count), high_o.repeat(count)
+    per_step = 1 / scale
     for start in range(0, len(weight), block):
         inside = slice(start, start + block)
-        target = torch.addmm(weight[inside], feedback[:start, inside].T, error[:start])
-        columns = range(start, start + len(target))
-        for column, wanted, given, missed in zip(columns, target, weight[inside], error[inside], strict=True):
+        target = torch.addmm(shifted[inside], feedback[:start, inside].T, error[:start])
+        for column, wanted in enumerate(target, start):
             wanted.addmv_(error[start:column].T, feedback[start:column, column])
             # What the quantizer gives, without calling it: nearly all the time of this pass is spent here.
             rounded = (wanted.float() * per_step).round_().clamp_(low, high).mul_(scale)
-            result.append(rounded)
-            torch.sub(given, rounded, out=missed)
-    return torch.stack(result, 1).to(weight_oi.dtype)
+            result[column] = rounded
+            torch.sub(weight[column], rounded, out=error[column])
+            torch.sub(wanted, rounded, out=left[column])
+    shape = (len(weight), count, -1)
+    return result.reshape(shape), left.reshape(shape)
 
 
-def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
-    """R_kj / R_jj of the damped G = R R^T, float32 or float64 (in, in), above the diagonal; below it, any numbers."""
+def _factor(gram_ii: Tensor, dampening: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the damped G = R R^T the feedback R_kj / R_jj, (in, in), and the powers R_jj^2 (in,), in a type of float.
+
+    The feedback is above the diagonal; below it, there are any numbers.
+    """
     # Eigenvalues lie between the dampening and the number of columns, in means of the diagonal: well damped, float32
     # does, at half the time.
     factor = gram_ii.to(torch.float32 if dampening >= WELL_DAMPED else torch.float64, copy=True)
@@ -228,4 +283,11 @@ def _feedback(gram_ii: Tensor, dampening: float) -> Tensor:
         # Turned round by both axes, a lower Cholesky factor is the upper triangular one that stands on the left.
         corner.copy_(torch.linalg.cholesky(corner.flip(0, 1)).flip(0, 1))
         above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
-    return factor.div_(diagonal.clone())
+    powers = diagonal.square()
+    return factor.div_(diagonal.clone()).to(dtype), powers.to(dtype)
+
+
+def _cost(module: nn.Linear | nn.Conv2d) -> float:
+    """How long a layer takes: its columns one after another, each over all rows, and the factor of its G."""
+    rows, columns = module.weight.flatten(1).shape
+    return float(columns * columns * (rows + columns / 3))

@@ -34,7 +34,7 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 
 @checked_recipe
 def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
-    """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding.
+    """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding of columns and rows.
 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which have
@@ -73,7 +73,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         BalanceHeads(),
         FoldSqb(),
         InsertObservers(),
-        Calibrate(shrinkage=SHRINKAGE),
+        Calibrate(shrinkage=SHRINKAGE, outputs=True),
         SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
         allocate,
         CompensateWeights(),

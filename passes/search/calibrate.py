@@ -20,8 +20,9 @@ from fxquant.graph.annotation import annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.nodes import module_of
 from fxquant.graph.recorder import Recorder
-from fxquant.graph.rows import gradient_rows, weight_rows
+from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.statistics.output_gram import gram_of
 from fxquant.sensitivity.logit_gradients import Fisher
 from fxquant.sensitivity.objective import Draws
 from passes.pipeline.contract import PassContext
@@ -89,6 +90,8 @@ class Calibrate:
         shrinkage: how far the weights of tokens in Gram matrices are drawn towards the mean of their image, from 0 to
             1. Squared gradients of few images and draws say much of few tokens and next to nothing of the others, so
             what is fitted to them alone is fitted to noise; with 1 all tokens of an image count alike.
+        outputs: whether the Gram matrices of gradients at weights' outputs are gathered too, which CompensateWeights
+            then reads.
     """
 
     gradient: bool = True
@@ -97,6 +100,7 @@ class Calibrate:
     output_error: bool = False
     images: int | None = None
     shrinkage: float = 0.0
+    outputs: bool = False
 
     requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
@@ -123,7 +127,7 @@ class Calibrate:
         for seen, batch in context.gather("calibrating", gathered, graph_module, repr(self), in_place=True):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
-                squares = self._squared_gradients(output, recorder, context, seen) if self.gradient else {}
+                squares, grams = self._gradients(graph_module, output, recorder, context, seen)
             if self.output_error and not self.gradient:
                 squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             del output
@@ -132,6 +136,8 @@ class Calibrate:
                     _update(
                         graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None), self.shrinkage
                     )
+                    if node in grams:
+                        found[0][1].add_output_gram(grams.pop(node))
             recorder.forget()
         return len(observers)
 
@@ -159,26 +165,36 @@ class Calibrate:
         if not 0 <= self.shrinkage <= 1:
             raise CalibrationError(f"shrinkage must be from 0 to 1; found {self}")
 
-    def _squared_gradients(
-        self, output: Any, recorder: Recorder, context: PassContext, first: int
-    ) -> dict[Node, Tensor]:
-        """Mean square, over draws, of the gradient that each watched node's metric needs."""
+    def _gradients(
+        self, graph_module: GraphModule, output: Any, recorder: Recorder, context: PassContext, first: int
+    ) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
+        """Of the gradient that each watched node's metric needs, the mean square over draws; and of those at weights'
+        outputs the mean Gram matrices, where they are asked for. Both empty where no gradient is.
+        """
+        if not self.gradient:
+            return {}, {}
         outputs = context.objective.outputs(output, _NEEDED_BY)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
         draws = Draws(self.draws, context.seed, first, self.fisher)
         squares: dict[Node, Tensor] = {}
+        grams: dict[Node, Tensor] = {}
         for found in context.objective.gradients(outputs, tensors, draws):
             for node, gradient in zip(nodes, found, strict=True):
                 if gradient is not None and node in squares:
                     squares[node].addcmul_(gradient, gradient)
                 elif gradient is not None:
                     squares[node] = gradient.square()
+                module = module_of(graph_module, node) if self.outputs else None
+                if gradient is not None and module is not None and has_rows(module):
+                    gram = gram_of(gradient_rows(module, gradient)).div_(self.draws)
+                    grams[node] = gram.add_(grams[node]) if node in grams else gram
             del found  # before the next draw's
-        return {
+        means = {
             node: squares[node].div_(self.draws) if node in squares else torch.zeros_like(tensor)
             for node, tensor in zip(nodes, tensors, strict=True)
         }
+        return means, grams
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.allocate.allocate_bits import AllocateBits
+from passes.correct import compensate_weights
 from passes.correct.compensate_weights import SCALES, CompensateWeights, compensate, compensate_scaled
 from passes.pipeline.contract import PassContext
 from passes.recipes import best, mptq_vit
@@ -105,6 +106,102 @@ def test_every_row_has_the_scale_that_costs_least(
     torch.testing.assert_close(scaled.scale[:, 0], torch.tensor(SCALES)[best] * quantizer.scale[:, 0])
     torch.testing.assert_close(found, torch.stack(tried)[best, torch.arange(24)])
     assert torch.equal(scaled(found), found)
+
+
+def outputs_of(groups: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    gradients = torch.randn(groups, 4 * size, size, generator=generator)
+    return (mixed := gradients @ torch.randn(size, size, generator=generator)).mT @ mixed
+
+
+def joint_cost(error: torch.Tensor, gram: torch.Tensor, outputs: torch.Tensor) -> float:
+    return float(((torch.block_diag(*outputs) @ error @ gram) * error).sum())
+
+
+def test_rows_make_up_for_one_another(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, quantizer = layer
+    outputs = outputs_of(1, 24)
+    alone, _ = compensate_scaled(weight, gram, quantizer)
+    together, scaled = compensate_scaled(weight, gram, quantizer, outputs_goo=outputs)
+    assert torch.equal(scaled(together), together)
+    assert joint_cost(together - weight, gram, outputs) < 0.9 * joint_cost(alone - weight, gram, outputs)
+
+
+def test_it_is_rounding_row_by_row_with_both_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight in turn, written out: |S^T D R|^2 has the term S_ii^2 R_jj^2 (target - q)^2."""
+    monkeypatch.setattr(compensate_weights, "TURNS", 3)
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(6, 9, generator=generator), torch.randn(40, 9, generator=generator)
+    gram, outputs, quantizer = rows.T @ rows, outputs_of(2, 3), UniformQuantizer(3, torch.full((6, 1), 0.6))
+
+    def above(matrix: torch.Tensor) -> torch.Tensor:
+        damped = matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix))
+        factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+        return (factor / factor.diagonal()).triu(1)
+
+    columns, among = above(gram), torch.block_diag(*map(above, outputs))
+    missed, moved, wanted = torch.zeros(6, 9), torch.zeros(6, 9), torch.empty(6, 9)
+    for i, j in itertools.product(range(6), range(9)):
+        own = missed[i] @ columns[:, j]
+        target = weight[i, j] + own + among[:, i] @ moved[:, j]
+        wanted[i, j] = quantizer(target[None, None].expand(6, 1))[i, 0]
+        missed[i, j] = weight[i, j] - wanted[i, j]
+        moved[i, j] = missed[i, j] + own
+    found, _ = compensate_scaled(weight, gram, quantizer, (1.0,), outputs_goo=outputs)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_groups_know_nothing_of_one_another(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, quantizer = layer
+    outputs = outputs_of(3, 8)
+    found, scaled = compensate_scaled(weight, gram, quantizer, outputs_goo=outputs)
+    for group in range(3):
+        own = slice(8 * group, 8 * group + 8)
+        given = UniformQuantizer(3, quantizer.scale[own])
+        alone, scales = compensate_scaled(weight[own], gram, given, outputs_goo=outputs[group : group + 1])
+        torch.testing.assert_close(found[own], alone)
+        torch.testing.assert_close(scaled.scale[own], scales.scale)
+
+
+def test_independent_outputs_change_nothing(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
+    weight, gram, quantizer = layer
+    alone, together = (
+        compensate_scaled(weight, gram, quantizer, outputs_goo=outputs)[0] for outputs in (None, torch.eye(24)[None])
+    )
+    torch.testing.assert_close(together, alone)
+
+
+def test_near_the_best_of_all_roundings_of_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 x 3 weights all roundings down and up are tried; over many layers it comes closer than row by row."""
+    monkeypatch.setattr(compensate_weights, "TURNS", 2)
+    quantizer, total = UniformQuantizer(4, torch.full((2, 1), 0.5)), torch.zeros(3)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        weight, mixing, other = (torch.randn(*shape, generator=generator) for shape in ((2, 3), (3, 3), (2, 2)))
+        gram, outputs = mixing @ mixing.T, (other @ other.T)[None]
+        grids = itertools.product(*[(torch.floor(w / 0.5) * 0.5, torch.ceil(w / 0.5) * 0.5) for w in weight.flatten()])
+        best = min(joint_cost(torch.stack(grid).reshape(2, 3) - weight, gram, outputs) for grid in grids)
+        rounded = [
+            compensate_scaled(weight, gram, quantizer, (1.0,), 1e-6, outputs_goo=given)[0] for given in (None, outputs)
+        ]
+        total += torch.tensor([best, *(joint_cost(each - weight, gram, outputs) for each in rounded)])
+    assert total[0] <= total[2] < 0.8 * total[1]
+
+
+def test_a_large_layer_takes_likely_scales(
+    layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays on its grid, at scales that are tried, and is better than at the searched ones alone."""
+    weight, gram, quantizer = layer
+    one = compensate(weight, gram, quantizer)
+    monkeypatch.setattr(compensate_weights, "LARGE", 1)
+    found, scaled = compensate_scaled(weight, gram, quantizer)
+    assert torch.equal(scaled(found), found)
+    ratios = (scaled.scale / quantizer.scale)[:, 0]
+    assert torch.isclose(ratios[:, None], torch.tensor(SCALES)).any(1).all()
+    assert cost(found - weight, gram) < cost(one - weight, gram)
+    together, _ = compensate_scaled(weight, gram, quantizer, outputs_goo=(outputs := outputs_of(1, 24)))
+    assert joint_cost(together - weight, gram, outputs) < 0.9 * joint_cost(found - weight, gram, outputs)
 
 
 def test_one_scale_for_all_rows_stays(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:

@@ -247,6 +247,26 @@ def test_shrinkage_draws_the_weights_of_tokens_towards_their_image_s_mean(observ
     torch.testing.assert_close(half.channel_weight(), none.channel_weight())
 
 
+def test_output_grams_are_of_the_gradients_at_weights_outputs(observed: GraphModule) -> None:
+    """On the diagonal the squares that b_o is made of; of the head, written out; nothing where not asked for."""
+    x = images(4)
+    found = calibrated(observed, x, outputs=True)
+    assert all(observer.output_gram is None for observer in calibrated(observed, x).values())
+    for observer in found.values():
+        assert (observer.output_gram is None) == (observer.gram is None)
+        if observer.output_gram is not None:
+            diagonal = observer.output_gram.matrix().diagonal(dim1=1, dim2=2).flatten()
+            torch.testing.assert_close(diagonal.double(), observer.output_weight / len(x), rtol=1e-3, atol=1e-9)
+    gradients = logit_gradients(copy.deepcopy(observed)(x).softmax(1), "signs", 4, seed=0)  # (draws, images, classes)
+    head = found["observer_head_0"]
+    own = torch.einsum("dbo,dbp->bop", gradients, gradients) / 4
+    torch.testing.assert_close(head.output_gram.state()["sum"][0], own.sum(0), rtol=1e-3, atol=1e-6)
+    head.release(keep_gram=True)
+    assert head.output_gram is not None
+    head.release()
+    assert head.output_gram is None
+
+
 def test_hessian_metric_predicts_the_kl_divergence_of_a_small_error(observed: GraphModule) -> None:
     """Half of sum h e^2, averaged over random signs, is the rise of KL(p || p^) for independent errors e."""
     graph_module = copy.deepcopy(observed)
