@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Unpack
 
 from allocators.milp import Milp
@@ -55,7 +56,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
         spared=PROBABILITIES,
     )
-    return with_options(options, _trained(plan, allocate) if thorough else _rounded(plan, allocate))
+    passes = _rounded(plan, allocate)
+    return with_options(options, _trained(passes) if thorough else passes)
 
 
 def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
@@ -82,27 +84,15 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
     ]
 
 
-def _trained(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
-    """The passes of `best_thorough`; balanced heads help rounding and short training, with long training nothing."""
-    return [
-        AssignRoles(),
-        PlanOperands(
-            post_gelu=f"opt-m|{BOOK}",
-            post_relu=f"asymmetric|{BOOK}",
-            post_softmax="row-log",
-            other=f"symmetric|asymmetric|{BOOK}",
-            **plan,
-        ),
-        RotateResidual(),
-        FoldSqb(),
-        InsertObservers(),
-        Calibrate(images=SEARCHED),
-        SearchScales(),
-        allocate,
-        Distil(),
-        SubstituteQuantizers(),
-        TabulateGelu(),
-    ]
+def _trained(passes: list[Pass]) -> list[Pass]:
+    """The passes of `best_thorough`: those of `best`, whose rounding is where training starts."""
+    return [_thorough(step) for step in passes]
+
+
+def _thorough(step: Pass) -> Pass:
+    if isinstance(step, Calibrate):
+        return replace(step, images=SEARCHED)
+    return Distil(rounding=step) if isinstance(step, CompensateWeights) else step
 
 
 @checked_recipe
