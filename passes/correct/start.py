@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxquant import ranks
 from fxquant.artefact.cache import signature
-from fxquant.graph.structure.blocks import extract
+from fxquant.graph.structure.blocks import remainder
 from fxquant.runtime.simulated import QuantizedWeightModule
 from passes.correct.block_pairs import BlockPair, BlockPairs
 from passes.correct.correct_weights import CorrectWeights
@@ -45,7 +45,7 @@ def correct_where_it_pays(
     """
     wanted: dict[str, Tensor] = {}
     notes: list[dict[str, Any]] = []
-    context, end = pairs.context, pairs.blocks[-1].result
+    context = pairs.context
     task = context.progress.track("correcting weights", len(pairs.blocks))
 
     def measured(name: str, *given: Any) -> float:
@@ -60,7 +60,7 @@ def correct_where_it_pays(
     came = measured("as it came", pairs.quantized)
     replaced = []
     for pair, ahead in zip(pairs.over(context.images[train]), pairs.over(held.images), strict=True):
-        rest = extract(pairs.quantized, pair.block.source, end)
+        rest = remainder(pairs.quantized, pair.block.source)
         before = _state(pair)
         # Both are measured here, on the same inputs: a code that flips by float rounding moves all codes after it.
         without = measured(f"{pair.index} without", rest, ahead.quantized_input)
