@@ -17,8 +17,8 @@ The start is `rounding`'s network, in which blocks have the closed form's weight
 held out (`passes.correct.start`). So with CompensateWeights for the rounding, the result is there never further from
 the float network than what the same pipeline gives with CompensateWeights in this pass's place.
 
-Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
-quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
+Where the processor multiplies bfloat16 in hardware, the products of training run in it: its rounding is far below that
+of the quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def correct_where_it_pays(
     for pair, ahead in zip(pairs.over(context.images[train]), pairs.over(held.images), strict=True):
         rest = remainder(pairs.quantized, pair.block.source)
         before = _state(pair)
-        # Both are measured here, on the same inputs: a code that flips by float rounding moves all codes after it.
+        # Both on the inputs that the block has here, from the prefix as it has become.
         without = measured(f"{pair.index} without", rest, ahead.quantized_input)
         corrections = closed_form.recalled(pair, pairs, key)
         found = measured(f"{pair.index} with", rest, ahead.quantized_input)

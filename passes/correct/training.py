@@ -20,7 +20,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.objective import Outputs
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs, activation_quantizers, weight_layers
-from passes.correct.held_out import HeldOut, mean_divergence, precision
+from passes.correct.held_out import HeldOut, mean_divergence
 
 if TYPE_CHECKING:
     from passes.correct.distil import Distil
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WARM_UP = 0.05  # of the steps
 MEMORY = 0.98  # per step, of the running mean
 NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
-IDLE_CHECKS = 2
+IDLE_CHECKS = 2  # two fifths of the steps, by default: what rates do at their highest has shown by then
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
 
@@ -174,7 +174,7 @@ class Training:
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
         images = options.augment(self.images[chosen].to(self.device), self.generator)
-        with precision(self.device):
+        with self._precision():
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
             found, *features = functional_call(self.student, self._tensors(), (images,))
@@ -189,6 +189,11 @@ class Training:
     def _divergence(self) -> float:
         """On the held-out images; infinite where training has left what numbers can hold."""
         return self.held.divergence(self.quantized, tensors=self._tensors())
+
+    def _precision(self) -> torch.autocast:
+        kind = self.device.type
+        fast = bool(torch.cpu._is_avx512_bf16_supported()) if kind == "cpu" else kind == "cuda"
+        return torch.autocast(kind, torch.bfloat16, enabled=fast)
 
     def _counting(self, output: Any) -> Outputs:
         """The tensors of an output that the objective looks at."""
