@@ -71,7 +71,8 @@ class CodebookQuantizer(LevelTableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same values as quantize then dequantize, in one lookup."""
-        return (self.relative * self.scale).index_select(0, self._fine(x).flatten()).reshape(x.shape).to(x.dtype)
+        table = (self.relative * self.scale).to(x.dtype)
+        return table.index_select(0, self._fine(x).flatten()).reshape(x.shape)
 
     def _fine(self, x: Tensor) -> Tensor:
         units = (x.float() * (1 / self.scale)).round_().clamp_(-self.zero, LARGEST - self.zero)

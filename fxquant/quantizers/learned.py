@@ -128,8 +128,9 @@ class _StraightThrough(torch.autograd.Function):
         to_x = ctx.owner.inside(gradient.to(counted.dtype), counted)
         if kept is not None:
             to_x = torch.where(kept, gradient, to_x)
-        some = gradient[: len(slope)].to(slope.dtype)
-        to_factor = torch.dot(some.reshape(-1), slope.reshape(-1)).float() * (len(gradient) / len(slope))
+        # In float32: torch's product of vectors in bfloat16 is not vectorised.
+        some, slope = (tensor.reshape(-1).float() for tensor in (gradient[: len(slope)], slope))
+        to_factor = torch.dot(some, slope) * (len(gradient) / len(ctx.saved_tensors[1]))
         return to_x, to_factor, None, None
 
 

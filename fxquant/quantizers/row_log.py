@@ -44,13 +44,15 @@ class RowLogQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Codes k, int32 in 0 .. 2^bits-1, the last one meaning zero."""
         x, zero = x.float(), 2**self.bits - 1
-        ratio = (x / x.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
-        return torch.round(torch.log2(ratio) * (-1 / self.base)).clamp(0, zero).nan_to_num(zero).to(torch.int32)
+        # In place, here and below: fresh memory costs more than arithmetic. What has no logarithm is zero.
+        ratio = x / x.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        return ratio.log2_().mul_(-1 / self.base).round_().clamp_(0, zero).nan_to_num_(zero).to(torch.int32)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of codes, float32; codes of whole rows."""
-        found = self.levels()[codes.long()]
-        return found / found.sum(-1, keepdim=True).clamp_min(1)
+        # The same as levels[codes], several times faster.
+        found = self.levels().index_select(0, codes.flatten()).reshape(codes.shape)
+        return found.div_(found.sum(-1, keepdim=True).clamp_min_(1))
 
     def levels(self) -> Tensor:
         """n_k by code, float32 (2^bits,), whole numbers from 255 down to 0."""

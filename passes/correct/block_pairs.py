@@ -94,12 +94,17 @@ class BlockPairs:
         self.context = context
         self.device = device or device_of(graph_module)
         bare = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-        substituted = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         remove_observers(bare)
-        SubstituteQuantizers().apply(substituted, context)
         self.original = copy.deepcopy(bare).eval().to(self.device)
-        self.quantized = copy.deepcopy(substituted).eval().to(self.device)
+        self.quantized: GraphModule
+        self.take(graph_module)
         self.blocks = cut(self.quantized)
+
+    def take(self, graph_module: GraphModule) -> None:
+        """Make the quantized network anew, of this graph with bits, whose weights may have been rewritten since."""
+        substituted = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        SubstituteQuantizers().apply(substituted, self.context)
+        self.quantized = copy.deepcopy(substituted).eval().to(self.device)
 
     def signature(self, *settings: Any) -> str:
         """What a result depends on: both networks with codes and scales, quantizers, images, settings, device."""

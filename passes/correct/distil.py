@@ -11,15 +11,18 @@ Few images would soon be learned by heart. So every step sees other crops and mi
 (`passes/correct/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
 more about an image than its class probabilities, weigh most. One image in eight is held out, whole, and the state of
 least divergence there is kept, the start included; at every check the running mean of what learns is tried too, in
-which codes that flip to and fro have settled.
+which codes that flip to and fro have settled. Where two checks have found nothing better than the start, training ends.
 
-Where the processor multiplies bfloat16 in hardware, products run in it: its rounding is far below that of the
-quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
+The start is `rounding`'s network, in which blocks have the closed form's weights where that is closer on the images
+held out (`passes.correct.start`). So with CompensateWeights for the rounding, the result is there never further from
+the float network than what the same pipeline gives with CompensateWeights in this pass's place.
+
+Where the processor multiplies bfloat16 in hardware, the products of training run in it: its rounding is far below that
+of the quantizers. State is kept at every check and twice a minute, so an interrupted run goes on from the last one.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,11 +37,14 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.facts import Fact
 from passes.correct.augment import Augment
 from passes.correct.block_pairs import BlockPairs, adopt
+from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
-from passes.correct.training import MEMORY, Training, held_out
+from passes.correct.held_out import HeldOut, held_out
+from passes.correct.start import correct_where_it_pays, finite
+from passes.correct.training import MEMORY, Training
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Effect, PassContext
-from passes.search.calibrate import CALIBRATED
+from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import OBSERVED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED
 
@@ -59,7 +65,9 @@ class Distil:
             They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
         features: how much the blocks' outputs count in the loss, beside the model's output.
         augment: what both networks see of the images.
-        closed_form: what gives the weights that training starts from; None starts from their nearest rounding.
+        rounding: what gives the weights that training starts from; None: their nearest rounding. It needs
+            `SearchScales(keep_grams=True)`.
+        closed_form: what gives the weights of blocks in which these are closer on held-out images; None: of none.
         checks: how often the held-out divergence is measured, to keep the best state.
         device: where training runs, for example "cuda"; None: where the model is.
 
@@ -67,21 +75,35 @@ class Distil:
     run before it.
     """
 
-    steps: int = 2000
+    steps: int = 800
     images: int = 8
     weight_rate: float = 3.5e-3
     scale_rate: float = 1.5e-3
     rest_rate: float = 7.5e-4
     features: float = 40.0
     augment: Augment = Augment()
+    rounding: CompensateWeights | None = None
     closed_form: CorrectWeights | None = CorrectWeights()
     checks: int = 5
     device: str | None = None
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, BITS_ALLOCATED})
-    provides: ClassVar[frozenset[Fact]] = frozenset()
-    breaks: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
     effect: ClassVar[Effect] = Effect.WEIGHTS
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """Bits; and what the rounding needs."""
+        known = frozenset({OBSERVED, BITS_ALLOCATED})
+        return known if self.rounding is None else known | self.rounding.requires
+
+    @property
+    def provides(self) -> frozenset[Fact]:
+        """Nothing."""
+        return frozenset()
+
+    @property
+    def breaks(self) -> frozenset[Fact]:
+        """What observers have gathered, of the weights as they were."""
+        return STATISTICS
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for options that do not fit."""
@@ -95,20 +117,23 @@ class Distil:
         """Rewrite weights, biases, scales and the float rest in place; returns how many layers have new weights.
 
         Notes the held-out divergence (in the unit of the objective; None where it is not finite) at the start and at
-        every check, and the check that was kept.
+        every check, and the check that was kept; and what `correct_where_it_pays` notes of the start.
         """
         context.objective.check(graph_module, "Distil")
         pairs = BlockPairs(graph_module, context, None if self.device is None else device_named(self.device))
+        if self.rounding is not None:
+            self.rounding.apply(graph_module, context)
+            pairs.take(graph_module)
         key = pairs.signature(repr(self), MEMORY)
+        train, others = held_out(len(context.images))
+        held = HeldOut(pairs, others, self.images)
+        wanted: dict[str, Tensor] = {}
+        if self.closed_form is not None:
+            wanted = correct_where_it_pays(pairs, self.closed_form, train[:CLOSED_FORM], held, key)
         checkpoint = Checkpoint(context.cache, key, EVERY_S)
         task = context.progress.track("distilling", self.checks)
-        kept = checkpoint.load()
-        train, held = held_out(len(context.images))
-        wanted: dict[str, Tensor] = {}
-        if kept is None and self.closed_form is not None:
-            for pair in pairs.over(context.images[train[:CLOSED_FORM]]):
-                wanted |= {found.layer: found.weight for found in self.closed_form.recalled(pair, pairs, key)}
         training = Training(self, pairs, wanted, train, held)
+        kept = checkpoint.load()
         if kept is not None:
             training.restore(kept[1])
             task.advance(training.check)
@@ -122,13 +147,13 @@ class Distil:
             return training.check
 
         # One rank trains: sums over a step's few images would else depend on how many ranks there are.
-        while training.check < self.checks:
+        while training.check < self.checks and not ranks.once("distilling", lambda: training.is_idle):
             training.check = ranks.once("distilling", train_to_next_check)
             task.advance()
         task.close()
         training.restore(ranks.once("distilling", training.state))
         divergences = training.divergences
-        numbers = [found if math.isfinite(found) else None for found in divergences]
-        context.note(divergences=numbers, kept_check=divergences.index(min(divergences)))
+        kept_check = divergences.index(min(divergences))
+        context.note(divergences=[finite(found) for found in divergences], kept_check=kept_check)
         training.finish()
         return adopt(graph_module, pairs.quantized)

@@ -20,22 +20,16 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.sensitivity.objective import Outputs
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs, activation_quantizers, weight_layers
+from passes.correct.held_out import HeldOut, mean_divergence
 
 if TYPE_CHECKING:
     from passes.correct.distil import Distil
 
-HELD_OUT = 8  # one image in so many
 WARM_UP = 0.05  # of the steps
 MEMORY = 0.98  # per step, of the running mean
 NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
+IDLE_CHECKS = 2  # two fifths of the steps, by default: what rates do at their highest has shown by then
 THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
-
-
-def held_out(count: int) -> tuple[Tensor, Tensor]:
-    """Indices of images to train on and to check on, int64; the same where there are too few."""
-    held = torch.arange(count) % HELD_OUT == HELD_OUT - 1
-    train = torch.nonzero(~held)[:, 0]
-    return train, torch.nonzero(held)[:, 0] if bool(held.any()) else train
 
 
 class Training:
@@ -46,15 +40,16 @@ class Training:
         pairs: the float and the quantized network, and what they are given.
         wanted: by layer the float weight (out, ...) that training starts from; for others it is the layer's own.
         train: indices of images to learn from, int64 (N,).
-        held: indices of images to choose the best state by, int64 (N,).
+        held: measures on the images that the best state is chosen by.
     """
 
     def __init__(
-        self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: Tensor
+        self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: HeldOut
     ) -> None:
         self.options, self.device, self.images = options, pairs.device, pairs.context.images
         self.objective = pairs.context.objective
         self.train, self.held = train, held
+        self.quantized = pairs.quantized
         self.teacher = with_outputs(pairs.original, [block.result for block in pairs.blocks[:-1]])
         self.student = with_outputs(pairs.quantized, [block.result for block in pairs.blocks[:-1]])
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + 17)
@@ -69,7 +64,6 @@ class Training:
         bits = mean_bits(self.weights.values())
         self.steps = math.ceil(options.steps * NOMINAL_BITS / bits)
         self.optimizer, self.rates = self._optimizer(2 ** (NOMINAL_BITS - bits))
-        self.reference = self._outputs(self.teacher, {}, finite=True)
         self.divergences = [self._divergence()]
         self.best, self.mean = self._values(), self._values()
 
@@ -83,6 +77,11 @@ class Training:
         ]
         named = [{"params": parameters} for parameters, _ in groups]
         return torch.optim.Adam(named, betas=(0.9, 0.99), fused=True), [rate * factor for _, rate in groups]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the start is still the best after some checks: then more of the same will not do."""
+        return self.check >= IDLE_CHECKS and min(self.divergences) == self.divergences[0]
 
     def advance(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Train up to the next check; `after_step` may keep the state after every step."""
@@ -99,7 +98,7 @@ class Training:
         found.append((self._divergence(), self._values()))
         self._take(now)
         least, values = min(found, key=lambda pair: pair[0])
-        if least <= min(self.divergences):
+        if least < min(self.divergences):
             self.best = values
         self.divergences.append(least)
 
@@ -179,7 +178,7 @@ class Training:
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
             found, *features = functional_call(self.student, self._tensors(), (images,))
-        loss = self._mean_divergence(self._counting(wanted), self._counting(found))
+        loss = mean_divergence(self.objective, self._counting(wanted), self._counting(found))
         if options.features:
             errors = [token_errors(a, b) for a, b in zip(wanted_features, features, strict=True)]
             loss = loss + options.features * torch.stack(errors).mean()
@@ -189,33 +188,16 @@ class Training:
 
     def _divergence(self) -> float:
         """On the held-out images; infinite where training has left what numbers can hold."""
-        outputs = self._outputs(self.student, self._tensors(), finite=False)
-        found = float(self._mean_divergence(self.reference, outputs))
-        return found if math.isfinite(found) else math.inf
-
-    def _mean_divergence(self, wanted: Outputs, found: Outputs) -> Tensor:
-        """The objective's divergence, mean over images, float ()."""
-        as_float = [tuple(tensor.float() for tensor in outputs) for outputs in (wanted, found)]
-        return self.objective.divergence(as_float[0], as_float[1]) / len(wanted[0])
-
-    def _counting(self, output: Any, finite: bool = False) -> Outputs:
-        """The tensors of an output that the objective looks at."""
-        return self.objective.outputs(output, "Distil", finite)
-
-    @torch.no_grad()
-    def _outputs(self, network: GraphModule, tensors: dict[str, Tensor], finite: bool) -> Outputs:
-        """What a network gives for the held-out images."""
-        found = []
-        for indices in torch.split(self.held, self.options.images):
-            with self._precision():
-                output, *_ = functional_call(network, tensors, (self.images[indices].to(self.device),))
-            found.append(self._counting(output, finite))
-        return tuple(torch.cat(batches) for batches in zip(*found, strict=True))
+        return self.held.divergence(self.quantized, tensors=self._tensors())
 
     def _precision(self) -> torch.autocast:
         kind = self.device.type
         fast = bool(torch.cpu._is_avx512_bf16_supported()) if kind == "cpu" else kind == "cuda"
         return torch.autocast(kind, torch.bfloat16, enabled=fast)
+
+    def _counting(self, output: Any) -> Outputs:
+        """The tensors of an output that the objective looks at."""
+        return self.objective.outputs(output, "Distil", finite=False)
 
 
 def mean_bits(weights: Iterable[LearnedCodes]) -> float:

@@ -69,6 +69,18 @@ def extract(graph_module: GraphModule, source: str, result: str) -> GraphModule:
     return extract_part(graph_module, [nodes[source]], nodes[result])
 
 
+def remainder(graph_module: GraphModule, source: str) -> GraphModule:
+    """A graph module that computes the graph's output, be it one tensor or several, from the value of node `source`.
+
+    Raises KeyError for a node that does not exist, ValueError where the output needs more than `source`.
+    """
+    entry = next((node for node in graph_module.graph.nodes if node.name == source), None)
+    if entry is None:
+        raise KeyError(source)
+    output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    return extract_part(graph_module, [entry], output.args[0])
+
+
 def extract_part(graph_module: GraphModule, sources: Sequence[Node], results: Any) -> GraphModule:
     """A graph module that computes nodes from the values of others; modules are shared, not copied.
 

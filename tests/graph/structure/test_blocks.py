@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from fxquant.graph.structure.blocks import cut, extract
-from tests.models import ARCHITECTURES, images, traced
+from fxquant.graph.structure.blocks import cut, extract, remainder
+from tests.models import ARCHITECTURES, images, traced, vit
 
 EXPECTED = {
     "vit": ["patch_embed", "block 0", "block 1", "head"],
@@ -31,6 +32,32 @@ def test_blocks_in_a_row_are_the_graph(name: str) -> None:
         for result, expected in values.items():
             whole = extract(graph_module, blocks[0].source, result)(x)
             assert torch.equal(whole, expected), result
+
+
+class Several(torch.nn.Module):
+    """A model that returns several tensors made of its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = vit(depth=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, and twice as much."""
+        scores = self.inner(x)
+        return scores, scores * 2
+
+
+def test_the_remainder_gives_all_of_the_output() -> None:
+    graph_module = traced(Several(), images(2))
+    x = images(3, seed=5)
+    first = cut(graph_module)[0]
+    with torch.no_grad():
+        expected = graph_module(x)
+        found = remainder(graph_module, first.result)(extract(graph_module, first.source, first.result)(x))
+    assert len(found) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(KeyError):
+        remainder(graph_module, "nowhere")
 
 
 def test_every_layer_lies_in_exactly_one_block() -> None:

@@ -22,18 +22,18 @@ from fxquant.quantizers.learned import LearnedCodes
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from fxquant.sensitivity.divergence import kl_divergence
-from fxquant.sensitivity.objective import CLASSES, Outputs
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.augment import Augment
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs
 from passes.correct.distil import Distil
-from passes.correct.training import NOMINAL_BITS, Training, held_out, mean_bits
+from passes.correct.held_out import HeldOut, held_out
+from passes.correct.training import NOMINAL_BITS, Training, mean_bits
 from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
-from passes.recipes import mptq_vit
+from passes.recipes import mptq_vit, recipe
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from tests.models import embedded_blocks, images, vit
 
@@ -172,6 +172,28 @@ def test_never_worse_on_held_out_images(allocated: GraphModule) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(everything(g).values() for g in (allocated, result)), strict=True))
 
 
+def test_where_training_does_not_pay_it_ends_after_two_checks(allocated: GraphModule) -> None:
+    journal = Journal()
+    step = replace(QUICK, steps=5, checks=5, weight_rate=50.0, scale_rate=5.0)
+    run(allocated, step, replace(CONTEXT, journal=journal))
+    assert len(journal.entries[-1].notes["divergences"]) == 3, "the start, and two checks"
+
+
+def test_training_that_does_not_pay_leaves_what_best_gives() -> None:
+    """Of the same images: the start is the rounding of `best`, with its balanced heads and its scales."""
+    options = {"bits": (3, 8), "allocator": Uniform()}
+    graph_module, found = trace(vit(depth=1), images(2)), {}
+    for name in ("best", "best_thorough"):
+        pipeline = recipe(name)("W3A3", **options)
+        if name == "best_thorough":
+            destructive = {"weight_rate": 50.0, "scale_rate": 5.0, "rest_rate": 5.0, "closed_form": None}
+            pipeline = pipeline.changed(Distil, steps=1, checks=1, **destructive)
+        found[name] = pipeline.run(graph_module, SMALL)
+    mine, theirs = (found[name].state_dict() for name in ("best_thorough", "best"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
 def test_rates_beyond_all_measure_leave_the_start(allocated: GraphModule) -> None:
     journal = Journal()
     step = replace(QUICK, weight_rate=1e30, scale_rate=1e30, rest_rate=1e30, steps=4)
@@ -218,23 +240,24 @@ def test_mean_bits_count_every_weight() -> None:
 
 def test_steps_and_rates_fall_with_the_bits(small: GraphModule) -> None:
     """Weights of 2 bits learn at twice the rates given and for half as many steps again: those hold for 3."""
-    training = Training(QUICK, BlockPairs(small, SMALL), {}, *held_out(16))
+    training = in_training(small)
     assert training.steps == 1.5 * QUICK.steps
     assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
 
 
+def in_training(graph_module: GraphModule) -> Training:
+    pairs = BlockPairs(graph_module, SMALL)
+    train, held = held_out(16)
+    return Training(QUICK, pairs, {}, train, HeldOut(pairs, held, QUICK.images))
+
+
 @pytest.mark.parametrize("mean_is_better", [True, False])
-def test_the_better_of_what_is_there_and_its_running_mean_is_kept(small: GraphModule, mean_is_better: bool) -> None:
-    training = Training(QUICK, BlockPairs(small, SMALL), {}, *held_out(16))
+def test_the_better_of_what_is_there_and_its_running_mean_is_kept(
+    small: GraphModule, mean_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = in_training(small)
     found = iter([0.5, 0.4] if mean_is_better else [0.4, 0.5])
-    held = len(training.reference[0])
-
-    def told(wanted: Outputs, scores: Outputs) -> Tensor:
-        if len(wanted[0]) == held and torch.equal(wanted[0], training.reference[0].float()):
-            return torch.tensor(next(found) * held, dtype=torch.float64)
-        return CLASSES.divergence(wanted, scores)
-
-    training.objective = replace(CLASSES, divergence=told)
+    monkeypatch.setattr(HeldOut, "divergence", lambda *_, **__: next(found))
     training.divergences = [1.0]
     start = training.state()
     training.advance()
