@@ -183,6 +183,14 @@ def test_a_gram_matrix_that_is_none_counts_as_absent(tmp_path: Path) -> None:
     for wrong in (tensors[grams[0]][1:], tensors[grams[0]].int()):
         with pytest.raises(ArtefactError, match="no Gram matrix"):
             searched_from_file(texts, {**tensors, grams[0]: wrong}, traced, facts_of(searched))
+    ours = next(name for name in tensors if name.endswith(".output_gram.sum")).removesuffix(".sum")
+    wrongs = {"sum": tensors[f"{ours}.sum"][:, 1:], "squares": torch.zeros(2), "images": torch.tensor(0)}
+    for name, wrong in wrongs.items():
+        with pytest.raises(ArtefactError, match="no Gram matrix of gradients"):
+            searched_from_file(texts, {**tensors, f"{ours}.{name}": wrong}, traced, facts_of(searched))
+    without = {name: tensor for name, tensor in tensors.items() if name != f"{ours}.images"}
+    with pytest.raises(ArtefactError, match="no Gram matrix of gradients"):
+        searched_from_file(texts, without, traced, facts_of(searched))
 
 
 @dataclass(frozen=True)
