@@ -143,7 +143,7 @@ def fail_on_the_last(rank: int) -> Compiled:
         raise CalibrationError("an image of rank 1 is of no use")
 
     if rank == 1:
-        Calibrate._squared_gradients = fail  # type: ignore[assignment]
+        Calibrate._gradients = fail  # type: ignore[assignment]
     return compiled()
 
 

@@ -44,8 +44,9 @@ class RowLogQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Codes k, int32 in 0 .. 2^bits-1, the last one meaning zero."""
         x, zero = x.float(), 2**self.bits - 1
-        # In place, here and below: fresh memory costs more than arithmetic. What has no logarithm is zero.
-        ratio = x / x.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        # In place, here and below: fresh memory costs more than arithmetic. Runtimes differ in what they make of the
+        # logarithm of a negative number, and agree on that of zero.
+        ratio = (x / x.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)).clamp_min_(0)
         return ratio.log2_().mul_(-1 / self.base).round_().clamp_(0, zero).nan_to_num_(zero).to(torch.int32)
 
     def dequantize(self, codes: Tensor) -> Tensor:
