@@ -96,7 +96,13 @@ def known_image_shape(model: nn.Module) -> tuple[int, ...] | None:
 def check_equivalence(
     graph_module: fx.GraphModule, example_bchw: torch.Tensor, expected: list[list[torch.Tensor]]
 ) -> None:
-    """Raise TraceError unless the graph computes what the model did, and keeps no state."""
+    """Raise TraceError unless the graph computes what the model did, and keeps no state.
+
+    Args:
+        graph_module: the traced graph.
+        example_bchw: float (B, C, H, W), of which the checked batches are made.
+        expected: the model's own outputs for every checked batch size, tensor by tensor.
+    """
     before = {name: buffer.clone() for name, buffer in graph_module.named_buffers()}
     for batch_size, references in zip(_CHECKED_BATCH_SIZES, expected, strict=True):
         try:
