@@ -24,8 +24,7 @@ def with_options(rows: tuple[Row, ...], texts: list[str]) -> tuple[Row, ...]:
     for row in rows:
         recipe, fitting = row.method.recipe, option_texts(row, texts)
         taken.update(fitting)
-        changed = with_texts(recipe, fitting) if recipe is not None and fitting else recipe
-        assert not isinstance(changed, str)
+        changed = None if recipe is None else with_texts(recipe, fitting)
         found.append(replace(row, method=replace(row.method, recipe=changed)))
     if left := [each for each in texts if each not in taken]:
         raise OptionError(f"no recipe of these rows takes the option {left[0]!r}: leave it out, or choose other --rows")

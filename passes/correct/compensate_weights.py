@@ -153,7 +153,7 @@ def compensate_scaled(
     block: int = 128,
     outputs_goo: Tensor | None = None,
 ) -> tuple[Tensor, UniformQuantizer]:
-    """`compensate` with the scale of every row at which (W^ - W) (G + dampening) (W^ - W)^T is least.
+    """`compensate` at the scale of every row that costs least, where rows may make up for one another too.
 
     Args:
         weight_oi: the weight to round, float (out, in).

@@ -42,13 +42,12 @@ from fxquant.runtime.simulated import quantize_rows
 from passes.correct.block_error import BlockError, block_error
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
+from passes.correct.held_out import held_out
 from passes.pipeline.contract import Effect, PassContext
 from passes.pipeline.progress import ProgressTask
 from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import OBSERVED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED
-
-HELD_OUT = 8  # one image in so many
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,7 @@ class _Learning:
     def __init__(self, options: Reconstruct, pair: BlockPair, pairs: BlockPairs, task: ProgressTask) -> None:
         self.options, self.pair, self.pairs, self.task = options, pair, pairs, task
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + pair.index)
-        held = torch.arange(len(pair.target)) % HELD_OUT == HELD_OUT - 1
-        self.train, self.held = torch.nonzero(~held)[:, 0], torch.nonzero(held)[:, 0]
-        if not len(self.held):
-            self.held = self.train
+        self.train, self.held = held_out(len(pair.target))
         self.taken = 0
         self.error_of: BlockError
         self.roundings: dict[str, SoftRounding] = {}

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from allocators import allocator_named
 from fxquant.checks.arguments import shown
@@ -140,6 +140,10 @@ def _of_values(found: Any) -> WrittenRecipe:
     return WrittenRecipe(name, options, tuple(passes))
 
 
+@overload
+def with_texts(base: WrittenRecipe, texts: Sequence[str]) -> WrittenRecipe: ...
+@overload
+def with_texts(base: str, texts: Sequence[str]) -> str | WrittenRecipe: ...
 def with_texts(base: str | WrittenRecipe, texts: Sequence[str]) -> str | WrittenRecipe:
     """A recipe with options as `name=value`, the value as JSON or plain text. Raises PipelineError.
 

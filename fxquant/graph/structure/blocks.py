@@ -74,11 +74,8 @@ def remainder(graph_module: GraphModule, source: str) -> GraphModule:
 
     Raises KeyError for a node that does not exist, ValueError where the output needs more than `source`.
     """
-    entry = next((node for node in graph_module.graph.nodes if node.name == source), None)
-    if entry is None:
-        raise KeyError(source)
-    output = next(node for node in graph_module.graph.nodes if node.op == "output")
-    return extract_part(graph_module, [entry], output.args[0])
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    return extract_part(graph_module, [nodes[source]], graph_module.graph.output_node().args[0])
 
 
 def extract_part(graph_module: GraphModule, sources: Sequence[Node], results: Any) -> GraphModule:
