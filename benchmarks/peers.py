@@ -4,7 +4,8 @@ python benchmarks/peers.py vit_tiny_patch16_224 --num-classes 200 --artefact vit
 
 Ratios are to timm's own model in torch, eager float32 with fused attention; medians over rounds, by processor time.
 Weights and images are random: they do not change the speed. Without --artefact one is compiled from random images at
---budget. Peers that are not installed, or fail, are left out with a message; install those wanted:
+--budget. With --instruction-set torch, OpenVINO and fxquant stay within that set; ONNX Runtime cannot be told to, and
+is left out. Peers that are not installed, or fail, are left out with a message; install those wanted:
 
 pip install torchao onnx onnxscript onnxruntime openvino nncf
 """
@@ -15,6 +16,8 @@ import argparse
 import copy
 import io
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +31,30 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.measure.timing import bfloat16_variant, measure
+from fxquant.runtime.native.library import instruction_set, select_instruction_set
 
 PACKAGES = ("torch", "torchao", "onnxruntime", "openvino", "nncf")
 Runner = Callable[[Tensor], Any]
 Peer = tuple[Callable[[int], Runner], int]  # makes what runs, given the number of threads; bytes on disk
+
+
+# What holds torch, MKL and oneDNN (in torch and in OpenVINO) to an instruction set; they read it when they start.
+LIMITS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx-vnni": {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512-vnni": {},
+}  # fmt: skip
+
+
+def limit_to(name: str) -> None:
+    """Hold this process to an instruction set; where the variables of `LIMITS` are not set, start again with them."""
+    if any(os.environ.get(variable) != value for variable, value in LIMITS[name].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LIMITS[name])
+    select_instruction_set(name)
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -232,8 +255,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=60.0, help="for all variants at one batch size and threads")
     parser.add_argument("--only", nargs="*", help="variants whose names start so; the first always runs")
+    parser.add_argument("--instruction-set", choices=sorted(LIMITS), help="of all that can be told; the best otherwise")
     parser.add_argument("--name", help="of the result file; the model's name otherwise")
     options = parser.parse_args()
+    if options.instruction_set is not None:
+        limit_to(options.instruction_set)
     torch.manual_seed(0)
     model = timm.create_model(options.model, num_classes=options.num_classes).eval().requires_grad_(False)
     images = torch.randn(8, *timm.data.resolve_model_data_config(model)["input_size"])
@@ -245,6 +271,7 @@ def main() -> None:
         peers: dict[str, Peer] = {}
         for variant, build in candidates:
             wanted = options.only is None or variant.startswith(tuple(options.only)) or not peers
+            wanted &= options.instruction_set is None or "onnxruntime" not in variant
             if not wanted:
                 continue
             try:
@@ -266,7 +293,13 @@ def main() -> None:
                         f"{timing.cpu_speedup:6.2f}x by CPU time {rows[-1]['mb']:8.2f} MB",
                         flush=True,
                     )
-    result = {"model": options.model, "processor": processor(), "versions": installed(), "timings": rows}
+    result = {
+        "model": options.model,
+        "processor": processor(),
+        "instruction_set": instruction_set(),
+        "versions": installed(),
+        "timings": rows,
+    }
     path = Path(__file__).parent / "results" / f"peers_{options.name or options.model}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 

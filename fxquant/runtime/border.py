@@ -24,6 +24,8 @@ from fxquant.errors import InputError
 from fxquant.graph.nodes import image_of, shape_of
 from fxquant.graph.output_tree import Output, leaves
 
+_ONE_THREAD = 32_767  # elements of which torch (at::internal::GRAIN_SIZE) makes no parts for several threads
+
 
 @dataclass(frozen=True)
 class Border:
@@ -77,7 +79,7 @@ class Border:
         if len(images) == 0 and is_whole:
             return self._by_image(model(images.new_zeros((1, *self.image_shape))), lambda result: result[:0])
         # One sum is finite only if all pixels are; it takes a hundredth of the time that looking at each of them does.
-        if math.isfinite(float(images.detach().sum())):
+        if math.isfinite(_sum(images.detach())):
             return model(images)
         is_finite = torch.isfinite(images).flatten(1).all(1)
         if bool(is_finite.all()):  # the sum was too large
@@ -148,3 +150,10 @@ def images_of(given: Any, named: Mapping[str, Any], name: str) -> Any:
             f"inputs={{...}}"
         )
     return given
+
+
+def _sum(images: Tensor) -> float:
+    """Sum of all pixels. On a processor by parts that torch adds up on one thread: threads of its own would look for
+    more to do for milliseconds afterwards, and keep those of the kernels from running."""
+    parts = images.view(-1).split(_ONE_THREAD) if images.is_cpu else (images,)
+    return sum(float(part.sum()) for part in parts)

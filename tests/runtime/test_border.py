@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxquant
 from fxquant.errors import FxQuantError, InputError
+from fxquant.runtime.border import Border
 from fxquant.runtime.native import library
 from passes.pipeline.journal import Journal
 from tests.quantized_by_hand import SmallNet, quantize_by_hand
@@ -118,3 +120,24 @@ def test_it_stays_in_inference_mode_and_in_its_dtype(model: fxquant.Compiled, x:
     with pytest.raises(FxQuantError, match="cannot be moved to meta"):
         changed.to("meta")
     assert torch.equal(changed(x), expected)
+
+
+def test_looking_at_pixels_wakes_none_of_torchs_own_threads() -> None:
+    """They look for more to do for milliseconds, while the kernels' threads want the processors."""
+    found: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "sum" in str(func):
+                found.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    border = Border((3, 128, 128), torch.float32, (True,), (False,), ())
+    images = torch.rand(2, 3, 128, 128)
+    with Sizes():
+        border.run(lambda x: x, images, None)
+    assert sum(found) == images.numel()
+    assert max(found) < 32_768  # at::internal::GRAIN_SIZE
+    for value in (torch.nan, torch.inf):
+        images[1, 2, 127, 127] = value
+        assert border.run(lambda x: x, images, None).isnan().flatten(1).all(1).tolist() == [False, True]
