@@ -10,10 +10,11 @@ struct AttentionReach {
     int64_t first_depth, second_depth;
 };
 
-// The attention of one head: blocks of rows, each in passes over all its rows, since what ends a pass of one row takes
-// long. Products are multiplied while rows of the passes before and after them are done.
+// The attention of one head, of its queries from `begin` to `end`: blocks of rows, each in passes over all its rows, since
+// what ends a pass of one row takes long. Products are multiplied while rows of the passes before and after them are done.
 template <class Loop>
-static void attention_with(const AttentionReach &reach, const AttentionCall &call, int64_t batch, int64_t head) {
+static void attention_with(const AttentionReach &reach, const AttentionCall &call, int64_t batch, int64_t head, int64_t begin,
+                           int64_t end) {
     [[maybe_unused]] const Session session;
     using Left = typename Loop::Left;
     const FxqAttention &spec = *call.spec;
@@ -42,11 +43,10 @@ static void attention_with(const AttentionReach &reach, const AttentionCall &cal
     const Vec score_scale = splat(spec.score_scale * kLog2E), value_scale = splat(spec.value_scale);
 
     const auto queries_of = [&](int64_t r) {
-        const int64_t rows = r >= tokens ? 0 : tokens - r < kRowBlock ? tokens - r : kRowBlock;
+        const int64_t rows = r >= end ? 0 : end - r < kRowBlock ? end - r : kRowBlock;
         return block_of(first, query + r * stride, stride, rows, 0, query_memory);
     };
-    int64_t begin = 0;
-    Block<Loop> queries = queries_of(0);
+    Block<Loop> queries = queries_of(begin);
     // Base-2 logarithms of a row, and the largest; behind them minus infinity.
     const auto scores_of = [&](int64_t row) {
         const RowValues<false, Loop> at(first, queries, sums, row);
@@ -110,7 +110,7 @@ static void attention_with(const AttentionReach &reach, const AttentionCall &cal
     };
     multiply(queries, first, sums, 0, scores_of);
     for (int64_t r = 0; r < queries.count; ++r) scores_of(r);
-    for (; begin < tokens; ) {
+    while (begin < end) {
         const int64_t rows = queries.count, this_begin = begin;
         begin += rows;
         queries = queries_of(begin);
@@ -138,7 +138,7 @@ static void attention_with(const AttentionReach &reach, const AttentionCall &cal
     }
 }
 
-static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
+static void attention(const AttentionCall &call, int64_t batch, int64_t head, int64_t begin, int64_t end) {
     const FxqAttention &spec = *call.spec;
     const int64_t tokens = call.tokens, size = spec.head_size, channels = spec.heads * size, stride = 3 * channels;
     const uint8_t *query = call.qkv + batch * tokens * stride + head * size;
@@ -152,5 +152,5 @@ static void attention(const AttentionCall &call, int64_t batch, int64_t head) {
     reach.first_depth = depth_of(reach.query.most, reach.key.most);
     reach.second_depth = depth_of(reach.softmax.most, reach.value.most);
     const int64_t depth = reach.first_depth < reach.second_depth ? reach.first_depth : reach.second_depth;
-    choose_loop(depth, [&](const auto &loop) { attention_with<std::decay_t<decltype(loop)>>(reach, call, batch, head); });
+    choose_loop(depth, [&](const auto &loop) { attention_with<std::decay_t<decltype(loop)>>(reach, call, batch, head, begin, end); });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "kernels.h"
 
@@ -167,12 +168,25 @@ bool run_layer_norm(const LayerNormCall &call, int64_t rows, int32_t threads) {
     return parallel((rows + kBlock - 1) / kBlock, threads, run, &work);
 }
 
-bool run_attention(AttentionCall call, int64_t batch, int32_t threads) {
+// A task is a head, or some rows of one where there are few heads that threads cannot share out evenly: keys and values
+// are then packed for each part again.
+bool run_attention(const AttentionCall &call, int64_t batch, int32_t threads) {
+    struct Work {
+        const AttentionCall &call;
+        int64_t parts, rows;
+    } work{call, 1, call.tokens};
+    const int64_t heads = batch * call.spec->heads;
+    if (threads > 1 && heads < 4 * threads && call.tokens >= 64 * threads) {
+        work.parts = threads / std::gcd(heads, int64_t(threads));
+        work.rows = (call.tokens + work.parts - 1) / work.parts;
+    }
     const auto run = [](void *self, int64_t index) {
-        const AttentionCall &c = *static_cast<AttentionCall *>(self);
-        kernels().attention(c, index / c.spec->heads, index % c.spec->heads);
+        const Work &w = *static_cast<Work *>(self);
+        const int64_t head = index / w.parts, row = index % w.parts * w.rows;
+        kernels().attention(w.call, head / w.call.spec->heads, head % w.call.spec->heads, row,
+                            std::min(row + w.rows, w.call.tokens));
     };
-    return parallel(batch * call.spec->heads, threads, run, &call);
+    return parallel(heads * work.parts, threads, run, &work);
 }
 
 }  // namespace fxq

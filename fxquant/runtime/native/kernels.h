@@ -102,7 +102,7 @@ struct Kernels {
     const char *name;
     void (*linear)(const LinearCall &, int64_t row, int64_t rows, int64_t unit, int64_t units);
     void (*matmul)(const MatmulCall &, int64_t batch);
-    void (*attention)(const AttentionCall &, int64_t batch, int64_t head);
+    void (*attention)(const AttentionCall &, int64_t batch, int64_t head, int64_t row, int64_t end);
     void (*layer_norm)(const LayerNormCall &, int64_t row, int64_t rows);
     void (*quantize)(const FxqQuantizer &, const float *x, int64_t count, uint8_t *out);
 };
@@ -181,7 +181,7 @@ int32_t check_chain(const uint8_t *chain, int64_t bytes, int64_t images, int64_t
 // A call that was checked, on threads; false without memory.
 bool run_linear(const LinearCall &call, int32_t threads);
 bool run_layer_norm(const LayerNormCall &call, int64_t rows, int32_t threads);
-bool run_attention(AttentionCall call, int64_t batch, int32_t threads);
+bool run_attention(const AttentionCall &call, int64_t batch, int32_t threads);
 
 // Runs task(context, i) for every i below count, on `threads` threads including the caller's; false without memory.
 bool parallel(int64_t count, int32_t threads, void (*task)(void *, int64_t), void *context);

@@ -37,9 +37,10 @@ struct Job {
     }
 };
 
-// Looks for some tens of microseconds before its thread sleeps: an image's layers follow each other in less time than
-// waking a thread takes. Without the processor's pause instruction, for which virtual machines may take it away.
-constexpr int kLooks = 1 << 16;
+// Looks for some hundred microseconds before its thread sleeps: an image's layers follow each other in less time than
+// waking a thread takes, which may be fifty on a virtual machine. Without the processor's pause instruction, for
+// which virtual machines may take it away.
+constexpr int kLooks = 1 << 19;
 
 template <class Condition>
 void look_for(const Condition &is_there) {
