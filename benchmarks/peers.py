@@ -168,10 +168,13 @@ def onnxruntime_peers(model: nn.Module, images: Tensor, folder: Path) -> Iterato
 
 
 def openvino_runner(model: Any, threads: int) -> Runner:
-    """A model in OpenVINO with its defaults, in which what is not int8 may run in bfloat16."""
+    """A model in OpenVINO with its defaults, in which what is not int8 may run in bfloat16 where the set has it."""
     import openvino
 
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
+    if instruction_set() in ("avx2", "avx-vnni"):
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda images: compiled(images.numpy())
 
 
@@ -226,6 +229,15 @@ def our_variants(path: Path, folder: Path) -> Iterator[tuple[str, Callable[[], P
     yield f"fxquant {budget}, exported to onnxruntime", exported
 
 
+def built(peers: dict[str, Peer], threads: int) -> Iterator[tuple[str, Runner]]:
+    """What runs, of the peers that can be built for this number of threads."""
+    for variant, (build, _) in peers.items():
+        try:
+            yield variant, build(threads)
+        except Exception as error:  # a peer's own failure is a result, not ours
+            print(f"{variant}: left out, it failed: {type(error).__name__}: {str(error)[:200]}")
+
+
 def compiled_artefact(model: nn.Module, images: Tensor, budget: str, folder: Path) -> Path:
     """An artefact from random images, for its speed."""
     path = folder / "model.fxq"
@@ -255,6 +267,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=60.0, help="for all variants at one batch size and threads")
     parser.add_argument("--only", nargs="*", help="variants whose names start so; the first always runs")
+    parser.add_argument("--skip", nargs="*", default=[], help="variants with one of these in their names")
     parser.add_argument("--instruction-set", choices=sorted(LIMITS), help="of all that can be told; the best otherwise")
     parser.add_argument("--name", help="of the result file; the model's name otherwise")
     options = parser.parse_args()
@@ -271,7 +284,8 @@ def main() -> None:
         peers: dict[str, Peer] = {}
         for variant, build in candidates:
             wanted = options.only is None or variant.startswith(tuple(options.only)) or not peers
-            wanted &= options.instruction_set is None or "onnxruntime" not in variant
+            wanted &= options.instruction_set in (None, "avx512-vnni") or "onnxruntime" not in variant
+            wanted &= not any(part in variant for part in options.skip)
             if not wanted:
                 continue
             try:
@@ -283,7 +297,7 @@ def main() -> None:
         rows = []
         for threads in options.threads:
             torch.set_num_threads(threads)
-            runners = {variant: peer[0](threads) for variant, peer in peers.items()}
+            runners = dict(built(peers, threads))
             for size in options.batch_size:
                 batch = torch.randn(size, *images.shape[1:])
                 for timing in measure(runners, batch, threads=threads, seconds=options.seconds):
