@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
-from allocators.problem.budget import QUANTITIES, Budget
+from allocators.problem.budget import QUANTITIES, TOLERANCE, Budget
 from allocators.problem.cost_table import Assignment, CostTable
 from fxquant.errors import ArtefactError, BudgetError
 
@@ -170,20 +170,23 @@ _VALID = {
 
 def _binding(table: CostTable, assignment: Assignment, budget: Budget) -> tuple[str, ...]:
     """The budgeted quantities that some one-step upgrade would raise, and that none can raise within the limit."""
-    meter = table.meter(budget)
-    usage = meter.total(*table.widths(assignment))
-    fits: dict[str, list[bool]] = {quantity: [] for quantity in budget.limits}
+    upgrades = []
     for row, side in enumerate(table.sides):
         for layer in range(len(table.layers)):
             wider = side.columns(layer)
             wider = wider[wider > assignment[row, layer]]
-            if not wider.size:
-                continue
-            upgraded = assignment.copy()
-            upgraded[row, layer] = wider[0]
-            raised = meter.total(*table.widths(upgraded))
-            exceeded = budget.exceeded(raised)
-            for quantity in budget.limits:
-                if raised[quantity] > usage[quantity]:
-                    fits[quantity].append(quantity not in exceeded)
-    return tuple(quantity for quantity, fit in fits.items() if fit and not any(fit))
+            if wider.size:
+                upgrades.append(assignment.copy())
+                upgrades[-1][row, layer] = wider[0]
+    if not upgrades:
+        return ()
+    meter = table.meter(budget)
+    usage = meter.sums(*table.widths(assignment))
+    raised = meter.sums(*table.widths(np.stack(upgrades, axis=1)))
+    found = []
+    for quantity, limit in budget.limits.items():
+        index = QUANTITIES.index(quantity)
+        above = raised[index][raised[index] > usage[index]]
+        if above.size and above.min() > limit * (1 + TOLERANCE):
+            found.append(quantity)
+    return tuple(found)

@@ -6,19 +6,20 @@ Bases are tiny models (a ViT and a Swin) of several recipes. Each case changes o
 (`tests/artefact/mutations.py`), and is loaded, reported, inspected, run on two images, lowered and run again, in a
 child process, so that a crash is seen. Counted: untyped errors, crashes, uses of over 5 CPU s, and uses whose peak
 memory grows by more than 4 times the file and 200 MB. Prints JSON and keeps it in
-benchmarks/results/fuzz_artefacts.json.
+benchmarks/results/fuzz_artefacts.json. A case takes a tenth of a CPU second. With --kept FILE a run that was ended goes
+on: cases that the file has, of the same code, are not used again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,12 +31,13 @@ import torch
 from torch import nn
 
 import fxquant
+from fxquant.artefact.cache import code_signature
 from tests.artefact.mutations import Base, mutated
 from tests.artefact.use import use
 
 SLOW_CPU_S = 5.0
 STUCK_S = 900.0  # by the clock, so that a machine busy with other work is no fault; what is slow is told by CPU seconds
-CASES_OF_A_CHILD = 500
+CASES_OF_A_CHILD = 250
 MEMORY_FACTOR, MEMORY_FLOOR = 4, 200_000_000
 RECIPES: dict[str, dict[str, Any]] = {
     "naive": {"budget": "W4A4", "recipe": "naive_min_max"},
@@ -51,22 +53,27 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--jobs", type=int, default=1, help="child processes at one time")
+    parser.add_argument("--kept", type=Path, help="a file of outcomes, to go on with")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.worker is not None:
         work(options.worker, range(options.first, options.first + options.cases))
         return
-    began = time.perf_counter()
+    seeds, code = range(options.first, options.first + options.cases), code_signature()
+    has_file = options.kept is not None and options.kept.exists()
+    lines = [json.loads(line) for line in options.kept.read_text().splitlines()] if has_file else []
+    kept = [case for case in lines if case["code"] == code and case["seed"] in seeds]
+    todo = sorted(set(seeds) - {case["seed"] for case in kept})
     with tempfile.TemporaryDirectory() as folder:
         make_bases(Path(folder))
-        each = -(-options.cases // options.jobs)
-        last = options.first + options.cases
-        shares = [range(first, min(first + each, last)) for first in range(options.first, last, each)]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = [case for found in pool.map(partial(watch, Path(folder)), shares) for case in found]
-    result = summary(outcomes) | {"seconds": round(time.perf_counter() - began)}
-    text = json.dumps(result, indent=1)
+        with ThreadPoolExecutor(options.jobs) as pool, (options.kept or Path(os.devnull)).open("a") as file:
+            for found in pool.map(partial(watch, Path(folder)), runs_of(todo)):
+                kept += found
+                file.write("".join(f"{json.dumps(case | {'code': code})}\n" for case in found))
+                file.flush()
+                print(f"{len(kept)} cases, {summary(kept)['faults']} faults", file=sys.stderr, flush=True)
+    text = json.dumps(summary(kept), indent=1)
     print(text)
     (Path(__file__).parent / "results" / "fuzz_artefacts.json").write_text(text + "\n")
 
@@ -123,24 +130,31 @@ def _peak(reset: bool = False) -> int:
     return 1024 * int(re.search(rf"{'VmRSS' if reset else 'VmHWM'}:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
+def runs_of(seeds: list[int]) -> list[range]:
+    """Ascending seeds as runs without gaps, each for one child."""
+    runs: list[range] = []
+    for seed in seeds:
+        if runs and runs[-1].stop == seed and len(runs[-1]) < CASES_OF_A_CHILD:
+            runs[-1] = range(runs[-1].start, seed + 1)
+        else:
+            runs.append(range(seed, seed + 1))
+    return runs
+
+
 def watch(folder: Path, seeds: range) -> list[dict[str, Any]]:
-    """All cases by children; one that dies or is stuck is counted, and the next child goes on after it."""
+    """All cases by a child; one that dies or is stuck is counted, and the next child goes on after it."""
     found: list[dict[str, Any]] = []
     first = seeds.start
     while first < seeds.stop:
         command = [sys.executable, "-m", "benchmarks.fuzz_artefacts", "--worker", str(folder)]
-        count = min(CASES_OF_A_CHILD, seeds.stop - first)
-        command += ["--first", str(first), "--cases", str(count)]
+        command += ["--first", str(first), "--cases", str(seeds.stop - first)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
             begun, end = _follow(child, found)
-        if begun is None:
-            first += count
-            if not found or found[-1]["seed"] + 1 < first:
-                raise RuntimeError(f"the child that begins at {first} did nothing")
-        else:
+        if begun is not None:
             found.append(begun | {"end": end})
-            first = begun["seed"] + 1
-        print(f"{len(found)} cases, {summary(found)['faults']} faults", file=sys.stderr, flush=True)
+        elif not found or found[-1]["seed"] + 1 < seeds.stop:
+            raise RuntimeError(f"the child that begins at {first} did not do all of {seeds}: {end}")
+        first = found[-1]["seed"] + 1
     return found
 
 
@@ -190,6 +204,7 @@ def summary(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         "by_fault": dict(Counter(fault["fault"] for fault in faults)),
         "ended": dict(ended.most_common()),
         "largest_growth_MB": round(max((case["grown"] for case in used), default=0) / 1e6, 1),
+        "mean_case_cpu_s": round(sum(s[4] for case in used for s in case["stages"]) / max(len(used), 1), 3),
         "longest_stage_cpu_s": max((stage[4] for case in used for stage in case["stages"]), default=0.0),
         "first_faults": faults[:200],
     }

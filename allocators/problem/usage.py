@@ -94,8 +94,12 @@ class Meter(NamedTuple):
         return self._raw(layer, first_bits, second_bits) / self.divisors.reshape(-1, 1)
 
     def sums(self, first_bits: IntArray, second_bits: IntArray) -> FloatArray:
-        """The usage of all layers together, float64 [5]; bits are int64 [L]; divided last, so whole bits stay whole."""
-        found: FloatArray = self._raw(slice(None), first_bits, second_bits).sum(axis=1) / self.divisors
+        """The usage of all layers together, float64 [5, ...]; divided last, so whole bits stay whole.
+
+        first_bits, second_bits: int64 [..., L], of one assignment or of several.
+        """
+        raw = self._raw(slice(None), first_bits, second_bits).sum(axis=-1)
+        found: FloatArray = raw / self.divisors.reshape(-1, *[1] * (raw.ndim - 1))
         return found
 
     def total(self, first_bits: IntArray, second_bits: IntArray) -> dict[str, float]:
@@ -110,7 +114,7 @@ class Meter(NamedTuple):
         second = np.where(second_bits > 0, second_bits, self.fixed_bits[1, layer])
         first = np.where(self.tied[layer], second, first)
         shares = self.shares[:, :, layer].reshape(2, 2, -1)
-        means = shares[:, 0] * first_bits + shares[:, 1] * second_bits
+        means = [first_share * first_bits + second_share * second_bits for first_share, second_share in shares]
         stored = self.weight_elements[layer] * first_bits.astype(np.float64)
         operations = self.macs[layer] * (first * second).astype(np.float64)
         times = np.zeros_like(stored) if self.latency is None else self.latency.at(layer, first_bits, second_bits)

@@ -33,8 +33,8 @@ _COMPRESSED = ("graph", "journal", "allocation", "answers")
 # All texts together: this many bytes, and besides one for so many of the file. A parsed text takes up to 25 times its
 # length; a ViT-tiny's texts have 107 KB, ten times what they take in the file.
 _TEXT_FLOOR, _TEXT_SHARE = 2**22, 8
-# What tensors take in memory: a weight of 2 bits is held as codes of 8 and float32, 20 times what the file has of it.
-_TENSOR_FLOOR, _TENSOR_FACTOR = 2**25, 24
+# What tensors take in memory: a weight of 2 bits becomes codes of 8, four times what the file has of it.
+_TENSOR_FLOOR, _TENSOR_FACTOR = 2**25, 6
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,11 @@ def claimed_bits(spec: Spec, path: str) -> int:
 
 
 def unpacked_bytes(spec: Spec, path: str) -> int:
-    """Bytes that the module's weight takes in memory, as codes of a byte and as float32; 0 where none is packed."""
+    """Bytes that the module's weight takes in memory, as codes of a byte; 0 where none is packed."""
     name = field(spec, "class", str, f"module '{path}'")
     if name not in _QUANTIZED_WEIGHT or spec.get("weight") is None:
         return 0
-    return 5 * element_count(sizes(spec.get("shape"), f"module '{path}'"))
+    return element_count(sizes(spec.get("shape"), f"module '{path}'"))
 
 
 def _build(name: str, spec: Spec, path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -228,8 +228,8 @@ def _quantized_weight_to_json(module: QuantizedLinear | QuantizedConv2d, path: s
     input_settings, input_state = quantizer_to_json(module.input_quantizer, f"{path}.input_quantizer")
     spec: Spec = {
         "class": type(module).__name__,
-        "shape": list(module.weight.shape),
-        "dtype": str(module.weight.dtype).removeprefix("torch."),
+        "shape": list(module.weight_like.shape),
+        "dtype": str(module.weight_dtype).removeprefix("torch."),
         "bias": module.bias is not None,
         "weight": weight_settings,
         "input": input_settings,
@@ -279,9 +279,8 @@ def _quantized_weight_from_json(name: str, spec: Spec, path: str, tensors: Mappi
             raise ArtefactError(f"{where}: scale of shape {tuple(number.shape)} does not fit a weight {shape}")
     packed = take(tensors, f"{path}.{CODES}")
     codes = unpack(packed, element_count(shape), weight_quantizer.bits, weight_quantizer.code_range[0])
-    # A weight of one column is enough to build with: `refresh` derives the real one from the codes.
+    # A weight of one column is enough to build with: the real one is derived from the codes when it is read.
     column = torch.zeros(shape[0], *[1] * (len(shape) - 1), dtype=dtype)
     module = kind(column, bias, weight_quantizer, input_quantizer, *geometry)
     module.weight_codes = codes.reshape(shape).to(torch.int8)
-    module.refresh()
     return module  # type: ignore[no-any-return]

@@ -52,10 +52,10 @@ def module_result(module: nn.Module, args: tuple[Any, ...], reserve: Reserve) ->
     x: Tensor = args[0]
     if isinstance(module, QuantizedLinear):
         _check_quantizer(module.input_quantizer, x)
-        return linear(x, module.weight, module.bias, reserve)
+        return linear(x, module.weight_like, module.bias, reserve)
     if isinstance(module, QuantizedConv2d):
         _check_quantizer(module.input_quantizer, x)
-        return _convolved(x, module.weight, module.bias, module.geometry, reserve)
+        return _convolved(x, module.weight_like, module.bias, module.geometry, reserve)
     if isinstance(module, QuantizedMatmul):
         _check_quantizer(module.left_quantizer, x)
         _check_quantizer(module.right_quantizer, args[1])

@@ -59,7 +59,7 @@ class QdqConv2d(nn.Module):
     def __init__(self, source: QuantizedConv2d, form: Form) -> None:
         super().__init__()
         self.input = quantized(source.input_quantizer, form)
-        self.window = tuple(source.weight.shape[2:])
+        self.window = tuple(source.weight_like.shape[2:])
         self.is_product = form.patch_products and _are_side_by_side(self.window, **source.geometry)
         self.weight = Weight(source, transposed=self.is_product, is_int8=isinstance(self.input, Codes))
         self.geometry = source.geometry

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,21 @@ def to_html(report: Report) -> str:
 
 def render(template: str, script: str = "", **values: Any) -> str:
     """A template of this package with the page's style, and its script where it has one."""
+    style, code = ((_TEMPLATES / name).read_text(encoding="utf-8") if name else "" for name in ("style.css", script))
+    # Both are ours, and are told to the browser by their hash: nothing else in the file can run, or change its looks.
+    texts = {"style_hash": _hash(style), "script_hash": _hash(code), "version": importlib.metadata.version("fxquant")}
+    return _environment().get_template(template).render(style=Markup(style), script=Markup(code), **texts, **values)
+
+
+@cache
+def _environment() -> Environment:
+    """Our templates, each of them compiled once a process: that takes as long as filling them."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["width_class"] = _width_class
-    style, code = ((_TEMPLATES / name).read_text(encoding="utf-8") if name else "" for name in ("style.css", script))
-    # Both are ours, and are told to the browser by their hash: nothing else in the file can run, or change its looks.
-    texts = {"style_hash": _hash(style), "script_hash": _hash(code), "version": importlib.metadata.version("fxquant")}
-    return environment.get_template(template).render(style=Markup(style), script=Markup(code), **texts, **values)
+    return environment
 
 
 def _hash(text: str) -> str:

@@ -152,7 +152,7 @@ def _module_macs(module: nn.Module, node: Node, out: tuple[int, ...] | None) -> 
         return _attention_macs(module, source) if isinstance(module, nn.MultiheadAttention) else 0
     if isinstance(module, QuantizedMatmul):
         return math.prod(out) * source[-1]
-    weight = getattr(module, "weight", None)
+    weight = module.weight_like if isinstance(module, QuantizedWeightModule) else getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return math.prod(source) * int(module.weight[0].numel())
     multiplies = nn.Linear | nn.Bilinear | nn.modules.conv._ConvNd | QuantizedWeightModule

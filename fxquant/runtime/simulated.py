@@ -1,12 +1,14 @@
 """Simulated execution: nodes whose operands pass through quantizers, computed in float on the exact low-bit values.
 
 Weights are held as integer codes (int8) with per-channel scales, the form the artefact packs; their float values are
-derived, never saved. "Simulated" means: right numbers, float speed.
+derived when they are first read, and never saved. So a model that is loaded, reported, lowered or saved again holds a
+byte for each weight; one that has run simulated holds five. "Simulated" means: right numbers, float speed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +36,51 @@ class QuantizedWeightModule(nn.Module):
         self.bias: Tensor | None
         self.weight_codes: Tensor | None
         self.weight: Tensor
+        self.weight_dtype = weight.dtype
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         codes = None if weight_quantizer is None else quantize_rows(weight, weight_quantizer)
         self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight", weight.detach().clone(), persistent=codes is None)
+        self.register_buffer("weight", weight.detach().clone() if codes is None else None, persistent=codes is None)
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
-        self.refresh()
 
     def refresh(self) -> None:
-        """Derive the float weight from the codes again; needed after codes or scales were loaded."""
-        if self.weight_codes is not None and self.weight_quantizer is not None:
-            rows = self.weight_quantizer.dequantize(self.weight_codes.flatten(1).to(torch.int32))
-            self.weight = rows.reshape(self.weight_codes.shape).to(self.weight.dtype)
+        """Forget the float weight, which is derived again when it is read; needed after codes or scales changed."""
+        if self.weight_codes is not None:
+            self._buffers["weight"] = None
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the float weight is there, and need not be derived."""
+        return self._buffers["weight"] is not None
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return self._derived() if name == "weight" and found is None else found
+
+    @torch.inference_mode(False)
+    def _derived(self) -> Tensor:
+        """The float weight of the codes, which is kept."""
+        codes, quantizer = self.weight_codes, self.weight_quantizer
+        assert codes is not None  # or the weight would be there
+        assert quantizer is not None
+        rows = quantizer.dequantize(codes.flatten(1).to(torch.int32))
+        weight = rows.reshape(codes.shape).to(self.weight_dtype).detach()
+        if type(weight) is Tensor:  # not what a run without numbers makes
+            self._buffers["weight"] = weight
+        return weight
+
+    @property
+    def weight_like(self) -> Tensor:
+        """Zeros of the weight's shape and dtype, which take no memory: to ask for these without deriving the weight."""
+        kept = self.weight if self.weight_codes is None else self.weight_codes
+        return torch.zeros((), dtype=self.weight_dtype).expand(kept.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        if dtype != self.weight_dtype:
+            self.weight  # noqa: B018 - what is cast is the weight, not the scales that make it
+            self.weight_dtype = dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def check_codes(self, codes: Any, path: str) -> None:
         """Raise StateError, naming `path`, where the weight quantizer does not have these codes; None has none."""
@@ -85,7 +120,7 @@ class QuantizedWeightModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape of the weight."""
-        return f"weight {tuple(self.weight.shape)}"
+        return f"weight {tuple(self.weight_like.shape)}"
 
 
 def _refresh(module: QuantizedWeightModule, incompatible_keys: object) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.checks.finite import is_finite
 from fxquant.checks.untrusted import check_positive
 from fxquant.errors import ArtefactError, StateError
 from fxquant.quantizers.quantizer import Quantizer
@@ -70,7 +71,7 @@ def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]
             _check_scales(f"{prefix}{path}", module, state)
     for name, tensor in mine.items():
         # A mask may be infinite, where it was before.
-        if name in state and not bool(state[name].isfinite().all()) and bool(tensor.isfinite().all()):
+        if name in state and not is_finite(state[name]) and is_finite(tensor):
             raise StateError(f"'{name}' of the state has NaN or infinite values: take that of a model that works")
 
 

@@ -250,16 +250,19 @@ def _round_columns(
     error, left, result = (torch.empty_like(weight) for _ in range(3))
     scale, low, high = steps_so.reshape(-1), low_o.repeat(count), high_o.repeat(count)
     per_step = 1 / scale
+    codes = torch.empty_like(scale)
     for start in range(0, len(weight), block):
         inside = slice(start, start + block)
         target = torch.addmm(shifted[inside], feedback[:start, inside].T, error[:start])
-        for column, wanted in enumerate(target, start):
+        kept = (weight, result, error, left)
+        columns = zip(target, *(each[inside] for each in kept), strict=True)
+        for column, (wanted, exact, rounded, missed, remains) in enumerate(columns, start):
             wanted.addmv_(error[start:column].T, feedback[start:column, column])
             # What the quantizer gives, without calling it: nearly all the time of this pass is spent here.
-            rounded = (wanted.float() * per_step).round_().clamp_(low, high).mul_(scale)
-            result[column] = rounded
-            torch.sub(weight[column], rounded, out=error[column])
-            torch.sub(wanted, rounded, out=left[column])
+            torch.mul(wanted.float(), per_step, out=codes).round_().clamp_(low, high)
+            torch.mul(codes, scale, out=rounded)
+            torch.sub(exact, rounded, out=missed)
+            torch.sub(wanted, rounded, out=remains)
     shape = (len(weight), count, -1)
     return result.reshape(shape), left.reshape(shape)
 

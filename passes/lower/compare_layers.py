@@ -56,14 +56,19 @@ def first_difference(simulated: GraphModule, by_layer: Pass, images_bchw: Tensor
 
 
 class _Values(Interpreter):
-    """Keeps every tensor."""
+    """Keeps every tensor, and no float weight that was not there before."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
+        self.graph_module = graph_module
         self.values: dict[str, Tensor] = {}
 
     def run_node(self, node: Node) -> Any:
+        module = module_of(self.graph_module, node)
+        lean = module if isinstance(module, QuantizedWeightModule) and not module.has_weight else None
         result = super().run_node(node)
+        if lean is not None:
+            lean.refresh()
         if isinstance(result, Tensor):
             self.values[node.name] = result.clone()
         return result

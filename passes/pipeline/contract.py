@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fxquant import ranks
 from fxquant.artefact.cache import Cache, code_signature, signature
 from fxquant.checks.arguments import whole
+from fxquant.checks.finite import is_finite
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError, OptionError, PipelineError
 from fxquant.graph.facts import Fact
@@ -283,8 +284,8 @@ def check_images(images: torch.Tensor, minimum: int = 1) -> None:
         raise CalibrationError(
             f"there are {len(images)} calibration images, and at least {minimum} are needed; 32 are usual"
         )
-    bad = ~torch.isfinite(images).flatten(1).all(1)
-    if bool(bad.any()):
+    if not is_finite(images):
+        bad = ~torch.isfinite(images).flatten(1).all(1)
         raise CalibrationError(
             f"calibration image {int(bad.nonzero()[0])} has NaN or infinite pixels: leave it out, or read it again"
         )

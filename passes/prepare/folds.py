@@ -6,9 +6,9 @@ computes the same with tensors that are easier to quantize (FoldSqb, RotateResid
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule
 
+from fxquant.checks.finite import is_finite
 from fxquant.graph.annotation import nodes_with_role
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.notes import Note
@@ -30,7 +30,7 @@ def _check_folded(graph_module: GraphModule) -> None:
         if node.op != "call_module":
             continue
         for name, parameter in graph_module.get_submodule(str(node.target)).named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not is_finite(parameter):
                 raise broken_at(node, f"'{name}' is not finite", "calibrate on images with finite outputs")
 
 

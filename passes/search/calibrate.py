@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from fxquant.checks.finite import is_finite
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotation_of, planned_nodes
@@ -246,7 +247,7 @@ def _update(
     """
     module = module_of(graph_module, node)
     for index, observer in found:
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(inputs[index].detach()))).all()):
+        if not is_finite(inputs[index]):
             layer = annotation_of(node).layer
             raise CalibrationError(
                 f"the input of {layer} has NaN or infinite values on a calibration batch: check the model's "

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from allocators.allocation import Allocation
@@ -8,7 +9,7 @@ from allocators.greedy import Greedy
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from fxquant.errors import ArtefactError
-from tests.allocators.tables import plain_table, random_table
+from tests.allocators.tables import budget_between, plain_table, random_table
 
 pytestmark = pytest.mark.quick
 
@@ -36,6 +37,25 @@ def test_binding_names_the_quantities_no_step_fits_into():
     allocation = Greedy().allocate(table, Budget(mean_weight_bits=4, mean_activation_bits=7.9, bit_operations=1e9))
     assert allocation.usage["mean_weight_bits"] <= 4
     assert allocation.binding == ("mean_weight_bits", "mean_activation_bits")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_binds_is_what_single_upgrades_say(seed):
+    table = random_table(seed, count=5)
+    budget = budget_between(table, {"weight_bytes": 0.2, "bit_operations": 0.5, "mean_activation_bits": 0.9})
+    allocation = Greedy().allocate(table, budget)
+    assignment, usage = allocation.assignment(table), allocation.usage
+    fits = {quantity: [] for quantity in budget.limits}
+    for row, layer in np.ndindex(assignment.shape):
+        wider = [column for column in table.sides[row].columns(layer) if column > assignment[row, layer]]
+        if wider:
+            upgraded = assignment.copy()
+            upgraded[row, layer] = wider[0]
+            raised = table.usage(upgraded, budget)
+            for quantity in fits:
+                if raised[quantity] > usage[quantity]:
+                    fits[quantity].append(quantity not in budget.exceeded(raised))
+    assert allocation.binding == tuple(q for q, fit in fits.items() if fit and not any(fit))
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,18 @@ KEYWORDS = ["inplace", "out", "dim", "dtype", "device", "keepdim", "size", "self
 
 @dataclass(frozen=True)
 class Base:
-    """A valid artefact in parts: documents by name ("graph", "card", ...) and tensors."""
+    """A valid artefact in parts: documents by name ("graph", "card", ...), together as one JSON text, and tensors."""
 
     name: str
-    documents: Document
+    text: str
     tensors: dict[str, Tensor]
     image_shape: tuple[int, ...]
+
+    @property
+    def documents(self) -> Document:
+        """The documents by name, to be changed: others each time."""
+        documents: Document = json.loads(self.text)
+        return documents
 
     @classmethod
     def read(cls, path: Path) -> Base:
@@ -70,7 +76,7 @@ class Base:
         texts, tensors = read_file(path)
         documents = {key: json.loads(decompress(texts[key], key)) for key in _COMPRESSED if key in texts}
         documents["card"] = json.loads(texts["card"])
-        return cls(path.stem, documents, tensors, tuple(documents["graph"]["image_shape"]))
+        return cls(path.stem, json.dumps(documents), tensors, tuple(documents["graph"]["image_shape"]))
 
 
 def seal(documents: Document, tensors: dict[str, Tensor], raw: dict[str, str] | None = None) -> bytes:
@@ -84,7 +90,8 @@ class Case:
 
     def __init__(self, base: Base, seed: int) -> None:
         self.dice = random.Random(seed)
-        self.documents, self.tensors = copy.deepcopy(base.documents), dict(base.tensors)
+        self.documents = base.documents
+        self.tensors = dict(base.tensors)
         self.raw: dict[str, str] = {}
         self.nodes: list[Any] = self.documents["graph"]["nodes"]
         self.modules: Document = self.documents["graph"]["modules"]

@@ -284,9 +284,10 @@ VALUES = {
 def test_values_of_card_journal_and_allocation_are_held_against_their_types(name, tmp_path):
     edit, message = VALUES[name]
     base = Base.read(KEPT)
-    edit(base.documents)
+    documents = base.documents
+    edit(documents)
     path = tmp_path / "edited.fxq"
-    path.write_bytes(seal(base.documents, base.tensors))
+    path.write_bytes(seal(documents, base.tensors))
     for read in (fxquant.load, report_of):
         with pytest.raises(ArtefactError, match=message):
             read(path)

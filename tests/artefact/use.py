@@ -18,6 +18,7 @@ from fxquant.artefact import artefact
 from fxquant.commands.inspect_artefact import report_of
 from fxquant.errors import FxQuantError
 from fxquant.graph.printer import format_graph
+from fxquant.report.tables import Report
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class Outcome:
 def use(path: Path, image_shape: tuple[int, ...]) -> list[Outcome]:
     """Load, report, inspect, one forward on two images, lower, one forward of that: what ended each, if anything."""
     images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    reports: list[Report] = []
     loaded: list[fxquant.Compiled] = []
     lowered: list[fxquant.Compiled] = []
     stages: dict[str, Callable[[], Any]] = {
         "card": lambda: artefact.inspect_card(path),
         "sizes": lambda: artefact.size_breakdown(path),
-        "inspect": lambda: (str(report_of(path)), json.dumps(report_of(path).to_dict())),
-        "page": lambda: report_of(path).to_html(),
+        "inspect": lambda: reports.append(report_of(path)),
+        "text": lambda: [(str(r), json.dumps(r.to_dict())) for r in reports],
+        "page": lambda: [r.to_html() for r in reports],
         "load": lambda: loaded.append(fxquant.load(path)),
         "report": lambda: [(str(c.report()), json.dumps(c.report().to_dict())) for c in loaded],
         "graph": lambda: [(format_graph(c.graph_module), c.to_networkx()) for c in loaded],

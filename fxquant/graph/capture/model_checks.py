@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxquant.checks.arguments import shown
+from fxquant.checks.finite import is_finite
 from fxquant.errors import CalibrationError, ModelError, TraceError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 
@@ -103,13 +104,13 @@ def _check_values(what: str, tensor: Tensor) -> None:
             f"{what} is {tensor.dtype}, not float: pass the model before it is quantized, and register what is no "
             f"weight with register_buffer"
         )
-    if not torch.isfinite(tensor.detach()).all():
-        raise ModelError(f"{what} has NaN or infinite values: load or train the weights again")
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ModelError(
             f"{what} is {tensor.dtype}, too coarse to search scales with: pass model.float() and float32 images; what "
             f"comes out is as small and as fast"
         )
+    if not is_finite(tensor):
+        raise ModelError(f"{what} has NaN or infinite values: load or train the weights again")
 
 
 def _check_arguments(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -152,5 +153,5 @@ def check_example(example_bchw: Tensor) -> None:
         raise CalibrationError("the example is on the meta device, where it has a shape and no values: give images")
     if example_bchw.layout is not torch.strided:
         raise CalibrationError(f"the example is {example_bchw.layout}, not a plain tensor: give images.to_dense()")
-    if not torch.isfinite(example_bchw).all():
+    if not is_finite(example_bchw):
         raise CalibrationError("the example has NaN or infinite values: give one whose values are finite")

@@ -220,7 +220,7 @@ def _single(graph_module: GraphModule, operands: Sequence[_Operand]) -> Node:
 
 
 def _starts(sources: Sequence[QuantizedLinear]) -> list[int]:
-    lengths = [len(source.weight) for source in sources]
+    lengths = [len(source.weight_like) for source in sources]
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
@@ -237,8 +237,8 @@ def _stacked(sources: Sequence[QuantizedLinear], rows: Tensor) -> QuantizedLinea
         biases.append(torch.zeros(len(own)) if source.bias is None else source.bias)
         widths.append(quantizer.bits)
     quantizer = UniformQuantizer(max(widths), torch.cat(scales)[rows][:, None])
-    weight = torch.cat([source.weight for source in sources])[rows]
-    stacked = QuantizedLinear(weight, torch.cat(biases)[rows], quantizer, sources[0].input_quantizer)
+    # A weight of one column is enough to build with: the real one is derived from the codes when it is read.
+    column = torch.zeros(len(rows), 1, dtype=sources[0].weight_dtype)
+    stacked = QuantizedLinear(column, torch.cat(biases)[rows], quantizer, sources[0].input_quantizer)
     stacked.weight_codes = torch.cat(codes)[rows]
-    stacked.refresh()
     return stacked

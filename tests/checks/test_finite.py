@@ -1,0 +1,26 @@
+"""Whether numbers are finite is told as `torch.isfinite` tells it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fxquant.checks.finite import is_finite
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 0.0])
+def test_one_number_among_many_decides(value: float, dtype: torch.dtype) -> None:
+    values = torch.linspace(-1, 1, 33).to(dtype).reshape(3, 11)
+    assert is_finite(values)
+    values[1, 7] = value
+    assert is_finite(values.T) == bool(torch.isfinite(values).all())
+
+
+def test_what_holds_no_float_number_is_finite() -> None:
+    for values in (torch.zeros(0), torch.ones(3, dtype=torch.bool), torch.arange(4)):
+        assert is_finite(values)
