@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,11 +34,13 @@ class Accuracy:
         correct: how many images were given their own class.
         count: how many images there were.
         labels: how they were matched to the model's classes.
+        right: of every image in order, whether it was; () where that was not kept.
     """
 
     correct: int
     count: int
     labels: str = "as given"
+    right: tuple[bool, ...] = field(default=(), repr=False)
 
     @property
     def top1(self) -> float:
@@ -61,6 +66,20 @@ class Accuracy:
             "count": self.count,
             "labels": self.labels,
         }
+
+
+def error_of_drop(before: Sequence[bool], after: Sequence[Sequence[bool]]) -> float:
+    """Standard error of a drop in top-1 over the choice of images, in points.
+
+    Both models saw the same images, so what counts is how an image's answer changed. Where both are right or both wrong
+    about nearly all of them, this is far below the standard error of either accuracy.
+
+    Args:
+        before: of every image, whether the float model was right.
+        after: the same of quantized models, one or more, whose mean drop is meant; images in the same order.
+    """
+    lost = [was - statistics.fmean(now) for was, *now in zip(before, *after, strict=True)]
+    return 100 * statistics.pstdev(lost) / math.sqrt(len(lost))
 
 
 @checked(DataError, model=ModelError, progress=OptionError)
@@ -98,7 +117,7 @@ def evaluate(
         labels, parts = data.checked_labels(), data.parts(batch_size, limit)
         task = reporter.track(label, len(parts))
 
-        def right(part: list[int]) -> int:
+        def right(part: list[int]) -> list[bool]:
             images = torch.stack([data.read(index) for index in part])
             scores = _scores(model(images.to(device)))
             is_nan = torch.isnan(scores).any(1).cpu()
@@ -107,11 +126,11 @@ def evaluate(
                 raise ModelError(
                     f"the model gives NaN as scores of image {index} of {data.name}: look at it and at the weights"
                 )
-            return int(torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).sum())
+            return torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).tolist()  # type: ignore[no-any-return]
 
-        correct = sum(ranks.dealt(label, right, parts, advance=task.advance))
+        found = tuple(chain.from_iterable(ranks.dealt(label, right, parts, advance=task.advance)))
         task.close()
-    return Accuracy(correct, sum(map(len, parts)), data.matched_by)
+    return Accuracy(sum(found), len(found), data.matched_by, found)
 
 
 def _check_mode(model: nn.Module) -> None:
