@@ -79,7 +79,7 @@ def error_of_drop(before: Sequence[bool], after: Sequence[Sequence[bool]]) -> fl
         after: the same of quantized models, one or more, whose mean drop is meant; images in the same order.
     """
     lost = [was - statistics.fmean(now) for was, *now in zip(before, *after, strict=True)]
-    return 100 * statistics.pstdev(lost) / math.sqrt(len(lost))
+    return 100 * math.sqrt(statistics.pvariance(lost) / len(lost))
 
 
 @checked(DataError, model=ModelError, progress=OptionError)
@@ -126,7 +126,7 @@ def evaluate(
                 raise ModelError(
                     f"the model gives NaN as scores of image {index} of {data.name}: look at it and at the weights"
                 )
-            return torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).tolist()  # type: ignore[no-any-return]
+            return torch.eq(scores.argmax(1).cpu(), labels[torch.tensor(part)]).tolist()
 
         found = tuple(chain.from_iterable(ranks.dealt(label, right, parts, advance=task.advance)))
         task.close()
