@@ -9,7 +9,7 @@ import torch
 from timm.layers import DropPath
 
 from fxquant.data import embedded
-from fxquant.data.images import embedded_test
+from fxquant.data.images import ImageData, embedded_test
 from fxquant.errors import DataError, ModelError
 from fxquant.measure.accuracy import Accuracy, error_of_drop, evaluate
 
@@ -62,3 +62,21 @@ def test_scores_that_are_no_numbers_are_no_class() -> None:
         model[1].bias[3] = math.nan
     with pytest.raises(ModelError, match="NaN as scores of image 0 of the embedded test images"):
         evaluate(model, embedded_test(), limit=20)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("side", "batches"), [(28, [64, 6]), (224, [27, 27, 16])])
+def test_large_images_go_through_a_cpu_in_smaller_batches(side: int, batches: list[int]) -> None:
+    sizes = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return torch.eye(2)[[0] * len(images)]
+
+    data = ImageData("images", 70, lambda index: torch.zeros(3, side, side), torch.zeros(70).long(), 2)
+    assert evaluate(Counted(), data).correct == 70
+    assert sizes == [1, *batches], "one image first, then batches"
+    sizes.clear()
+    evaluate(Counted(), data, batch_size=35)
+    assert sizes == [1, 35, 35]
