@@ -21,7 +21,9 @@ def evaluate_model(
     num_classes: o.NumClasses = None,
     model_option: o.ModelOption = None,
     limit: o.Limit = None,
-    batch_size: o.BatchSize = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; 64, on a CPU fewer large ones, if not given.")
+    ] = None,
     device: o.Device = "cpu",
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,

@@ -194,6 +194,7 @@ def _values(found: Reproduced, line: str) -> dict[str, Any]:
         "standard_error": found.standard_error,
         "spread": found.spread,
         "drop": found.drop,
+        "drop_standard_error": found.drop_error,
         "gap": found.gap,
         "differs": found.row.method.differs,
         "command": line,
@@ -216,18 +217,19 @@ def _page(
         return "-" if value is None else f"{value:.2f}"
 
     float_paper = None if column is None else table.float_top1[column]
-    rows = [
-        ("float", "", number(float_paper), "", number(baseline["top1"]), number(baseline["standard_error"]), "", "", "")
-    ]
+    of_float = number(float_paper), "", number(baseline["top1"]), number(baseline["standard_error"])
+    rows = [("float", "", *of_float, "", "", "", "")]
     for each in done:
-        ours = number(each.top1), number(each.standard_error), number(each.spread), number(each.drop), number(each.gap)
-        rows.append((each.row.method.name, each.row.budget, number(each.paper), number(each.paper_drop), *ours))
-    columns = ("method", "budget", f"paper {column or ''}".rstrip(), "drop", "ours", "+/-", "over seeds", "drop", "gap")
+        ours = number(each.top1), number(each.standard_error), number(each.spread)
+        lost = number(each.drop), number(each.drop_error), number(each.gap)
+        rows.append((each.row.method.name, each.row.budget, number(each.paper), number(each.paper_drop), *ours, *lost))
+    named = f"paper {column or ''}".rstrip()
+    columns = ("method", "budget", named, "drop", "ours", "+/-", "over seeds", "drop", "+/-", "gap")
     cells = tuple(tuple(map(sections.Cell, row)) for row in rows)
     pieces: list[sections.Lines | sections.Table] = [sections.Table(table.title, columns, cells, frozenset({0, 1}))]
     notes = [
         ("source", table.source),
-        ("ours", f"{baseline['count']:,} images of {data}; +/- is the standard error over images"),
+        ("ours", f"{baseline['count']:,} images of {data}; +/- is the standard error over images, a drop's is paired"),
         ("gap", "how many points less ours loses against its float model than the paper's against its own"),
     ]
     pieces.append(sections.Lines("What is compared", tuple(notes)))

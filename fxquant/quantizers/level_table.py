@@ -5,10 +5,10 @@ Any 8-bit code passes through such a table at the price of a lookup. Subclasses 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fxquant.quantizers.quantizer import Quantizer, as_scale
+from fxquant.quantizers.thresholds import thresholds_below
 
 
 class LevelTableQuantizer(Quantizer):
@@ -39,7 +39,7 @@ class LevelTableQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Index of the nearest level, int32 in 0 .. L-1."""
         levels = self.levels()
-        return torch.bucketize(x.float(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+        return thresholds_below(x.float(), (levels[1:] + levels[:-1]) / 2)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values of level indices, float32."""

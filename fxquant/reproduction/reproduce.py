@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from allocators.problem.budget import Budget
 from fxquant.artefact.cache import signature
 from fxquant.errors import OptionError
-from fxquant.measure.accuracy import Accuracy
+from fxquant.measure.accuracy import Accuracy, error_of_drop
 from fxquant.reproduction.published import Method, Row, Table
 from fxquant.session.session import Session
-from fxquant.session.sweep import Results, point_of
+from fxquant.session.sweep import Results, measured, point_of
 from fxquant.synthesis.pictures import Synthesis
 
 Images = Tensor | Synthesis
@@ -40,6 +40,8 @@ class Reproduced:
         by_seed: ours, percent, one a seed.
         standard_error: of one of ours over the choice of test images, in points.
         drop: points that ours lose against the float model on the same images, mean over seeds.
+        drop_error: standard error of the drop over the choice of test images, paired; None where an older version kept
+            the accuracies, and not which images were right.
     """
 
     row: Row
@@ -48,6 +50,7 @@ class Reproduced:
     by_seed: tuple[float, ...]
     standard_error: float
     drop: float
+    drop_error: float | None
 
     @property
     def top1(self) -> float:
@@ -61,7 +64,10 @@ class Reproduced:
 
     @property
     def gap(self) -> float | None:
-        """How many points less ours drop than the paper's; models and images differ, so drops are compared."""
+        """How many points less ours drop than the paper's; models and images differ, so drops are compared.
+
+        Its standard error is that of the drop, since the paper's 50,000 images add next to nothing.
+        """
         return None if self.paper_drop is None else self.paper_drop - self.drop
 
 
@@ -112,7 +118,7 @@ def reproduce(
     """
     given: dict[str, Any] = {**(options or {}), **table.options}
     baseline = results.point(
-        signature(settings, "float32"), lambda: {"accuracy": measure(model, "the float model").to_dict()}
+        signature(settings, "float32"), lambda: {"accuracy": measured(measure, model, "the float model")}
     )["accuracy"]
     present = [row for row in rows if row.method.recipe is not None]
     accuracies: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -146,4 +152,14 @@ def _reproduced(
         by_seed,
         found[0]["standard_error"],
         baseline["top1"] - statistics.mean(by_seed),
+        error_of_drop(*right) if (right := _right(baseline, found)) else None,
     )
+
+
+def _right(baseline: dict[str, Any], found: list[dict[str, Any]]) -> tuple[list[bool], list[list[bool]]] | None:
+    """Of every image, whether the float model was right, and whether ours was, one list a seed; None if not known."""
+    kept = [accuracy.get("right", "") for accuracy in (baseline, *found)]
+    if not all(kept):
+        return None
+    before, *after = ([digit == "1" for digit in text] for text in kept)
+    return before, after

@@ -117,7 +117,7 @@ def _sweep(
             each.check(budget, allocator)
     first = next(iter(sessions.values()))
     baseline = results.point(
-        signature(settings, "float32"), lambda: {"accuracy": _measured(measure, first.float_model(), "float32")}
+        signature(settings, "float32"), lambda: {"accuracy": measured(measure, first.float_model(), "float32")}
     )
     points = [
         results.point(key, partial(point_of, name, each, budget, allocator, measure))
@@ -149,13 +149,20 @@ def point_of(
         "allocator": "none" if allocation is None else allocation.solver,
         "status": "none" if allocation is None else allocation.status,
         "budget": str(budget),
-        "accuracy": _measured(measure, compiled, f"{recipe} at {budget}"),
+        "accuracy": measured(measure, compiled, f"{recipe} at {budget}"),
         **totals.to_dict(),
     }
 
 
-def _measured(measure: Callable[[nn.Module, str], Accuracy], model: nn.Module, label: str) -> dict[str, Any]:
+def measured(measure: Callable[[nn.Module, str], Accuracy], model: nn.Module, label: str) -> dict[str, Any]:
+    """The accuracy of a model as a point keeps it: JSON values, with `right` as text, a 1 or a 0 for every image.
+
+    Args:
+        measure: see `sweep`.
+        model: what is measured.
+        label: for the progress display.
+    """
     found = measure(model, label)
     if not isinstance(found, Accuracy):
         raise OptionError.for_type(f"`measure` returned {shown(found)}, not an Accuracy")
-    return found.to_dict()
+    return {**found.to_dict(), "right": "".join("01"[each] for each in found.right)}

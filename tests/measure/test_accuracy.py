@@ -9,9 +9,9 @@ import torch
 from timm.layers import DropPath
 
 from fxquant.data import embedded
-from fxquant.data.images import embedded_test
+from fxquant.data.images import ImageData, embedded_test
 from fxquant.errors import DataError, ModelError
-from fxquant.measure.accuracy import Accuracy, evaluate
+from fxquant.measure.accuracy import Accuracy, error_of_drop, evaluate
 
 
 def test_evaluation() -> None:
@@ -19,6 +19,7 @@ def test_evaluation() -> None:
     accuracy = evaluate(embedded.load_model(), data, limit=100)
     assert accuracy.count == 100
     assert accuracy.top1 > 80
+    assert (len(accuracy.right), sum(accuracy.right)) == (100, accuracy.correct)
     assert Accuracy(90, 100).standard_error == pytest.approx(3.0)
     assert str(Accuracy(1831, 2000)) == "91.55 % +/- 0.62 (1,831 of 2,000)"
     few = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 3))
@@ -26,6 +27,15 @@ def test_evaluation() -> None:
         evaluate(few, data, limit=20)
     with pytest.raises(ModelError, match="class scores"):
         evaluate(torch.nn.Identity(), data, limit=20)
+
+
+@pytest.mark.quick
+def test_the_error_of_a_drop_is_paired() -> None:
+    before = [True] * 60 + [False] * 40
+    assert error_of_drop(before, [before]) == 0
+    changed = [False] * 5 + [True] * 58 + [False] * 37
+    assert error_of_drop(before, [changed]) == pytest.approx(10 * (0.08 - 0.02**2) ** 0.5), "(5 lost, 3 gained) of 100"
+    assert error_of_drop(before, [before, changed]) == pytest.approx(5 * (0.08 - 0.02**2) ** 0.5), "mean of two"
 
 
 class Linear(torch.nn.Sequential):
@@ -52,3 +62,21 @@ def test_scores_that_are_no_numbers_are_no_class() -> None:
         model[1].bias[3] = math.nan
     with pytest.raises(ModelError, match="NaN as scores of image 0 of the embedded test images"):
         evaluate(model, embedded_test(), limit=20)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("side", "batches"), [(28, [64, 6]), (224, [27, 27, 16])])
+def test_large_images_go_through_a_cpu_in_smaller_batches(side: int, batches: list[int]) -> None:
+    sizes = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return torch.eye(2)[[0] * len(images)]
+
+    data = ImageData("images", 70, lambda index: torch.zeros(3, side, side), torch.zeros(70).long(), 2)
+    assert evaluate(Counted(), data).correct == 70
+    assert sizes == [1, *batches], "one image first, then batches"
+    sizes.clear()
+    evaluate(Counted(), data, batch_size=35)
+    assert sizes == [1, 35, 35]

@@ -152,6 +152,7 @@ def test_rows_are_measured_once_for_each_seed_and_kept(tmp_path: Path) -> None:
         return reproduce(table, vit(depth=1), calibration, measure, Results(tmp_path / "r.json"), **given)
 
     baseline, done = run()
+    assert done[0].drop_error is None, "which images were right is not known"
     assert asked == [(2, 1), (2, 2)], "one session for all budgets"
     assert measured == ["the float model", *["naive at W8A8", "naive at W4A4"] * 2]
     first, second = done
@@ -162,6 +163,29 @@ def test_rows_are_measured_once_for_each_seed_and_kept(tmp_path: Path) -> None:
     assert (second.paper, second.gap) == (None, None)
     assert run()[1] == done
     assert len(measured) == 5, "nothing is measured again"
+
+
+def test_a_drop_has_its_paired_error(tmp_path: Path) -> None:
+    def right(*wrong: int) -> tuple[bool, ...]:
+        return tuple(index not in wrong for index in range(100))
+
+    answers = {"the float model": right(*range(20)), "naive at W8A8": right(*range(2, 25)), "naive at W4A4": right()}
+
+    def measure(model: nn.Module, label: str) -> Accuracy:
+        found = answers[label]
+        return Accuracy(sum(found), len(found), right=found)
+
+    def run() -> Any:
+        given = {"rows": table.rows, "column": "DeiT-T", "options": {"bits": (4, 8)}}
+        results = Results(tmp_path / "r.json")
+        return reproduce(table, vit(depth=1), lambda method, seed: images(2), measure, results, **given)
+
+    table = small_table()
+    for _ in range(2):  # measured, and read from the file
+        first, second = run()[1]
+        assert (first.drop, second.drop) == (3.0, -20.0)
+        assert first.drop_error == pytest.approx(100 * ((0.07 - 0.03**2) / 100) ** 0.5)
+        assert second.drop_error == pytest.approx(4.0)
 
 
 @pytest.mark.usefixtures("few_blocks")
@@ -185,6 +209,7 @@ def test_the_command_prints_what_the_page_says(tmp_path: Path) -> None:
     jsonschema.validate(found, schemas()["reproduce"])
     (row,) = found["rows"]
     assert (row["method"], row["paper"], row["paper_drop"]) == ("TSPTQ-ViT", 48.36, pytest.approx(72.18 - 48.36))
+    assert 0 < row["drop_standard_error"] < 2**0.5 * max(row["standard_error"], found["baseline"]["standard_error"])
     assert row["command"] == (
         "fxquant sweep embedded --budgets W4A4 --recipe tsptq_vit --option weight_scales=channel --images 2 --limit 20"
     )
