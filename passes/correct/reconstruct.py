@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,6 +42,7 @@ from passes.correct.block_error import BlockError, block_error
 from passes.correct.block_pairs import BlockPair, BlockPairs, adopt
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.held_out import held_out
+from passes.correct.step_parts import backward, check_parts, cut
 from passes.pipeline.contract import Effect, PassContext
 from passes.pipeline.progress import ProgressTask
 from passes.search.calibrate import STATISTICS
@@ -57,6 +57,8 @@ class Reconstruct:
     Args:
         steps: how many gradient steps each block takes.
         images: how many images each step sees.
+        parts: into how many parts, a power of two, these are cut, each with draws of its own; so many ranks at most
+            have a share in the training.
         rounding_rate, scale_rate, bias_rate: Adam's rates for the logits of rounding, for the logarithm of activation
             scales, and for biases. The latter two fall by a cosine; a rate of 0 leaves what it is for as it is.
         drop: probability, 0 to 1, that an activation stays float in a step (QDrop).
@@ -72,6 +74,7 @@ class Reconstruct:
 
     steps: int = 100
     images: int = 8
+    parts: int = 4
     rounding_rate: float = 0.02
     scale_rate: float = 5e-3
     bias_rate: float = 5e-4
@@ -96,6 +99,7 @@ class Reconstruct:
             raise CalibrationError(
                 f"steps, images, rank and checks must be at least 1, and drop from 0 to 1; found {self}"
             )
+        check_parts(self, self.parts)
         rates = self.rounding_rate, self.scale_rate, self.bias_rate, self.penalty
         if min(rates) < 0 or not 0 <= self.warm_up <= 1:
             raise CalibrationError(f"rates and penalty must be at least 0, and warm_up from 0 to 1; found {self}")
@@ -112,9 +116,7 @@ class Reconstruct:
         notes = []
         for pair in pairs:
             learning = _Learning(self, pair, pairs, task)
-            # One rank learns: a block begins where the one before it has ended.
-            learn = partial(ranks.once, "reconstructing blocks", learning.run)
-            values = context.cache.recall_tensors(signature(key, pair.index), learn)
+            values = context.cache.recall_tensors(signature(key, pair.index), learning.run)
             learning.take(values)
             before, after, steps = values["errors"].tolist()
             notes.append({"block": pair.block.name, "before": before, "after": after, "steps": int(steps)})
@@ -130,6 +132,7 @@ class _Learning:
     def __init__(self, options: Reconstruct, pair: BlockPair, pairs: BlockPairs, task: ProgressTask) -> None:
         self.options, self.pair, self.pairs, self.task = options, pair, pairs, task
         self.generator = torch.Generator().manual_seed(pairs.context.seed * 1_000_003 + pair.index)
+        self.drops = torch.Generator()
         self.train, self.held = held_out(len(pair.target))
         self.taken = 0
         self.error_of: BlockError
@@ -144,7 +147,7 @@ class _Learning:
         starts, codes = self._closed_form(before)
         self._let_learn(starts, codes)
         places = self.pair.quantizers()
-        self.scales = [LearnedScale(getattr(m, name), self.options.drop, self.generator) for _, m, name in places]
+        self.scales = [LearnedScale(getattr(m, name), self.options.drop, self.drops) for _, m, name in places]
         for (_, owner, name), scale in zip(places, self.scales, strict=True):
             setattr(owner, name, scale)
         try:
@@ -152,7 +155,8 @@ class _Learning:
         finally:
             for (_, owner, name), scale in zip(places, self.scales, strict=True):
                 setattr(owner, name, scale.start)
-        return {**self._found(), "errors": torch.tensor([before, after, self.taken], dtype=torch.float64)}
+        found = {**self._found(), "errors": torch.tensor([before, after, self.taken], dtype=torch.float64)}
+        return ranks.once("reconstructing blocks", lambda: found)
 
     def _modules(self) -> dict[str, Any]:
         """The block's quantized layers, by path."""
@@ -198,7 +202,7 @@ class _Learning:
             for name, tensor in zip(("weight", "bias"), _tensors(module), strict=True)
             if tensor is not None
         }
-        found |= {name: tensor.detach() for name, tensor in self._parameters(hard=True).items()}
+        found |= {name: tensor.detach() for name, tensor in self._hard().items()}
         for (path, _, name), scale in zip(self.pair.quantizers(), self.scales, strict=True):
             learned = scale_of(scale.finish())
             if learned is not None:
@@ -217,12 +221,9 @@ class _Learning:
             elif attribute == "bias":
                 module.bias = value.to(self.pairs.device)
 
-    def _parameters(self, hard: bool) -> dict[str, Tensor]:
-        """Weights and biases by name, as `functional_call` takes them."""
-        weights = {
-            f"{path}.weight": rounding.hard() if hard else rounding() for path, rounding in self.roundings.items()
-        }
-        return {**weights, **self.biases}
+    def _hard(self) -> dict[str, Tensor]:
+        """Weights, hard rounded, and biases by name, as `functional_call` takes them."""
+        return {**{f"{path}.weight": rounding.hard() for path, rounding in self.roundings.items()}, **self.biases}
 
     def _descend(self) -> float:
         """Take the steps, leave the best state behind; returns its held-out error."""
@@ -237,10 +238,8 @@ class _Learning:
             images = self.train[order[: options.images]]
             kept = torch.rand(pair.float_input[images].shape, generator=self.generator).to(self.pairs.device)
             x = torch.where(kept < options.drop, pair.float_input[images], pair.quantized_input[images])
-            output = functional_call(pair.quantized, self._parameters(hard=False), (x,))
-            loss = self.error_of(output, images) + self._penalty(step / options.steps)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._backward(x, images, step / options.steps)
             optimizer.step()
             self.taken += 1
             self.task.advance()
@@ -255,6 +254,26 @@ class _Learning:
         for parameter, value in zip(self._learned(), best_state, strict=True):
             parameter.data.copy_(value)
         return best
+
+    def _backward(self, x: Tensor, images: Tensor, progress: float) -> None:
+        """The gradients of a step on inputs (N, ...) of the images (N,), of which ranks share out the error's.
+
+        progress: the share of the steps that have been taken.
+        """
+        inputs, indices = cut(x, self.options.parts), cut(images, self.options.parts)
+        seeds = torch.randint(1 << 62, (len(inputs),), generator=self.generator).tolist()
+
+        def loss_of(part: int, made: dict[str, Tensor]) -> Tensor:
+            self.drops.manual_seed(seeds[part])
+            output = functional_call(self.pair.quantized, {**made, **self.biases}, (inputs[part],))
+            return self.error_of(output, indices[part]) * (len(indices[part]) / len(images))
+
+        penalty = self._penalty(progress)
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
+        learned = [scale.log_factor for scale in self.scales if scale.learns]
+        made = {f"{path}.weight": rounding() for path, rounding in self.roundings.items()}
+        backward("reconstructing blocks", loss_of, len(inputs), made, [*self.biases.values(), *learned])
 
     def _optimizer(self) -> tuple[torch.optim.Adam, list[tuple[float, bool]]]:
         """Adam, and for each group its rate and whether it falls."""
@@ -277,11 +296,13 @@ class _Learning:
     def _state(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._learned()]
 
-    def _penalty(self, progress: float) -> Tensor | float:
-        """AdaRound's penalty as a mean over all weights of the block; beta falls from 20 to 2 after the warm-up."""
+    def _penalty(self, progress: float) -> Tensor | None:
+        """AdaRound's penalty as a mean over all weights of the block; beta falls from 20 to 2 after the warm-up, before
+        which there is none.
+        """
         roundings = list(self.roundings.values())
         if progress < self.options.warm_up or not roundings:
-            return 0.0
+            return None
         beta = 20 - 18 * (progress - self.options.warm_up) / (1 - self.options.warm_up)
         count = sum(rounding.logits.numel() for rounding in roundings)
         return self.options.penalty * torch.stack([rounding.penalty(beta) for rounding in roundings]).sum() / count
@@ -290,18 +311,19 @@ class _Learning:
         """The held-out error with hard rounding and nothing dropped."""
         for scale in self.scales:
             scale.eval()
-        error = self._held_error(self._parameters(hard=True))
+        error = self._held_error(self._hard())
         for scale in self.scales:
             scale.train()
         return error
 
     def _held_error(self, tensors: dict[str, Tensor]) -> float:
-        total = 0.0
+        def error(images: Tensor) -> float:
+            output = functional_call(self.pair.quantized, tensors, (self.pair.quantized_input[images],))
+            return float(self.error_of(output, images)) * len(images)
+
         with torch.no_grad():
-            for images in torch.split(self.held, self.pairs.context.batch_size):
-                output = functional_call(self.pair.quantized, tensors, (self.pair.quantized_input[images],))
-                total += float(self.error_of(output, images)) * len(images)
-        return total / len(self.held)
+            batches = torch.split(self.held, self.pairs.context.batch_size)
+            return sum(ranks.dealt("measuring what is held out", error, batches)) / len(self.held)
 
 
 def _tensors(module: Any) -> tuple[Tensor, Tensor | None]:
