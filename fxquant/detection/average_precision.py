@@ -21,6 +21,7 @@ from fxquant.checks.hints import checked
 from fxquant.data.images import spread
 from fxquant.detection.coco import CocoImages, pycocotools, quiet
 from fxquant.errors import DataError, ModelError, OptionError
+from fxquant.graph.nodes import device_of
 from passes.pipeline.progress import ProgressReporter, reporter_of
 
 RESAMPLINGS, _SEED = 50, 0
@@ -90,8 +91,9 @@ def average_precision(
     One image is in memory at a time. Ranks of a process group share the images out.
 
     Args:
-        model: called with a list of pictures (3, H, W), returns for each a dict with boxes (x1, y1, x2, y2), labels
-            and scores, and perhaps masks (N, 1, H, W) of probabilities, as torchvision's detectors do.
+        model: on any device, where pictures go one by one; called with a list of pictures (3, H, W), returns for each a
+            dict with boxes (x1, y1, x2, y2), labels and scores, and perhaps masks (N, 1, H, W) of probabilities, as
+            torchvision's detectors do.
         data: images with objects.
         limit: how many images at most, evenly spread over all; None: all.
         progress: shows how far it is; None: nothing is shown.
@@ -105,8 +107,10 @@ def average_precision(
     if not any(True for index in chosen for _ in data.objects(index)):
         raise DataError(f"the {len(chosen):,} images of {data.name} have no objects: give others, or a higher limit")
 
+    device = device_of(model)
+
     def detected(index: int) -> dict[str, list[dict[str, Any]]]:
-        (found,) = _checked(model([data.image(index)]))
+        (found,) = _checked(model([data.image(index).to(device)]))
         gives_masks = "masks" in found and data.has_shapes
         masks = {"mask": _mask_rows(found, data, index)} if gives_masks else {}
         return {"box": _box_rows(found, data, index), **masks}

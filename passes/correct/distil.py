@@ -40,8 +40,8 @@ from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.held_out import HeldOut, held_out
+from passes.correct.micro_batches import check_count
 from passes.correct.start import correct_where_it_pays, finite
-from passes.correct.step_parts import check_parts
 from passes.correct.training import MEMORY, Training
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Effect, PassContext
@@ -61,9 +61,9 @@ class Distil:
         steps: how many steps the optimizer takes, where weights have 3 bits on average. At b bits it takes 3 / b of
             them.
         images: how many images each step sees.
-        parts: into how many parts, a power of two, these are cut. A process alone has one part in memory at a time, and
-            so many ranks at most have a share in the training. The number decides how sums are rounded, and that every
-            activation scale learns from one of the parts.
+        micro_batches: into how many parts, a power of two, these are cut. A process alone has one in memory at a time,
+            and so many ranks at most have a share in the training. Every activation scale learns from one of them, and
+            the number decides how sums are rounded.
         weight_rate, scale_rate, rest_rate: Adam's rates for weights, in steps of their grid; for the logarithms of
             scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
             They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
@@ -81,7 +81,7 @@ class Distil:
 
     steps: int = 800
     images: int = 8
-    parts: int = 4
+    micro_batches: int = 4
     weight_rate: float = 3.5e-3
     scale_rate: float = 1.5e-3
     rest_rate: float = 7.5e-4
@@ -115,7 +115,7 @@ class Distil:
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
             raise CalibrationError(f"steps, images and checks must be at least 1; found {self}")
-        check_parts(self, self.parts)
+        check_count(self, self.micro_batches)
         if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
             raise CalibrationError(f"rates and the weight of features must be at least 0; found {self}")
 

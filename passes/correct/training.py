@@ -1,6 +1,6 @@
 """Training of a quantized network towards a float one: what learns, its steps, and the best state so far.
 
-What the loss is and why: `passes.correct.distil`. How ranks share a step out: `passes.correct.step_parts`.
+What the loss is and why: `passes.correct.distil`. How ranks share a step out: `passes.correct.micro_batches`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxquant.sensitivity.objective import Outputs
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs, activation_quantizers, weight_layers
 from passes.correct.held_out import HeldOut, mean_divergence
-from passes.correct.step_parts import backward, cut
+from passes.correct.micro_batches import backward, cut
 
 if TYPE_CHECKING:
     from passes.correct.distil import Distil
@@ -177,19 +177,19 @@ class Training:
 
     def _descend(self, images: Tensor) -> None:
         """One step of the optimizer, on a batch (N, C, H, W)."""
-        parts = cut(images, self.options.parts)
+        batches = cut(images, self.options.micro_batches)
 
-        def loss_of(part: int, made: dict[str, Tensor]) -> Tensor:
-            share = len(parts[part]) / len(images)
+        def loss_of(number: int, made: dict[str, Tensor]) -> Tensor:
+            share = len(batches[number]) / len(images)
             for index, scale in enumerate(self.scales):
-                # A scale learns from one part alone: that saves most of half the quantizer's backward pass.
-                scale.counts = 1 / share if index % len(parts) == part else 0.0
-            return share * self._loss(parts[part], {**self.rest, **made})
+                # A scale learns from one micro-batch alone: that saves most of half the quantizer's backward pass.
+                scale.counts = 1 / share if index % len(batches) == number else 0.0
+            return share * self._loss(batches[number], {**self.rest, **made})
 
         made = {f"{path}.weight": weight() for path, weight in self.weights.items()}
         learned = [scale.log_factor for scale in self.scales if scale.learns]
         self.optimizer.zero_grad()
-        backward("distilling", loss_of, len(parts), made, [*self.rest.values(), *learned])
+        backward("distilling", loss_of, len(batches), made, [*self.rest.values(), *learned])
         self.optimizer.step()
 
     def _loss(self, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -37,11 +37,13 @@ def test_each_item_is_done_by_one_rank_and_known_to_all_in_order(tmp_path: Path)
 
 
 def test_sums_have_their_brackets_whatever_the_ranks(tmp_path: Path) -> None:
-    """Of three ranks two add up halves of four parts; each has what the others hand over to it."""
-    halves = (work.part(0) + work.part(1)) + (work.part(2) + work.part(3))
-    assert not torch.equal(halves, ((work.part(0) + work.part(1)) + work.part(2)) + work.part(3)), "brackets count"
+    """Of three ranks two add up halves of four micro-batches; each has what the others hand over to it."""
+    halves = (work.gradient(0) + work.gradient(1)) + (work.gradient(2) + work.gradient(3))
+    assert not torch.equal(halves, ((work.gradient(0) + work.gradient(1)) + work.gradient(2)) + work.gradient(3)), (
+        "brackets count"
+    )
     results = on_ranks(3, tmp_path, work.add_up)
-    assert [parts for _, parts, _ in results] == [[0, 1], [2, 3], []]
+    assert [done for _, done, _ in results] == [[0, 1], [2, 3], []]
     assert all(torch.equal(total, halves) for (total, _), *_ in results)
     assert all(absent is None for (_, absent), *_ in results)
     assert [handed for *_, handed in results] == [["0 to 0", "1 to 0", "2 to 0"], *(
@@ -65,8 +67,7 @@ def test_on_devices_ranks_give_what_one_process_gives_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # the stand-in trains in float32
-    expected = [(made(compiled(recipe)), {"ranks": 2}) for recipe in work.ON_DEVICES]
-    assert on_ranks(2, tmp_path, work.on_devices) == [expected] * 2
+    assert on_ranks(2, tmp_path, work.on_devices) == [made(work.trained_on("cpu"))] * 2
 
 
 def test_batches_to_evaluate_are_shared_out(tmp_path: Path) -> None:

@@ -149,10 +149,10 @@ class Stops(Cache):
         raise KeyboardInterrupt
 
 
-def test_parts_of_a_step_add_up_to_it(small: GraphModule) -> None:
+def test_micro_batches_add_up_to_the_batch(small: GraphModule) -> None:
     """Of three images, two and one, each by its share; Adam's first step shows the sign of every gradient."""
     step = replace(QUICK, steps=1, checks=1, images=3, scale_rate=0.0, features=40.0)
-    whole, cut = (in_training(small, replace(step, parts=parts)) for parts in (1, 2))
+    whole, cut = (in_training(small, replace(step, micro_batches=count)) for count in (1, 2))
     for training in (whole, cut):
         training.advance()
     for name, one in whole.rest.items():
@@ -237,8 +237,8 @@ def test_held_out_images_are_not_trained_on() -> None:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="at least 1"):
         Distil(steps=0)
-    with pytest.raises(CalibrationError, match="parts must be 1 or a power of two"):
-        Distil(parts=3)
+    with pytest.raises(CalibrationError, match="micro_batches must be 1 or a power of two"):
+        Distil(micro_batches=3)
 
 
 def test_mean_bits_count_every_weight() -> None:
