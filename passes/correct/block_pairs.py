@@ -132,7 +132,9 @@ class BlockPairs:
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """The module's output for all inputs (N, ...), batch by batch, without gradients; ranks share batches out."""
         with torch.no_grad():
-            found = ranks.dealt("running blocks", module, torch.split(inputs, self.context.batch_size))
+            batches = torch.split(inputs, self.context.batch_size)
+            # In one order in memory, as they come from another rank.
+            found = ranks.dealt("running blocks", lambda batch: module(batch).contiguous(), batches)
         return torch.cat([batch.to(self.device) for batch in found])
 
 

@@ -61,7 +61,8 @@ class HeldOut:
 
         def counting(batch: Tensor) -> Outputs:
             output: Any = functional_call(network, tensors, (batch.to(self.device),))
-            return self.objective.outputs(output, "Distil", finite)
+            outputs = self.objective.outputs(output, "Distil", finite)
+            return tuple(tensor.contiguous() for tensor in outputs)  # as they come from another rank
 
         found = ranks.dealt("measuring what is held out", counting, torch.split(inputs, self.together))
         return tuple(torch.cat([each.to(self.device) for each in batches]) for batches in zip(*found, strict=True))

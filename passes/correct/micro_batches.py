@@ -61,7 +61,9 @@ def backward(
     reached = [*direct, *leaves.values()]
 
     def gradients_of(number: int) -> Gradients:
-        return list(torch.autograd.grad(loss_of(number, leaves), reached, allow_unused=True))
+        found = torch.autograd.grad(loss_of(number, leaves), reached, allow_unused=True)
+        # As they come from another rank: how a tensor lies in memory has a say in how it is summed.
+        return [None if gradient is None else gradient.contiguous() for gradient in found]
 
     pairs = list(zip([*direct, *made.values()], summed(label, gradients_of, count), strict=True))
     found = [(tensor, gradient.to(tensor.device)) for tensor, gradient in pairs if gradient is not None]
