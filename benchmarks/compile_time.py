@@ -4,11 +4,14 @@
         vit_large_patch16_224 --recipe best --budget W4A8 --images 8
     python benchmarks/compile_time.py vit_tiny_patch16_224 --recipe lampq --weights W.safetensors --calibration C.npz
 
+    python benchmarks/compile_time.py vit_giant_patch14_224 --depth 4 --recipe best --budget W4A8 --images 2
+
 Every model is compiled in a process of its own, after a process that only runs its forward on the same images, eight
 at a time: `peak_ratio` is the peak of the one over that of the other. With two models or more the exponent is printed
 of seconds ~ parameters^exponent, fitted by least squares to the logarithms. How long UpdateBits of lampq searches
-depends on the weights, so that recipe wants real ones. The .npz file is that of accuracy.py. Kept in
-benchmarks/results/compile_time_MODEL_RECIPE.json.
+depends on the weights, so that recipe wants real ones. The .npz file is that of accuracy.py. Models too large for the
+machine are compiled with fewer blocks at two depths: the difference is what a block takes. Kept in
+benchmarks/results/compile_time_MODEL_RECIPE.json, or with _blocks_DEPTH before the ending.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="mptq_vit")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--num-classes", type=int, default=1000)
+    parser.add_argument("--depth", type=int, help="blocks of the model; all by default")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--threads", type=int, default=1)
@@ -57,7 +61,10 @@ def main() -> None:
             for step in ("forward", "compile")
         )
         result |= {**forward, "peak_ratio": round(result["peak_mib"] / forward["forward_peak_mib"], 2)}
-        (RESULTS / f"compile_time_{model}_{options.recipe}.json").write_text(json.dumps(result, indent=1) + "\n")
+        blocks = "" if options.depth is None else f"_blocks_{options.depth}"
+        (RESULTS / f"compile_time_{model}_{options.recipe}{blocks}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
         print(json.dumps(result, indent=1), flush=True)
         found.append(result)
     if len(found) > 1:
@@ -76,7 +83,9 @@ def given(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         named = load_model(name, options.weights, num_classes=options.num_classes)
         pixels = np.load(options.calibration)["images"][: options.images]
         return named.model, normalized(pixels, named.preprocessing.mean, named.preprocessing.std)
-    return timm.create_model(name, num_classes=options.num_classes).eval(), torch.randn(options.images, 3, 224, 224)
+    depth = {} if options.depth is None else {"depth": options.depth}
+    model = timm.create_model(name, num_classes=options.num_classes, **depth).eval()
+    return model, torch.randn(options.images, 3, 224, 224)
 
 
 def forward_peak(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,10 +102,12 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
     import fxquant
 
     model, images = given(options)
+    before_mib = peak_mib()
     start, cpu = time.perf_counter(), time.process_time()
     quantized = fxquant.compile(model, options.budget, calibration=images, recipe=options.recipe)
     return {
         "model": options.models[0],
+        **({} if options.depth is None else {"depth": options.depth}),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights": "given" if options.weights else "random",
         "budget": options.budget,
@@ -105,6 +116,7 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "wall_s": round(time.perf_counter() - start, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
+        "before_mib": before_mib,
         "peak_mib": peak_mib(),
         "passes": {entry.step.split("(")[0]: round(entry.seconds, 2) for entry in quantized.journal.entries},
     }

@@ -1,13 +1,13 @@
 """How much faster ranks of a process group calibrate, search and score; random weights.
 
     torchrun --nproc-per-node 1 benchmarks/rank_speed.py vit_tiny_patch16_224 --images 16
-    torchrun --nproc-per-node 2 benchmarks/rank_speed.py vit_tiny_patch16_224 --images 16
+    torchrun --nproc-per-node 2 benchmarks/rank_speed.py vit_tiny_patch16_224 --images 16 --steps 10
 
-For every pass the seconds by the clock, and the processor seconds of the rank that takes most, all that ranks tell each
-other included; waiting takes none. On a machine that others use too, the ratio of processor seconds is what the clock
-would show on one of one's own with a core for each rank. Results go under "ranks" of
-benchmarks/results/rank_speed_MODEL.json, beside those of other numbers of ranks; of several runs the least is kept,
-since whatever else runs on a machine only adds to it.
+`--steps` adds so many steps of training (`Distil`). For every pass the seconds by the clock, and the processor seconds
+of the rank that takes most, all that ranks tell each other included; waiting takes none. On a machine that others use
+too, the ratio of processor seconds is what the clock would show on one of one's own with a core for each rank. Results
+go under "ranks" of benchmarks/results/rank_speed_MODEL.json, beside those of other numbers of ranks; of several runs
+the least is kept, since whatever else runs on a machine only adds to it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from fxquant import ranks
 from fxquant.graph.capture.tracing import trace
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
 from passes.allocate.score_layers import ScoreLayers
+from passes.correct.distil import Distil
 from passes.pipeline.contract import PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import best
 from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 
 BITS = (3, 6)
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--depth", type=int, help="blocks of the model; all by default")
+    parser.add_argument("--steps", type=int, help="steps of training; none by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -53,6 +56,8 @@ def main() -> None:
     passes = [step for step in best("W4A4", bits=BITS) if type(step).__name__ != "CheckBudget"]
     pipeline = Pipeline(passes).after(SearchScales, score)
     pipeline = pipeline[: pipeline.position(ScoreLayers) + 4]  # up to compensated weights, substituted
+    if options.steps:
+        pipeline = pipeline.before(SubstituteQuantizers, Distil(options.steps, checks=1, closed_form=None))
     graph_module = trace(model, images[:2])
     wall_s, cpu_s = [time.perf_counter()], [time.process_time()]
 
@@ -87,6 +92,7 @@ def keep(options: argparse.Namespace, pipeline: Pipeline, wall_s: list[float], c
         "weights": "random",
         "images": options.images,
         "bits": BITS,
+        "training_steps": options.steps,
     }
     before = kept.setdefault("ranks", {}).get(str(len(cpu_of_ranks)), {})
     for name, times in found.items():

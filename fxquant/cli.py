@@ -63,7 +63,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_SHARED_OUT = ("compile", "evaluate", "sweep", "frontier")
+_SHARED_OUT = ("compile", "evaluate", "sweep", "frontier", "reproduce", "synthesize")
 """Commands whose work ranks of torchrun share out."""
 
 

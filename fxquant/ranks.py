@@ -4,6 +4,7 @@
         scores = dealt("scoring layers", score, layers)     # each rank scores some; all get all, in the layers' order
         bits = once("allocating bits", solve)               # rank 0 solves; all get its answer
         for part in from_all("calibrating", sums): ...      # what each rank has, in the order of ranks
+        for part in handed_over("calibrating", shares): ... # the share of each rank that is meant for this one
 
 All ranks run the same program and hold the same state; only what is dealt out runs on one of them, and inside it that
 process is alone: `count()` is 1, and nothing inside waits for others. So a result may depend on how the work is cut
@@ -18,18 +19,14 @@ the caller's group whatever its backend: pickled, between processes that run one
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from fxquant.errors import DistributedError, LostRankError
-from fxquant.messages import REMEDY, error_from_bytes, error_to_bytes, from_bytes, to_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fxquant.errors import DistributedError
+from fxquant.team import Team
 
 ARRIVAL_S = 600.0
 """Seconds that a rank waits for the others to begin."""
@@ -37,102 +34,11 @@ ARRIVAL_S = 600.0
 PATIENCE_S = 7200.0
 """Seconds that a rank waits for another that works, and that has not died."""
 
-_LONGEST_PLACE = 103
-_HEAD = f"<?Q{_LONGEST_PLACE}s"  # whether the rank has failed, the size of what it sends, and where it is
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Ranks:
-    """The ranks that work together, and what they say to each other."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self._groups: list[Any] = []
-        try:
-            # Made only once all ranks are here, so this one waits no longer than for their arrival.
-            self._groups.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=ARRIVAL_S)))
-            self._groups.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S)))
-        except RuntimeError as error:
-            self.close()
-            raise DistributedError(
-                f"not all {dist.get_world_size()} ranks of the process group came within {ARRIVAL_S:g} s ({error}): "
-                f"make the same call on every rank, or, to work on one of them alone, make it `with "
-                f"fxquant.ranks.alone():`"
-            ) from error
-        self.number, self.count, self.has_failed = dist.get_rank(), dist.get_world_size(), False
-
-    def close(self) -> None:
-        """Close the connections, which also wakes ranks that wait for this one."""
-        import torch.distributed as dist
-
-        with suppress(RuntimeError, ValueError, AssertionError):  # the caller may have ended the process group
-            for group in self._groups:
-                dist.destroy_process_group(group)
-
-    def exchange(self, where: str, value: Any = None, error: Exception | None = None) -> list[Any]:
-        """The values of all ranks, in their order; raises on each where one has failed, or is not at the same place.
-
-        Args:
-            where: the place in the program.
-            value: of this rank.
-            error: what has failed on this rank.
-        """
-        content = to_bytes(value) if error is None else error_to_bytes(error)
-        head = struct.pack(_HEAD, error is not None, len(content), where.encode()[:_LONGEST_PLACE])
-        heads = [struct.unpack(_HEAD, each) for each in self._heads(head)]
-        failed = next((rank for rank, (has_failed, *_) in enumerate(heads) if has_failed), None)
-        if failed is not None:
-            self.has_failed = True
-            found = self._sent(content, heads[failed][1], failed)
-            raise error or error_from_bytes(found, failed)
-        places = [place.rstrip(b"\0").decode(errors="replace") for *_, place in heads]
-        for rank, other in enumerate(places):
-            if other != places[0]:
-                self.has_failed = True
-                raise DistributedError(
-                    f"the ranks do not run the same program: rank 0 is at '{places[0]}' and rank {rank} at '{other}'; "
-                    f"make the same calls with the same arguments on every rank"
-                )
-        sent = (self._sent(content, size, source) for source, (_, size, _) in enumerate(heads))
-        return [value if source == self.number else from_bytes(each) for source, each in enumerate(sent)]
-
-    def _sent(self, content: bytes, size: int, source: int) -> bytearray:
-        """What one rank sends to all. content: what this one would send. size: of what that one does."""
-        import torch
-
-        buffer = bytearray(content) if source == self.number else bytearray(size)
-        self._broadcast(torch.frombuffer(buffer, dtype=torch.uint8), source)
-        return buffer
-
-    def _heads(self, head: bytes) -> list[bytes]:
-        import torch
-        import torch.distributed as dist
-
-        mine = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        found = [torch.empty_like(mine) for _ in range(self.count)]
-        self._guarded(lambda: dist.all_gather(found, mine, group=self._groups[-1]))
-        return [each.numpy().tobytes() for each in found]
-
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
-        import torch.distributed as dist
-
-        self._guarded(lambda: dist.broadcast(tensor, group_src=source, group=self._groups[-1]))
-
-    def _guarded(self, exchange: Callable[[], Any]) -> None:
-        try:
-            exchange()
-        except RuntimeError as error:
-            self.has_failed = True
-            raise LostRankError(
-                f"rank {self.number} of {self.count} has lost another rank, which has died or did not answer within "
-                f"{PATIENCE_S:g} s ({str(error).splitlines()[0]}): see what that one said last, and {REMEDY}"
-            ) from error
-
-
-_team: _Ranks | None = None
+_team: Team | None = None
 _is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)  # each thread has its own
 _launched_as = 0  # the rank that torchrun has started this process as
 
@@ -184,7 +90,7 @@ def together(given: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         _compare(given())
         yield
         return
-    team = _team = _Ranks()
+    team = _team = Team(ARRIVAL_S, PATIENCE_S)
     try:
         _compare(given())
         yield
@@ -223,8 +129,11 @@ def dealt(
     items: Sequence[Item],
     costs: Sequence[float] | None = None,
     advance: Callable[[int], None] = lambda units: None,
+    owners: Sequence[int] | None = None,
 ) -> list[Result]:
     """The results for all items, in their order, on every rank; each item's is computed by one rank.
+
+    Tensors that another rank has computed are on the CPU.
 
     Args:
         label: what is done, for errors.
@@ -232,10 +141,17 @@ def dealt(
         items: the same on every rank. A rank does its own in their order.
         costs: how long each takes, in any unit, so that all ranks have about as much to do; None: all alike.
         advance: told how many more are done, of which there are `len(items)` in all.
+        owners: the rank that does each; None: as costs say.
 
-    Raises on every rank what `function` raises on one.
+    Raises on every rank what `function` raises on one, and DistributedError for an owner that there is not.
     """
-    owners = _owners(costs or [1.0] * len(items), count())
+    if owners is None or count() == 1:
+        owners = owners_of(costs or [1.0] * len(items), count())
+    if any(owner >= count() for owner in owners):
+        raise DistributedError(
+            f"{label} goes on with what {max(owners) + 1} ranks have made, and there are {count()}: make calls that "
+            f"belong together on the same ranks"
+        )
     mine = [index for index, owner in enumerate(owners) if owner == number()]
     own: dict[int, Result] = {}
     team = None if count() == 1 else _team
@@ -270,8 +186,20 @@ def from_all(label: str, value: Result) -> list[Result]:
     return team.exchange(label, value)
 
 
-def _owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """Of each item the rank that does it: the costliest first, always to the rank with least to do."""
+def handed_over(label: str, shares: Sequence[Result]) -> list[Result]:
+    """What every rank hands over to this one, in the order of ranks; tensors are on the CPU.
+
+    label: what is done, for errors. shares: what this rank hands over to each, in the order of ranks.
+    """
+    team = None if count() == 1 else _team
+    return list(shares) if team is None else team.hand_over(label, shares)
+
+
+def owners_of(costs: Sequence[float], ranks: int) -> list[int]:
+    """Of each item the rank that does it: the costliest first, always to the rank with least to do.
+
+    costs: how long each takes, in any unit. ranks: how many there are.
+    """
     load, owners = [0.0] * ranks, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         owners[index] = min(range(ranks), key=load.__getitem__)

@@ -20,15 +20,22 @@ from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.data import embedded
 from fxquant.data.images import ImageData, embedded_test
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, DistributedError
 from fxquant.measure.accuracy import evaluate
+from fxquant.quantizers.observers import Observer
 from fxquant.session.compiled import Compiled
+from fxquant.session.session import Session
+from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
+from passes.correct.micro_batches import summed
+from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
 from passes.search.calibrate import Calibrate
 from passes.search.search_scales import SearchScales
+from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from tests.models import images, vit
+from tests.stand_in_device import stand_in
 
 PATIENCE_S = 120.0
 IMAGES = images(5)
@@ -80,15 +87,18 @@ def _run(rank: int, count: int, place: str, result: Any, function: Callable[...,
 
 
 def compiled(recipe: str = "best", **options: Any) -> Compiled:
-    """A model of one block; "short training" is `best_thorough` with four steps."""
-    given = short_training if recipe == "short training" else recipe
-    return fxquant.compile(
-        vit(depth=1), "W4A4", calibration=IMAGES, recipe=given, bits=(3, 4, 6), progress=False, **options
-    )
+    """A model of one block; "short training" is `best_thorough` with four steps, "reconstructed" learns two a block."""
+    options["recipe"] = {"short training": short_training, "reconstructed": reconstructed}.get(recipe, recipe)
+    return fxquant.compile(vit(depth=1), "W4A4", calibration=IMAGES, bits=(3, 4, 6), progress=False, **options)
 
 
 def short_training(*arguments: Any, **options: Any) -> Pipeline:
-    return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=2, checks=2)
+    return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=4, checks=2)
+
+
+def reconstructed(*arguments: Any, **options: Any) -> Pipeline:
+    learned = Reconstruct(steps=2, images=3, micro_batches=2, checks=1, loss="fisher")
+    return RECIPES["naive_min_max"](*arguments, **options).before(SubstituteQuantizers, learned)
 
 
 def made(compiled: Compiled) -> tuple[Any, ...]:
@@ -118,6 +128,51 @@ def share_out(rank: int) -> list[Any]:
         found = ranks.dealt("shouting", upper, "abcdefg", [9, 1, 1, 9, 1, 1, 9])
         tensors = ranks.from_all("telling", torch.full((2,), rank + 0.5, dtype=torch.bfloat16)[:1])
         return [found, "".join(mine), ranks.once("asking", os.getpid), torch.cat(tensors).tolist()]
+
+
+def gradient(index: int) -> torch.Tensor:
+    """A gradient whose sums depend on brackets."""
+    return torch.rand(99, generator=torch.Generator().manual_seed(index)) / 3**index
+
+
+def add_up(rank: int) -> tuple[list[torch.Tensor | None], list[int], list[str]]:
+    """A sum over four micro-batches, which of them this rank has computed, and what is handed over to it."""
+    done: list[int] = []
+
+    def gradients_of(index: int) -> list[torch.Tensor | None]:
+        done.append(index)
+        return [gradient(index), None]
+
+    with ranks.together(dict):
+        found = summed("adding", gradients_of, 4)
+        return found, done, ranks.handed_over("handing over", [f"{rank} to {other}" for other in range(3)])
+
+
+def calibrate_and_leave(rank: int, cache: Path) -> tuple[list[str], Exception | None]:
+    """Names of the observers whose Gram matrices this rank has, and what rounding raises without the other."""
+    session = Session(vit(depth=1), IMAGES, bits=(3, 4, 6), cache=cache, progress=False)
+    graph_module = session.searched()
+    named = graph_module.named_modules()
+    found = [name for name, module in named if isinstance(module, Observer) and module.gram is not None]
+    try:
+        with ranks.alone():
+            session.compile("W4A4")
+    except DistributedError as error:
+        return found, error
+    return found, None
+
+
+def trained_on(device: Any) -> Compiled:
+    """By a closed form and one step, on two images: what a rank is given by another has to come to its device."""
+    closed_form = CorrectWeights(ridges=(1.0,), rounding="nearest")
+    learned = Distil(steps=1, images=2, micro_batches=2, checks=1, closed_form=closed_form)
+    pipeline = RECIPES["naive_min_max"]("W4A4", bits=(4, 8)).before(SubstituteQuantizers, learned)
+    return fxquant.compile(vit(depth=1).to(device), None, calibration=IMAGES[:2], recipe=pipeline, progress=False)
+
+
+def on_devices(rank: int) -> tuple[Any, ...]:
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    return made(trained_on(stand_in()).cpu())
 
 
 def accuracy(rank: int) -> tuple[int, int, int]:

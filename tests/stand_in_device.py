@@ -11,7 +11,7 @@ treat it as one of a device, and torch's own checks hold. Every operation that r
   copied from one device to the other.
 - `numpy()`, and numpy's functions, raise. `item()`, `tolist()`, `cpu()` and `to("cpu")` are allowed.
 - Nothing on the host can read its memory: `data_ptr` gives an address where there is none.
-- It has no operators but torch's own: kernels that are written for the CPU do not run.
+- It has no operators but torch's own and torchvision's: kernels that are written for the CPU do not run.
 - It draws no random numbers. CUDA would draw others than the CPU; they are to be made on the CPU and moved.
 
 Values are those of the CPU's kernels bit for bit, so what is compiled here can be compared with what is compiled there.
@@ -112,7 +112,7 @@ def _rules(operation: Any) -> _Rules:
     name, arguments = schema.name, list(enumerate(schema.arguments))
     binary = 2 if torch.Tag.pointwise in tags else 0
     return _Rules(
-        operation.namespace in ("aten", "prims"),
+        operation.namespace in ("aten", "prims", "torchvision"),
         torch.Tag.nondeterministic_seeded in tags,
         9 if name in _TAKE_NUMBERS else binary,
         name in _INDEXING,

@@ -24,7 +24,12 @@ _OUTPUT_GRAM = {"sum": (3, True), "squares": (0, True), "images": (0, False)}  #
 
 
 def observer_to_json(observer: Observer, path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON values and tensors by name. Raises ArtefactError for an observer with other statistics than the matrices."""
+    """JSON values and tensors by name.
+
+    Raises ArtefactError for an observer with other statistics than the matrices, and for one that a rank alone owns.
+    """
+    if observer.owner is not None:
+        raise ArtefactError(f"observer '{path}' has left what it gathered to rank {observer.owner}: collect it first")
     if observer.images:
         raise ArtefactError(f"observer '{path}' has statistics, which a file does not keep: release it first")
     settings = {"families": text_of(observer.families), "source": str(observer.source), "gram": observer.keeps_gram}

@@ -17,6 +17,7 @@ def evaluate_detector(
     num_classes: int | None,
     options: list[str] | None,
     limit: int | None,
+    device: str,
     backend: str,
     json: bool,
 ) -> None:
@@ -31,6 +32,7 @@ def evaluate_detector(
         num_classes: for the function that builds the detector; None: as it is there.
         options: name=value, for that function.
         limit: how many images at most, evenly spread over all; None: all.
+        device: where the detector runs.
         backend: how an artefact runs.
         json: whether JSON is printed.
 
@@ -38,7 +40,7 @@ def evaluate_detector(
     """
     from fxquant.commands.console import emit, show
     from fxquant.commands.early_checks import is_artefact, refuse_unused
-    from fxquant.commands.options import named_model
+    from fxquant.commands.options import device_of_run, named_model
     from fxquant.data.model_sources import has_source
     from fxquant.detection.average_precision import average_precision
     from fxquant.detection.coco import CocoImages
@@ -61,8 +63,8 @@ def evaluate_detector(
             "a detector is named by a function that builds it, module:factory: give it as the model, or with "
             "--detector where the model is an artefact"
         )
-    built = named_model(factory, weights, num_classes, options, "cpu").model
-    runs: nn.Module = load_detector(model, built, backend) if is_quantized else built
+    built = named_model(factory, weights, num_classes, options, "cpu" if is_quantized else device).model
+    runs: nn.Module = load_detector(model, built, backend).to(device_of_run(device)) if is_quantized else built
     images = CocoImages.open(coco, data)
     with RichProgress() as progress:
         found = average_precision(runs, images, limit=limit, progress=progress)

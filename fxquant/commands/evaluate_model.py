@@ -51,13 +51,12 @@ def evaluate_model(
             {
                 "--classes": classes, "--labels": labels, "--image-size": image_size, "--crop-pct": crop_pct,
                 "--mean": mean, "--std": std, "--interpolation": interpolation,
-                "--device": None if device == "cpu" else device,
             },
-            "a detector takes classes from the COCO file, prepares pictures itself, and is measured on the CPU",
+            "a detector takes classes from the COCO file, and prepares pictures itself",
         )  # fmt: skip
         evaluate_detector(
             model, detector=detector, coco=coco, data=data, weights=weights, num_classes=num_classes,
-            options=model_option, limit=limit, backend=backend, json=json,
+            options=model_option, limit=limit, device=device, backend=backend, json=json,
         )  # fmt: skip
         return
     from fxquant.commands.console import emit, show

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fxquant import ranks
 from fxquant.commands import options as o
 from fxquant.commands.early_checks import check_ending, check_output
 
@@ -54,6 +55,8 @@ def synthesize_images(
     with RichProgress() as progress:
         images = synthesize(named.model, options, seed=seed, batch_size=batch_size, cache=kept, progress=progress)
     seconds = time.perf_counter() - started_s
+    if not ranks.is_first():
+        return
     content = io.BytesIO()
     np.savez_compressed(content, images=images.float().cpu().numpy())
     write_file(out, content.getvalue())

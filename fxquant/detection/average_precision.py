@@ -15,15 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxquant import ranks
+from fxquant.artefact.cache import signature
 from fxquant.checks.hints import checked
 from fxquant.data.images import spread
 from fxquant.detection.coco import CocoImages, pycocotools, quiet
 from fxquant.errors import DataError, ModelError, OptionError
+from fxquant.graph.nodes import device_of
 from passes.pipeline.progress import ProgressReporter, reporter_of
 
 RESAMPLINGS, _SEED = 50, 0
 MOST = 100  # detections of an image that count
 _ALL = [[0, 1e10]]  # areas in square pixels
+_KINDS = {"box": "bbox", "mask": "segm"}  # pycocotools' names
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,12 @@ def average_precision(
 ) -> dict[str, Precision]:
     """AP of a detector: {"box": ...} and, where it gives masks and all objects have outlines, {"mask": ...}.
 
-    One image is in memory at a time.
+    One image is in memory at a time. Ranks of a process group share the images out.
 
     Args:
-        model: called with a list of pictures (3, H, W), returns for each a dict with boxes (x1, y1, x2, y2), labels
-            and scores, and perhaps masks (N, 1, H, W) of probabilities, as torchvision's detectors do.
+        model: on any device, where pictures go one by one; called with a list of pictures (3, H, W), returns for each a
+            dict with boxes (x1, y1, x2, y2), labels and scores, and perhaps masks (N, 1, H, W) of probabilities, as
+            torchvision's detectors do.
         data: images with objects.
         limit: how many images at most, evenly spread over all; None: all.
         progress: shows how far it is; None: nothing is shown.
@@ -101,20 +106,26 @@ def average_precision(
     chosen = spread(len(data), limit)
     if not any(True for index in chosen for _ in data.objects(index)):
         raise DataError(f"the {len(chosen):,} images of {data.name} have no objects: give others, or a higher limit")
-    task = reporter_of(progress).track(label, len(chosen))
-    boxes: list[dict[str, Any]] = []
-    masks: list[dict[str, Any]] = []
-    gives_masks = False
-    for index in chosen:
-        (found,) = _checked(model([data.image(index)]))
-        boxes += _box_rows(found, data, index)
-        if "masks" in found and data.has_shapes:
-            gives_masks = True
-            masks += _mask_rows(found, data, index)
-        task.advance()
-    task.close()
-    result = {"box": _precision(data, boxes, "bbox", chosen)}
-    return result | ({"mask": _precision(data, masks, "segm", chosen)} if gives_masks else {})
+
+    device = device_of(model)
+
+    def detected(index: int) -> dict[str, list[dict[str, Any]]]:
+        (found,) = _checked(model([data.image(index).to(device)]))
+        gives_masks = "masks" in found and data.has_shapes
+        masks = {"mask": _mask_rows(found, data, index)} if gives_masks else {}
+        return {"box": _box_rows(found, data, index), **masks}
+
+    def measured() -> dict[str, Precision]:
+        kinds = [kind for kind in _KINDS if any(kind in each for each in detections)]
+        rows = {kind: [row for each in detections for row in each.get(kind, [])] for kind in kinds}
+        return {kind: _precision(data, rows[kind], _KINDS[kind], chosen) for kind in kinds}
+
+    given = {"limit": limit, "images": (data.name, len(data))}
+    with ranks.together(lambda: {**given, "model": signature(model)}):
+        task = reporter_of(progress).track(label, len(chosen))
+        detections = ranks.dealt(label, detected, chosen, advance=task.advance)
+        task.close()
+        return ranks.once("measuring precision", measured)
 
 
 def _checked(output: Any) -> list[dict[str, Tensor]]:

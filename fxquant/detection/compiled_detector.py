@@ -22,7 +22,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from fxquant.checks.hints import checked
 from fxquant.detection.composite import Parts
 from fxquant.errors import ArtefactError, BackendError, InputError, ModelError, VerificationError
-from fxquant.graph.nodes import image_of
+from fxquant.graph.nodes import device_of, image_of
 from fxquant.graph.output_tree import Tree, leaves
 from fxquant.graph.structure.blocks import extract_part
 from fxquant.report.tables import Report
@@ -60,7 +60,8 @@ class CompiledDetector(nn.Module):
         Pictures are resized and normalised by the detector's own transform, and padded with zeros to the smallest of
         the sizes that it was compiled for. Raises InputError for anything else, and for pictures that fit none.
         """
-        pictures = self.parts.checked_pictures(images, self.compiled.border.dtype, InputError)
+        dtype, device = self.compiled.border.dtype, device_of(self.compiled)
+        pictures = self.parts.checked_pictures(images, dtype, InputError, device)
         return self._runs[0](pictures) if pictures else []
 
     def report(self) -> Report:

@@ -82,13 +82,16 @@ class Parts:
         """How regions ride along with images."""
         return Planes(self.colours, tuple(head.count for head in self.heads))
 
-    def checked_pictures(self, pictures: Any, dtype: torch.dtype, error: type[FxQuantError]) -> list[Tensor]:
+    def checked_pictures(
+        self, pictures: Any, dtype: torch.dtype, error: type[FxQuantError], device: torch.device | None = None
+    ) -> list[Tensor]:
         """The pictures as a list.
 
         Args:
             pictures: each (C, H, W), of its own size.
             dtype: that they must have.
             error: what is raised for anything else, and for pictures without pixels or with values that are not finite.
+            device: where they must be; None: anywhere.
         """
         wanted = f"a detector takes a list of finite pictures ({self.colours}, H, W) of {dtype}"
         if not isinstance(pictures, Sequence | Tensor):
@@ -98,6 +101,11 @@ class Parts:
                 raise error.for_type(f"{wanted}, and picture {index} is a {type(picture).__name__}")
             if picture.ndim != 3 or len(picture) != self.colours or not picture.numel() or picture.dtype != dtype:
                 raise error(f"{wanted}, and picture {index} is {tuple(picture.shape)} of {picture.dtype}")
+            if device is not None and picture.device != device:
+                raise error(
+                    f"picture {index} is on {picture.device}, and the detector is on {device}: give "
+                    f"picture.to('{device}')"
+                )
             if not bool(torch.isfinite(picture).all()):
                 raise error(f"{wanted}, and picture {index} has NaN or infinite pixels")
         return list(pictures)

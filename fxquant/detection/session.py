@@ -20,6 +20,7 @@ from fxquant.checks.hints import checked
 from fxquant.detection.compiled_detector import REGIONS, CompiledDetector
 from fxquant.detection.composite import Composite, Parts, objective_of, packed_images
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
+from fxquant.graph.nodes import device_of
 from fxquant.sensitivity.objective import AUTO
 from fxquant.session.options import SessionOptions
 from fxquant.session.session import Session
@@ -39,8 +40,9 @@ class DetectorSession:
 
         Args:
             detector: a GeneralizedRCNN of torchvision, such as FasterRCNN or MaskRCNN; it is not changed.
-            calibration: pictures (C, H, W), float from 0 to 1, each of its own size; 32 are usual. The detector's own
-                transform resizes and normalises them; they are padded to the largest height and width among them.
+            calibration: pictures (C, H, W), float from 0 to 1, each of its own size, on any device; 32 are usual. The
+                detector's own transform resizes and normalises them; they are padded to the largest height and width
+                among them.
             regions: how many regions of an image calibrate the box head, and are counted in what an image costs.
         {options}
 
@@ -52,6 +54,7 @@ class DetectorSession:
             raise CalibrationError("a detector is calibrated on a list of pictures (C, H, W); 32 are usual")
         dtype = next((weight.dtype for weight in detector.parameters() if weight.is_floating_point()), torch.float32)
         pictures = self.parts.checked_pictures(calibration, dtype, CalibrationError)
+        pictures = [picture.to(device_of(detector)) for picture in pictures]
         self.detector, self.regions = detector, regions
         runs = copy.deepcopy(detector).eval()  # pools of torchvision keep something of the first picture they see
         planes = packed_images(runs, self.parts, pictures)

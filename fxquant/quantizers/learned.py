@@ -41,10 +41,9 @@ class LearnedScale(nn.Module):
         quantizer: the quantizer whose scale learning starts from.
         drop: probability, 0 to 1, that an element stays float.
         generator: of these draws, on the CPU, so that they are the same wherever the input is.
-        thinning: the factor learns from the first of so many parts of the batch, which is noisier and cheaper; all
-            values are quantized.
 
-    Learns `log_factor`, float32 (), the parameter t; scales are multiplied by exp(t).
+    Learns `log_factor`, float32 (), the parameter t; scales are multiplied by exp(t). Its gradient is multiplied by
+    `counts`, a number that may be set before every forward; with 0 there is none, which is cheaper.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class LearnedScale(nn.Module):
         quantizer: Quantizer,
         drop: float = 0.0,
         generator: torch.Generator | None = None,
-        thinning: int = 1,
     ) -> None:
         super().__init__()
-        self.thinning = thinning
+        self.counts = 1.0
         self.start, self.current, self.drop, self.generator = quantizer, copy.deepcopy(quantizer), drop, generator
         scale = scale_of(quantizer)
         self.learns = scale is not None
@@ -109,28 +107,28 @@ class _StraightThrough(torch.autograd.Function):
         result = _by_images(owner.current, x)
         counted = x + owner.offset if owner.offset else x
         slope = None
-        if owner.learns:
-            part = slice(-(-len(x) // owner.thinning))
-            slope = result[part] + owner.offset if owner.offset else result[part]
-            slope = slope - owner.inside(counted[part], counted[part])
-            slope = slope if kept is None else slope.masked_fill_(kept[part], 0)
+        if owner.learns and owner.counts:
+            slope = result + owner.offset if owner.offset else result
+            slope = slope - owner.inside(counted, counted)
+            slope = slope if kept is None else slope.masked_fill_(kept, 0)
         if kept is not None:
             result = torch.where(kept, x, result)
-        ctx.owner = owner
+        ctx.owner, ctx.counts = owner, owner.counts
         ctx.save_for_backward(counted, slope, kept)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         counted, slope, kept = ctx.saved_tensors
-        if slope is None:
+        if not ctx.owner.learns:
             return gradient, None, None, None
         to_x = ctx.owner.inside(gradient.to(counted.dtype), counted)
         if kept is not None:
             to_x = torch.where(kept, gradient, to_x)
+        if slope is None:
+            return to_x, None, None, None
         # In float32: torch's product of vectors in bfloat16 is not vectorised.
-        some, slope = (tensor.reshape(-1).float() for tensor in (gradient[: len(slope)], slope))
-        to_factor = torch.dot(some, slope) * (len(gradient) / len(ctx.saved_tensors[1]))
+        to_factor = torch.dot(gradient.reshape(-1).float(), slope.reshape(-1).float()) * ctx.counts
         return to_x, to_factor, None, None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, DistributedError
 from fxquant.graph.annotation import Allowed, Source
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.family import Family, Statistics
@@ -49,14 +49,42 @@ class Observer(nn.Module):
     def __init__(self, families: tuple[Allowed, ...], source: Source, gram: bool) -> None:
         super().__init__()
         self.families, self.source, self.keeps_gram = families, source, gram
+        self.owner: int | None = None
+        self._owner_has_gram = False
         self.release()
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the Gram matrix of the inputs has been gathered, and is here or with the owner."""
+        return self.gram is not None or (self.owner is not None and self._owner_has_gram)
+
+    def leave_to(self, rank: int, has_gram: bool, is_here: bool) -> None:
+        """Let a rank of several own what was gathered: only there is it kept.
+
+        Args:
+            rank: the owner, which `owner` says from now on, on all ranks, until all is released.
+            has_gram: whether a Gram matrix is among it.
+            is_here: whether this is the owner.
+        """
+        if not is_here:
+            self.release()
+        self.owner, self._owner_has_gram = rank, has_gram
+
+    def check_here(self) -> None:
+        """Raise DistributedError where another rank has what was gathered."""
+        if self.owner is not None and not self.images and self.gram is None:
+            raise DistributedError(
+                f"what this observer of {self.source} has gathered is with rank {self.owner} alone: search and round "
+                f"on the same ranks that have calibrated, or calibrate again"
+            )
 
     def released_grams(self) -> tuple[Tensor, Tensor | None]:
         """The Gram matrices of the inputs, float (in, in), and of the gradients at the reading layer's output, float
         (groups, outputs, outputs), None where they were not asked for. The observer forgets both with all else.
 
-        Raises CalibrationError where it has none.
+        Raises CalibrationError where it has none, DistributedError where another rank has them.
         """
+        self.check_here()
         if self.gram is None:
             raise CalibrationError("this observer has no Gram matrix: Calibrate gathers it, for inputs of weights only")
         gram = self.gram.matrix()
@@ -66,6 +94,7 @@ class Observer(nn.Module):
 
     def release(self, keep_gram: bool = False) -> None:
         """Forget all statistics, or all but the Gram matrices, and free their memory."""
+        self.owner = self.owner if keep_gram else None
         self.histogram: Bfloat16Histogram | None = None
         self.row_histogram: Bfloat16Histogram | None = None
         self.row_length = 0

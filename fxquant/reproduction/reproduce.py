@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from allocators.problem.budget import Budget
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.errors import OptionError
 from fxquant.measure.accuracy import Accuracy, error_of_drop
@@ -114,9 +115,27 @@ def reproduce(
         settings: signature of all that decides an accuracy besides the pipeline, the images and the seed.
         options: of every session, see `SessionOptions`.
 
-    Raises as `fxquant.compile` does.
+    Ranks of a process group share the work out; `measure` is called on all of them. Raises as `fxquant.compile` does.
     """
-    given: dict[str, Any] = {**(options or {}), **table.options}
+    named = [f"{row.method.name} {row.budget}" for row in rows]
+    with ranks.together(lambda: {"table": table.name, "rows": named, "seeds": list(seeds), "settings": settings}):
+        results.share()
+        return _reproduce(table, model, calibration, measure, results, rows, column, seeds, settings, options or {})
+
+
+def _reproduce(
+    table: Table,
+    model: nn.Module,
+    calibration: Callable[[Method, int], Images],
+    measure: Callable[[nn.Module, str], Accuracy],
+    results: Results,
+    rows: Sequence[Row],
+    column: str | None,
+    seeds: Sequence[int],
+    settings: str,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[Reproduced]]:
+    given: dict[str, Any] = {**options, **table.options}
     baseline = results.point(
         signature(settings, "float32"), lambda: {"accuracy": measured(measure, model, "the float model")}
     )["accuracy"]

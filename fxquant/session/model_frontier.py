@@ -253,19 +253,21 @@ class _Divergence:
 
     def __init__(self, model: nn.Module, objective: Objective, images_bchw: Tensor, batch_size: int) -> None:
         batches = torch.split(images_bchw, batch_size)
-        self._objective, self._batches = objective, [batch.to(device_of(model)) for batch in batches]
-        with exact(), torch.inference_mode():
-            self._expected = [self._doubled(model(batch)) for batch in self._batches]
+        self._model, self._objective = model, objective
+        self._batches = [batch.to(device_of(model)) for batch in batches]
+        self._expected: dict[int, Outputs] = {}  # of the batches that this rank measures on
 
     @exact()
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> float:
-        def divergence(pair: tuple[Tensor, Outputs]) -> float:
-            images, expected = pair
-            return float(self._objective.divergence(expected, self._doubled(model(images))))
+        def divergence(index: int) -> float:
+            images = self._batches[index]
+            if index not in self._expected:
+                self._expected[index] = self._doubled(self._model(images))
+            return float(self._objective.divergence(self._expected[index], self._doubled(model(images))))
 
-        pairs = list(zip(self._batches, self._expected, strict=True))
-        return sum(ranks.dealt("measuring", divergence, pairs)) / sum(map(len, self._batches))
+        total = sum(ranks.dealt("measuring", divergence, range(len(self._batches))))
+        return total / sum(map(len, self._batches))
 
     def _doubled(self, output: Any) -> Outputs:
         found = self._objective.outputs(output, "the realised divergence", finite=False)

@@ -20,6 +20,7 @@ from fxquant.checks.hints import checked
 from fxquant.checks.torch_modes import exact
 from fxquant.errors import BY_ARGUMENT, CalibrationError, OptionError
 from fxquant.graph.capture.tracing import trace
+from fxquant.graph.nodes import device_of
 from fxquant.report.progress import shown
 from fxquant.synthesis.descent import Chunk, Watched
 from fxquant.synthesis.pictures import Pictures, Synthesis
@@ -58,7 +59,8 @@ def synthesize(
     seed, batch_size = check_draws(seed, batch_size)
     pictures = Pictures.of(model, options)
     traced = Pipeline([AssignRoles()]).run(trace_without_images(model, pictures), PassContext())
-    with shown(progress) as reporter:
+    given = {"images to make": repr(options), "pictures": repr(pictures), "seed": seed, "batch size": batch_size}
+    with ranks.together(lambda: {**given, "model": signature(traced)}), shown(progress) as reporter:
         return synthesize_for(traced, pictures, options, seed, batch_size, Cache(cache), reporter)
 
 
@@ -108,6 +110,7 @@ def synthesize_for(
         return chunk.images
 
     try:
-        return torch.cat(ranks.dealt("synthesising images", finished, chunks)).to(watched.dtype)
+        found = ranks.dealt("synthesising images", finished, chunks)
+        return torch.cat([images.to(device_of(traced)) for images in found]).to(watched.dtype)
     finally:
         task.close()

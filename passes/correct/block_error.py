@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxquant import ranks
 from fxquant.graph.structure.blocks import extract
 from fxquant.sensitivity.objective import Draws
 from passes.correct.block_pairs import BlockPair, BlockPairs
@@ -52,17 +53,17 @@ def _fisher(pair: BlockPair, pairs: BlockPairs, rank: int) -> tuple[Tensor, Tens
     result = pairs.blocks[-1].result
     rest = extract(pairs.original, pair.block.result, result)
     outputs = pairs.run(pair.quantized, pair.quantized_input)
-    found: list[Tensor] = []
-    first = 0
-    for batch in torch.split(outputs, context.batch_size):
-        batch = batch.clone().requires_grad_()
+
+    def of_batch(first: int) -> Tensor:
+        batch = outputs[first : first + context.batch_size].clone().requires_grad_()
         reached = context.objective.outputs(rest(batch), needed_by)
         rows = []
         for (gradient,) in context.objective.gradients(reached, [batch], Draws(rank, context.seed, first)):
             rows.append(torch.zeros_like(batch) if gradient is None else gradient)
-        found.append(torch.stack(rows).bfloat16())
-        first += len(batch)
-    gradients = torch.cat(found, dim=1)
+        return torch.stack(rows).bfloat16()
+
+    found = ranks.dealt("gathering gradients", of_batch, range(0, len(outputs), context.batch_size))
+    gradients = torch.cat([batch.to(pairs.device) for batch in found], dim=1)
     return gradients, gradients.float().square().mean((0, 1))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.nodes import device_of
@@ -129,9 +130,12 @@ class BlockPairs:
             quantized_input, float_input = self.run(quantized, quantized_input), target
 
     def run(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        """The module's output for all inputs (N, ...), batch by batch, without gradients."""
+        """The module's output for all inputs (N, ...), batch by batch, without gradients; ranks share batches out."""
         with torch.no_grad():
-            return torch.cat([module(batch) for batch in torch.split(inputs, self.context.batch_size)])
+            batches = torch.split(inputs, self.context.batch_size)
+            # In one order in memory, as they come from another rank.
+            found = ranks.dealt("running blocks", lambda batch: module(batch).contiguous(), batches)
+        return torch.cat([batch.to(self.device) for batch in found])
 
 
 def adopt(graph_module: GraphModule, quantized: GraphModule) -> int:

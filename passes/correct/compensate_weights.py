@@ -39,6 +39,7 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
 from passes.search.calibrate import GRAMS_KNOWN
 from passes.search.insert_observers import observers_of
+from passes.search.owners import owners_of_nodes
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
 WELL_DAMPED = 0.1
@@ -87,7 +88,7 @@ class CompensateWeights:
         for node in nodes_with_role(graph_module):
             annotation = annotation_of(node)
             candidate = chosen(annotation.weight, annotation.layer) if annotation.weight else None
-            observers = [observer for _, observer in observers_of(graph_module, node) if observer.gram is not None]
+            observers = [observer for _, observer in observers_of(graph_module, node) if observer.has_gram]
             if candidate is None or not observers:
                 continue
             module, quantizer = graph_module.get_submodule(str(node.target)), candidate.quantizer
@@ -105,7 +106,9 @@ class CompensateWeights:
             key = context.cache.key_of(*given, repr(self))
             return context.cache.recall_tensors(key, partial(self._rounded, *given))
 
-        found = context.deal("compensating weights", rounded, work, [_cost(module) for _, module, _, _ in work])
+        costs = [_cost(module) for _, module, _, _ in work]
+        owners = owners_of_nodes(graph_module, [node for node, *_ in work])
+        found = context.deal("compensating weights", rounded, work, costs, owners)
         for (node, module, observer, quantizer), kept in zip(work, found, strict=True):
             steps, scale = (kept[name].to(module.weight.device) for name in ("steps", "scale"))
             weight = (steps.float() * scale).to(module.weight.dtype).reshape(module.weight.shape)

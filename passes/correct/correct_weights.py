@@ -188,7 +188,7 @@ class CorrectWeights:
             return found
 
         shares = [range(first, folds, ranks.count()) for first in range(ranks.count())]
-        return Moments.interleaved(ranks.dealt("correcting weights", of_folds, shares))
+        return Moments.interleaved(ranks.dealt("correcting weights", of_folds, shares), weight.device)
 
     def _choose(self, weight: Tensor, found: Moments, quantizer: UniformQuantizer) -> tuple[float | None, float]:
         """The ridge of least cross-validated error after rounding (None: no correction), and that relative error."""
@@ -265,14 +265,17 @@ class Moments:
         return cls(*zeros)
 
     @classmethod
-    def interleaved(cls, shares: Sequence[Moments]) -> Moments:
-        """Of all folds, from those of folds 0, N, 2 N, ..., of folds 1, N + 1, ..., up to those of fold N - 1."""
+    def interleaved(cls, shares: Sequence[Moments], device: torch.device) -> Moments:
+        """Of all folds, from those of folds 0, N, 2 N, ..., of folds 1, N + 1, ..., up to those of fold N - 1.
+
+        shares: in this order, on any device. device: where the result is.
+        """
         if len(shares) == 1:
             return shares[0]
         folds = sum(len(share.energy) for share in shares)
         places = [(shares[fold % len(shares)], fold // len(shares)) for fold in range(folds)]
         return cls(*(
-            torch.stack([getattr(share, name)[place] for share, place in places])
+            torch.stack([getattr(share, name)[place].to(device) for share, place in places])
             for name in ("inputs", "missing", "energy")
         ))  # fmt: skip
 

@@ -40,6 +40,7 @@ from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.held_out import HeldOut, held_out
+from passes.correct.micro_batches import check_count
 from passes.correct.start import correct_where_it_pays, finite
 from passes.correct.training import MEMORY, Training
 from passes.pipeline.checkpoint import Checkpoint
@@ -60,6 +61,9 @@ class Distil:
         steps: how many steps the optimizer takes, where weights have 3 bits on average. At b bits it takes 3 / b of
             them.
         images: how many images each step sees.
+        micro_batches: into how many parts, a power of two, these are cut. A process alone has one in memory at a time,
+            and so many ranks at most have a share in the training. Every activation scale learns from one of them, and
+            the number decides how sums are rounded.
         weight_rate, scale_rate, rest_rate: Adam's rates for weights, in steps of their grid; for the logarithms of
             scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
             They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
@@ -77,6 +81,7 @@ class Distil:
 
     steps: int = 800
     images: int = 8
+    micro_batches: int = 4
     weight_rate: float = 3.5e-3
     scale_rate: float = 1.5e-3
     rest_rate: float = 7.5e-4
@@ -110,6 +115,7 @@ class Distil:
         check_fields(self, CalibrationError)
         if min(self.steps, self.images, self.checks) < 1:
             raise CalibrationError(f"steps, images and checks must be at least 1; found {self}")
+        check_count(self, self.micro_batches)
         if min(self.weight_rate, self.scale_rate, self.rest_rate, self.features) < 0:
             raise CalibrationError(f"rates and the weight of features must be at least 0; found {self}")
 
@@ -141,17 +147,12 @@ class Distil:
         def state() -> Kept:
             return {}, training.state()
 
-        def train_to_next_check() -> int:
+        while training.check < self.checks and not training.is_idle:
             training.advance(lambda: checkpoint.save(state))
             checkpoint.save(state, last=True)
-            return training.check
-
-        # One rank trains: sums over a step's few images would else depend on how many ranks there are.
-        while training.check < self.checks and not ranks.once("distilling", lambda: training.is_idle):
-            training.check = ranks.once("distilling", train_to_next_check)
             task.advance()
         task.close()
-        training.restore(ranks.once("distilling", training.state))
+        training.restore(ranks.once("distilling", training.state))  # whatever rounds otherwise on a rank, one result
         divergences = training.divergences
         kept_check = divergences.index(min(divergences))
         context.note(divergences=[finite(found) for found in divergences], kept_check=kept_check)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fxquant import ranks
 from fxquant.sensitivity.objective import Objective, Outputs
 from passes.correct.block_pairs import BlockPairs
 
@@ -56,12 +57,15 @@ class HeldOut:
 
     @torch.no_grad()
     def _outputs(self, network: nn.Module, inputs: Tensor, tensors: dict[str, Tensor], finite: bool) -> Outputs:
-        """What counts of the outputs that a network gives for all inputs."""
-        found = []
-        for batch in torch.split(inputs, self.together):
+        """What counts of the outputs that a network gives for all inputs; ranks share the batches out."""
+
+        def counting(batch: Tensor) -> Outputs:
             output: Any = functional_call(network, tensors, (batch.to(self.device),))
-            found.append(self.objective.outputs(output, "Distil", finite))
-        return tuple(torch.cat(batches) for batches in zip(*found, strict=True))
+            outputs = self.objective.outputs(output, "Distil", finite)
+            return tuple(tensor.contiguous() for tensor in outputs)  # as they come from another rank
+
+        found = ranks.dealt("measuring what is held out", counting, torch.split(inputs, self.together))
+        return tuple(torch.cat([each.to(self.device) for each in batches]) for batches in zip(*found, strict=True))
 
 
 def mean_divergence(objective: Objective, wanted: Outputs, found: Outputs) -> Tensor:

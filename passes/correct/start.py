@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant import ranks
 from fxquant.artefact.cache import signature
 from fxquant.graph.structure.blocks import remainder
 from fxquant.runtime.simulated import QuantizedWeightModule
@@ -52,8 +51,7 @@ def correct_where_it_pays(
         """The divergence of a network; a process that takes the place of a killed one has it."""
 
         def measure() -> dict[str, Tensor]:
-            found = ranks.once("comparing starts", lambda: held.divergence(*given))
-            return {"found": torch.tensor(found, dtype=torch.float64)}
+            return {"found": torch.tensor(held.divergence(*given), dtype=torch.float64)}
 
         return float(context.cache.recall_tensors(signature(key, name), measure)["found"])
 

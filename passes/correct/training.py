@@ -1,6 +1,6 @@
 """Training of a quantized network towards a float one: what learns, its steps, and the best state so far.
 
-What the loss is and why: `passes.correct.distil`.
+What the loss is and why: `passes.correct.distil`. How ranks share a step out: `passes.correct.micro_batches`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fxquant.sensitivity.objective import Outputs
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs, activation_quantizers, weight_layers
 from passes.correct.held_out import HeldOut, mean_divergence
+from passes.correct.micro_batches import backward, cut
 
 if TYPE_CHECKING:
     from passes.correct.distil import Distil
@@ -29,7 +30,6 @@ WARM_UP = 0.05  # of the steps
 MEMORY = 0.98  # per step, of the running mean
 NOMINAL_BITS = 3  # of weights on average, at which steps and rates are as given
 IDLE_CHECKS = 2  # two fifths of the steps, by default: what rates do at their highest has shown by then
-THINNING = 4  # a scale's gradient is that of a quarter of the images: half the quantizer's backward pass is saved
 
 
 class Training:
@@ -58,7 +58,7 @@ class Training:
         self.weights = _learned_codes(pairs, wanted)
         self.rest = _float_rest(pairs, self.student)
         self.places = activation_quantizers(self.student)
-        self.scales = [LearnedScale(getattr(owner, name), thinning=THINNING) for _, owner, name in self.places]
+        self.scales = [LearnedScale(getattr(owner, name)) for _, owner, name in self.places]
         for (_, owner, name), scale in zip(self.places, self.scales, strict=True):
             setattr(owner, name, scale)
         bits = mean_bits(self.weights.values())
@@ -173,18 +173,36 @@ class Training:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
-        images = options.augment(self.images[chosen].to(self.device), self.generator)
+        self._descend(options.augment(self.images[chosen].to(self.device), self.generator))
+
+    def _descend(self, images: Tensor) -> None:
+        """One step of the optimizer, on a batch (N, C, H, W)."""
+        batches = cut(images, self.options.micro_batches)
+
+        def loss_of(number: int, made: dict[str, Tensor]) -> Tensor:
+            share = len(batches[number]) / len(images)
+            for index, scale in enumerate(self.scales):
+                # A scale learns from one micro-batch alone: that saves most of half the quantizer's backward pass.
+                scale.counts = 1 / share if index % len(batches) == number else 0.0
+            return share * self._loss(batches[number], {**self.rest, **made})
+
+        made = {f"{path}.weight": weight() for path, weight in self.weights.items()}
+        learned = [scale.log_factor for scale in self.scales if scale.learns]
+        self.optimizer.zero_grad()
+        backward("distilling", loss_of, len(batches), made, [*self.rest.values(), *learned])
+        self.optimizer.step()
+
+    def _loss(self, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """The mean over images (B, C, H, W), float (). tensors: what the student computes with, by name."""
         with self._precision():
             with torch.no_grad():
                 wanted, *wanted_features = self.teacher(images)
-            found, *features = functional_call(self.student, self._tensors(), (images,))
+            found, *features = functional_call(self.student, tensors, (images,))
         loss = mean_divergence(self.objective, self._counting(wanted), self._counting(found))
-        if options.features:
+        if self.options.features:
             errors = [token_errors(a, b) for a, b in zip(wanted_features, features, strict=True)]
-            loss = loss + options.features * torch.stack(errors).mean()
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+            loss = loss + self.options.features * torch.stack(errors).mean()
+        return loss
 
     def _divergence(self) -> float:
         """On the held-out images; infinite where training has left what numbers can hold."""

@@ -117,6 +117,7 @@ class PassContext:
         *settings: Any,
         together: int = 1,
         in_place: bool = False,
+        owners: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Calibration images a few at a time, (B, C, H, W), where the graph is, with the index of the first.
 
@@ -135,13 +136,16 @@ class PassContext:
             together: images at a time; matrix products of several cost less than one by one, and take more memory.
             in_place: whether a batch changes what is gathered by the same bits as merging what it gives from zero
                 does; then one process takes less memory.
+            owners: of every piece of what is gathered, by number, the rank that alone holds its sums in the end; then
+                nothing is kept before all images have been seen. None: every rank holds all.
         """
-        key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
+        cache = self.cache if owners is None else Cache()
+        key = "" if cache.folder is None else self.signature(graph_module, label, *settings)
         task = self.progress.track(label, len(self.images))
         device = device_of(graph_module)
-        checkpoint = Checkpoint(self.cache, key)
+        checkpoint = Checkpoint(cache, key)
         yield from in_shards(
-            label, self.images, device, together, gathered, checkpoint, task.advance, in_place=in_place
+            label, self.images, device, together, gathered, checkpoint, task.advance, in_place=in_place, owners=owners
         )
         task.close()
 
@@ -151,6 +155,7 @@ class PassContext:
         function: Callable[[Item], Result],
         items: Sequence[Item],
         costs: Sequence[float] | None = None,
+        owners: Sequence[int] | None = None,
     ) -> list[Result]:
         """The results for all items, in their order; several ranks share them out (`fxquant.ranks.dealt`).
 
@@ -159,9 +164,10 @@ class PassContext:
             function: what one item gives; what it changes elsewhere is lost where another rank computes it.
             items: such as nodes.
             costs: how long each takes, in any unit; None: all alike.
+            owners: the rank that does each; None: as costs say.
         """
         task = self.progress.track(label, len(items))
-        found = ranks.dealt(label, function, items, costs, task.advance)
+        found = ranks.dealt(label, function, items, costs, task.advance, owners)
         task.close()
         return found
 

@@ -4,15 +4,15 @@
 
 Sums of floating-point numbers depend on how they are put in brackets. So the images are cut into shards, of which the
 number of ranks knows nothing: each is gathered from zero by one rank, image by image, and added to the total in the
-order of the images, on every rank. One process alone does the same. The price is the memory of a second set of
-statistics; a process alone does without it for a shard of one batch, where the statistics promise that the batch adds
-to the total what it would have given from zero. There are `SHARDS` shards, or more where they would be longer than
-`LONGEST` images; so many ranks at most have something to do.
+order of the images, on every rank, or piece by piece on the rank that owns the piece. One process alone does the same.
+The price is the memory of a second set of statistics; a process alone does without it for a shard of one batch, where
+the statistics promise that the batch adds to the total what it would have given from zero. There are `SHARDS` shards,
+or more where they would be longer than `LONGEST` images; so many ranks at most have something to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from typing import Protocol
@@ -58,10 +58,12 @@ def in_shards(
     advance: Callable[[int], None],
     *,
     in_place: bool = False,
+    owners: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Batches of images for this rank to gather from, with the index of the first image of each; see the module.
 
-    At the end `gathered` holds the statistics of all images, on every rank.
+    At the end `gathered` holds the statistics of all images, on every rank; or there those of the pieces that it owns,
+    and of the others what it has held before the first image.
 
     Args:
         label: what is gathered, for errors.
@@ -73,6 +75,7 @@ def in_shards(
         advance: told how many more images are done.
         in_place: whether a batch may be added to the total at once: it changes that by the same bits as merging what
             the batch gives from zero does.
+        owners: of every piece, whose name is its number, the rank that alone adds it up; None: all do.
     """
     shards = _shards(images_bchw, together)
     start = gathered.state()
@@ -100,7 +103,7 @@ def in_shards(
         if not is_added:
             part = gathered.state()
             gathered.restore(total)
-            _merge(label, gathered, part, len(taken), device)
+            _merge(label, gathered, part, len(taken), device, owners)
         total, part, end = gathered.state(), {}, _end(taken[-1])
         advance(end - done)
         first, seen = first + len(taken), end
@@ -108,7 +111,9 @@ def in_shards(
     gathered.restore(total)  # also where a killed process had seen all images
 
 
-def _merge(label: str, gathered: Gathered, part: State, count: int, device: torch.device) -> None:
+def _merge(
+    label: str, gathered: Gathered, part: State, count: int, device: torch.device, owners: Sequence[int] | None
+) -> None:
     """Merge what the first ranks have gathered, some pieces at a time: only so many of others are held.
 
     Args:
@@ -117,12 +122,22 @@ def _merge(label: str, gathered: Gathered, part: State, count: int, device: torc
         part: what this rank has gathered.
         count: of how many ranks.
         device: where the statistics are.
+        owners: of every piece, see `in_shards`.
     """
     pieces = {piece: list(names) for piece, names in groupby(part, key=lambda name: name.partition("/")[0])}
     every = list(dict.fromkeys(chain(*ranks.from_all(label, list(pieces)))))
+
+    def of(chosen: Iterable[str]) -> State:
+        return {name: part[name] for piece in chosen for name in pieces.get(piece, [])}
+
     for at in range(0, len(every), SENT_TOGETHER):
-        names = chain(*(pieces.get(piece, []) for piece in every[at : at + SENT_TOGETHER]))
-        for state in ranks.from_all(label, {name: part[name] for name in names})[:count]:
+        some = every[at : at + SENT_TOGETHER]
+        if owners is None:
+            found = ranks.from_all(label, of(some))
+        else:
+            owned = [[piece for piece in some if owners[int(piece)] == rank] for rank in range(ranks.count())]
+            found = ranks.handed_over(label, [of(each) for each in owned])
+        for state in found[:count]:
             gathered.merge({name: tensor.to(device) for name, tensor in state.items()})
 
 

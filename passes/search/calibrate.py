@@ -29,6 +29,7 @@ from fxquant.sensitivity.objective import Draws
 from passes.pipeline.contract import PassContext
 from passes.prepare.folds import FOLDED
 from passes.search.insert_observers import OBSERVED, observer_nodes, observers_of
+from passes.search.owners import owners_among_ranks, settle
 
 MASSIVE_RMS = 100.0
 _NEEDED_BY = "the Hessian-guided metric"
@@ -46,18 +47,18 @@ def _observers(graph_module: GraphModule) -> list[tuple[Node, Observer]]:
 def _check_calibrated(graph_module: GraphModule) -> None:
     """Every observer has seen images."""
     for node, observer in _observers(graph_module):
-        if not observer.images:
+        if not observer.images and observer.owner is None:
             raise broken_at(node, "this observer has seen no image", "run Calibrate again")
 
 
 def _check_grams(graph_module: GraphModule) -> None:
     """Wherever a weight is one matrix, the observer of its input has that input's Gram matrix."""
     found = [(node, observer) for node, observer in _observers(graph_module) if observer.keeps_gram]
-    if not any(observer.gram is not None for _, observer in found):
+    if not any(observer.has_gram for _, observer in found):
         raise missing("no observer has a Gram matrix", "Calibrate")
     for node, observer in found:
         linear = [user for user in node.users if _is_linear(graph_module, user)]
-        if observer.gram is None and linear:
+        if not observer.has_gram and linear:
             raise broken_at(linear[0], "its input's Gram matrix is not there", "run Calibrate again")
 
 
@@ -125,7 +126,11 @@ class Calibrate:
             self._measure_channels(graph_module, context, grouped)
         recorder = Recorder(graph_module, set(watched))
         gathered = _Statistics(observers)
-        for seen, batch in context.gather("calibrating", gathered, graph_module, repr(self), in_place=True):
+        owners = owners_among_ranks(graph_module, list(watched))
+        of_observers = owners and [owner for owner, found in zip(owners, watched.values(), strict=True) for _ in found]
+        for seen, batch in context.gather(
+            "calibrating", gathered, graph_module, repr(self), in_place=True, owners=of_observers
+        ):
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(batch.clone().requires_grad_(self.gradient))
                 squares, grams = self._gradients(graph_module, output, recorder, context, seen)
@@ -140,6 +145,8 @@ class Calibrate:
                     if node in grams:
                         found[0][1].add_output_gram(grams.pop(node))
             recorder.forget()
+        if of_observers is not None:
+            settle(observers, of_observers)
         return len(observers)
 
     def _measure_channels(

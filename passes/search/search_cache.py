@@ -5,7 +5,8 @@
     quantized = rest.run(searched, context)
 
 Kept under a signature of the traced model, the images, seed, batch size, versions, our sources and the passes' options.
-Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph. Until the last
+Gram matrices that CompensateWeights will need (`SearchScales(keep_grams=True)`) are kept with the graph; of several
+ranks the first collects and writes them, and all are given them where they are recalled. Until the last
 pass is done, the graph after the passes so far is kept as a part, for a process that takes the place of a killed one.
 Not kept, and so run anew: passes from outside this package, whose code we cannot know, and graphs a file cannot hold.
 """
@@ -29,6 +30,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.journal import JournalEntry
 from passes.pipeline.pipeline import Pipeline
 from passes.search.calibrate import CALIBRATED
+from passes.search.owners import collected
 from passes.search.search_scales import SCALES_SEARCHED
 
 
@@ -66,7 +68,7 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext, *, i
     cache.forget(key)  # what is there does not fit
     with cache.work(key):
         searched, kept = _resumed(prefix, traced, context)
-    with suppress(ArtefactError):  # a graph that no file can hold is a result all the same
+    with collected(searched), suppress(ArtefactError):  # a graph that no file can hold is a result all the same
         if cache.write(key, *kept()):
             cache.forget_parts(key)
     return searched

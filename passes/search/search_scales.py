@@ -31,6 +31,7 @@ from fxquant.quantizers.statistics.outline import CHANNEL, ROW, VALUE, Outline
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import CALIBRATED, STATISTICS
 from passes.search.insert_observers import observers_of
+from passes.search.owners import owners_of_nodes
 
 Criterion = Literal["hessian", "mse", "min-max"]
 WeightScales = Literal["channel", "tensor"]
@@ -110,16 +111,20 @@ class SearchScales:
 
         def searched(node: Node) -> tuple[tuple[tuple[Candidate, ...], ...], list[Any]]:
             observers = dict(observers_of(graph_module, node))
+            for observer in observers.values():
+                observer.check_here()
             found = self._recalled(graph_module, node, observers, context.cache)
             outlines = _outlines(graph_module, node, observers)
             for observer in observers.values():
                 observer.release(keep_gram=self.keep_grams)
             return found, outlines
 
-        costs = [_cost(graph_module, node) for node in nodes]
-        found = context.deal("searching scales", searched, nodes, costs)
+        costs, owners = [_cost(graph_module, node) for node in nodes], owners_of_nodes(graph_module, nodes)
+        found = context.deal("searching scales", searched, nodes, costs, owners)
+        device = device_of(graph_module)
         for node, (candidates, _) in zip(nodes, found, strict=True):
-            annotate_operands(node, candidates=candidates, scores=[()] * len(candidates))
+            here = [placed(each, device) for each in candidates]
+            annotate_operands(node, candidates=here, scores=[()] * len(here))
             for _, observer in observers_of(graph_module, node):
                 observer.release(keep_gram=self.keep_grams)
         outlines = {annotation_of(node).layer: each for node, (_, each) in zip(nodes, found, strict=True)}

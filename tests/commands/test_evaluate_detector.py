@@ -53,7 +53,7 @@ def test_what_is_missing_is_named(coco: list[str]) -> None:
 def test_options_that_would_do_nothing_are_refused(coco: list[str], tmp_path: Path) -> None:
     weights = str(tmp_path / "weights.pth")
     for arguments, message in (
-        ([FACTORY, "--device", "cuda:0", "--labels", weights], "leave --labels, --device out"),
+        ([FACTORY, "--mean", "1,1,1", "--labels", weights], "leave --labels, --mean out"),
         ([FACTORY, "--backend", "cpu-native"], "no artefact (.fxq): leave --backend out"),
         ([FACTORY, "--detector", FACTORY], "leave --detector out"),
         (["detector.fxq", "--detector", FACTORY, "--weights", weights], "leave --weights out"),

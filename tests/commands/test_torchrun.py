@@ -5,8 +5,11 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fxquant.cli import app
 from fxquant.session.compiled import load
 from tests import ranks_at_work as work
 from tests.ranks_at_work import on_ranks
@@ -27,6 +30,16 @@ def test_compile_speaks_and_writes_once(tmp_path: Path, port: int) -> None:
     assert "W8A8" in first[1]
     assert f"{out}: " in first[2]
     assert load(out).card["distributed"] == {"ranks": 2}
+
+
+def test_images_are_made_once(tmp_path: Path, port: int) -> None:
+    made = "synthesize", "embedded", "--count", "2", "--steps", "1", "--batch-size", "1", "--no-cache"
+    alone, shared = tmp_path / "alone.npz", tmp_path / "shared.npz"
+    assert CliRunner().invoke(app, [*made, "--out", str(alone)]).exit_code == 0
+    first, second = on_ranks(2, tmp_path, work.run_command, tmp_path, port, *made, "--out", str(shared))
+    assert (first[0], second) == (0, (0, "", ""))
+    assert first[2].count("shared.npz") == 1
+    assert np.array_equal(np.load(shared)["images"], np.load(alone)["images"])
 
 
 @pytest.mark.parametrize(

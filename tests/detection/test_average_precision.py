@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fxquant.detection.average_precision import average_precision
+from fxquant.detection.average_precision import Precision, average_precision
 from fxquant.detection.coco import CocoImages
 from fxquant.errors import DataError, ModelError, OptionError
+from tests.ranks_at_work import on_ranks
 
 pytestmark = pytest.mark.quick
 BOXES = {1: [[2.0, 3.0, 10.0, 8.0], [20.0, 12.0, 8.0, 10.0]], 2: [[5.0, 5.0, 12.0, 12.0]], 3: [[1.0, 1.0, 9.0, 9.0]]}
@@ -75,6 +76,23 @@ def test_the_standard_error_is_over_pictures(data: CocoImages) -> None:
     assert average_precision(Known(9.0, (3,)), data, limit=2)["box"].ap == pytest.approx(100)
     with pytest.raises(OptionError, match="are of different images"):
         some.below(average_precision(Known(9.0, (3,)), data, limit=2)["box"])
+
+
+def shared_out(rank: int, data: CocoImages) -> tuple[dict[str, Precision], list[int]]:
+    """What two ranks find together, and which pictures this one has looked at."""
+    seen: list[int] = []
+
+    class Watched(CocoImages):
+        def image(self, index: int) -> Tensor:
+            seen.append(index)
+            return super().image(index)
+
+    return average_precision(Known(9.0, (1,)), Watched(data.document, data.folder, data.name)), seen
+
+
+def test_pictures_are_shared_out_over_ranks(data: CocoImages, tmp_path: Path) -> None:
+    alone = average_precision(Known(9.0, (1,)), data)
+    assert on_ranks(2, tmp_path, shared_out, data) == [(alone, [0, 2]), (alone, [1])]
 
 
 def of(data: CocoImages, **changed: Any) -> CocoImages:

@@ -23,6 +23,7 @@ from tests.detection.tiny_detectors import (
     tiny_mask_rcnn,
     tiny_session,
 )
+from tests.stand_in_device import stand_in
 
 
 def same(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor]]) -> bool:
@@ -38,6 +39,19 @@ def test_a_list_of_pictures_gives_what_the_detector_gives() -> None:
         assert one["masks"].shape[2:] == picture.shape[1:]
         assert float(one["scores"][0]) == pytest.approx(float(other["scores"][0].detach()), rel=0.05)
     assert tiny_compiled()([]) == []
+
+
+def test_what_is_compiled_on_a_device_is_what_the_cpu_makes() -> None:
+    options: Any = {"recipe": "naive_min_max", "image_sizes": [(32, 64)], "bits": (4, 8)}
+    there = fxquant.compile_detector(
+        tiny_mask_rcnn().to(stand_in()), "W8A8", calibration=pictures(), regions=REGIONS, **options
+    )
+    here = tiny_compiled().state_dict()
+    assert all(torch.equal(tensor.cpu(), here[name]) for name, tensor in there.state_dict().items())
+    with pytest.raises(InputError, match="picture 0 is on cpu, and the detector is on standin:0"):
+        there(pictures())
+    found = there([picture.to(stand_in()) for picture in pictures()])
+    assert same([{name: tensor.cpu() for name, tensor in each.items()} for each in found], tiny_compiled()(pictures()))
 
 
 def test_all_parts_share_one_budget() -> None:

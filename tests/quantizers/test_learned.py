@@ -165,14 +165,18 @@ class TestLearnedScale:
         slope = (float(error(0.05).detach()) - float(error(-0.05).detach())) / 0.1
         assert float(learned.log_factor.grad) == pytest.approx(slope, rel=0.1)
 
-    def test_a_thinned_gradient_is_that_of_the_first_images(self) -> None:
-        x = values()[:8]
-        whole, thinned = LearnedScale(FAMILIES[0]), LearnedScale(FAMILIES[0], thinning=4)
-        whole(x[:2]).sum().backward()
-        learned = thinned(x)
-        learned.sum().backward()
-        assert torch.equal(learned, FAMILIES[0](x))
-        torch.testing.assert_close(thinned.log_factor.grad, 4 * whole.log_factor.grad)
+    def test_a_scale_counts_as_it_is_told(self) -> None:
+        x = values()[:8].requires_grad_()
+        once, thrice, never = (LearnedScale(FAMILIES[0]) for _ in range(3))
+        thrice.counts, never.counts = 3.0, 0.0
+        results = [learned(x) for learned in (once, thrice, never)]
+        slopes = [torch.autograd.grad(result.sum(), x)[0] for result in results]
+        assert all(torch.equal(result, results[0]) for result in results)
+        assert all(torch.equal(slope, slopes[0]) for slope in slopes)
+        for learned in (once, thrice, never):
+            learned(x).sum().backward()
+        assert never.log_factor.grad is None
+        torch.testing.assert_close(thrice.log_factor.grad, 3 * once.log_factor.grad)
 
     def test_under_autocast_values_have_the_type_of_products_and_gradients_that_of_the_input(self) -> None:
         quantizer = UniformQuantizer(3, 0.25)

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from fxquant.artefact.cache import signature
 from fxquant.cli import app
 from fxquant.commands.compiling import Compiling
 from fxquant.commands.table_rows import command
@@ -25,6 +26,7 @@ from fxquant.session.sweep import Results
 from passes.recipes.written import WrittenRecipe
 from tests.commands.test_json import jsonschema, schemas
 from tests.models import images, vit
+from tests.ranks_at_work import on_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "papers.md"
 runner = CliRunner()
@@ -74,6 +76,23 @@ def test_columns_go_by_the_papers_names_and_by_timms() -> None:
         wanted_rows(table, ["Nobody"])
     with pytest.raises(OptionError, match="called Nobody; its methods"):
         wanted_rows(table, ["SQ-b", "Nobody"])
+
+
+def baseline_on_ranks(rank: int) -> dict[str, Any]:
+    """The float model's accuracy, which only the first of two ranks knows before."""
+
+    def measure(model: nn.Module, label: str) -> Accuracy:
+        raise AssertionError(f"{label} is known")
+
+    results = Results()
+    if rank == 0:
+        results.point(signature("", "float32"), lambda: {"accuracy": {"top1": 90.0}})
+    table = published("mptq-vit-1")
+    return reproduce(table, nn.Identity(), lambda *_: images(2), measure, results, rows=(), column=None)[0]
+
+
+def test_ranks_share_what_one_of_them_has_measured(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path, baseline_on_ranks) == [{"top1": 90.0}] * 2
 
 
 @pytest.mark.quick

@@ -52,7 +52,7 @@ COMPILED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "lampq": (lambda: vit(depth=1), "W4A4", {"recipe": "lampq"}),
     "mix_qvit": (lambda: vit(depth=1), "MP4", {"recipe": "mix_qvit"}),
     "adalog": (lambda: vit(depth=1), "W4A4", {"recipe": "adalog"}),
-    "embeddings": (lambda: vit(depth=1, num_classes=0), "W4A4", {"objective": "embeddings"}),
+    "embeddings": (lambda: vit(depth=1, num_classes=0), "W4A4", {"objective": "embeddings", "backend": "onnxruntime"}),
     "trained": (lambda: vit(depth=1), None, {"recipe": thorough}),
     "reconstructed": (lambda: vit(depth=1), None, {"recipe": reconstructed}),
     "two sizes": (lambda: vit(depth=1, dynamic_img_size=True), "W4A4", {"image_sizes": [(32, 48)]}),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fxquant import ranks
 from fxquant.data import embedded
@@ -19,7 +20,9 @@ from tests import ranks_at_work as work
 from tests.ranks_at_work import compiled, made, on_ranks
 
 
-@pytest.mark.parametrize(("count", "recipes"), [(2, ("best", "mix_qvit", "short training")), (4, ("best",))])
+@pytest.mark.parametrize(
+    ("count", "recipes"), [(2, ("best", "mix_qvit", "short training", "reconstructed")), (4, ("short training",))]
+)
 def test_any_number_of_ranks_gives_the_same_model(count: int, recipes: tuple[str, ...], tmp_path: Path) -> None:
     expected = [(made(compiled(recipe)), {"ranks": count}) for recipe in recipes]
     assert on_ranks(count, tmp_path, work.results, *recipes) == [expected] * count
@@ -31,6 +34,40 @@ def test_each_item_is_done_by_one_rank_and_known_to_all_in_order(tmp_path: Path)
     assert [mine for _, mine, *_ in results] == ["abf", "cd", "eg"]
     assert len({process for *_, process, _ in results}) == 1
     assert [values for *_, values in results] == [[0.5, 1.5, 2.5]] * 3
+
+
+def test_sums_have_their_brackets_whatever_the_ranks(tmp_path: Path) -> None:
+    """Of three ranks two add up halves of four micro-batches; each has what the others hand over to it."""
+    halves = (work.gradient(0) + work.gradient(1)) + (work.gradient(2) + work.gradient(3))
+    assert not torch.equal(halves, ((work.gradient(0) + work.gradient(1)) + work.gradient(2)) + work.gradient(3)), (
+        "brackets count"
+    )
+    results = on_ranks(3, tmp_path, work.add_up)
+    assert [done for _, done, _ in results] == [[0, 1], [2, 3], []]
+    assert all(torch.equal(total, halves) for (total, _), *_ in results)
+    assert all(absent is None for (_, absent), *_ in results)
+    assert [handed for *_, handed in results] == [["0 to 0", "1 to 0", "2 to 0"], *(
+        [f"{source} to {rank}" for source in range(3)] for rank in (1, 2)
+    )]  # fmt: skip
+
+
+def test_statistics_are_with_their_owners(tmp_path: Path) -> None:
+    """Each Gram matrix is on one rank, both have some; who leaves the others is told, and the file has all of them."""
+    (grams, error), (others, _) = on_ranks(2, tmp_path, work.calibrate_and_leave, tmp_path / "cache")
+    assert not set(grams) & set(others)
+    assert min(len(grams), len(others)) > 1
+    assert isinstance(error, DistributedError)
+    assert "with rank 1 alone" in str(error)
+    resumed = compiled(cache=tmp_path / "cache")
+    assert resumed.journal.entries[0].notes["recalled"]
+    assert made(resumed) == made(compiled())
+
+
+def test_on_devices_ranks_give_what_one_process_gives_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # the stand-in trains in float32
+    assert on_ranks(2, tmp_path, work.on_devices) == [made(work.trained_on("cpu"))] * 2
 
 
 def test_batches_to_evaluate_are_shared_out(tmp_path: Path) -> None:

@@ -149,6 +149,16 @@ class Stops(Cache):
         raise KeyboardInterrupt
 
 
+def test_micro_batches_add_up_to_the_batch(small: GraphModule) -> None:
+    """Of three images, two and one, each by its share; Adam's first step shows the sign of every gradient."""
+    step = replace(QUICK, steps=1, checks=1, images=3, scale_rate=0.0, features=40.0)
+    whole, cut = (in_training(small, replace(step, micro_batches=count)) for count in (1, 2))
+    for training in (whole, cut):
+        training.advance()
+    for name, one in whole.rest.items():
+        assert float(torch.isclose(one, cut.rest[name]).float().mean()) > 0.98, name
+
+
 def test_resumes_at_the_check_where_it_stopped(small: GraphModule, tmp_path: Path) -> None:
     step = replace(QUICK, steps=8, scale_rate=0.01)
     whole = everything(run(small, step, SMALL))
@@ -227,6 +237,8 @@ def test_held_out_images_are_not_trained_on() -> None:
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(CalibrationError, match="at least 1"):
         Distil(steps=0)
+    with pytest.raises(CalibrationError, match="micro_batches must be 1 or a power of two"):
+        Distil(micro_batches=3)
 
 
 def test_mean_bits_count_every_weight() -> None:
@@ -245,10 +257,10 @@ def test_steps_and_rates_fall_with_the_bits(small: GraphModule) -> None:
     assert training.rates == [2 * rate for rate in (QUICK.weight_rate, QUICK.scale_rate, QUICK.rest_rate)]
 
 
-def in_training(graph_module: GraphModule) -> Training:
+def in_training(graph_module: GraphModule, step: Distil = QUICK) -> Training:
     pairs = BlockPairs(graph_module, SMALL)
     train, held = held_out(16)
-    return Training(QUICK, pairs, {}, train, HeldOut(pairs, held, QUICK.images))
+    return Training(step, pairs, {}, train, HeldOut(pairs, held, step.images))
 
 
 @pytest.mark.parametrize("mean_is_better", [True, False])

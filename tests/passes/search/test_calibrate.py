@@ -89,9 +89,9 @@ def test_an_image_added_in_place_gives_the_bits_of_one_that_is_merged(
 ) -> None:
     one_by_one = calibrated(observed, images(3))
 
-    def merged(*settings: Any, in_place: bool) -> Any:
+    def merged(*settings: Any, in_place: bool, owners: None) -> Any:
         assert in_place or settings[0] != "calibrating"
-        return in_shards(*settings)
+        return in_shards(*settings, owners=owners)
 
     monkeypatch.setattr(contract, "in_shards", merged)
     for name, observer in calibrated(observed, images(3)).items():
