@@ -155,5 +155,5 @@ def images_of(given: Any, named: Mapping[str, Any], name: str) -> Any:
 def _sum(images: Tensor) -> float:
     """Sum of all pixels. On a processor by parts that torch adds up on one thread: threads of its own would look for
     more to do for milliseconds afterwards, and keep those of the kernels from running."""
-    parts = images.view(-1).split(_ONE_THREAD) if images.is_cpu else (images,)
+    parts = torch.split(images.view(-1), _ONE_THREAD) if images.is_cpu else (images,)
     return sum(float(part.sum()) for part in parts)
