@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BUCKETS = 65536
+CHUNK = 1 << 15  # values that are added together, so that what is made of them stays in the processor's cache
 Array = NDArray[np.float64]
 
 
@@ -44,19 +45,24 @@ class Bfloat16Histogram:
             weight: non-negative weights of the values, of the same shape; None: no weighted moments are gathered.
             mass: how often each value counts in the plain moments, same shape; None: once.
         """
-        flat = x.detach().reshape(-1)
-        keys = flat.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
-        values, one = flat.double(), torch.ones(1, dtype=torch.float64, device=keys.device)
-        count = _sums(keys, one.expand(len(keys)))
-        self._make_room(count > 0)
-        if mass is None:
-            self._moments[0] += count[self._keys]
-            self._add(1, keys, values, values * values)
-        else:
-            self._add(0, keys, *_times_powers(mass, values))
-        if weight is not None:
-            self.weighted = True
-            self._add(3, keys, *_times_powers(weight, values))
+        size = CHUNK if x.device.type == "cpu" else max(x.numel(), 1)
+        flat, masses, weights = (None if t is None else t.detach().reshape(-1).split(size) for t in (x, mass, weight))
+        assert flat is not None
+        # How many values each bucket has, and their six moments.
+        sums = torch.zeros(7, BUCKETS, dtype=torch.float64, device=x.device)
+        for number, part in enumerate(flat):
+            keys = part.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
+            values, ones = part.double(), sums.new_ones(1).expand(len(part))
+            plain = (values, values * values) if masses is None else _times_powers(masses[number], values)
+            weighted = () if weights is None else _times_powers(weights[number], values)
+            rows = (sums[0], *sums[4 - len(plain) :])
+            for row, summand in zip(rows, (ones, *plain, *weighted), strict=False):
+                row.scatter_add_(0, keys, summand)  # torch.bincount first looks for the least and the largest key
+        if masses is None:
+            sums[1] = sums[0]
+        self.weighted = self.weighted or weights is not None
+        self._make_room(sums[0] > 0)
+        self._moments += sums[1:, self._keys]
 
     def _make_room(self, occupied: Tensor) -> None:
         """Let every bucket that is occupied, bool (65536,), have a column of the moments."""
@@ -66,11 +72,6 @@ class Bfloat16Histogram:
             moments = self._moments.new_zeros(6, len(keys))
             moments[:, torch.searchsorted(keys, self._keys)] = self._moments
             self._keys, self._moments = keys, moments
-
-    def _add(self, row: int, keys: Tensor, *summands: Tensor) -> None:
-        """Add sums over the values of each bucket to rows of the moments, from `row` on."""
-        for offset, summand in enumerate(summands):
-            self._moments[row + offset] += _sums(keys, summand)[self._keys]
 
     def state(self) -> dict[str, Tensor]:
         """The buckets that hold values, int64 (K,), their moments, float64 (6, K), and whether there are weights."""
@@ -99,12 +100,6 @@ class Bfloat16Histogram:
         used = np.flatnonzero(moments[0])
         used = used[np.argsort(moments[1, used] / moments[0, used])]
         return SortedMoments(np.ascontiguousarray(moments[:, used]), self.weighted)
-
-
-def _sums(keys: Tensor, summand: Tensor) -> Tensor:
-    """Of each bucket, float64 (65536,). keys: int64 (n,); summand: float64 (n,)."""
-    # torch.bincount gives the same, and first looks for the least and the largest key.
-    return torch.zeros(BUCKETS, dtype=torch.float64, device=keys.device).scatter_add_(0, keys, summand)
 
 
 def _times_powers(weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

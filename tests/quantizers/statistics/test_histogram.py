@@ -86,6 +86,21 @@ def test_streaming_equals_one_update() -> None:
     assert whole.finish().signal == pytest.approx(float(x.double().square().sum()))
 
 
+@pytest.mark.parametrize("has_mass", [False, True])
+def test_what_is_added_in_chunks_is_added_bit_for_bit(has_mass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 1000), torch.rand(3, 1000)
+    found = []
+    for chunk in (7, 1000, 10_000):
+        monkeypatch.setattr("fxquant.quantizers.statistics.histogram.CHUNK", chunk)
+        histogram = Bfloat16Histogram()
+        histogram.update(x, weight, x.square() if has_mass else None)
+        found.append(histogram.state()["moments"])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+    assert float(found[0][0].sum()) == pytest.approx(float(x.double().square().sum()) if has_mass else 3000)
+
+
 def test_memory_is_that_of_the_buckets_that_hold_values() -> None:
     histogram = Bfloat16Histogram()
     for value in (1.0, 2.0, 1.0):
