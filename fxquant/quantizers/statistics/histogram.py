@@ -46,21 +46,22 @@ class Bfloat16Histogram:
             mass: how often each value counts in the plain moments, same shape; None: once.
         """
         size = CHUNK if x.device.type == "cpu" else max(x.numel(), 1)
-        flat, masses, weights = (None if t is None else t.detach().reshape(-1).split(size) for t in (x, mass, weight))
-        assert flat is not None
+        parts, masses, weights = (
+            () if t is None else torch.split(t.detach().reshape(-1), size) for t in (x, mass, weight)
+        )
         # How many values each bucket has, and their six moments.
         sums = torch.zeros(7, BUCKETS, dtype=torch.float64, device=x.device)
-        for number, part in enumerate(flat):
+        for number, part in enumerate(parts):
             keys = part.to(torch.bfloat16).view(torch.int16).to(torch.int64).bitwise_and_(0xFFFF)
             values, ones = part.double(), sums.new_ones(1).expand(len(part))
-            plain = (values, values * values) if masses is None else _times_powers(masses[number], values)
-            weighted = () if weights is None else _times_powers(weights[number], values)
+            plain = _times_powers(masses[number], values) if masses else (values, values * values)
+            weighted = _times_powers(weights[number], values) if weights else ()
             rows = (sums[0], *sums[4 - len(plain) :])
             for row, summand in zip(rows, (ones, *plain, *weighted), strict=False):
                 row.scatter_add_(0, keys, summand)  # torch.bincount first looks for the least and the largest key
-        if masses is None:
+        if not masses:
             sums[1] = sums[0]
-        self.weighted = self.weighted or weights is not None
+        self.weighted = self.weighted or bool(weights)
         self._make_room(sums[0] > 0)
         self._moments += sums[1:, self._keys]
 
