@@ -93,7 +93,7 @@ def compiled(recipe: str = "best", **options: Any) -> Compiled:
 
 
 def short_training(*arguments: Any, **options: Any) -> Pipeline:
-    return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=4, checks=2)
+    return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=4, micro_batches=4, checks=2)
 
 
 def reconstructed(*arguments: Any, **options: Any) -> Pipeline:

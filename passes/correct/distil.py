@@ -63,7 +63,7 @@ class Distil:
         images: how many images each step sees.
         micro_batches: into how many parts, a power of two, these are cut. A process alone has one in memory at a time,
             and so many ranks at most have a share in the training. Every activation scale learns from one of them, and
-            the number decides how sums are rounded.
+            the number decides how sums are rounded. The more there are, the longer a small model takes alone.
         weight_rate, scale_rate, rest_rate: Adam's rates for weights, in steps of their grid; for the logarithms of
             scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
             They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
@@ -81,7 +81,7 @@ class Distil:
 
     steps: int = 800
     images: int = 8
-    micro_batches: int = 4
+    micro_batches: int = 2
     weight_rate: float = 3.5e-3
     scale_rate: float = 1.5e-3
     rest_rate: float = 7.5e-4

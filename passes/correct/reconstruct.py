@@ -64,7 +64,7 @@ class Reconstruct:
 
     steps: int = 100
     images: int = 8
-    micro_batches: int = 4
+    micro_batches: int = 2
     rounding_rate: float = 0.02
     scale_rate: float = 5e-3
     bias_rate: float = 5e-4
