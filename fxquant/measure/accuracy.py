@@ -140,8 +140,8 @@ def evaluate(
 def _images_at_once(image_chw: torch.Tensor, device: torch.device) -> int:
     """As many as an accelerator likes; on a CPU as many as keep a layer's output within memory that is used again.
 
-    The C library gives tensors above 32 MB back to the system at once, and fetches the next ones page by page: 39 ms an
-    image of a DeiT-T in batches of 64, 30 ms in batches of 32.
+    The C library gives tensors above 32 MB back to the system at once, and fetches the next ones page by page: 32 ms an
+    image of a DeiT-T in batches of 64, 28 ms in batches of 27 (`benchmarks/evaluation_speed.py`).
     """
     return 64 if device.type != "cpu" else min(64, max(1, _VALUES_AT_ONCE // image_chw.numel()))
 

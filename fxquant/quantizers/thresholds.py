@@ -1,10 +1,11 @@
-"""How many thresholds lie below each value: `torch.bucketize`, several times faster where there are many values.
+"""How many thresholds lie below each value: `torch.bucketize`, faster where there are many values.
 
-A binary search mispredicts its branches: 10 to 30 ns a value. The upper 16 bits of a float32 say nearly as much. They
-name one of 65,536 buckets of neighbouring numbers, and for each a table holds how many thresholds lie below the whole
-bucket, and the one that may lie inside it: two lookups and one comparison, about 5 ns at every width. Values in a
-bucket that holds several thresholds (tiny numbers, the ends of an 8-bit grid) are searched for as before. The counts
-are the same for every value, except that a signalling NaN is below or above all thresholds as its sign says.
+A binary search mispredicts its branches: 30 ns a value from 6 bits on. The upper 16 bits of a float32 say nearly as
+much. They name one of 65,536 buckets of neighbouring numbers, and for each a table holds how many thresholds lie below
+the whole bucket, and the one that may lie inside it: two lookups and one comparison, 6 to 16 ns at any width
+(`benchmarks/evaluation_speed.py`). Values in a bucket that holds several thresholds (tiny numbers, the ends of an 8-bit
+grid) are searched for as before. The counts are the same for every value, except that a signalling NaN is below or
+above all thresholds as its sign says.
 """
 
 from __future__ import annotations
