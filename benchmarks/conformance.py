@@ -136,7 +136,8 @@ def _check(case: Case, folder: Path, found: Found, export: bool) -> None:
     found.message = _outputs(compiled, compiled(images), expected, found)
     if found.cosine is not None and found.cosine < LEAST_COSINE:
         found.plain_cosine = _cosine(with_rounded_inputs(model, images, case.inputs), expected)
-        found.message = "" if found.cosine >= found.plain_cosine else found.message
+        is_as_near = found.cosine >= found.plain_cosine
+        found.message = "" if is_as_near else f"{found.message}, with inputs rounded by hand {found.plain_cosine:.4f}"
     found.message = found.message or _attentions(compiled, found)
     if found.message:
         return
