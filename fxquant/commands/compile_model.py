@@ -35,6 +35,7 @@ def compile_model(
     picture: Annotated[Path | None, typer.Option(help="Picture of the bits to write, .svg or .dot.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
@@ -57,7 +58,7 @@ def compile_model(
         check_picture(picture)
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, given.device)
-    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, crop_mode, mean, std, interpolation)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     data = calibration.name if calibration else "embedded" if isinstance(found, Tensor) else "none"
     card = {

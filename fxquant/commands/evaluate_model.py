@@ -27,6 +27,7 @@ def evaluate_model(
     device: o.Device = "cpu",
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
@@ -50,7 +51,7 @@ def evaluate_model(
         refuse_unused(
             {
                 "--classes": classes, "--labels": labels, "--image-size": image_size, "--crop-pct": crop_pct,
-                "--mean": mean, "--std": std, "--interpolation": interpolation,
+                "--crop-mode": crop_mode, "--mean": mean, "--std": std, "--interpolation": interpolation,
             },
             "a detector takes classes from the COCO file, and prepares pictures itself",
         )  # fmt: skip
@@ -84,7 +85,7 @@ def evaluate_model(
         refuse_unused(given, f"{model} is a float model, and no artefact (.fxq)")
         named = o.named_model(model, weights, num_classes, model_option, device)
         runs, preprocessing, is_embedded = named.model, named.preprocessing, model == "embedded"
-    preprocessing = o.with_options(preprocessing, image_size, crop_pct, mean, std, interpolation)
+    preprocessing = o.with_options(preprocessing, image_size, crop_pct, crop_mode, mean, std, interpolation)
     images = o.labelled_images(data, preprocessing, is_embedded, classes, labels)
     with RichProgress() as progress:
         accuracy = evaluate(runs, images, batch_size=batch_size, limit=limit, progress=progress)

@@ -88,6 +88,14 @@ ImageSize = Annotated[int | None, typer.Option(help="Height and width of the mod
 CropPct = Annotated[
     float | None, typer.Option(help="Share of the resized image that the centre crop keeps.", rich_help_panel=_PIXELS)
 ]
+CropMode = Annotated[
+    str | None,
+    typer.Option(
+        help="center: the short side is resized, ends of the long one are cropped; squash: both sides; border: the "
+        "long side, on a background.",
+        rich_help_panel=_PIXELS,
+    ),
+]
 Mean = Annotated[
     str | None, typer.Option(help="Per channel, comma-separated: 0.485,0.456,0.406.", rich_help_panel=_PIXELS)
 ]
@@ -138,13 +146,16 @@ def with_options(
     preprocessing: Preprocessing,
     image_size: int | None,
     crop_pct: float | None,
+    crop_mode: str | None,
     mean: str | None,
     std: str | None,
     interpolation: str | None,
 ) -> Preprocessing:
     """The preprocessing with what the command line says."""
     numbers = {"mean": parse_numbers(mean, "mean"), "std": parse_numbers(std, "std")}
-    return preprocessing.with_options(image_size=image_size, crop_pct=crop_pct, interpolation=interpolation, **numbers)
+    return preprocessing.with_options(
+        image_size=image_size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation, **numbers
+    )
 
 
 def named_model(

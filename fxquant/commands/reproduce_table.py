@@ -61,6 +61,7 @@ def reproduce_table(
     no_cache: o.NoCache = False,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
@@ -87,7 +88,7 @@ def reproduce_table(
     check_output(results)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, device)
-    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, crop_mode, mean, std, interpolation)
     is_embedded = model == "embedded"
     tested = o.labelled_images(data, preprocessing, is_embedded, classes, labels)
 
@@ -131,8 +132,8 @@ def reproduce_table(
     same: dict[str, Any] = {
         "--calibration": calibration, "--data": data, "--classes": classes, "--labels": labels, "--weights": weights,
         "--num-classes": num_classes, "--model-option": model_option, "--limit": limit, "--image-size": image_size,
-        "--crop-pct": crop_pct, "--mean": mean, "--std": std, "--interpolation": interpolation,
-        "--device": None if device == "cpu" else device,
+        "--crop-pct": crop_pct, "--crop-mode": crop_mode, "--mean": mean, "--std": std,
+        "--interpolation": interpolation, "--device": None if device == "cpu" else device,
     }  # fmt: skip
     here = {"--backend": None if backend == SIMULATED else backend, "--seeds": None if seeds == 1 else seeds}
     commands = [

@@ -44,6 +44,7 @@ def show_frontier(
     no_cache: o.NoCache = False,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
@@ -62,7 +63,7 @@ def show_frontier(
     given.options(recipe=recipe)  # which is read before anything takes long
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, given.device)
-    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, crop_mode, mean, std, interpolation)
     data = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     with RichProgress() as progress:
         found = frontier(

@@ -47,6 +47,7 @@ def sweep_budgets(
     plot: Annotated[Path | None, typer.Option(help="Plot to write: .png, .svg or .pdf.")] = None,
     image_size: o.ImageSize = None,
     crop_pct: o.CropPct = None,
+    crop_mode: o.CropMode = None,
     mean: o.Mean = None,
     std: o.Std = None,
     interpolation: o.Interpolation = None,
@@ -74,7 +75,7 @@ def sweep_budgets(
         check_plot(plot)
     kept, folder = Results(results), o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, given.device)
-    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, mean, std, interpolation)
+    preprocessing = o.with_options(named.preprocessing, image_size, crop_pct, crop_mode, mean, std, interpolation)
     tested = o.labelled_images(data, preprocessing, model == "embedded", classes, labels)
     found = o.calibration_images(calibration, images, preprocessing, given.seed, model == "embedded", synthesis_steps)
     card = {**named.card, "preprocessing": preprocessing.to_dict()}

@@ -20,8 +20,10 @@ from allocators.uniform import Uniform
 from fxquant.artefact.cache import signature
 from fxquant.cli import app
 from fxquant.commands.inspect_artefact import report_of
+from fxquant.commands.options import with_options
 from fxquant.commands.texts import parse_overrides
 from fxquant.data import embedded
+from fxquant.data.preprocessing import Preprocessing
 from fxquant.errors import DataError, OverrideError
 from fxquant.measure.accuracy import Accuracy
 from fxquant.session.session import Session
@@ -317,3 +319,10 @@ def test_overrides_of_the_command_line() -> None:
     for text in ("a", "=4", "a=", "a=x", "a=1/2/3", "a=-", "a=-4"):
         with pytest.raises(OverrideError):
             parse_overrides([text])
+
+
+def test_options_replace_what_a_model_says_of_its_pictures() -> None:
+    said = Preprocessing((3, 16, 16), crop_pct=0.8)
+    found = with_options(said, 32, 0.9, "squash", "0.1,0.2,0.3", None, "bilinear")
+    assert found == Preprocessing((3, 32, 32), 0.9, (0.1, 0.2, 0.3), said.std, "bilinear", "squash")
+    assert with_options(said, None, None, None, None, None, None) == said

@@ -20,7 +20,8 @@ def commands(good: Good) -> list[Entry]:
         "--seed": ["x", "-1", "9" * 30, "2.5"], "--batch-size": numbers, "--images": [*numbers, "100000"],
         "--calibration": [*files, str(good.folder / "good.fxq")], "--weights": files[1:], "--mean": ["a", "1,2", "nan"],
         "--std": ["0", "-1", "inf", "1,,2"], "--image-size": ["0", "-3", "x", "9" * 9], "--crop-pct": ["0", "2", "nan"],
-        "--interpolation": ["best", ""], "--model-option": ["x", "=3", "a b=3", "pretrained=true", "num_classes=3"],
+        "--interpolation": ["best", ""], "--crop-mode": ["middle", ""],
+        "--model-option": ["x", "=3", "a b=3", "pretrained=true", "num_classes=3"],
         "--num-classes": ["-1", "0", "x", "3"], "--override": ["head", "head=x", "head=9", "=3", "head=\u00b2", "zz=4"],
         "--nonsense": ["1"],
     }  # fmt: skip
