@@ -49,7 +49,7 @@ def synthesize_images(
     check_output(out, sheet)
     kept = o.cache_folder(cache, no_cache)
     named = o.named_model(model, weights, num_classes, model_option, device)
-    preprocessing = o.with_options(named.preprocessing, image_size, None, mean, std, None)
+    preprocessing = o.with_options(named.preprocessing, image_size, None, None, mean, std, None)
     options = o.synthesis(preprocessing, count, steps, learning_rate)
     started_s = time.perf_counter()
     with RichProgress() as progress:
