@@ -7,8 +7,9 @@ the stream (patch embedding, class and position embeddings, proj, fc2) is multip
 Q^T, and the model computes the same numbers, from activations and weights that look Gaussian in every channel.
 
 The idea is QuaRot's (Ashkboos et al., 2024) and SliceGPT's, for RMSNorm there; with Q 1 = 1 no mean has to be
-subtracted anywhere. Q is random otherwise, drawn from the seed. Streams that something else than LayerNorm reads or
-something else than a linear layer writes (Swin's patch merging) stay as they are; the note says why.
+subtracted anywhere. Q is random otherwise, drawn from the seed. A linear layer or convolution that reads the stream
+without a norm, as SAM's neck does, is multiplied by Q^T as well. Streams that something else reads or something else
+than a linear layer writes (Swin's patch merging) stay as they are; the note says why.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fxquant.graph.facts import TRACED, Fact
 from fxquant.graph.nodes import device_of, module_uses
 from fxquant.graph.structure.channel_paths import channel_paths
 from fxquant.graph.structure.residual_stream import ResidualStream, residual_streams
+from fxquant.graph.structure.stream_channels import mixed_channels
 from passes.pipeline.contract import Effect, PassContext
 from passes.pipeline.journal import Journal
 from passes.prepare.folds import FOLDED, note_fold
@@ -53,6 +55,7 @@ class RotateResidual:
                 if path.refusal or path.padded:
                     reasons.append(path.refusal or f"zeros are padded in after {norm.name}")
             reasons += _shared(graph_module, stream, readers)
+            reasons = reasons or mixed_channels(graph_module, stream, context.images)
             if reasons:
                 refused[stream.norms[0].name] = reasons[0]
                 continue
@@ -117,9 +120,14 @@ def _rotate(graph_module: GraphModule, stream: ResidualStream, readers: dict[Nod
         if module.bias is not None:
             _set(module, "bias", (module.bias.detach().double() @ q).to(weight.dtype))
     _turn_parameters(graph_module, stream, q)
+    for node in stream.readers:
+        module = modules[str(node.target)]
+        weight = module.weight.detach().movedim(1, -1)
+        _set(module, "weight", (weight @ q.to(weight.dtype)).movedim(-1, 1).contiguous())
     for node, norm in norms.items():
         _read_rotated(norm, [modules[str(reader.target)] for reader in readers[node]], q)
-    return len(stream.layers) + len(stream.layer_scales) + len(stream.parameters) + len(norms)
+    others = len(stream.layer_scales) + len(stream.parameters) + len(stream.readers)
+    return len(stream.layers) + others + len(norms)
 
 
 def _turn_parameters(graph_module: GraphModule, stream: ResidualStream, q: Tensor) -> None:
@@ -182,6 +190,8 @@ def _width_refusals(graph_module: GraphModule, stream: ResidualStream, modules: 
     widths = {f"norm {n.name}": _width(modules[str(n.target)]) for n in stream.norms}
     for node in (*stream.layers, *(layer for _, _, layer in stream.layer_scales)):
         widths[f"layer {node.name}"] = len(modules[str(node.target)].weight)
+    for node in stream.readers:
+        widths[f"reader {node.name}"] = modules[str(node.target)].weight.shape[1]
     for node in stream.parameters:
         widths[f"parameter {node.name}"] = _parameter(graph_module, node).shape[-1]
     if len(set(widths.values())) > 1:
@@ -191,7 +201,7 @@ def _width_refusals(graph_module: GraphModule, stream: ResidualStream, modules: 
 
 def _shared(graph_module: GraphModule, stream: ResidualStream, readers: dict[Node, list[Node]]) -> list[str]:
     counts = module_uses(graph_module)
-    nodes = [*stream.layers, *stream.norms, *(layer for _, _, layer in stream.layer_scales)]
+    nodes = [*stream.layers, *stream.readers, *stream.norms, *(layer for _, _, layer in stream.layer_scales)]
     nodes += [reader for norm in stream.norms for reader in readers[norm]]
     reasons = [f"{n.target} is used {counts[str(n.target)]} times" for n in nodes if counts[str(n.target)] > 1]
     targets = {str(node.target) for node in stream.parameters}

@@ -2,7 +2,8 @@
 
 From the input of a LayerNorm the search follows additions, token concatenations and data movement, in both directions,
 until it meets what writes (linear layers, convolutions without groups, parameters such as class token and position
-embedding, each perhaps times a LayerScale vector) and what reads (LayerNorms). Anything else that touches the stream is
+embedding, each perhaps times a LayerScale vector) and what reads: LayerNorms, and linear layers and convolutions
+without groups that have no norm before them, as in the neck of SAM's encoder. Anything else that touches the stream is
 a reason why it cannot be changed as a whole.
 """
 
@@ -17,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.graph.nodes import moves_data, reads_shape
 
-_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, torch.cat, torch.concat})
+ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, torch.cat, torch.concat})
 _PRODUCTS = frozenset({operator.mul, torch.mul})
 
 
@@ -29,6 +30,7 @@ class ResidualStream:
         norms: LayerNorms that read it.
         layers: linear nodes and convolutions without groups that write it.
         parameters: get_attr nodes that are added or concatenated.
+        readers: linear nodes and convolutions without groups that read it as it is.
         layer_scales: (product node, its vector's get_attr node, the linear node scaled).
         refusals: why it cannot be changed as a whole; empty when it can.
     """
@@ -36,6 +38,7 @@ class ResidualStream:
     norms: list[Node] = field(default_factory=list)
     layers: list[Node] = field(default_factory=list)
     parameters: list[Node] = field(default_factory=list)
+    readers: list[Node] = field(default_factory=list)
     layer_scales: list[tuple[Node, Node, Node]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
 
@@ -66,6 +69,9 @@ class _Search:
             self._look_back(node)
             for user in node.users:
                 self._look_ahead(user)
+        for node in self.stream.readers:
+            if node in self.stream.layers:  # x + convolution(x)
+                self.stream.refusals.append(f"{node.name} ({node.op}) both reads and writes the residual stream")
         return self.stream
 
     def _add(self, node: Node) -> None:
@@ -76,14 +82,14 @@ class _Search:
     def _look_back(self, node: Node) -> None:
         """What a tensor of the stream is made of."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+        if _is_layer(module):
             self.stream.layers.append(node)
         elif isinstance(module, nn.Conv2d):
             # An output channel of one group that is mixed with those of others would need the others' inputs.
             self.stream.refusals.append(f"{node.name} writes the residual stream in {module.groups} groups of channels")
         elif node.op == "get_attr":
             self.stream.parameters.append(node)
-        elif node.op == "call_function" and node.target in _ADDITIONS:
+        elif node.op == "call_function" and node.target in ADDITIONS:
             for source in node.all_input_nodes:
                 self._add(source)
         elif node.op == "call_function" and node.target in _PRODUCTS and (scaled := self._layer_scale(node)):
@@ -106,10 +112,17 @@ class _Search:
         if _is_norm(user, self.modules):
             if user not in self.stream.norms:
                 self.stream.norms.append(user)
-        elif (user.op == "call_function" and user.target in _ADDITIONS) or moves_data(user):
+        elif (user.op == "call_function" and user.target in ADDITIONS) or moves_data(user):
             self._add(user)
-        elif not reads_shape(user):  # also a layer that writes the stream, as x + convolution(x) does
+        elif user.op == "call_module" and _is_layer(self.modules.get(str(user.target))):
+            if user not in self.stream.readers:
+                self.stream.readers.append(user)
+        elif not reads_shape(user):
             self.stream.refusals.append(f"{user.name} ({user.op}) reads the residual stream and is no LayerNorm")
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def _is_norm(node: Node, modules: dict[str, nn.Module]) -> bool:

@@ -97,6 +97,44 @@ class DepthwiseBlocks(nn.Module):
         return self.head(self.norm(x.mean((2, 3))))
 
 
+class WithNeck(nn.Module):
+    """A ViT's blocks without their last norm, and a neck that reads the stream, as in SAM's encoder."""
+
+    def __init__(self, neck: nn.Module, mixes: bool = False) -> None:
+        super().__init__()
+        self.inner, self.neck, self.mixes = vit(), neck, mixes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.inner.blocks(self.inner.patch_embed(x))
+        if isinstance(self.neck, nn.Linear):
+            return self.neck(tokens)
+        if self.mixes:
+            return self.neck(tokens.reshape(x.shape[0], tokens.shape[2], 2, 2))
+        return self.neck(tokens.transpose(1, 2).reshape(x.shape[0], tokens.shape[2], 2, 2))
+
+
+@pytest.mark.parametrize("neck", [nn.Linear(24, 5), nn.Conv2d(24, 5, 1, bias=False), nn.Conv2d(24, 5, 3, padding=1)])
+def test_a_layer_that_reads_the_stream_without_a_norm_is_rotated_too(neck: nn.Module) -> None:
+    model = scrambled(WithNeck(neck)).double()
+    x = images(2).double()
+    graph_module, context = trace(model, x), PassContext(x)
+    before = graph_module.get_submodule("neck").weight.detach().clone()  # type: ignore[union-attr,operator]
+    RotateResidual().apply(graph_module, context)
+    assert context.journal.pending["refused"] == {}
+    assert not torch.allclose(before, graph_module.get_submodule("neck").weight)  # type: ignore[arg-type]
+    assert_same_function(model, graph_module, images(3, seed=9).double())
+
+
+def test_a_reader_that_mixes_channels_with_places_is_refused() -> None:
+    model = scrambled(WithNeck(nn.Conv2d(24, 5, 1), mixes=True)).double()
+    x = images(2).double()
+    graph_module, context = trace(model, x), PassContext(x)
+    assert RotateResidual().apply(graph_module, context) == 0
+    assert list(context.journal.pending["refused"].values()) == [
+        "channels of the residual stream are mixed before neck"
+    ]
+
+
 @pytest.mark.parametrize("groups", [2, 8])
 def test_what_grouped_convolutions_write_is_left_alone(groups: int) -> None:
     x = images(2, 16).double()
