@@ -91,4 +91,4 @@ def test_a_layer_that_reads_and_writes_the_residual_stream_is_seen_to_read_it(mo
             return self.head(self.norm(x.flatten(2).transpose(1, 2)).mean(1))
 
     (stream,) = residual_streams(trace(Residual(), IMAGES_BCHW))
-    assert any("mix" in refusal and "reads the residual stream" in refusal for refusal in stream.refusals)
+    assert any("mix" in refusal and "reads and writes the residual stream" in refusal for refusal in stream.refusals)
