@@ -124,6 +124,7 @@ def test_weights_may_have_zero_points_and_float_layers_stay_float() -> None:
     weight = head.weight
     head.weight_quantizer = UniformQuantizer(4, (weight.amax() - weight.amin()) / 15, 7)
     head.requantize(weight)
+    assert fc.weight is not None  # derived from its codes, which it has no more in the next line
     fc.weight_quantizer = fc.weight_codes = fc.input_quantizer = None
     x = torch.rand(4, 3, 8, 8)
     found = to_onnx(graph_module, weight_type="int4")
