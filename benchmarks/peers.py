@@ -5,7 +5,7 @@ python benchmarks/peers.py vit_tiny_patch16_224 --num-classes 200 --artefact vit
 Ratios are to timm's own model in torch, eager float32 with fused attention; medians over rounds, by processor time.
 Weights and images are random: they do not change the speed. Without --artefact one is compiled from random images at
 --budget. With --instruction-set torch, OpenVINO and fxquant stay within that set; ONNX Runtime cannot be told to, and
-is left out. Peers that are not installed, or fail, are left out with a message; install those wanted:
+is left out below AVX512-VNNI. Peers that are not installed, or fail, are left out with a message; install those wanted:
 
 pip install torchao onnx onnxscript onnxruntime openvino nncf
 """

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fxquant.checks.finite import is_finite
 from fxquant.errors import DataError
 
 _PART_BYTES = 2**24
@@ -112,7 +113,7 @@ def image_reader(
     def read(index: int) -> Tensor:
         with np.errstate(over="ignore"):
             image_chw = torch.from_numpy(images[index].astype(np.float32))
-        if not bool(torch.isfinite(image_chw).all()):
+        if not is_finite(image_chw):
             raise DataError(f"{place}: image {index} has values that are not finite numbers in float32")
         return image_chw
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from fxquant.checks.finite import is_finite
 from fxquant.detection.cascade import CascadeRoIHeads
 from fxquant.detection.regions import Planes, RegionPool
 from fxquant.errors import CalibrationError, FxQuantError, ModelError
@@ -106,7 +107,7 @@ class Parts:
                     f"picture {index} is on {picture.device}, and the detector is on {device}: give "
                     f"picture.to('{device}')"
                 )
-            if not bool(torch.isfinite(picture).all()):
+            if not is_finite(picture):
                 raise error(f"{wanted}, and picture {index} has NaN or infinite pixels")
         return list(pictures)
 

@@ -120,42 +120,27 @@ def reproduce(
     named = [f"{row.method.name} {row.budget}" for row in rows]
     with ranks.together(lambda: {"table": table.name, "rows": named, "seeds": list(seeds), "settings": settings}):
         results.share()
-        return _reproduce(table, model, calibration, measure, results, rows, column, seeds, settings, options or {})
-
-
-def _reproduce(
-    table: Table,
-    model: nn.Module,
-    calibration: Callable[[Method, int], Images],
-    measure: Callable[[nn.Module, str], Accuracy],
-    results: Results,
-    rows: Sequence[Row],
-    column: str | None,
-    seeds: Sequence[int],
-    settings: str,
-    options: Mapping[str, Any],
-) -> tuple[dict[str, Any], list[Reproduced]]:
-    given: dict[str, Any] = {**options, **table.options}
-    baseline = results.point(
-        signature(settings, "float32"), lambda: {"accuracy": measured(measure, model, "the float model")}
-    )["accuracy"]
-    present = [row for row in rows if row.method.recipe is not None]
-    accuracies: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for seed in seeds:
-        for name in dict.fromkeys(row.method.name for row in present):
-            of_method = [row for row in present if row.method.name == name]
-            method = of_method[0].method
-            images = calibration(method, seed)
-            session = Session(model, images, **{**given, "recipe": method.recipe, "seed": seed})
-            used = images if isinstance(images, Tensor) else repr(images)
-            for row in of_method:
-                budget = Budget.parse(row.budget)
-                key = signature(settings, used, seed, [repr(step) for step in session.pipeline(budget)])
-                point = results.point(key, partial(point_of, name, session, budget, None, measure))
-                accuracies.setdefault((name, row.budget), []).append(point["accuracy"])
-    return baseline, [
-        _reproduced(row, table, column, baseline, accuracies[row.method.name, row.budget]) for row in present
-    ]
+        given: dict[str, Any] = {**(options or {}), **table.options}
+        baseline = results.point(
+            signature(settings, "float32"), lambda: {"accuracy": measured(measure, model, "the float model")}
+        )["accuracy"]
+        present = [row for row in rows if row.method.recipe is not None]
+        accuracies: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for seed in seeds:
+            for name in dict.fromkeys(row.method.name for row in present):
+                of_method = [row for row in present if row.method.name == name]
+                method = of_method[0].method
+                images = calibration(method, seed)
+                session = Session(model, images, **{**given, "recipe": method.recipe, "seed": seed})
+                used = images if isinstance(images, Tensor) else repr(images)
+                for row in of_method:
+                    budget = Budget.parse(row.budget)
+                    key = signature(settings, used, seed, [repr(step) for step in session.pipeline(budget)])
+                    point = results.point(key, partial(point_of, name, session, budget, None, measure))
+                    accuracies.setdefault((name, row.budget), []).append(point["accuracy"])
+        return baseline, [
+            _reproduced(row, table, column, baseline, accuracies[row.method.name, row.budget]) for row in present
+        ]
 
 
 def _reproduced(

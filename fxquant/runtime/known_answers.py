@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.checks.finite import is_finite
 from fxquant.checks.torch_modes import usual
 from fxquant.checks.untrusted import field
 from fxquant.errors import ArtefactError, CalibrationError
@@ -122,7 +123,7 @@ class KnownAnswers:
         """
         images = answer_images_for(simulated, pixels=pixels).to(device_of(simulated))
         found = replace(cls.of(simulated(images), float_output), pixels=pixels)
-        if not bool(found.simulated.isfinite().all()):
+        if not is_finite(found.simulated):
             raise CalibrationError(
                 "the quantized model gives NaN or infinite numbers for smooth noise in the range of the calibration "
                 "images, so nothing could prove that it is lowered, saved and exported right: let its forward take "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxquant.checks.finite import is_finite
 from fxquant.errors import SensitivityError
 from fxquant.graph.annotation import Candidate, annotation_of
 from fxquant.graph.nodes import device_of
@@ -71,7 +72,7 @@ class Divergence:
         self._cursor = 0
         self._live = self._inputs()
         self._wanted = [self._doubled(self._runner.finish(0, live, {})) for live in self._live]
-        if not all(bool(torch.isfinite(tensor).all()) for wanted in self._wanted for tensor in wanted):
+        if not all(is_finite(tensor) for wanted in self._wanted for tensor in wanted):
             raise SensitivityError(
                 "the float model's output is not finite on the images given: check its weights, and how the "
                 "images were preprocessed"

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxquant.checks.finite import is_finite
 from fxquant.errors import CalibrationError, OptionError
 from fxquant.graph.nodes import image_of, shape_of
 from fxquant.graph.output_tree import flatten, leaves
@@ -129,7 +130,7 @@ class Objective:
             raise CalibrationError(
                 f"{needed_by} needs {self.needs} as the model's output; this model gives something else: {self.remedy}"
             )
-        if finite and not all(bool(torch.isfinite(tensor).all()) for tensor in found):
+        if finite and not all(is_finite(tensor) for tensor in found):
             raise CalibrationError(
                 "the model's output on a calibration batch is not finite: check its weights, and how the "
                 "images were preprocessed"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxquant.checks.finite import is_finite
 from fxquant.errors import CalibrationError, VerificationError
 from fxquant.graph.facts import LOWERED, QUANTIZED, facts_of
 from fxquant.graph.nodes import device_of
@@ -185,7 +186,7 @@ class Proof:
         started = time.process_time()
         run = run_in_float(graph_module, _images(graph_module, self._given_images), self._restored or {})
         expected = run.output if self._expected is None else self._expected
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in leaves(expected)):
+        if not all(is_finite(tensor) for tensor in leaves(expected)):
             raise CalibrationError(
                 "the model's output on the first calibration images is not finite: check its weights, and "
                 "how the images were preprocessed"

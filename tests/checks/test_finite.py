@@ -24,3 +24,11 @@ def test_one_number_among_many_decides(value: float, dtype: torch.dtype) -> None
 def test_what_holds_no_float_number_is_finite() -> None:
     for values in (torch.zeros(0), torch.ones(3, dtype=torch.bool), torch.arange(4)):
         assert is_finite(values)
+
+
+@pytest.mark.parametrize("value", [complex(math.nan, 0), complex(0, math.inf), complex(1, -1)])
+def test_both_parts_of_a_complex_number_decide(value: complex) -> None:
+    values = torch.zeros(2, 3, dtype=torch.complex64)
+    values[1, 1] = value
+    for each in (values, values.conj()):
+        assert is_finite(each) == bool(torch.isfinite(each).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from fxquant.checks.finite import is_finite
 from fxquant.errors import CalibrationError, TraceError
 from fxquant.graph.capture.leaves import has_global_hooks
 from fxquant.graph.output_tree import Tree, flatten, leaves
@@ -41,7 +42,7 @@ def run_eagerly(root: nn.Module, example_bchw: torch.Tensor) -> tuple[Tree, list
             f"{name} returns something else for {_CHECKED_BATCH_SIZES[1]} images than for one, besides its tensors: "
             "wrap it in a module whose forward returns the tensors to quantize for"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*one, *several)):
+    if not all(is_finite(tensor) for tensor in (*one, *several)):
         raise CalibrationError(
             f"{name} gives NaN or infinite numbers for the example, or for the same image darker: "
             "preprocess images as the model wants them, and check its weights"
