@@ -11,11 +11,14 @@ form. With c_ij = d_ij + sum over k < j of d_ik R_kj / R_jj as above, the term o
 S_ii^2 R_jj^2 (c_ij + sum over earlier rows k of c_kj S_ki / S_ii)^2. Rows of one turn are rounded together and
 know nothing of one another; what earlier ones leave is added to their weights.
 
+Columns are taken in the order of their inputs' mean squares, the largest first (Frantar et al.'s "act-order"): what a
+column leaves is made up for by later ones, and the last, which nothing follows, are those that matter least.
+
 The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
 for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
 
 The result is written back as the layer's float weight, whose entries now lie on their grid, and the candidate of the
-allocated width gets the scales, so that substitution finds exactly these codes. Not done: reordering columns.
+allocated width gets the scales, so that substitution finds exactly these codes.
 """
 
 from __future__ import annotations
@@ -174,7 +177,9 @@ def compensate_scaled(
     rows, columns = weight_oi.shape
     scale_o = quantizer.scale.reshape(-1).expand(rows)
     tried = tuple(scales) if quantizer.scale.numel() == rows else (1.0,)
-    feedback, power = _factor(gram_ii, dampening, weight_oi.dtype)
+    order = gram_ii.diagonal().argsort(descending=True, stable=True)
+    weight_oi = weight_oi[:, order]
+    feedback, power = _factor(gram_ii[order][:, order], dampening, weight_oi.dtype)
     is_large = weight_oi.numel() >= LARGE
     among, size, turn = outputs_goo, rows, rows
     if outputs_goo is not None:
@@ -199,6 +204,7 @@ def compensate_scaled(
         picked = torch.arange(len(taken), device=taken.device)
         found[taken], best_o[taken] = rounded_so[:, best, picked].T, steps_so[best, picked]
         moved[taken] = left_so[:, best, picked].T - shift
+    found = found[:, order.argsort()]
     if tried == (1.0,):
         return found, quantizer
     return found, UniformQuantizer(quantizer.bits, best_o[:, None], quantizer.zero_point)

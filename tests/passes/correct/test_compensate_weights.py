@@ -75,13 +75,14 @@ def test_it_is_rounding_column_by_column_with_the_cholesky_factor(
     generator = torch.Generator().manual_seed(0)
     weight, rows = torch.randn(12, 600, generator=generator), torch.randn(1200, 600, generator=generator)
     gram, quantizer = rows.T @ rows, UniformQuantizer(4, weight.abs().amax(1, keepdim=True) / 7, zero_point)
-    damped = gram.double() + dampening * gram.diagonal().mean() * torch.eye(600)
+    order = gram.diagonal().argsort(descending=True)
+    damped = (gram.double() + dampening * gram.diagonal().mean() * torch.eye(600))[order][:, order]
     factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     error, wanted = torch.zeros(12, 600, dtype=torch.float64), torch.empty_like(weight)
-    for j in range(600):
-        target = weight[:, j] + error[:, :j] @ factor[:j, j] / factor[j, j]
+    for place, j in enumerate(order):
+        target = weight[:, j] + error[:, :place] @ factor[:place, place] / factor[place, place]
         wanted[:, j] = quantizer(target.float()[:, None])[:, 0]
-        error[:, j] = weight[:, j] - wanted[:, j]
+        error[:, place] = weight[:, j] - wanted[:, j]
     found = compensate(weight, gram, quantizer, dampening)
     assert torch.equal(quantizer(found), found)
     # A code at the edge falls either way with rounding, and later ones of its row follow.
@@ -106,6 +107,22 @@ def test_every_row_has_the_scale_that_costs_least(
     torch.testing.assert_close(scaled.scale[:, 0], torch.tensor(SCALES)[best] * quantizer.scale[:, 0])
     torch.testing.assert_close(found, torch.stack(tried)[best, torch.arange(24)])
     assert torch.equal(scaled(found), found)
+
+
+def test_columns_of_large_inputs_come_first() -> None:
+    """Whatever order they stand in, and it costs less than from the first to the last where these are small ones."""
+    generator = torch.Generator().manual_seed(0)
+    weight, mixing = torch.randn(24, 40, generator=generator), torch.randn(40, 40, generator=generator)
+    rows = torch.randn(300, 40, generator=generator) @ mixing * torch.linspace(0.1, 3, 40)
+    gram, quantizer = rows.T @ rows, UniformQuantizer(3, weight.abs().amax(1, keepdim=True) / 3)
+    found, turned = compensate(weight, gram, quantizer), compensate(weight.flip(1), gram.flip(0, 1), quantizer)
+    torch.testing.assert_close(turned.flip(1), found)
+    feedback, _ = compensate_weights._factor(gram, 0.1, torch.float32)
+    reach = [end.expand(24) for end in quantizer.reach]
+    as_they_stand, _ = compensate_weights._round_columns(
+        weight, torch.zeros_like(weight), feedback, quantizer.scale.T, *reach, 16
+    )
+    assert cost(found - weight, gram) < 0.9 * cost(as_they_stand[:, 0].T - weight, gram)
 
 
 def outputs_of(groups: int, size: int) -> torch.Tensor:
@@ -139,6 +156,8 @@ def test_it_is_rounding_row_by_row_with_both_factors(monkeypatch: pytest.MonkeyP
         factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
         return (factor / factor.diagonal()).triu(1)
 
+    order = gram.diagonal().argsort(descending=True)
+    weight, gram = weight[:, order], gram[order][:, order]
     columns, among = above(gram), torch.block_diag(*map(above, outputs))
     missed, moved, wanted = torch.zeros(6, 9), torch.zeros(6, 9), torch.empty(6, 9)
     for i, j in itertools.product(range(6), range(9)):
@@ -147,8 +166,9 @@ def test_it_is_rounding_row_by_row_with_both_factors(monkeypatch: pytest.MonkeyP
         wanted[i, j] = quantizer(target[None, None].expand(6, 1))[i, 0]
         missed[i, j] = weight[i, j] - wanted[i, j]
         moved[i, j] = missed[i, j] + own
-    found, _ = compensate_scaled(weight, gram, quantizer, (1.0,), outputs_goo=outputs)
-    torch.testing.assert_close(found, wanted)
+    back = order.argsort()
+    found, _ = compensate_scaled(weight[:, back], gram[back][:, back], quantizer, (1.0,), outputs_goo=outputs)
+    torch.testing.assert_close(found, wanted[:, back])
 
 
 def test_groups_know_nothing_of_one_another(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
@@ -185,7 +205,7 @@ def test_near_the_best_of_all_roundings_of_several_rows(monkeypatch: pytest.Monk
             compensate_scaled(weight, gram, quantizer, (1.0,), 1e-6, outputs_goo=given)[0] for given in (None, outputs)
         ]
         total += torch.tensor([best, *(joint_cost(each - weight, gram, outputs) for each in rounded)])
-    assert total[0] <= total[2] < 0.8 * total[1]
+    assert total[0] <= total[2] < 0.85 * total[1]
 
 
 def test_a_large_layer_takes_likely_scales(
