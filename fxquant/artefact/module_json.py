@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fxquant.artefact.module_settings import BITS, BY_NAME, CLASSES, SETTINGS, settings_of
 from fxquant.artefact.observer_json import observer_from_json, observer_to_json
-from fxquant.artefact.packing import WIDTHS, pack, unpack
+from fxquant.artefact.packing import WIDTHS
+from fxquant.artefact.weight_codes import packed_codes, unpacked_codes
 from fxquant.checks.untrusted import (
     FLAG,
     FLOATS,
@@ -207,6 +208,10 @@ def quantizer_from_json(settings: Any, path: str, tensors: Mapping[str, Tensor])
             raise ArtefactError(f"tensor '{path}.{name}' is {found.dtype}, expected {placeholder.dtype}")
     _assign(quantizer, path, tensors)
     _check_scales({f"{path}.{name}": tensor for name, tensor in quantizer.state_dict().items()})
+    try:
+        quantizer.check_numbers()
+    except ValueError as error:
+        raise ArtefactError(f"{where}: {error}") from error
     return quantizer
 
 
@@ -243,7 +248,7 @@ def _quantized_weight_to_json(module: QuantizedLinear | QuantizedConv2d, path: s
         state[f"{path}.weight"] = module.weight
     elif isinstance(quantizer, UniformQuantizer):
         try:
-            state[f"{path}.{CODES}"] = pack(module.weight_codes, quantizer.bits, quantizer.code_range[0])
+            state[f"{path}.{CODES}"] = packed_codes(module.weight_codes, quantizer)
         except ArtefactError as error:
             raise ArtefactError(f"module '{path}': {error}") from error
     else:
@@ -278,7 +283,7 @@ def _quantized_weight_from_json(name: str, spec: Spec, path: str, tensors: Mappi
         if number is not None and tuple(number.shape) not in ((), (1,), (1, 1), (shape[0], 1)):
             raise ArtefactError(f"{where}: scale of shape {tuple(number.shape)} does not fit a weight {shape}")
     packed = take(tensors, f"{path}.{CODES}")
-    codes = unpack(packed, element_count(shape), weight_quantizer.bits, weight_quantizer.code_range[0])
+    codes = unpacked_codes(packed, shape, weight_quantizer)
     # A weight of one column is enough to build with: the real one is derived from the codes when it is read.
     column = torch.zeros(shape[0], *[1] * (len(shape) - 1), dtype=dtype)
     module = kind(column, bias, weight_quantizer, input_quantizer, *geometry)

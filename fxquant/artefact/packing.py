@@ -2,10 +2,14 @@
 
 Code i, less the lowest code, occupies bits i b .. (i+1) b - 1 of the stream; bit k of the stream is bit k mod 8 of byte
 k div 8 (least significant first). So n codes take ceil(n b / 8) bytes, odd widths included, and eight codes are always
-b whole bytes: the lower b bytes of one 64-bit word, which is how they are computed.
+b whole bytes: the lower b bytes of one 64-bit word, which is how they are computed. Where rows have widths of their
+own, there is such a stream for each width, one behind the other.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -77,6 +81,43 @@ def unpack(packed: Tensor, count: int, bits: int, lowest: int) -> Tensor:
         codes[:, lane] = (words & mask).astype(np.int16) + lowest
         words >>= shift
     return torch.from_numpy(codes.reshape(-1)[:count])
+
+
+def pack_rows(codes: Tensor, widths_o: Tensor) -> Tensor:
+    """Pack signed codes whose rows have widths of their own: a stream for each width, ascending, uint8 (n,).
+
+    Args:
+        codes: integers (out, ...), each in -2^(b-1) .. 2^(b-1) - 1 for the width b of its row.
+        widths_o: integers (out,), 2 to 8.
+
+    Raises ArtefactError as `pack` does.
+    """
+    kinds = sorted(set(widths_o.tolist()))
+    return torch.cat([pack(codes[widths_o == bits], bits, -(2 ** (bits - 1))) for bits in kinds])
+
+
+def unpack_rows(packed: Tensor, shape: Sequence[int], widths_o: Tensor) -> Tensor:
+    """What `pack_rows` was given: int8 of this shape.
+
+    Args:
+        packed: uint8 (n,). Nothing is allocated before its length is found to fit.
+        shape: (out, ...) of the codes.
+        widths_o: integers (out,), 2 to 8.
+
+    Raises ArtefactError for a length that does not fit.
+    """
+    columns = math.prod(shape[1:])
+    counts = {bits: int((widths_o == bits).sum()) * columns for bits in sorted(set(widths_o.tolist()))}
+    sizes = [packed_bytes(count, bits) for bits, count in counts.items()]
+    if tuple(packed.shape) != (sum(sizes),):
+        raise ArtefactError(
+            f"codes of shape {tuple(shape)} and {min(counts)} to {max(counts)} bits are uint8 ({sum(sizes)},), not "
+            f"{packed.dtype} {tuple(packed.shape)}"
+        )
+    codes = torch.empty((len(widths_o), columns), dtype=torch.int8)
+    for (bits, count), stream in zip(counts.items(), torch.split(packed, sizes), strict=True):
+        codes[widths_o == bits] = unpack(stream, count, bits, -(2 ** (bits - 1))).reshape(-1, columns)
+    return codes.reshape(tuple(shape))
 
 
 def _check_width(bits: int) -> None:

@@ -1,7 +1,8 @@
 """Weights of few bits in an ONNX model: as INT4, or packed by operators that every runtime computes when it loads.
 
 INT4 is ONNX's own, for runtimes that have it. Packed codes take as many bits as they have: three bits are a part of two
-and a part of one, and each part lies in bytes side by side. BitShift, BitwiseAnd, BitwiseOr and Cast take them apart.
+and a part of one, and each part lies in bytes side by side. Channels that have widths of their own are packed width by
+width. BitShift, BitwiseAnd, BitwiseOr and Cast take them apart.
 All of their inputs are constants, so ONNX Runtime and OpenVINO fold them while they load the model, and what is left is
 the same model with a byte for each weight, which they run as int8.
 """
@@ -36,7 +37,7 @@ def narrow_weights(model: Any, written: GraphModule, weight_type: str) -> None:
             for name in ("values", "zero"):
                 _make_int4(model, f"{path}.{name}")
         elif weight_type == "packed" and weight.bits < 8:
-            _pack(model, f"{path}.values", weight.bits)
+            _pack(model, f"{path}.values", weight)
 
 
 def _make_int4(model: Any, name: str) -> None:
@@ -51,39 +52,59 @@ def _make_int4(model: Any, name: str) -> None:
         value.dtype = value.const_value.dtype
 
 
-def _pack(model: Any, name: str, bits: int) -> None:
+def _pack(model: Any, name: str, weight: Weight) -> None:
     """Let nodes at the begin of the graph make what the initializer held."""
     import onnx_ir
     from onnx_ir import tape
 
     value = model.graph.initializers.pop(name)
     codes = value.const_value.numpy()
-    lowest = -(2 ** (bits - 1)) if codes.dtype == np.int8 else 0
-    unsigned = (codes.astype(np.int16) - lowest).astype(np.uint8).reshape(-1)
     builder = tape.Tape()
 
     def constant(label: str, numbers: NDArray[Any]) -> Any:
         return builder.initializer(onnx_ir.tensor(numbers, name=f"{name}.{label}"))
 
-    flat = constant("flat", np.array([-1], np.int64))
-    whole, position = None, 0
-    for width in (part for part in _PARTS if bits & part):
-        packed = constant(f"packed{width}", packed_bytes(unsigned >> position, width)[:, None])
-        shifts = constant(f"shifts{width}", np.arange(0, 8, width, dtype=np.uint8))
-        apart = builder.op("BitShift", [packed, shifts], {"direction": "RIGHT"})
-        apart = builder.op("BitwiseAnd", [apart, constant(f"mask{width}", np.array(2**width - 1, np.uint8))])
-        place = constant(f"place{width}", np.array(position, np.uint8))
-        apart = builder.op("BitShift", [apart, place], {"direction": "LEFT"})
-        apart = builder.op("Reshape", [apart, flat])
-        whole = apart if whole is None else builder.op("BitwiseOr", [whole, apart])
-        position += width
-    if len(unsigned) % 8:
-        ends = [constant("from", np.array([0])), constant("to", np.array([len(unsigned)]))]
-        whole = builder.op("Slice", [whole, *ends])
-    wide = builder.op("Cast", [whole], {"to": onnx_ir.DataType.INT32})
-    signed = builder.op("Add", [wide, constant("lowest", np.array(lowest, np.int32))])
-    narrow = builder.op("Cast", [signed], {"to": onnx_ir.DataType.from_numpy(codes.dtype)})
-    result = builder.op("Reshape", [narrow, constant("shape", np.array(codes.shape, np.int64))])
+    def unpacked(numbers: NDArray[Any], bits: int, label: str) -> Any:
+        """A flat value of the type of codes: these, in `bits` bits each."""
+        lowest = -(2 ** (bits - 1)) if numbers.dtype == np.int8 else 0
+        unsigned = (numbers.astype(np.int16) - lowest).astype(np.uint8).reshape(-1)
+        whole, position = None, 0
+        for width in (width for width in _PARTS if bits & width):
+            packed = constant(
+                f"{label}packed{width}", packed_bytes((unsigned >> position).astype(np.uint8), width)[:, None]
+            )
+            shifts = constant(f"{label}shifts{width}", np.arange(0, 8, width, dtype=np.uint8))
+            apart = builder.op("BitShift", [packed, shifts], {"direction": "RIGHT"})
+            mask = constant(f"{label}mask{width}", np.array(2**width - 1, np.uint8))
+            apart = builder.op("BitwiseAnd", [apart, mask])
+            place = constant(f"{label}place{width}", np.array(position, np.uint8))
+            apart = builder.op("BitShift", [apart, place], {"direction": "LEFT"})
+            apart = builder.op("Reshape", [apart, constant(f"{label}flat{width}", np.array([-1], np.int64))])
+            whole = apart if whole is None else builder.op("BitwiseOr", [whole, apart])
+            position += width
+        if len(unsigned) % 8:
+            ends = [constant(f"{label}from", np.array([0])), constant(f"{label}to", np.array([len(unsigned)]))]
+            whole = builder.op("Slice", [whole, *ends])
+        wide = builder.op("Cast", [whole], {"to": onnx_ir.DataType.INT32})
+        signed = builder.op("Add", [wide, constant(f"{label}lowest", np.array(lowest, np.int32))])
+        return builder.op("Cast", [signed], {"to": onnx_ir.DataType.from_numpy(codes.dtype)})
+
+    def shaped(flat: Any, label: str, shape: tuple[int, ...]) -> Any:
+        return builder.op("Reshape", [flat, constant(label, np.array(shape, np.int64))])
+
+    if weight.widths is None:
+        assert weight.bits is not None  # a float weight is not packed
+        result = shaped(unpacked(codes, weight.bits, ""), "shape", codes.shape)
+    else:
+        rows = np.moveaxis(codes, weight.axis, 0)
+        kinds = np.unique(weight.widths).tolist()
+        parts = [unpacked(rows[weight.widths == bits], bits, f"w{bits}.") for bits in kinds]
+        # Channels of one width lie behind those of another, and go back to where they were.
+        sorted_rows = shaped(builder.op("Concat", parts, {"axis": 0}), "sorted", rows.shape)
+        places = np.argsort(np.argsort(weight.widths, kind="stable"), kind="stable")
+        result = builder.op("Gather", [sorted_rows, constant("places", places)], {"axis": 0})
+        if weight.axis:
+            result = builder.op("Transpose", [result], {"perm": [1, 0]})
     for place, node in enumerate(builder.nodes):
         node.name = f"{name}/{node.op_type}_{place}"
     result.name, result.type, result.shape = name, value.type, value.shape

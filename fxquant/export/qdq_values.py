@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,6 +16,7 @@ from fxquant.quantizers.level_table import LevelTableQuantizer
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.row_log import LARGEST, RowLogQuantizer
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer
 from fxquant.runtime.integer.byte_codes import byte_code
 from fxquant.runtime.simulated import QuantizedWeightModule
 
@@ -138,7 +141,8 @@ class NearestLevel(nn.Module):
 class Weight(nn.Module):
     """A weight as codes and a scale per output channel, dequantized; float where it has no uniform quantizer.
 
-    bits: of the codes, None for a float weight.
+    bits: of the codes, of the widest where channels have widths of their own; None for a float weight. widths: these,
+    int8 (out,), else None.
 
     Args:
         source: the simulated layer whose weight it is.
@@ -158,9 +162,12 @@ class Weight(nn.Module):
         quantizer, codes = source.weight_quantizer, source.weight_codes
         values = source.weight if codes is None else codes
         self.bits: int | None = None
+        self.widths: NDArray[np.int8] | None = None
         if isinstance(quantizer, UniformQuantizer) and codes is not None:
-            self.bits, zero = quantizer.bits, quantizer.zero_point
+            self.bits, zero = quantizer.widest_bits, quantizer.zero_point
             values = codes if zero is None else codes.to(torch.uint8)
+            if isinstance(quantizer, UniformChannelsQuantizer):
+                self.widths = quantizer.widths[:, 0].cpu().numpy()
             self.register_buffer("scale", _per_channel(quantizer.scale, len(codes)))
             self.register_buffer("zero", None if zero is None else _per_channel(zero, len(codes)).to(torch.uint8))
         self.axis = 1 if transposed else 0

@@ -169,13 +169,13 @@ class LearnedCodes(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight on its grid, float, shape of the weight."""
-        units = self.units.clamp(*self.start.code_range)
+        units = self.units.clamp(*self.start.ends)
         codes = units + (units.detach().round() - units.detach())
         return ((codes - _zero(self.start)) * self._scale()).reshape(self.shape)
 
     def finish(self) -> UniformQuantizer:
         """The quantizer that was learned, as a new module; it leaves the learned weight as it is."""
-        return UniformQuantizer(self.start.bits, self._scale().detach(), self.start.zero_point)
+        return self.start.rescaled(self._scale().detach())
 
     def _scale(self) -> Tensor:
         return self.start.scale * self.log_factor.exp()
@@ -196,7 +196,7 @@ class SoftRounding(nn.Module):
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, codes: Tensor | None = None) -> None:
         super().__init__()
         units = _in_steps(weight, quantizer)
-        self.shape, self.code_range = weight.shape, quantizer.code_range
+        self.shape, self.ends = weight.shape, quantizer.ends
         self.scale, self.zero = quantizer.scale.detach(), _zero(quantizer)
         self.floor = torch.floor(units)
         if codes is None:
@@ -228,7 +228,7 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.share() - 1).abs().pow(beta)).sum()
 
     def _weight(self, share: Tensor) -> Tensor:
-        codes = (self.floor + share).clamp(*self.code_range)
+        codes = (self.floor + share).clamp(*self.ends)
         return ((codes - self.zero) * self.scale).reshape(self.shape)
 
 

@@ -49,6 +49,9 @@ class Quantizer(nn.Module):
         """Quantize and dequantize: the values that low-bit execution would compute with; dtype of x."""
         return self.dequantize(self.quantize(x)).to(x.dtype)
 
+    def check_numbers(self) -> None:
+        """Raise ValueError for tensors that no such quantizer has; whoever has loaded some calls this."""
+
     def settings(self) -> dict[str, Any]:
         """JSON values that, with the state dict, rebuild this quantizer: `kind` and constructor arguments."""
         return {"kind": self.kind, "bits": self.bits}

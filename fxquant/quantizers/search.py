@@ -11,20 +11,25 @@ model's own output, so g g^T is the Fisher matrix and half the metric predicts t
   which they see the directions that count (`fxquant.quantizers.statistics.low_rank`): a candidate costs as much as the
   weight is large, not as much as G is. Where there are many, the candidates of a row are ranked by the `RANKED`
   strongest directions; the loss of the best is of all.
+- Channels of a weight may have widths of their own, of a given mean: those are wider whose errors cost more. What 32
+  images say of b_o is noisy, so the choice takes half of it from the mean of all channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxquant.graph.annotation import Candidate
 from fxquant.quantizers.family import Family, Statistics
+from fxquant.quantizers.statistics.feedback import powers_left
 from fxquant.quantizers.statistics.low_rank import RANK, LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.quantizers.uniform_channels import NARROWEST, UniformChannelsQuantizer, mixed_widths
 
 COARSE_RATIOS = (1.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 FINE_STEPS = (-0.075, -0.05, -0.025, 0.025, 0.05)
@@ -33,6 +38,8 @@ HOPELESS = 16.0  # times the least cost of a row: it is not clipped further
 CHUNK = 1 << 17  # weights that are searched together, so that all their candidates stay in the processor's cache
 RANKED = 32  # directions of G that candidates of layers with more than `RANK` columns are ranked by
 LARGEST_STEP, STEP_SIZES = 100, (10, 3, 1)  # a tensor's scales: of so many, how far apart those are that are tried
+WIDEST_MIXED = 5  # wider, channels with widths of their own gain next to nothing
+SHRINKAGE = 0.5  # of b_o towards its mean, where widths of channels are chosen
 WIDEST_ASYMMETRIC = 7  # weight codes are int8; at 8 bits a zero-point brings nothing
 
 
@@ -70,9 +77,11 @@ def search_weight(
     gram_ii: Tensor | None = None,
     channel_weight_o: Tensor | None = None,
     *,
+    dampening: float | None = None,
     search: bool = True,
     asymmetric: bool = False,
     per_tensor: bool = False,
+    mixed: bool = False,
 ) -> tuple[Candidate, ...]:
     """The best scales at each width, and zero-points where they are asked for.
 
@@ -86,17 +95,21 @@ def search_weight(
         images: how many images G covers; losses are per image.
         gram_ii: G above, float (in, in); None for plain squared error of the weight.
         channel_weight_o: b_o, float (out,); None: one for every channel.
+        dampening: of G, where the weight will be rounded with feedback, by `CompensateWeights`: then what later columns
+            cannot make up for counts (`fxquant.quantizers.statistics.feedback`). None: it is rounded to nearest.
         search: False takes the scales that cover each channel's range, and tries no others.
         asymmetric: integer zero-points, up to `WIDEST_ASYMMETRIC` bits.
         per_tensor: one scale for the whole tensor, (1, 1); else one for each output channel, (out, 1).
+        mixed: give channels widths of their own, whose mean is the candidate's, up to `WIDEST_MIXED` bits; not together
+            with `asymmetric` or `per_tensor`.
     """
     weight = weight_oi.detach().float()
     columns, device = weight.shape[1], weight.device
-    gram = LowRank.identity(columns, device) if gram_ii is None else LowRank.of(gram_ii.float())
+    gram = _seen(gram_ii, dampening, columns, device)
     scaling = torch.ones(len(weight), device=device) if channel_weight_o is None else channel_weight_o
     signal, ranked = _energy(weight), gram if columns <= RANK else gram.strongest(RANKED)
     chunks = torch.split(weight, max(CHUNK // columns, 1))
-    found = []
+    found: list[_Searched] = []
     for width in bits:
         has_zero_point = asymmetric and width <= WIDEST_ASYMMETRIC
         if per_tensor:
@@ -107,9 +120,62 @@ def search_weight(
             ranges = torch.cat(of_chunks)
         pairs = [_cost_and_noise(chunk, chosen, width, gram) for chunk, chosen in zip(chunks, of_chunks, strict=True)]
         cost, noise = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        loss = 0.5 * float((cost * scaling).sum(dtype=torch.float64)) / images
-        found.append(Candidate(width, _spanning(ranges, width), loss, float(noise.sum(dtype=torch.float64)), signal))
-    return tuple(found)
+        found.append(_Searched(_spanning(ranges, width), cost, noise))
+    if mixed:
+        found = _mixed(found, scaling)
+    return tuple(
+        Candidate(
+            each.quantizer.bits,
+            each.quantizer,
+            0.5 * float((each.cost_o * scaling).sum(dtype=torch.float64)) / images,
+            float(each.noise_o.sum(dtype=torch.float64)),
+            signal,
+        )
+        for each in found
+    )
+
+
+def _seen(gram_ii: Tensor | None, dampening: float | None, columns: int, device: torch.device) -> LowRank:
+    """What the search sees of G."""
+    if gram_ii is None:
+        return LowRank.identity(columns, device)
+    if dampening is None:
+        return LowRank.of(gram_ii.float())
+    return LowRank.diagonal(powers_left(gram_ii, dampening))
+
+
+class _Searched(NamedTuple):
+    """A weight's quantizer of one width, and of each channel what rounding costs and its squared error, both (out,)."""
+
+    quantizer: UniformQuantizer
+    cost_o: Tensor
+    noise_o: Tensor
+
+
+def _mixed(found: Sequence[_Searched], channel_weight_o: Tensor) -> list[_Searched]:
+    """The same with channels of one bit less and one more, wherever there are both neighbours."""
+    by_width = {each.quantizer.bits: each for each in found}
+    cares_o = torch.lerp(channel_weight_o, channel_weight_o.mean(), SHRINKAGE)
+    return [
+        _mixed_at([by_width[near] for near in (width - 1, width, width + 1)], cares_o)
+        if NARROWEST < width <= WIDEST_MIXED and {width - 1, width + 1} <= by_width.keys()
+        else each
+        for width, each in by_width.items()
+    ]
+
+
+def _mixed_at(near: Sequence[_Searched], cares_o: Tensor) -> _Searched:
+    """Every channel as one of three neighbouring widths has it, their mean the middle one."""
+    width, costs_wo = near[1].quantizer.bits, torch.stack([each.cost_o for each in near])
+    widths_o = mixed_widths(costs_wo * cares_o, width - 1)
+    place = (widths_o.long() - (width - 1))[None]
+
+    def picked(of_width: Callable[[_Searched], Tensor]) -> Tensor:
+        return torch.stack([of_width(each) for each in near]).gather(0, place)[0]
+
+    scale_o = picked(lambda each: each.quantizer.scale[:, 0])
+    quantizer = UniformChannelsQuantizer(width, scale_o[:, None], widths_o[:, None])
+    return _Searched(quantizer, picked(lambda each: each.cost_o), picked(lambda each: each.noise_o))
 
 
 def _best_range(

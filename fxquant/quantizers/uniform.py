@@ -47,14 +47,27 @@ class UniformQuantizer(Quantizer):
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
-        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.symmetric else (0, 2**self.bits - 1)
+        bits = self.widest_bits
+        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.symmetric else (0, 2**bits - 1)
+
+    @property
+    def widest_bits(self) -> int:
+        """The width that holds every code."""
+        return self.bits
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest code, float32 () or, where channels have widths of their own, of the scale's shape."""
+        low, high = self.code_range
+        return torch.tensor(float(low), device=self.scale.device), torch.tensor(float(high), device=self.scale.device)
 
     @property
     def reach(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest step from zero that has a code, float32 () or as many as there are zero-points."""
-        zero = torch.tensor(0, device=self.scale.device) if self.zero_point is None else self.zero_point.reshape(-1)
-        low, high = self.code_range
-        return (low - zero).float(), (high - zero).float()
+        """Smallest and largest step from zero that has a code, float32 () or one for each channel that has its own."""
+        low, high = self.ends
+        if self.zero_point is not None:
+            low, high = low - self.zero_point, high - self.zero_point
+        return (low.reshape(-1), high.reshape(-1)) if low.ndim else (low, high)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of x, int32."""
@@ -76,6 +89,10 @@ class UniformQuantizer(Quantizer):
         if self.zero_point is None:
             return codes.clamp_(low, high).mul_(self.scale).to(x.dtype)
         return codes.add_(self.zero_point).clamp_(low, high).sub_(self.zero_point).mul_(self.scale).to(x.dtype)
+
+    def rescaled(self, scale: Tensor) -> UniformQuantizer:
+        """The same codes at other scales, float32 of the scale's shape."""
+        return UniformQuantizer(self.bits, scale, self.zero_point)
 
     def settings(self) -> dict[str, Any]:
         """Kind, bits, symmetry and the shape of the scale."""

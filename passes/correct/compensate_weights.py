@@ -2,8 +2,8 @@
 
 With G = R R^T the layer's damped Gram matrix, R upper triangular, the cost of an error d = w - q is |d R|^2, whose term
 of column j is R_jj^2 (w_j + sum over k < j of d_k R_kj / R_jj - q_j)^2: column by column, what is in front of q_j is
-rounded to the grid. This gives what GPTQ gives (Frantar et al., algorithm 1) without inverting G (Chee et al., QuIP,
-theorem 6): OPTQ, or GPTQ. Bits stay as allocated.
+rounded to the grid (`fxquant.quantizers.statistics.feedback`). This gives what GPTQ gives (Frantar et al., algorithm 1)
+without inverting G (Chee et al., QuIP, theorem 6): OPTQ, or GPTQ. Bits stay as allocated.
 
 Rows make up for one another as well, where Calibrate has gathered the Gram matrix H = S S^T of gradients at the layer's
 output. Errors D then cost tr(H D G D^T) = |S^T D R|^2 (Tseng et al., YAQA, 2025), the layer's Hessian in its Kronecker
@@ -37,6 +37,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.annotation import annotate_operands, annotation_of, nodes_with_role
 from fxquant.graph.facts import Fact
 from fxquant.quantizers.observers import Observer
+from fxquant.quantizers.statistics.feedback import WELL_DAMPED, column_order, factor
 from fxquant.quantizers.statistics.low_rank import LowRank
 from fxquant.quantizers.uniform import UniformQuantizer
 from passes.pipeline.contract import Effect, PassContext
@@ -45,8 +46,6 @@ from passes.search.insert_observers import observers_of
 from passes.search.owners import owners_of_nodes
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED, chosen
 
-WELL_DAMPED = 0.1
-FACTORED = 256  # columns that are factored together
 TURNS = 8  # in which the rows of a group are rounded; more make up for more of one another, and take longer
 LARGE = 1 << 19  # weights from which on rounding has half as many turns, at the scale that is likely the best one
 SCALES = (0.85, 0.925, 1.0, 1.075)  # relative to the searched one; rows take each of them about as often
@@ -65,7 +64,7 @@ class CompensateWeights:
     Needs `SearchScales(keep_grams=True)`.
     """
 
-    dampening: float = 0.1
+    dampening: float = WELL_DAMPED
     block: int = 128
     scales: tuple[float, ...] = SCALES
 
@@ -116,7 +115,7 @@ class CompensateWeights:
             steps, scale = (kept[name].to(module.weight.device) for name in ("steps", "scale"))
             weight = (steps.float() * scale).to(module.weight.dtype).reshape(module.weight.shape)
             module.weight = nn.Parameter(weight, requires_grad=False)
-            _take_quantizer(node, UniformQuantizer(quantizer.bits, scale, quantizer.zero_point))
+            _take_quantizer(node, quantizer.rescaled(scale))
             observer.release()
         before, after = (sum(float(kept["costs"][place]) for kept in found) for place in range(2))
         context.note(cost_before=before, cost_after=after)
@@ -155,7 +154,7 @@ def compensate_scaled(
     gram_ii: Tensor,
     quantizer: UniformQuantizer,
     scales: Sequence[float] = SCALES,
-    dampening: float = 0.1,
+    dampening: float = WELL_DAMPED,
     block: int = 128,
     outputs_goo: Tensor | None = None,
 ) -> tuple[Tensor, UniformQuantizer]:
@@ -177,13 +176,13 @@ def compensate_scaled(
     rows, columns = weight_oi.shape
     scale_o = quantizer.scale.reshape(-1).expand(rows)
     tried = tuple(scales) if quantizer.scale.numel() == rows else (1.0,)
-    order = gram_ii.diagonal().argsort(descending=True, stable=True)
+    order = column_order(gram_ii)
     weight_oi = weight_oi[:, order]
-    feedback, power = _factor(gram_ii[order][:, order], dampening, weight_oi.dtype)
+    feedback, power = factor(gram_ii[order][:, order], dampening, weight_oi.dtype)
     is_large = weight_oi.numel() >= LARGE
     among, size, turn = outputs_goo, rows, rows
     if outputs_goo is not None:
-        among = torch.stack([_factor(gram_oo, dampening, weight_oi.dtype)[0] for gram_oo in outputs_goo])
+        among = torch.stack([factor(gram_oo, dampening, weight_oi.dtype)[0] for gram_oo in outputs_goo])
         size = outputs_goo.shape[1]
         turn = -(-size // (TURNS // 2 if is_large else TURNS))
     found, moved, best_o = torch.empty_like(weight_oi), torch.zeros_like(weight_oi), torch.empty_like(scale_o)
@@ -207,11 +206,11 @@ def compensate_scaled(
     found = found[:, order.argsort()]
     if tried == (1.0,):
         return found, quantizer
-    return found, UniformQuantizer(quantizer.bits, best_o[:, None], quantizer.zero_point)
+    return found, quantizer.rescaled(best_o[:, None])
 
 
 def compensate(
-    weight_oi: Tensor, gram_ii: Tensor, quantizer: UniformQuantizer, dampening: float = 0.1, block: int = 128
+    weight_oi: Tensor, gram_ii: Tensor, quantizer: UniformQuantizer, dampening: float = WELL_DAMPED, block: int = 128
 ) -> Tensor:
     """GPTQ: a weight on the quantizer's grid with small (W^ - W) G (W^ - W)^T.
 
@@ -245,7 +244,7 @@ def _round_columns(
     Args:
         weight_oi: the weight, (out, in).
         shift_oi: what is added to each weight beside the feedback of earlier columns, (out, in).
-        feedback: of earlier columns (in, in), see `_factor`.
+        feedback: of earlier columns (in, in), see `fxquant.quantizers.statistics.feedback`.
         steps_so: scales of every row, (scales, out).
         low_o, high_o: the smallest and the largest step of every row, (out,).
         block: columns of which the earlier ones' errors are gathered in one product.
@@ -274,29 +273,6 @@ def _round_columns(
             torch.sub(wanted, rounded, out=remains)
     shape = (len(weight), count, -1)
     return result.reshape(shape), left.reshape(shape)
-
-
-def _factor(gram_ii: Tensor, dampening: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of the damped G = R R^T the feedback R_kj / R_jj, (in, in), and the powers R_jj^2 (in,), in a type of float.
-
-    The feedback is above the diagonal; below it, there are any numbers.
-    """
-    # Eigenvalues lie between the dampening and the number of columns, in means of the diagonal: well damped, float32
-    # does, at half the time.
-    factor = gram_ii.to(torch.float32 if dampening >= WELL_DAMPED else torch.float64, copy=True)
-    diagonal = factor.diagonal()
-    diagonal += diagonal.mean().clamp_min(1e-30) * dampening
-    # Block by block from the last column to the first, in place: R_IJ R_JJ^T = G_IJ - sum over later K of R_IK R_JK^T.
-    # Below the diagonal G is left, which nobody reads.
-    for end in range(len(factor), 0, -FACTORED):
-        start = max(end - FACTORED, 0)
-        above, corner = factor[:start, start:end], factor[start:end, start:end]
-        factor[:end, start:end].addmm_(factor[:end, end:], factor[start:end, end:].T, alpha=-1)
-        # Turned round by both axes, a lower Cholesky factor is the upper triangular one that stands on the left.
-        corner.copy_(torch.linalg.cholesky(corner.flip(0, 1)).flip(0, 1))
-        above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
-    powers = diagonal.square()
-    return factor.div_(diagonal.clone()).to(dtype), powers.to(dtype)
 
 
 def _cost(module: nn.Linear | nn.Conv2d) -> float:

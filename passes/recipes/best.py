@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from fxquant.graph.annotation import Role
+from fxquant.quantizers.statistics.feedback import WELL_DAMPED
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
@@ -76,7 +77,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         FoldSqb(),
         InsertObservers(),
         Calibrate(shrinkage=SHRINKAGE, outputs=True),
-        SearchScales(keep_grams=True, negligible=NEGLIGIBLE),
+        SearchScales(keep_grams=True, negligible=NEGLIGIBLE, weight_widths="channel", dampening=WELL_DAMPED),
         allocate,
         CompensateWeights(),
         SubstituteQuantizers(),

@@ -21,7 +21,7 @@ from fxquant.artefact.cache import Cache
 from fxquant.artefact.searched_graph import candidates_from_file, candidates_to_file
 from fxquant.checks.hints import check_fields
 from fxquant.errors import ArtefactError, CalibrationError
-from fxquant.graph.annotation import Candidate, Operand, annotate_operands, annotation_of, planned_nodes
+from fxquant.graph.annotation import Candidate, Operand, Role, annotate_operands, annotation_of, planned_nodes
 from fxquant.graph.facts import Fact, broken_at, missing
 from fxquant.graph.nodes import device_of, module_of
 from fxquant.quantizers.families import FAMILIES
@@ -35,6 +35,7 @@ from passes.search.owners import owners_of_nodes
 
 Criterion = Literal["hessian", "mse", "min-max"]
 WeightScales = Literal["channel", "tensor"]
+WeightWidths = Literal["channel", "tensor"]
 
 ACTIVATION = 10_000  # weights whose search takes as long as that of an activation in one family
 
@@ -71,6 +72,11 @@ class SearchScales:
         negligible: a difference of predicted losses, in the unit of the objective, that does not count: of an operand's
             families the first named is taken that loses at most so much more than the best.
         weight_scales: whether a weight has a scale for each output channel, or one for the whole tensor.
+        weight_widths: "tensor", one width for each weight; "channel", channels of symmetric weights have widths of
+            their own, up to a mean of 5 bits: see `fxquant.quantizers.uniform_channels`. The head keeps one: its
+            channels are classes, and the calibration images are of few of them.
+        dampening: that of CompensateWeights, where it rounds the weights: then they are searched, and their losses
+            predicted, by what later columns cannot make up for. None: they are rounded to nearest.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -78,6 +84,8 @@ class SearchScales:
     keep_grams: bool = False
     negligible: float = 0.0
     weight_scales: WeightScales = "channel"
+    weight_widths: WeightWidths = "tensor"
+    dampening: float | None = None
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -101,6 +109,13 @@ class SearchScales:
             raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
         if self.negligible < 0:
             raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
+        if self.dampening is not None and self.dampening < 0:
+            raise CalibrationError(f"dampening is a share of the mean diagonal, at least 0, not {self.dampening}")
+        if self.weight_widths == "channel" and (self.weight_scales == "tensor" or self.criterion == "min-max"):
+            raise CalibrationError(
+                'weight_widths="channel" needs scales of channels that are searched: weight_scales="channel", and '
+                f'"hessian" or "mse" for a criterion; found {self}'
+            )
 
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Search every observed node; returns how many nodes were given candidates.
@@ -146,7 +161,7 @@ class SearchScales:
         statistics = [[o.families, o.keeps_gram, o.images, o.state()] for o in observers.values()]
         module = module_of(graph_module, node)
         weights = annotation.weight and annotation.weight.families
-        key = cache.key_of(repr(self), statistics, module, weights)
+        key = cache.key_of(repr(self), statistics, module, weights, annotation.role)
         kept = cache.read(key, part=True)
         if kept is not None:
             return tuple(placed(candidates, device) for candidates in candidates_from_file(*kept))
@@ -198,6 +213,8 @@ class SearchScales:
         if not isinstance(module, nn.Linear | nn.Conv2d):
             return ()
         hessian = self.criterion == "hessian"
+        asymmetric = [family.name for family in operand.families] == ["asymmetric"]
+        is_head = annotation_of(node).role is Role.HEAD
         return search_weight(
             module.weight.flatten(1),
             self.bits,
@@ -205,8 +222,10 @@ class SearchScales:
             observer.gram.matrix() if hessian and observer.gram is not None else None,
             observer.channel_weight() if hessian else None,
             search=self.criterion != "min-max",
-            asymmetric=[family.name for family in operand.families] == ["asymmetric"],
+            dampening=self.dampening,
+            asymmetric=asymmetric,
             per_tensor=self.weight_scales == "tensor",
+            mixed=self.weight_widths == "channel" and not asymmetric and not is_head,
         )
 
 

@@ -302,3 +302,31 @@ def test_changed_artefacts_are_used_or_refused(seed, tmp_path):
         path.write_bytes(content)
         untyped = [outcome for outcome in use(path, base.image_shape) if not outcome.is_typed]
         assert not untyped, f"seed {seed + offset}: {changes}: {untyped}"
+
+
+CHANNELS = {
+    "widths of another mean": (lambda out: [4] + [3] * (out - 1), "a mean of 3"),
+    "widths beyond all": (lambda out: [9, 0, 0] + [3] * (out - 3), "2 to 8 bits"),
+    "another number of channels": (lambda out: [3] * (out - 1), "not fit"),
+    "as one may": (lambda out: [2, 4] + [3] * (out - 2), None),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_widths_of_channels_that_do_not_fit_are_refused(name, edited):
+    widths_for, message = CHANNELS[name]
+
+    def edit(graph, tensors, texts):
+        spec = graph["modules"]["fc"]
+        out, _ = spec["shape"]
+        widths = torch.tensor(widths_for(out), dtype=torch.int8)[:, None]
+        spec["weight"] = {"kind": "uniform-channels", "bits": 3, "channels": len(widths)}
+        tensors["fc.weight_codes"] = torch.zeros(12, dtype=torch.uint8)
+        tensors["fc.weight_quantizer.scale"] = torch.ones(len(widths), 1)
+        tensors["fc.weight_quantizer.widths"] = widths
+
+    if message is None:
+        artefact.load(edited(edit))
+        return
+    with pytest.raises(ArtefactError, match=message):
+        artefact.load(edited(edit))

@@ -14,6 +14,7 @@ from fxquant.export.narrow_weights import packed_bytes
 from fxquant.export.onnx_file import to_onnx
 from fxquant.export.onnxruntime_model import results_of, session_of
 from fxquant.quantizers.uniform import UniformQuantizer
+from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer
 from tests.quantized_by_hand import quantize_by_hand
 
 pytest.importorskip("onnxruntime")
@@ -56,3 +57,25 @@ def test_packed_weights_give_equal_scores_and_take_their_bits(bits: int) -> None
     packed = sum(len(i.raw_data) for i in model.graph.initializer if ".values.packed" in i.name)
     assert packed == bits * 24 * 33 / 8 + bits * -(-33 * 5 // 8)
     assert not [i.name for i in model.graph.initializer if i.name.endswith(".values")]
+
+
+def test_channels_of_several_widths_are_packed_at_their_own() -> None:
+    graph_module = quantize_by_hand(TwoLayers(), (3, 2, 4), 4, 8)
+    widths_of = {"first": [3, 4, 5] * 11, "second": [5, 4, 3, 4, 4]}
+    for name, widths in widths_of.items():
+        layer = graph_module.get_submodule(name)
+        weight, width_o1 = layer.weight, torch.tensor(widths)[:, None]
+        scale = weight.abs().amax(1, keepdim=True) / 2.0 ** (width_o1 - 1)
+        layer.weight_quantizer = UniformChannelsQuantizer(4, scale, width_o1)
+        layer.requantize(weight)
+    x = torch.rand(4, 3, 2, 4)
+    written = {kind: to_onnx(graph_module, weight_type=kind).content for kind in ("int8", "packed", "int4")}
+    found = {kind: results_of(session_of(content), x) for kind, content in written.items()}
+    assert torch.equal(found["packed"], found["int8"])
+    assert torch.equal(found["int4"], found["int8"])
+    torch.testing.assert_close(found["int8"], graph_module(x), rtol=1e-4, atol=1e-4)
+    model = onnx.load_model_from_string(written["packed"])
+    onnx.checker.check_model(model, full_check=True)
+    packed = sum(len(i.raw_data) for i in model.graph.initializer if ".packed" in i.name)
+    first, second = (3 + 4 + 5) * 11 * 24 / 8, 4 * 5 * 33 / 8
+    assert first + second <= packed <= first + second + 12  # the last bytes of every width

@@ -57,4 +57,9 @@ class LowRank:
     @classmethod
     def identity(cls, columns: int, device: torch.device | None = None) -> LowRank:
         """G = 1: the plain squared error. device: where the error is."""
-        return cls(torch.zeros(columns, 0, device=device), torch.ones(columns, device=device))
+        return cls.diagonal(torch.ones(columns, device=device))
+
+    @classmethod
+    def diagonal(cls, powers_i: Tensor) -> LowRank:
+        """G = diag(powers), float32 (in,), not negative."""
+        return cls(torch.zeros(len(powers_i), 0, device=powers_i.device), powers_i)

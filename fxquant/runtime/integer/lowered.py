@@ -128,7 +128,7 @@ def _packed(
 ) -> Tensor:
     out_features, in_features = codes.shape[0], codes[0].numel()
     ranges = max(1, len(epilogue.codes))
-    spec = library.LinearSpec(out_features, in_features, quantizer.bits, epilogue.kind, ranges)
+    spec = library.LinearSpec(out_features, in_features, quantizer.widest_bits, epilogue.kind, ranges)
     spec.input, spec.steps = code.levels_spec(), 0 if epilogue.table is None else epilogue.table.steps
     for index, output in enumerate(epilogue.codes):
         spec.output[index] = output.quantizer_spec()

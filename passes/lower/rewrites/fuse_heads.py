@@ -235,7 +235,7 @@ def _stacked(sources: Sequence[QuantizedLinear], rows: Tensor) -> QuantizedLinea
         codes.append(own)
         scales.append(quantizer.scale.reshape(-1).expand(len(own)))
         biases.append(torch.zeros(len(own)) if source.bias is None else source.bias)
-        widths.append(quantizer.bits)
+        widths.append(quantizer.widest_bits)
     quantizer = UniformQuantizer(max(widths), torch.cat(scales)[rows][:, None])
     # A weight of one column is enough to build with: the real one is derived from the codes when it is read.
     column = torch.zeros(len(rows), 1, dtype=sources[0].weight_dtype)

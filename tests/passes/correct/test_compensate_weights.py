@@ -11,6 +11,7 @@ from fxquant.data import embedded
 from fxquant.errors import PipelineError
 from fxquant.graph.annotation import annotation_of, nodes_with_role
 from fxquant.graph.capture.tracing import trace
+from fxquant.quantizers.statistics.feedback import factor
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedLinear
 from passes.allocate.allocate_bits import AllocateBits
@@ -117,7 +118,7 @@ def test_columns_of_large_inputs_come_first() -> None:
     gram, quantizer = rows.T @ rows, UniformQuantizer(3, weight.abs().amax(1, keepdim=True) / 3)
     found, turned = compensate(weight, gram, quantizer), compensate(weight.flip(1), gram.flip(0, 1), quantizer)
     torch.testing.assert_close(turned.flip(1), found)
-    feedback, _ = compensate_weights._factor(gram, 0.1, torch.float32)
+    feedback, _ = factor(gram, 0.1, torch.float32)
     reach = [end.expand(24) for end in quantizer.reach]
     as_they_stand, _ = compensate_weights._round_columns(
         weight, torch.zeros_like(weight), feedback, quantizer.scale.T, *reach, 16

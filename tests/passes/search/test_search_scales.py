@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxquant.errors import CalibrationError, PipelineError
 from fxquant.graph.annotation import WEIGHT_ROLES, Annotation, Role, annotate, annotation_of, nodes_with_role
 from fxquant.quantizers.families import families_named
+from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer
 from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
 from passes.search.calibrate import Calibrate, coherence
@@ -163,3 +164,25 @@ def test_coherence_by_hand() -> None:
     equal, opposite = torch.ones(5, 3), torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     assert coherence(equal) == pytest.approx(5), "five equal errors add up to five, their squares to 25 instead of 5"
     assert coherence(opposite) == 0
+
+
+def test_channels_of_all_weights_but_the_heads_have_widths_of_their_own() -> None:
+    """Rotated or not, with the candidates' mean; elsewhere, and of widths without both neighbours, one for all."""
+    graph_module = traced(vit(depth=1), images(2))
+    plan_and_observe(graph_module)
+    Calibrate().apply(graph_module, PassContext(images()))
+    SearchScales((2, 3, 4, 5), weight_widths="channel", dampening=0.1).apply(graph_module, PassContext())
+    mixed = 0
+    for node in nodes_with_role(graph_module):
+        annotation = annotation_of(node)
+        for candidate in weight_candidates(annotation):
+            quantizer = candidate.quantizer
+            is_mixed = annotation.role is not Role.HEAD and candidate.bits in (3, 4)
+            assert isinstance(quantizer, UniformChannelsQuantizer) == is_mixed
+            mixed += is_mixed and len(quantizer.widths.unique()) > 1
+    assert mixed >= 4
+    plain = copy.deepcopy(graph_module)
+    with pytest.raises(CalibrationError, match="weight_widths"):
+        SearchScales(weight_widths="channel", weight_scales="tensor").apply(plain, PassContext())
+    with pytest.raises(CalibrationError, match="dampening"):
+        SearchScales(dampening=-1.0)
