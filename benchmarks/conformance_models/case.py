@@ -94,23 +94,26 @@ def _settled(model: nn.Module, images_bchw: Tensor, inputs: Mapping[str, Any]) -
     return model
 
 
-def with_rounded_inputs(model: nn.Module, images: Tensor, inputs: Mapping[str, Any]) -> Any:
-    """The output of the float model whose linear layers and convolutions read 8 bits of the largest entry.
+def with_noisy_inputs(model: nn.Module, images: Tensor, inputs: Mapping[str, Any], seed: int) -> Any:
+    """The output of the float model whose linear layers and convolutions read inputs that are off by half a step.
 
-    What this alone costs is the network's: in a deep one of random weights errors add up from layer to layer.
+    Noise is uniform, of a step of 8 bits of the largest entry: what rounding to 8 bits leaves. What this alone costs is
+    the network's: in a deep one of random weights errors add up from layer to layer, and one draw says little.
 
     Args:
         model: in inference mode.
         images: float (B, C, H, W).
         inputs: further arguments of its forward.
+        seed: of the noise.
     """
+    generator = torch.Generator().manual_seed(seed)
 
-    def rounded(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        step = given[0].abs().max().clamp_min(1e-12) / 127
-        return (torch.round(given[0] / step) * step, *given[1:])
+    def noisy(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        step = given[0].abs().max() / 127
+        return (given[0] + step * (torch.rand(given[0].shape, generator=generator) - 0.5), *given[1:])
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
-    hooks = [layer.register_forward_pre_hook(rounded) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(noisy) for layer in layers]
     output = model(images, **inputs)
     for hook in hooks:
         hook.remove()

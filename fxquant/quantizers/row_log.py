@@ -25,6 +25,7 @@ from fxquant.quantizers.family import Family, Proposals, Statistics
 from fxquant.quantizers.quantizer import Quantizer, as_scale
 
 LARGEST = 255
+POWERS = 9.2  # of two, below the largest: levels beyond 9 are nearer to zero than to one 255th
 
 
 class RowLogQuantizer(Quantizer):
@@ -72,11 +73,13 @@ def row_log(statistics: Statistics, bits: int) -> Proposals:
     """Powers of one base below the largest of each row, and zero, in whole 255ths; see `RowLogQuantizer`.
 
     The base follows from the widths, it is not searched: what the zero swallows has to weigh little with all keys of a
-    row together, log2(keys) powers of two below the largest and one more from 4 bits on, as far as a byte reaches.
-    A search by the predicted loss, which takes errors of a row for independent, stops one to two powers too early.
+    row together, as little as what rounding costs at this width. So it begins log2(keys) powers of two below the
+    largest and, since each bit halves what rounding costs, one power further for each bit from 4 on, as far as a byte
+    reaches. A search by the predicted loss, which takes errors of a row for independent, stops one to two powers too
+    early.
     """
     last = 2**bits - 1
-    reach = min(math.log2(max(statistics.row_length, 2)) + min(bits, 4) / 2 - 1, 9.5)
+    reach = min(math.log2(max(statistics.row_length, 2)) + max(bits / 2 - 1, bits - 3), POWERS)
     base = max(reach, 1.0) / (last - 0.5)
     exponents = base * np.arange(last - 1, -1, -1)
     levels = np.concatenate([[0.0], np.rint(LARGEST * np.exp2(-exponents)) / LARGEST])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -85,6 +87,17 @@ def test_products_are_closer_than_with_one_scale_at_the_same_width(keys: int) ->
     assert error("row-log", 3) < min(error(family, 3) for family in others) / 5
     assert error("row-log", 3) < min(error(family, 4) for family in others)
     assert error("row-log", 2) < min(error(family, 3) for family in others)
+
+
+@pytest.mark.parametrize(("keys", "widest"), [(4, 8), (9, 8), (16, 8), (49, 7), (197, 5)])
+def test_every_bit_brings_products_closer(keys: int, widest: int) -> None:
+    """Until levels of a byte are what errs: with few keys, a zero that begins at a 16th of the largest errs more."""
+    x, values = attention(keys, 400, 4.0), torch.randn(keys, 64, generator=torch.Generator().manual_seed(1)) + 0.5
+    statistics, errors = statistics_of(x), list[float]()
+    for bits in range(2, widest + 1):
+        (found,) = search_activation(statistics, FAMILIES["row-log"], (bits,), images=1, weighted=False)
+        errors.append(float(((found.quantizer(x) - x) @ values).square().mean().sqrt()))
+    assert all(after < 0.75 * before for before, after in itertools.pairwise(errors)), errors
 
 
 def test_predicted_noise_is_that_of_levels_before_they_are_divided_by_their_sum() -> None:
