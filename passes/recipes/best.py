@@ -31,6 +31,7 @@ NARROWEST = 3  # below, tensors cost more than any prediction says
 PROBABILITIES = ("av.left",)  # of which row-log loses as little at 2 bits as others do at 4
 BOOK = "codebook<=5"  # wider, uniform scales lose next to nothing
 SHRINKAGE = 0.5  # of tokens' weights in Gram matrices: half of what 32 images' gradients say, half all tokens alike
+UNCERTAINTY = 0.75  # of weights' losses: bits by losses as 32 images predict them do worse than one width for all
 SEARCHED = 128  # images at most, for scales; the rest of a thorough run's images only train
 
 
@@ -56,6 +57,7 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
         narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
         spared=PROBABILITIES,
+        shrinkage=UNCERTAINTY,
     )
     passes = _rounded(plan, allocate)
     return with_options(options, _trained(passes) if thorough else passes)
