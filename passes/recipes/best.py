@@ -42,7 +42,8 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
     budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which have
     widths of their own. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
-    scales wherever these cost next to nothing, after GELU OPT-m elsewhere. GELU itself takes 14-bit codes.
+    scales wherever these cost next to nothing, after GELU OPT-m elsewhere. Up to 5 bits, output channels of weights
+    have widths of their own, one bit less or more than the weight's. GELU itself takes 14-bit codes.
     thorough: what GPTQ has rounded is where training starts, of weights with all scales towards the float model's
     outputs; blocks that ridge regression on quantized inputs brings closer on held-out images start from that. On
     these images the result is never further from the float model than without. Give it 1,024 images; what it takes and
