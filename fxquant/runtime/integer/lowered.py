@@ -1,7 +1,7 @@
 """Modules of a lowered graph: bytes flow between them, integer kernels run inside them.
 
 Each is made from the simulated module it replaces and computes the same: the same codes, the same integers, outputs
-that differ by the rounding of float32 at most. Weights stay packed at their bits in memory.
+that differ by the rounding of float32 at most. Weights stay packed in memory, at the bits of the widest channel.
 """
 
 from __future__ import annotations
