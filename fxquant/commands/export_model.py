@@ -21,7 +21,8 @@ def export_model(
     weight_type: Annotated[
         str,
         typer.Option(
-            help="int8; int4: INT4 where a weight has at most 4 bits; packed: all in as many bits as they have."
+            help="int8; int4: INT4 where no channel of a weight has more than 4 bits; packed: all in as many bits as "
+            "they have."
         ),
     ] = "int8",
     runtime: Annotated[

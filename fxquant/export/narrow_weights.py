@@ -30,6 +30,7 @@ def narrow_weights(model: Any, written: GraphModule, weight_type: str) -> None:
         weight_type: "int4": codes of at most 4 bits, and their zero-points, become INT4 or UINT4; "packed": codes of
             at most 7 bits are packed.
     """
+    shared: dict[tuple[str, bytes], Any] = {}
     for path, weight in written.named_modules():
         if not isinstance(weight, Weight) or weight.bits is None:
             continue
@@ -37,7 +38,7 @@ def narrow_weights(model: Any, written: GraphModule, weight_type: str) -> None:
             for name in ("values", "zero"):
                 _make_int4(model, f"{path}.{name}")
         elif weight_type == "packed" and weight.bits < 8:
-            _pack(model, f"{path}.values", weight)
+            _pack(model, f"{path}.values", weight, shared)
 
 
 def _make_int4(model: Any, name: str) -> None:
@@ -52,8 +53,15 @@ def _make_int4(model: Any, name: str) -> None:
         value.dtype = value.const_value.dtype
 
 
-def _pack(model: Any, name: str, weight: Weight) -> None:
-    """Let nodes at the begin of the graph make what the initializer held."""
+def _pack(model: Any, name: str, weight: Weight, shared: dict[tuple[str, bytes], Any]) -> None:
+    """Let nodes at the begin of the graph make what the initializer held.
+
+    Args:
+        model: the model, which is changed.
+        name: of the initializer.
+        weight: whose codes it holds.
+        shared: constants that packed weights have in common, by type and content; it grows.
+    """
     import onnx_ir
     from onnx_ir import tape
 
@@ -64,6 +72,13 @@ def _pack(model: Any, name: str, weight: Weight) -> None:
     def constant(label: str, numbers: NDArray[Any]) -> Any:
         return builder.initializer(onnx_ir.tensor(numbers, name=f"{name}.{label}"))
 
+    def common(numbers: NDArray[Any]) -> Any:
+        key = (f"{numbers.dtype}{numbers.shape}", numbers.tobytes())
+        if key not in shared:
+            tensor = onnx_ir.tensor(numbers, name=f"unpacking.{len(shared)}")
+            shared[key] = builder.initializer(tensor)
+        return shared[key]
+
     def unpacked(numbers: NDArray[Any], bits: int, label: str) -> Any:
         """A flat value of the type of codes: these, in `bits` bits each."""
         lowest = -(2 ** (bits - 1)) if numbers.dtype == np.int8 else 0
@@ -73,35 +88,35 @@ def _pack(model: Any, name: str, weight: Weight) -> None:
             packed = constant(
                 f"{label}packed{width}", packed_bytes((unsigned >> position).astype(np.uint8), width)[:, None]
             )
-            shifts = constant(f"{label}shifts{width}", np.arange(0, 8, width, dtype=np.uint8))
+            shifts = common(np.arange(0, 8, width, dtype=np.uint8))
             apart = builder.op("BitShift", [packed, shifts], {"direction": "RIGHT"})
-            mask = constant(f"{label}mask{width}", np.array(2**width - 1, np.uint8))
+            mask = common(np.array(2**width - 1, np.uint8))
             apart = builder.op("BitwiseAnd", [apart, mask])
-            place = constant(f"{label}place{width}", np.array(position, np.uint8))
+            place = common(np.array(position, np.uint8))
             apart = builder.op("BitShift", [apart, place], {"direction": "LEFT"})
-            apart = builder.op("Reshape", [apart, constant(f"{label}flat{width}", np.array([-1], np.int64))])
+            apart = builder.op("Reshape", [apart, common(np.array([-1], np.int64))])
             whole = apart if whole is None else builder.op("BitwiseOr", [whole, apart])
             position += width
         if len(unsigned) % 8:
-            ends = [constant(f"{label}from", np.array([0])), constant(f"{label}to", np.array([len(unsigned)]))]
+            ends = [common(np.array([0])), common(np.array([len(unsigned)]))]
             whole = builder.op("Slice", [whole, *ends])
         wide = builder.op("Cast", [whole], {"to": onnx_ir.DataType.INT32})
-        signed = builder.op("Add", [wide, constant(f"{label}lowest", np.array(lowest, np.int32))])
+        signed = builder.op("Add", [wide, common(np.array(lowest, np.int32))])
         return builder.op("Cast", [signed], {"to": onnx_ir.DataType.from_numpy(codes.dtype)})
 
-    def shaped(flat: Any, label: str, shape: tuple[int, ...]) -> Any:
-        return builder.op("Reshape", [flat, constant(label, np.array(shape, np.int64))])
+    def shaped(flat: Any, shape: tuple[int, ...]) -> Any:
+        return builder.op("Reshape", [flat, common(np.array(shape, np.int64))])
 
     if weight.widths is None:
         assert weight.bits is not None  # a float weight is not packed
-        result = shaped(unpacked(codes, weight.bits, ""), "shape", codes.shape)
+        result = shaped(unpacked(codes, weight.bits, ""), codes.shape)
     else:
         rows = np.moveaxis(codes, weight.axis, 0)
         kinds = np.unique(weight.widths).tolist()
         parts = [unpacked(rows[weight.widths == bits], bits, f"w{bits}.") for bits in kinds]
         # Channels of one width lie behind those of another, and go back to where they were.
-        sorted_rows = shaped(builder.op("Concat", parts, {"axis": 0}), "sorted", rows.shape)
-        places = np.argsort(np.argsort(weight.widths, kind="stable"), kind="stable")
+        sorted_rows = shaped(builder.op("Concat", parts, {"axis": 0}), rows.shape)
+        places = np.argsort(np.argsort(weight.widths, kind="stable"), kind="stable").astype(np.int32)
         result = builder.op("Gather", [sorted_rows, constant("places", places)], {"axis": 0})
         if weight.axis:
             result = builder.op("Transpose", [result], {"perm": [1, 0]})

@@ -38,7 +38,7 @@ class Quantizer(nn.Module):
         Quantizer._kinds[cls.kind] = cls
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Codes of x, int32, same shape; every code fits in `bits` bits (signed or unsigned, as the kind says)."""
+        """Codes of x, int32, same shape; every code fits in `widest_bits` bits, signed or unsigned."""
         raise NotImplementedError(f"{type(self).__name__} has no quantize")
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -48,6 +48,11 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize: the values that low-bit execution would compute with; dtype of x."""
         return self.dequantize(self.quantize(x)).to(x.dtype)
+
+    @property
+    def widest_bits(self) -> int:
+        """The width that holds every code: `bits`, but where channels have widths of their own."""
+        return self.bits
 
     def check_numbers(self) -> None:
         """Raise ValueError for tensors that no such quantizer has; whoever has loaded some calls this."""

@@ -51,11 +51,6 @@ class UniformQuantizer(Quantizer):
         return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.symmetric else (0, 2**bits - 1)
 
     @property
-    def widest_bits(self) -> int:
-        """The width that holds every code."""
-        return self.bits
-
-    @property
     def ends(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest code, float32 () or, where channels have widths of their own, of the scale's shape."""
         low, high = self.code_range

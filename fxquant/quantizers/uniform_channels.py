@@ -1,9 +1,8 @@
 """Symmetric uniform quantization of a weight whose output channels have widths of their own.
 
-A layer of b bits has channels of b - 1, b and b + 1 bits, as many wider as narrower ones, so that their mean is exactly
-b: the weight takes the same memory in files, and the layer as many bit operations, as with b bits for each. The loss
-cares for some channels far more than for others, and these are the wider ones (`fxquant.quantizers.search`). Kernels
-keep all channels of a layer at the width of the widest.
+A weight of b bits has channels of b - 1, b and b + 1 bits, as many wider as narrower ones, so that their mean is b: the
+weight takes the same memory in files, and the layer as many bit operations, as with b bits for each. The loss cares for some channels far more than for others, and these are the wider ones (`fxquant.quantizers.search`). In memory
+kernels keep all channels of a layer at the width of the widest.
 """
 
 from __future__ import annotations
@@ -55,6 +54,23 @@ class UniformChannelsQuantizer(UniformQuantizer):
                 f"channels have {NARROWEST} to {WIDEST} bits and a mean of {self.bits}; found {least} to {most}, mean "
                 f"{total / len(self.widths):.4g}"
             )
+
+    def check_state(self, state: Mapping[str, Any], prefix: str, codes: Tensor | None) -> None:
+        """Raise ValueError for widths of a state dict that no such weight has, and codes that are not within them.
+
+        Args:
+            state: a state dict, about to be loaded.
+            prefix: of this quantizer's names in it.
+            codes: the weight's, integer (out, ...); None: there are none.
+        """
+        given = [state.get(f"{prefix}{name}", getattr(self, name)) for name in ("scale", "widths")]
+        if not all(isinstance(new, Tensor) and new.shape == self.scale.shape for new in given):
+            return  # torch says so itself
+        low, high = UniformChannelsQuantizer(self.bits, *given).ends
+        if codes is not None and codes.shape[:1] == low.shape[:1]:
+            rows = codes.flatten(1)
+            if bool(((rows < low) | (rows > high)).any()):
+                raise ValueError("codes are not all within the widths of their channels")
 
     @property
     def widest_bits(self) -> int:

@@ -7,7 +7,7 @@ byte for each weight; one that has run simulated holds five. "Simulated" means: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fxquant.errors import StateError
 from fxquant.quantizers.quantizer import Quantizer
+from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer
 
 
 class QuantizedWeightModule(nn.Module):
@@ -82,16 +83,28 @@ class QuantizedWeightModule(nn.Module):
             self.weight_dtype = dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def check_codes(self, codes: Any, path: str) -> None:
-        """Raise StateError, naming `path`, where the weight quantizer does not have these codes; None has none."""
-        bounds = getattr(self.weight_quantizer, "code_range", None)
-        if codes is None or bounds is None:
+    def check_codes(self, state: Mapping[str, Any], path: str) -> None:
+        """Raise StateError where a state has codes of this layer that its weight quantizer does not have.
+
+        Args:
+            state: a state dict, about to be loaded.
+            path: what the layer's names in it begin with, without the dot.
+        """
+        name = f"{path}.".lstrip(".")
+        codes, quantizer = state.get(f"{name}weight_codes"), self.weight_quantizer
+        if isinstance(quantizer, UniformChannelsQuantizer):
+            try:
+                quantizer.check_state(state, f"{name}weight_quantizer.", codes)
+            except ValueError as error:
+                raise StateError(f"'{path}': {error}") from error
+        bounds = getattr(quantizer, "code_range", None)
+        if codes is None or bounds is None or isinstance(quantizer, UniformChannelsQuantizer):
             return
         if codes.numel() and not bounds[0] <= int(codes.min()) <= int(codes.max()) <= bounds[1]:
             raise StateError(f"codes of '{path}' are not all within {bounds}: they are of another width")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        self.check_codes(state_dict.get(f"{prefix}weight_codes"), prefix.rstrip("."))
+        self.check_codes(state_dict, prefix.rstrip("."))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def requantize(self, weight: Tensor) -> None:

@@ -66,7 +66,7 @@ def check_state(graph_module: GraphModule, prefix: str, state: Mapping[str, Any]
             _check_like(name, state[name], tensor)
     for path, module in graph_module.named_modules():
         if isinstance(module, QuantizedWeightModule):
-            module.check_codes(state.get(f"{prefix}{path}.weight_codes"), path)
+            module.check_codes(state, f"{prefix}{path}")
         elif isinstance(module, Quantizer):
             _check_scales(f"{prefix}{path}", module, state)
     for name, tensor in mine.items():

@@ -162,7 +162,7 @@ class MeasureLatency:
     ) -> FloatArray:
         """Times at every weight width with inputs of these codes, float64 (W,); (1,) without weights."""
         weight = annotation_of(node).weight
-        bits = [] if weight is None else [candidate.bits for candidate in weight.candidates]
+        bits = [] if weight is None else [candidate.quantizer.widest_bits for candidate in weight.candidates]
         key: list[Any] = [[time_key(code) for code in codes], self.threads]
         if not bits:
             sizes = matmul_sizes(graph_module, node, self.batch_size)

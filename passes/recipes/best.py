@@ -22,7 +22,7 @@ from passes.recipes.assembly import Options, checked_recipe, norm_inputs, with_o
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
-from passes.search.search_scales import SearchScales
+from passes.search.search_scales import SearchScales, WeightWidths
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from passes.substitute.tabulate_gelu import TabulateGelu
 
@@ -36,14 +36,17 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 
 
 @checked_recipe
-def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> Pipeline:
+def best(
+    budget: Any, *, thorough: bool = False, weight_widths: WeightWidths = "channel", **options: Unpack[Options]
+) -> Pipeline:
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding of columns and rows.
 
-    budget: anything `Budget.parse` takes. No tensor gets fewer than 3 bits where the budget can be met without, but
+    budget: anything `Budget.parse` takes. No tensor has a mean of less than 3 bits where the budget can be met without, but
     fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which have
     widths of their own. Up to 5 bits, levels of activations are codebooks; wider ones have uniform
     scales wherever these cost next to nothing, after GELU OPT-m elsewhere. Up to 5 bits, output channels of weights
     have widths of their own, one bit less or more than the weight's. GELU itself takes 14-bit codes.
+    weight_widths: "tensor" gives all channels of a weight one width, for runtimes that take a weight of 4 bits as INT4.
     thorough: what GPTQ has rounded is where training starts, of weights with all scales towards the float model's
     outputs; blocks that ridge regression on quantized inputs brings closer on held-out images start from that. On
     these images the result is never further from the float model than without. Give it 1,024 images; what it takes and
@@ -60,11 +63,11 @@ def best(budget: Any, *, thorough: bool = False, **options: Unpack[Options]) -> 
         spared=PROBABILITIES,
         shrinkage=UNCERTAINTY,
     )
-    passes = _rounded(plan, allocate)
+    passes = _rounded(plan, allocate, weight_widths)
     return with_options(options, _trained(passes) if thorough else passes)
 
 
-def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
+def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: WeightWidths) -> list[Pass]:
     """The passes of `best`."""
     return [
         AssignRoles(),
@@ -80,7 +83,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits) -> list[Pass]:
         FoldSqb(),
         InsertObservers(),
         Calibrate(shrinkage=SHRINKAGE, outputs=True),
-        SearchScales(keep_grams=True, negligible=NEGLIGIBLE, weight_widths="channel", dampening=WELL_DAMPED),
+        SearchScales(keep_grams=True, negligible=NEGLIGIBLE, weight_widths=weight_widths, dampening=WELL_DAMPED),
         allocate,
         CompensateWeights(),
         SubstituteQuantizers(),
@@ -100,6 +103,6 @@ def _thorough(step: Pass) -> Pass:
 
 
 @checked_recipe
-def best_thorough(budget: Any, **options: Unpack[Options]) -> Pipeline:
+def best_thorough(budget: Any, *, weight_widths: WeightWidths = "channel", **options: Unpack[Options]) -> Pipeline:
     """`best` with `thorough=True`, by a name that the one call and the command line take."""
-    return best(budget, thorough=True, **options)
+    return best(budget, thorough=True, weight_widths=weight_widths, **options)

@@ -73,10 +73,11 @@ class SearchScales:
             families the first named is taken that loses at most so much more than the best.
         weight_scales: whether a weight has a scale for each output channel, or one for the whole tensor.
         weight_widths: "tensor", one width for each weight; "channel", channels of symmetric weights have widths of
-            their own, up to a mean of 5 bits: see `fxquant.quantizers.uniform_channels`. The head keeps one: its
-            channels are classes, and the calibration images are of few of them.
-        dampening: that of CompensateWeights, where it rounds the weights: then they are searched, and their losses
-            predicted, by what later columns cannot make up for. None: they are rounded to nearest.
+            their own, at a mean of 3 to 5 bits whose neighbours are among `bits`: see
+            `fxquant.quantizers.uniform_channels`. The head keeps one width: its channels are classes, and the
+            calibration images are of few of them.
+        dampening: that of CompensateWeights, where the pipeline has it: then weights are searched, and their losses
+            predicted, by what later columns cannot make up for; for "hessian". None: they are rounded to nearest.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -111,6 +112,8 @@ class SearchScales:
             raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
         if self.dampening is not None and self.dampening < 0:
             raise CalibrationError(f"dampening is a share of the mean diagonal, at least 0, not {self.dampening}")
+        if self.dampening is not None and self.criterion != "hessian":
+            raise CalibrationError(f"dampening is of Gram matrices, which only criterion='hessian' reads; found {self}")
         if self.weight_widths == "channel" and (self.weight_scales == "tensor" or self.criterion == "min-max"):
             raise CalibrationError(
                 'weight_widths="channel" needs scales of channels that are searched: weight_scales="channel", and '

@@ -77,5 +77,7 @@ def test_channels_of_several_widths_are_packed_at_their_own() -> None:
     model = onnx.load_model_from_string(written["packed"])
     onnx.checker.check_model(model, full_check=True)
     packed = sum(len(i.raw_data) for i in model.graph.initializer if ".packed" in i.name)
+    narrow = onnx.load_model_from_string(written["int4"]).graph.initializer
+    assert not [i.name for i in narrow if i.data_type == onnx.TensorProto.INT4]  # channels of 5 bits
     first, second = (3 + 4 + 5) * 11 * 24 / 8, 4 * 5 * 33 / 8
     assert first + second <= packed <= first + second + 12  # the last bytes of every width

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fxquant.artefact.packing import pack_rows, packed_bytes, unpack_rows
 from fxquant.artefact.weight_codes import packed_codes, unpacked_codes
-from fxquant.errors import ArtefactError
+from fxquant.errors import ArtefactError, StateError
 from fxquant.quantizers.learned import LearnedCodes, SoftRounding
 from fxquant.quantizers.quantizer import Quantizer
 from fxquant.quantizers.search import WIDEST_MIXED, search_weight
 from fxquant.quantizers.statistics.feedback import column_order, factor, powers_left
 from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer, mixed_widths
+from fxquant.runtime.simulated import QuantizedLinear
 
 pytestmark = pytest.mark.quick
 
@@ -162,3 +163,26 @@ def test_learned_codes_stay_within_the_width_of_their_channel() -> None:
     with torch.no_grad():
         soft.logits += 20
     torch.testing.assert_close(quantizer(soft.hard()), soft.hard())
+
+
+def layer_of(widths: list[int]) -> QuantizedLinear:
+    return QuantizedLinear(weight_of(), None, quantizer_of(weight_of(), widths), None)
+
+
+def test_a_state_brings_widths_of_its_own() -> None:
+    source, target = layer_of([2, 4, 2, 4, 3, 3]), layer_of([3] * 6)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.weight, source.weight)
+
+
+@pytest.mark.parametrize("name", ["codes beyond a channel's width", "widths of another mean"])
+def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
+    layer = layer_of(WIDTHS)
+    state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    if name == "widths of another mean":
+        state["weight_quantizer.widths"] += 1
+    else:
+        state["weight_codes"][1, 0] = 3  # of 2 bits; other channels have 4
+    with pytest.raises(StateError, match=r"a mean of 3|within the widths of their channels"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight_codes, layer_of(WIDTHS).weight_codes)
