@@ -1,8 +1,9 @@
 """Symmetric uniform quantization of a weight whose output channels have widths of their own.
 
 A weight of b bits has channels of b - 1, b and b + 1 bits, as many wider as narrower ones, so that their mean is b: the
-weight takes the same memory in files, and the layer as many bit operations, as with b bits for each. The loss cares for some channels far more than for others, and these are the wider ones (`fxquant.quantizers.search`). In memory
-kernels keep all channels of a layer at the width of the widest.
+weight takes the same memory in files, and the layer as many bit operations, as with b bits for each. The loss cares for
+some channels far more than for others, and these are the wider ones (`fxquant.quantizers.search`). In memory kernels
+keep all channels of a layer at the width of the widest.
 """
 
 from __future__ import annotations

@@ -192,8 +192,8 @@ class Compiled(FixedModule):
 
         Args:
             path: where the file is written.
-            weight_type: "int8"; "int4" for INT4 where no channel of a weight has more than 4 bits; or "packed", every weight
-                in as many bits as it has, taken apart by the runtime when it loads the file.
+            weight_type: "int8"; "int4" for INT4 where no channel of a weight has more than 4 bits; or "packed", every
+                weight in as many bits as it has, taken apart by the runtime when it loads the file.
             runtime: "any", or "onnxruntime" for what ONNX Runtime runs fastest; the values are the same.
             check: before the file is written, ONNX Runtime runs it and is held against the model's known answers.
             image_size: (height, width), the main size or one of `image_sizes`; a file takes one. None: the main size.
