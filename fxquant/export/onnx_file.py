@@ -53,9 +53,8 @@ def to_onnx(
     Args:
         graph_module: a simulated graph; it is not changed.
         weight_type: "int8"; "int4", which writes weights without a channel of more than 4 bits as INT4 (UINT4 with a
-            zero-point): half the size, for runtimes that have it; or "packed", which writes every weight in as many bits
-            as it has, see
-            `fxquant.export.narrow_weights`.
+            zero-point): half the size, for runtimes that have it; or "packed", which writes every weight in as many
+            bits as it has, see `fxquant.export.narrow_weights`.
         runtime: "any", or "onnxruntime" for the forms that ONNX Runtime runs fastest; the values are the same.
         card: the protocol card, JSON values, which becomes a metadata entry of the file.
 

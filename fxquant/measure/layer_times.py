@@ -64,8 +64,9 @@ def _time(
         if key not in known:
             known[key] = matmul_ms(*sizes, codes[0], codes[1], threads=1)
         return known[key]
-    layer = linear_sizes(graph_module, node, graph_module.get_submodule(str(node.target)), batch_size=1)
-    bits = annotation_of(node).weight_bits or 8
+    module: Any = graph_module.get_submodule(str(node.target))
+    layer = linear_sizes(graph_module, node, module, batch_size=1)
+    bits = module.weight_quantizer.widest_bits  # at which its kernel runs
     key = (*layer, bits, *keys)
     if key not in known:
         known[key] = linear_ms(*layer, bits, codes[0], threads=1)

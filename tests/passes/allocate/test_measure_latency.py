@@ -96,6 +96,13 @@ def test_on_avx2_each_width_of_codes_is_timed(calls: list[tuple[Any, ...]]) -> N
     assert qkv == [("linear", 5, 24, 72, 8, 1, 1)] * len(BITS)
 
 
+def test_a_weight_is_timed_at_the_width_of_its_widest_channel(calls: list[tuple[Any, ...]]) -> None:
+    """Candidates of 3, 4 and 5 bits: only that of 4 has both neighbours, and so channels of 3, 4 and 5 bits."""
+    Session(vit(depth=1), images(3), recipe="best", backend="cpu-native", bits=(3, 4, 5)).cost_table("W5A5, 1ms")
+    widths = {call[4] for call in calls if call[:4] == ("linear", 5, 24, 72)}
+    assert widths == {3, 5}
+
+
 def test_batch_size_and_threads(calls: list[tuple[Any, ...]]) -> None:
     latency = MeasureLatency(batch_size=4, threads=2)
     options: dict[str, Any] = {**OPTIONS, "recipe": "mptq_vit", "latency": latency}
