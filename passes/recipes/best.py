@@ -41,16 +41,20 @@ def best(
 ) -> Pipeline:
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding of columns and rows.
 
-    budget: anything `Budget.parse` takes. No tensor has a mean of less than 3 bits where the budget can be met without,
-    but fully quantized at a mean of 3 activation bits, which would leave no choice; and attention probabilities, which
-    have widths of their own. Up to 5 bits, levels of activations are codebooks; wider ones have uniform scales wherever
-    these cost next to nothing, after GELU OPT-m elsewhere. Up to 5 bits, channels of weights have widths of their own,
-    one bit less or more than the weight's. GELU itself takes 14-bit codes.
-    weight_widths: "tensor" gives all channels of a weight one width, for runtimes that take a weight of 4 bits as INT4.
-    thorough: what GPTQ has rounded is where training starts, of weights with all scales towards the float model's
-    outputs; blocks that ridge regression on quantized inputs brings closer on held-out images start from that. On
-    these images the result is never further from the float model than without. Give it 1,024 images; what it takes and
-    adds: docs/results.md. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
+    Up to 5 bits, levels of activations are codebooks; wider ones have uniform scales wherever these cost next to
+    nothing, after GELU OPT-m elsewhere. Up to 5 bits, channels of weights have widths of their own, one bit less or more
+    than the weight's. GELU itself takes 14-bit codes. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
+
+    Args:
+        budget: anything `Budget.parse` takes. No tensor has a mean of less than 3 bits where the budget can be met
+            without, but fully quantized at a mean of 3 activation bits, which would leave no choice; and attention
+            probabilities, which have widths of their own.
+        thorough: what GPTQ has rounded is where training starts, of weights with all scales towards the float model's
+            outputs; blocks that ridge regression on quantized inputs brings closer on held-out images start from that.
+            On these images the result is never further from the float model than without. Give it 1,024 images; what
+            it takes and adds: docs/results.md.
+        weight_widths: "tensor" gives all channels of a weight one width, for runtimes that take 4 bits as INT4.
+        options: see `Options`.
     """
     parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
     mean = parsed.mean_activation_bits or parsed.like_uniform_bits or 8
