@@ -42,8 +42,8 @@ def best(
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding of columns and rows.
 
     Up to 5 bits, levels of activations are codebooks; wider ones have uniform scales wherever these cost next to
-    nothing, after GELU OPT-m elsewhere. Up to 5 bits, channels of weights have widths of their own, one bit less or more
-    than the weight's. GELU itself takes 14-bit codes. Under the fully quantized protocol LayerNorm's inputs get O-2SF.
+    nothing, after GELU OPT-m elsewhere. Up to 5 bits, channels of weights have widths of their own, one bit less or
+    more than the weight's. GELU itself takes 14-bit codes. Fully quantized, LayerNorm's inputs get O-2SF.
 
     Args:
         budget: anything `Budget.parse` takes. No tensor has a mean of less than 3 bits where the budget can be met
