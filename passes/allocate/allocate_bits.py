@@ -37,7 +37,7 @@ from fxquant.graph.annotation import (
 )
 from fxquant.graph.facts import Fact
 from fxquant.graph.notes import Note
-from passes.allocate.build_table import build_table, drawn_together, latency_ms, refuse_too_wide
+from passes.allocate.build_table import build_table, latency_ms, refuse_too_wide
 from passes.allocate.measure_latency import LATENCY, LATENCY_KNOWN
 from passes.pipeline.contract import PassContext
 from passes.search.search_scales import SCALES_SEARCHED
@@ -69,8 +69,6 @@ class AllocateBits:
         role_bits: pins whole roles, where the model has them, before overrides.
         narrowest: widths below are used only where the budget cannot be met without them.
         spared: inputs of products by role, "av.left", that may be narrower than that all the same.
-        shrinkage: 0 to 1, how far losses of weights are drawn to their mean before bits are chosen by them, in
-            logarithms; see `passes.allocate.build_table.drawn_together`. What reports say of layers stays as predicted.
     """
 
     budget: Budget
@@ -81,7 +79,6 @@ class AllocateBits:
     role_bits: tuple[tuple[Role, Bits], ...] = ()
     narrowest: int = 2
     spared: tuple[str, ...] = ()
-    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         """Read the budget; raise BudgetError for what cannot be read, for no allocator, and for widths out of range."""
@@ -91,8 +88,6 @@ class AllocateBits:
             width = getattr(self, name)
             if width is not None and width not in range(2, 9):
                 raise BudgetError(f"{name} is a width from 2 to 8, not {width!r}")
-        if not 0 <= self.shrinkage <= 1:
-            raise BudgetError(f"shrinkage is from 0 to 1, not {self.shrinkage!r}")
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -182,7 +177,7 @@ class AllocateBits:
 
         Raises OverrideError for pins above the widths of an operand's families, or of widths that are no candidates.
         """
-        table = drawn_together(build_table(annotations, bits, self.image_bits), annotations, self.shrinkage)
+        table = build_table(annotations, bits, self.image_bits)
         roles = set(table.roles)
         pins: dict[str, Bits] = {str(role): pin for role, pin in self.role_bits}
         if self.first_last_bits is not None:

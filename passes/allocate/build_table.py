@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,29 +45,6 @@ def build_table(annotations: Sequence[Annotation], bits: tuple[int, ...], image_
         tied=np.array([any(operand.tied for operand in annotation.operands) for annotation in annotations]),
         fixed_bits=np.array([[image_bits if _is_image(group) else FLOAT_BITS for group in row] for row in groups]),
     )
-
-
-def drawn_together(table: CostTable, annotations: Sequence[Annotation], shrinkage: float) -> CostTable:
-    """The table with costs of weights drawn to their mean: how much a layer's weight counts is known from few images.
-
-    With c_l the geometric mean of a weight's costs over all widths, for each of its elements, and c that of all
-    elements, its costs are multiplied by (c / c_l)^shrinkage. How they fall from width to width stays.
-
-    Args:
-        table: what `build_table` gave for these annotations.
-        annotations: of the table's layers.
-        shrinkage: 0 leaves costs as they are; at 1 all weights lose alike by element.
-    """
-    elements = table.elements[0].astype(float)
-    costs = table.cost[0]
-    counted = np.array([a.weight is not None for a in annotations]) & (elements > 0) & (costs > 0).all(axis=1)
-    if not shrinkage or not counted.any():
-        return table
-    logarithms = np.log(costs[counted]).mean(axis=1) - np.log(elements[counted])
-    mean = np.average(logarithms, weights=elements[counted])
-    drawn = table.cost.copy()
-    drawn[0, counted] *= np.exp(shrinkage * (mean - logarithms))[:, None]
-    return replace(table, cost=drawn)
 
 
 def refuse_too_wide(pinned: CostTable, free: CostTable) -> None:

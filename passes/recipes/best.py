@@ -65,7 +65,6 @@ def best(
         # Inputs of norms and softmax need more than 3 bits: at a mean of 3 something has to pay for them.
         narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
         spared=PROBABILITIES,
-        shrinkage=UNCERTAINTY,
     )
     passes = _rounded(plan, allocate, weight_widths)
     return with_options(options, _trained(passes) if thorough else passes)
@@ -87,7 +86,13 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: Weight
         FoldSqb(),
         InsertObservers(),
         Calibrate(shrinkage=SHRINKAGE, outputs=True),
-        SearchScales(keep_grams=True, negligible=NEGLIGIBLE, weight_widths=weight_widths, dampening=WELL_DAMPED),
+        SearchScales(
+            keep_grams=True,
+            negligible=NEGLIGIBLE,
+            weight_widths=weight_widths,
+            dampening=WELL_DAMPED,
+            shrinkage=UNCERTAINTY,
+        ),
         allocate,
         CompensateWeights(),
         SubstituteQuantizers(),

@@ -30,6 +30,7 @@ from fxquant.quantizers.search import search_activation, search_weight
 from fxquant.quantizers.statistics.outline import CHANNEL, ROW, VALUE, Outline
 from passes.pipeline.contract import PassContext
 from passes.search.calibrate import CALIBRATED, STATISTICS
+from passes.search.drawn_together import Candidates, drawn_together
 from passes.search.insert_observers import observers_of
 from passes.search.owners import owners_of_nodes
 
@@ -78,6 +79,8 @@ class SearchScales:
             calibration images are of few of them.
         dampening: that of CompensateWeights, where the pipeline has it: then weights are searched, and their losses
             predicted, by what later columns cannot make up for; for "hessian". None: they are rounded to nearest.
+        shrinkage: 0 to 1, how far predicted losses of weights are drawn to their mean, in logarithms; see
+            `passes.search.drawn_together`.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -87,6 +90,7 @@ class SearchScales:
     weight_scales: WeightScales = "channel"
     weight_widths: WeightWidths = "tensor"
     dampening: float | None = None
+    shrinkage: float = 0.0
 
     @property
     def requires(self) -> frozenset[Fact]:
@@ -110,6 +114,8 @@ class SearchScales:
             raise CalibrationError(f"candidate bits must be ascending, distinct and between 2 and 8, not {self.bits}")
         if self.negligible < 0:
             raise CalibrationError(f"negligible is a loss in nats, at least 0, not {self.negligible}")
+        if not 0 <= self.shrinkage <= 1:
+            raise CalibrationError(f"shrinkage is from 0 to 1, not {self.shrinkage}")
         if self.dampening is not None and self.dampening < 0:
             raise CalibrationError(f"dampening is a share of the mean diagonal, at least 0, not {self.dampening}")
         if self.dampening is not None and self.criterion != "hessian":
@@ -140,7 +146,8 @@ class SearchScales:
         costs, owners = [_cost(graph_module, node) for node in nodes], owners_of_nodes(graph_module, nodes)
         found = context.deal("searching scales", searched, nodes, costs, owners)
         device = device_of(graph_module)
-        for node, (candidates, _) in zip(nodes, found, strict=True):
+        every = self._drawn(nodes, [candidates for candidates, _ in found])
+        for node, candidates in zip(nodes, every, strict=True):
             here = [placed(each, device) for each in candidates]
             annotate_operands(node, candidates=here, scores=[()] * len(here))
             for _, observer in observers_of(graph_module, node):
@@ -148,6 +155,21 @@ class SearchScales:
         outlines = {annotation_of(node).layer: each for node, (_, each) in zip(nodes, found, strict=True)}
         context.note(**{OUTLINES: outlines})
         return len(nodes)
+
+    def _drawn(self, nodes: list[Node], found: list[tuple[Candidates, ...]]) -> list[tuple[Candidates, ...]]:
+        """The candidates of every node's operands with losses of weights drawn together."""
+        weights = {
+            (number, place): operand.elements
+            for number, node in enumerate(nodes)
+            for place, operand in enumerate(annotation_of(node).operands)
+            if operand.argument is None and found[number][place]
+        }
+        drawn = drawn_together([found[number][place] for number, place in weights], [*weights.values()], self.shrinkage)
+        by_place = dict(zip(weights, drawn, strict=True))
+        return [
+            tuple(by_place.get((number, place), each) for place, each in enumerate(candidates))
+            for number, candidates in enumerate(found)
+        ]
 
     def _recalled(
         self, graph_module: GraphModule, node: Node, observers: Mapping[int, Observer], cache: Cache
