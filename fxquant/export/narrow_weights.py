@@ -84,7 +84,7 @@ def _pack(model: Any, name: str, weight: Weight, shared: dict[tuple[str, bytes],
         lowest = -(2 ** (bits - 1)) if numbers.dtype == np.int8 else 0
         unsigned = (numbers.astype(np.int16) - lowest).astype(np.uint8).reshape(-1)
         whole, position = None, 0
-        for width in (width for width in _PARTS if bits & width):
+        for width in (part for part in _PARTS if bits & part):
             packed = constant(
                 f"{label}packed{width}", packed_bytes((unsigned >> position).astype(np.uint8), width)[:, None]
             )

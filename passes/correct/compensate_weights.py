@@ -14,8 +14,8 @@ know nothing of one another; what earlier ones leave is added to their weights.
 Columns are taken in the order of their inputs' mean squares, the largest first (Frantar et al.'s "act-order"): what a
 column leaves is made up for by later ones, and the last, which nothing follows, are those that matter least.
 
-The scale of a row was searched for rounding to nearest. Compensated, another may cost less, since later columns make up
-for what is clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
+The scale of a row was searched without feedback. With it another may cost less, since later columns make up for what is
+clipped; so every row is rounded with a few scales around the searched one, and keeps what costs least.
 
 The result is written back as the layer's float weight, whose entries now lie on their grid, and the candidate of the
 allocated width gets the scales, so that substitution finds exactly these codes.
@@ -84,7 +84,7 @@ class CompensateWeights:
     def apply(self, graph_module: GraphModule, context: PassContext) -> int:
         """Rewrite weights in place and let go of Gram matrices; returns how many layers.
 
-        Notes the summed cost d G d^T before and after, to some per cent: of G the low rank that SearchScales sees.
+        Notes the summed cost d G d^T before and after, to some per cent: of a low rank of G.
         """
         work = []
         for node in nodes_with_role(graph_module):

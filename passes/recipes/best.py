@@ -8,7 +8,6 @@ from typing import Any, Unpack
 from allocators.milp import Milp
 from allocators.problem.budget import Budget
 from fxquant.graph.annotation import Role
-from fxquant.quantizers.statistics.feedback import WELL_DAMPED
 from passes.allocate.allocate_bits import AllocateBits
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.distil import Distil
@@ -90,7 +89,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: Weight
             keep_grams=True,
             negligible=NEGLIGIBLE,
             weight_widths=weight_widths,
-            dampening=WELL_DAMPED,
+            dampening=CompensateWeights.dampening,
             shrinkage=UNCERTAINTY,
         ),
         allocate,

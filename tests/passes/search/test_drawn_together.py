@@ -54,8 +54,8 @@ def test_weights_come_closer_to_one_another_and_nothing_else_changes(calibrated:
         SearchScales((3, 4, 5), shrinkage=shrinkage).apply(graph_module, PassContext())
         found.append([annotation_of(node) for node in nodes_with_role(graph_module)])
     spreads = []
-    for annotations in found:
-        weighed = [a for a in annotations if a.weight is not None]
+    for every in found:
+        weighed = [a for a in every if a.weight is not None]
         losses = [[c.loss for c in weight_candidates(a)] for a in weighed]
         elements = [a.weight.elements for a in weighed]
         spreads.append(np.ptp(np.log(losses).mean(1) - np.log(elements)))
