@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import fxquant
 from fxquant import ranks
-from fxquant.artefact.cache import signature
+from fxquant.artefact.cache import Cache, Kept, signature
 from fxquant.data import embedded
 from fxquant.data.images import ImageData, embedded_test
 from fxquant.errors import CalibrationError, DistributedError
@@ -29,6 +29,8 @@ from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
 from passes.correct.micro_batches import summed
 from passes.correct.reconstruct import Reconstruct
+from passes.pipeline.checkpoint import Checkpoint
+from passes.pipeline.gathering import in_shards
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import RECIPES
 from passes.search.calibrate import Calibrate
@@ -211,6 +213,74 @@ def die_while_searching(rank: int, cache: Path) -> Compiled:
     if rank == 1:
         SearchScales._activation = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
     return compiled(cache=cache)
+
+
+save = Checkpoint.save
+
+
+class Eager(Checkpoint):
+    """Keeps every state that it is offered."""
+
+    def save(self, state: Callable[[], Kept], *, last: bool = False) -> None:
+        save(self, state, last=True)
+
+
+class Sums:
+    """Two sums in float32, where the order counts; each is one piece of the state."""
+
+    def __init__(self) -> None:
+        self.sums = {"0/sum": torch.zeros(()), "1/sum": torch.zeros(())}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(self.sums)
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = dict(state)
+
+    def merge(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums |= {name: self.sums[name] + tensor for name, tensor in state.items()}
+
+
+def sums_of(
+    images: torch.Tensor, cache: Cache, useless: int | None = None, owners: list[int] | None = None
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The images that this process has seen, and the sums that it has in the end; the useless image is an error."""
+    found, seen = Sums(), []
+    checkpoint = Eager(cache, signature("sums"), of_each=owners is not None)
+    for first, batch in in_shards(
+        "adding", images, images.device, 1, found, checkpoint, lambda count: None, owners=owners
+    ):
+        if first == useless:
+            raise CalibrationError(f"image {first} is of no use")
+        found.merge({"0/sum": batch.sum(), "1/sum": batch.square().sum()})
+        seen.append(first)
+    return seen, found.state()
+
+
+def sums_on_ranks(
+    rank: int, images: torch.Tensor, folders: list[Path], useless: int | None
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """`sums_of` of ranks of which the first and the last own a sum each; the rest of what they return is empty."""
+    with ranks.together(dict):
+        owners = [0, ranks.count() - 1]
+        seen, state = sums_of(images, Cache(folders[rank]), useless, owners)
+        return seen, {name: value for name, value in state.items() if owners[int(name[0])] == rank}
+
+
+def compiled_with_every_state_kept(rank: int, folders: list[Path], dies_at: int | None = None) -> tuple[Any, list[int]]:
+    """A result, and the images that this rank has calibrated with; where it is given that image, it is killed."""
+    seen: list[int] = []
+    gradients = Calibrate._gradients
+
+    def counted(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        if arguments[-1] == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gradients(*arguments)
+
+    Calibrate._gradients = counted  # type: ignore[method-assign]
+    Checkpoint.save = Eager.save  # type: ignore[method-assign]
+    return made(compiled(cache=folders[rank])), seen
 
 
 def stay_away(rank: int) -> None:

@@ -203,8 +203,11 @@ class Cache:
             self._work = before
 
     def forget_parts(self, key: str) -> None:
-        """Remove all parts of the work of this signature, whichever process has kept them: the whole is kept."""
-        for file in self._files() if self._may_write() else []:
+        """Remove all parts of the work of this signature, whichever process has kept them: the whole is kept.
+
+        Every rank does, in its own folder.
+        """
+        for file in self._files() if self._writes else []:
             if file.name.startswith(f"{key}.") and file.suffix == ".part":
                 with suppress(OSError):
                     file.unlink()

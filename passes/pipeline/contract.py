@@ -136,14 +136,13 @@ class PassContext:
             together: images at a time; matrix products of several cost less than one by one, and take more memory.
             in_place: whether a batch changes what is gathered by the same bits as merging what it gives from zero
                 does; then one process takes less memory.
-            owners: of every piece of what is gathered, by number, the rank that alone holds its sums in the end; then
-                nothing is kept before all images have been seen. None: every rank holds all.
+            owners: of every piece of what is gathered, by number, the rank that alone holds its sums in the end, and
+                keeps them. None: every rank holds all.
         """
-        cache = self.cache if owners is None else Cache()
-        key = "" if cache.folder is None else self.signature(graph_module, label, *settings)
+        key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
         task = self.progress.track(label, len(self.images))
         device = device_of(graph_module)
-        checkpoint = Checkpoint(cache, key)
+        checkpoint = Checkpoint(self.cache, key, of_each=owners is not None)
         yield from in_shards(
             label, self.images, device, together, gathered, checkpoint, task.advance, in_place=in_place, owners=owners
         )

@@ -8,6 +8,9 @@ order of the images, on every rank, or piece by piece on the rank that owns the 
 The price is the memory of a second set of statistics; a process alone does without it for a shard of one batch, where
 the statistics promise that the batch adds to the total what it would have given from zero. There are `SHARDS` shards,
 or more where they would be longer than `LONGEST` images; so many ranks at most have something to do.
+
+A process alone keeps its state while it gathers. Several ranks do so where they meet, when each has added a shard: the
+first keeps the total, or each owner the pieces that it has.
 """
 
 from __future__ import annotations
@@ -82,7 +85,12 @@ def in_shards(
     _, loaded = checkpoint.load() or ({}, {})
     kept = {name: tensor.to(device) for name, tensor in loaded.items()}
     seen = int(kept.get(_IMAGES_SEEN, torch.tensor(0)))
-    total, part = _under(_TOTAL, kept) or _own(start), _under(_PART, kept)
+    if owners is not None and len(set(ranks.from_all(label, seen))) > 1:  # what the ranks have kept is no one total
+        kept, seen = {}, 0
+    total, part = _own(start), _under(_PART, kept)
+    if kept:
+        owned = _owned(total, owners).keys()
+        total = {name: tensor for name, tensor in total.items() if name not in owned} | _under(_TOTAL, kept)
     advance(seen)
     first = next((number for number, shard in enumerate(shards) if _end(shard) > seen), len(shards))
     while first < len(shards):
@@ -107,7 +115,7 @@ def in_shards(
         total, part, end = gathered.state(), {}, _end(taken[-1])
         advance(end - done)
         first, seen = first + len(taken), end
-        checkpoint.save(partial(_kept, seen, total))
+        checkpoint.save(partial(_kept, seen, _owned(total, owners)))
     gathered.restore(total)  # also where a killed process had seen all images
 
 
@@ -139,6 +147,15 @@ def _merge(
             found = ranks.handed_over(label, [of(each) for each in owned])
         for state in found[:count]:
             gathered.merge({name: tensor.to(device) for name, tensor in state.items()})
+
+
+def _owned(state: State, owners: Sequence[int] | None) -> State:
+    """The pieces of a state that this rank adds up. owners: see `in_shards`."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if owners is None or owners[int(name.partition("/")[0])] == ranks.number()
+    }
 
 
 def _shards(images_bchw: Tensor, together: int) -> list[list[tuple[int, Tensor]]]:

@@ -20,6 +20,7 @@ from functools import partial
 
 from torch.fx import GraphModule
 
+from fxquant import ranks
 from fxquant.artefact.cache import Kept, signature
 from fxquant.artefact.searched_graph import searched_from_file, searched_to_file
 from fxquant.checks.untrusted import from_json, to_json
@@ -68,9 +69,11 @@ def run_prefix(prefix: Pipeline, traced: GraphModule, context: PassContext, *, i
     cache.forget(key)  # what is there does not fit
     with cache.work(key):
         searched, kept = _resumed(prefix, traced, context)
+    is_kept = False
     with collected(searched), suppress(ArtefactError):  # a graph that no file can hold is a result all the same
-        if cache.write(key, *kept()):
-            cache.forget_parts(key)
+        is_kept = cache.write(key, *kept())
+    if ranks.once("keeping the searched graph", lambda: is_kept):
+        cache.forget_parts(key)
     return searched
 
 

@@ -114,6 +114,25 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_run_goes_on(
     assert left < (len(searched) - left) * 0.75, "the first rank had its share"
 
 
+@pytest.mark.parametrize(
+    ("count", "dies_at", "left"), [(2, 3, [[2, 4], [3]]), (4, 4, [[4], [], [], []])], ids=["two", "four"]
+)
+def test_ranks_that_take_the_place_of_killed_ones_calibrate_with_the_images_that_are_left(
+    count: int, dies_at: int, left: list[list[int]], tmp_path: Path
+) -> None:
+    """Of five images; each has a folder of its own, in which no part of the searched graph is left in the end."""
+    folders = [tmp_path / f"cache {rank}" for rank in range(count)]
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+    killed = on_ranks(count, tmp_path / "first", work.compiled_with_every_state_kept, folders, dies_at)
+    assert killed.count(None) == 1
+    assert all(list(folder.glob("*.*.part")) for folder in folders)
+    assert sum(isinstance(error, LostRankError) for error in killed) == count - 1
+    found = on_ranks(count, tmp_path / "second", work.compiled_with_every_state_kept, folders)
+    assert found == [(made(compiled()), seen) for seen in left]
+    assert not [file for folder in folders for file in folder.glob("*.*.part")]
+
+
 def test_a_rank_that_does_not_come_is_waited_for_a_while(tmp_path: Path) -> None:
     error, _ = on_ranks(2, tmp_path, work.stay_away)
     assert isinstance(error, DistributedError)

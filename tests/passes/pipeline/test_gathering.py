@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxquant.artefact.cache import Cache, Kept
+from fxquant.errors import CalibrationError
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.gathering import SHARDS, in_shards
+from tests import ranks_at_work as work
+from tests.ranks_at_work import on_ranks
 
 
 class Sum:
@@ -98,3 +102,44 @@ def test_a_shard_of_one_batch_is_added_in_place_to_the_same_bits() -> None:
     memory = Memory()
     gathered(images, memory, 3, in_place=True)
     assert torch.equal(gathered(images, memory, in_place=True)[0].sum, whole.sum)
+
+
+@pytest.mark.parametrize(
+    ("count", "useless", "left"), [(2, 7, [[6, 7, 9, 10], [8, 11, 12]]), (4, 11, [[6, 7], [8], [9, 10], [11, 12]])]
+)
+def test_owners_go_on_where_they_were(count: int, useless: int, left: list[list[int]], tmp_path: Path) -> None:
+    images = torch.randn(13, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    _, expected = work.sums_of(images, Cache())
+    cache = tmp_path / "cache"
+    found = rerun(count, images, [cache] * count, useless, tmp_path, lambda: None)
+    assert [seen for seen, _ in found] == left
+    assert {name: value for _, sums in found for name, value in sums.items()} == expected
+
+
+@pytest.mark.parametrize("other", ["nothing", "another point"])
+def test_ranks_begin_anew_together_where_their_parts_are_no_one_total(other: str, tmp_path: Path) -> None:
+    images = torch.randn(13, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    _, expected = work.sums_of(images, Cache())
+    folders = [tmp_path / "one machine", tmp_path / "another"]
+
+    def change() -> None:
+        (part,) = folders[1].iterdir()
+        part.unlink()
+        if other == "another point":
+            on_ranks(2, tmp_path / "earlier", work.sums_on_ranks, images, [tmp_path / "spare", folders[1]], 5)
+
+    found = rerun(2, images, folders, 9, tmp_path, change)
+    assert sorted(found[0][0] + found[1][0]) == list(range(13))
+    assert {name: value for _, sums in found for name, value in sums.items()} == expected
+
+
+def rerun(
+    count: int, images: Tensor, folders: list[Path], useless: int, place: Path, change: Callable[[], None]
+) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """What ranks find that take the place of others, which met a useless image; before that something is changed."""
+    for name in ("first", "earlier", "second"):
+        (place / name).mkdir()
+    for error in on_ranks(count, place / "first", work.sums_on_ranks, images, folders, useless):
+        assert isinstance(error, CalibrationError)
+    change()
+    return on_ranks(count, place / "second", work.sums_on_ranks, images, folders, None)
