@@ -30,6 +30,8 @@ from passes.pipeline.contract import Effect, PassContext
 from passes.pipeline.journal import Journal
 from passes.prepare.folds import FOLDED, note_fold
 
+ROWS = 256  # of a weight that are in float64 at a time
+
 
 @dataclass(frozen=True)
 class RotateResidual:
@@ -148,11 +150,19 @@ def _read_rotated(norm: Any, linears: list[Any], q: Tensor) -> None:
     for linear in linears:
         weight = linear.weight.detach()
         bias = 0.0 if linear.bias is None else linear.bias.detach().double()
-        _set(linear, "bias", (bias + weight.double() @ beta.double()).to(weight.dtype))
+        _set(linear, "bias", (bias + _product(weight, beta.double())).to(weight.dtype))
         _set(linear, "weight", (weight * gamma) @ q.to(weight.dtype))
     norm.elementwise_affine = True
     _set(norm, "weight", torch.ones_like(gamma))
     _set(norm, "bias", torch.zeros_like(beta))
+
+
+def _product(weight_oi: Tensor, vector_i: Tensor) -> Tensor:
+    """weight @ vector in float64, some rows at a time: a float64 copy of a whole weight takes longer than its product.
+
+    vector_i: float64.
+    """
+    return torch.cat([rows.double() @ vector_i for rows in torch.split(weight_oi, ROWS)])
 
 
 def _fold_layer_scale(graph_module: GraphModule, product: Node, vector: Node, layer: Node) -> None:

@@ -110,7 +110,7 @@ class _ProductTracer(ProbeTracer):
             self.probes[node] = (origin, self.again(node, {source: probe}))
         elif not reads_shape(node):
             parts = probe if isinstance(probe, tuple | list) else [probe]
-            self.elsewhere[origin].update(int(index) - 1 for part in parts for index in part.unique().tolist())
+            self.elsewhere[origin].update(int(index) - 1 for part in parts for index in _values(part))
 
     def _product(self, node: Node) -> QueryKey | str:
         sources = [source for source in node.args[:2] if isinstance(source, Node) and source in self.probes]
@@ -142,6 +142,13 @@ class _ProductTracer(ProbeTracer):
             elif not torch.allclose(found, self.env[node], rtol=1e-2, atol=_UNDERFLOW):
                 return False
         return True
+
+
+def _values(probe: Tensor) -> list[float]:
+    """The values of a probe, each once; sorted out of one token where all tokens have the same, as nearly always."""
+    rows = torch.atleast_2d(probe).flatten(0, -2)  # type: ignore[no-untyped-call]
+    found: list[float] = (rows[:1] if bool((rows == rows[:1]).all()) else rows).unique().tolist()
+    return found
 
 
 def _scales(node: Node) -> bool:
