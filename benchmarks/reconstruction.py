@@ -25,7 +25,6 @@ from fxquant.graph.capture.tracing import trace
 from fxquant.graph.facts import facts_of
 from fxquant.session.sweep import Results
 from passes.allocate.allocate_bits import AllocateBits
-from passes.correct.augment import Augment
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
@@ -33,6 +32,7 @@ from passes.correct.reconstruct import Reconstruct
 from passes.pipeline.contract import Pass, PassContext
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import recipe
+from passes.search.augment import Augment
 from passes.search.search_scales import SearchScales
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 

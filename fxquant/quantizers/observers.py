@@ -171,19 +171,22 @@ class Observer(nn.Module):
         self.coherence_sum += coherence
         self.coherence_count += 1
 
-    def update_gram(self, rows_ti: Tensor, squared_to: Tensor | None, shrinkage: float = 0.0) -> None:
+    def update_gram(
+        self, rows_ti: Tensor, squared_to: Tensor | None, shrinkage: float = 0.0, share: float = 1.0
+    ) -> None:
         """Add one batch to G = sum a_t x_t x_t^T.
 
         Args:
             rows_ti: inputs, float (tokens, in).
             squared_to: squares of dL/dO, float (tokens, out); None: all are one.
             shrinkage: how far the a_t are drawn towards their mean, from 0 to 1; their sum stays.
+            share: what the batch counts, all a_t are multiplied by it.
         """
         rows = rows_ti.detach()
         if squared_to is None:
-            token_weight = torch.ones(len(rows), device=rows.device)
+            token_weight = torch.full((len(rows),), share, device=rows.device)
         else:
-            squared = squared_to.detach()
+            squared = squared_to.detach() * share
             token_weight = squared.mean(1)
             token_weight = token_weight.lerp(token_weight.mean(), shrinkage)
             total = squared.sum(0).double()

@@ -8,7 +8,7 @@ activation quantizer (LSQ), biases and norms. Bits stay as allocated. After Rota
 is the folded one, so both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees other crops and mixtures of them
-(`passes/correct/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
+(`passes/search/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
 more about an image than its class probabilities, weigh most. One image in eight is held out, whole, and the state of
 least divergence there is kept, the start included; at every check the running mean of what learns is tried too, in
 which codes that flip to and fro have settled. Where two checks have found nothing better than the start, training ends.
@@ -35,7 +35,6 @@ from fxquant.checks.devices import device_named
 from fxquant.checks.hints import check_fields
 from fxquant.errors import CalibrationError
 from fxquant.graph.facts import Fact
-from passes.correct.augment import Augment
 from passes.correct.block_pairs import BlockPairs, adopt
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
@@ -45,6 +44,7 @@ from passes.correct.start import correct_where_it_pays, finite
 from passes.correct.training import MEMORY, Training
 from passes.pipeline.checkpoint import Checkpoint
 from passes.pipeline.contract import Effect, PassContext
+from passes.search.augment import Augment
 from passes.search.calibrate import STATISTICS
 from passes.search.insert_observers import OBSERVED
 from passes.substitute.substitute_quantizers import BITS_ALLOCATED

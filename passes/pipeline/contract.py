@@ -118,6 +118,7 @@ class PassContext:
         together: int = 1,
         in_place: bool = False,
         owners: Sequence[int] | None = None,
+        rounds: int = 1,
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Calibration images a few at a time, (B, C, H, W), where the graph is, with the index of the first.
 
@@ -138,14 +139,14 @@ class PassContext:
                 does; then one process takes less memory.
             owners: of every piece of what is gathered, by number, the rank that alone holds its sums in the end, and
                 keeps them. None: every rank holds all.
+            rounds: how often all images are given, one time after another; indices go on.
         """
         key = "" if self.cache.folder is None else self.signature(graph_module, label, *settings)
-        task = self.progress.track(label, len(self.images))
+        task = self.progress.track(label, len(self.images) * rounds)
         device = device_of(graph_module)
         checkpoint = Checkpoint(self.cache, key, of_each=owners is not None)
-        yield from in_shards(
-            label, self.images, device, together, gathered, checkpoint, task.advance, in_place=in_place, owners=owners
-        )
+        options: Any = {"in_place": in_place, "owners": owners, "rounds": rounds}
+        yield from in_shards(label, self.images, device, together, gathered, checkpoint, task.advance, **options)
         task.close()
 
     def deal(

@@ -62,6 +62,7 @@ def in_shards(
     *,
     in_place: bool = False,
     owners: Sequence[int] | None = None,
+    rounds: int = 1,
 ) -> Iterator[tuple[int, Tensor]]:
     """Batches of images for this rank to gather from, with the index of the first image of each; see the module.
 
@@ -79,8 +80,9 @@ def in_shards(
         in_place: whether a batch may be added to the total at once: it changes that by the same bits as merging what
             the batch gives from zero does.
         owners: of every piece, whose name is its number, the rank that alone adds it up; None: all do.
+        rounds: how often the images are given, one after another each time; indices go on.
     """
-    shards = _shards(images_bchw, together)
+    shards = _shards(images_bchw, together, rounds)
     start = gathered.state()
     _, loaded = checkpoint.load() or ({}, {})
     kept = {name: tensor.to(device) for name, tensor in loaded.items()}
@@ -158,10 +160,12 @@ def _owned(state: State, owners: Sequence[int] | None) -> State:
     }
 
 
-def _shards(images_bchw: Tensor, together: int) -> list[list[tuple[int, Tensor]]]:
+def _shards(images_bchw: Tensor, together: int, rounds: int) -> list[list[tuple[int, Tensor]]]:
     """Batches with the index of their first image, in lists of nearly equal length."""
-    batches = [(index * together, batch) for index, batch in enumerate(torch.split(images_bchw, together))]
-    count = min(max(SHARDS, -(-len(images_bchw) // LONGEST)), len(batches))
+    images = len(images_bchw)
+    once = [(index * together, batch) for index, batch in enumerate(torch.split(images_bchw, together))]
+    batches = [(done * images + index, batch) for done in range(rounds) for index, batch in once]
+    count = min(max(SHARDS, -(-images * rounds // LONGEST)), len(batches))
     ends = [len(batches) * (number + 1) // count for number in range(count)]
     return [batches[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 

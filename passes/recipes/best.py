@@ -22,6 +22,7 @@ from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import InsertObservers
 from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales, WeightWidths
+from passes.search.views import Views
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from passes.substitute.tabulate_gelu import TabulateGelu
 
@@ -84,7 +85,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: Weight
         BalanceHeads(),
         FoldSqb(),
         InsertObservers(),
-        Calibrate(shrinkage=SHRINKAGE, outputs=True),
+        Calibrate(shrinkage=SHRINKAGE, outputs=True, views=Views()),
         SearchScales(
             keep_grams=True,
             negligible=NEGLIGIBLE,

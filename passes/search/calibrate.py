@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
 from fxquant.checks.finite import is_finite
 from fxquant.checks.hints import check_fields
@@ -25,13 +24,14 @@ from fxquant.graph.rows import gradient_rows, has_rows, weight_rows
 from fxquant.quantizers.observers import Observer
 from fxquant.quantizers.statistics.output_gram import gram_of
 from fxquant.sensitivity.logit_gradients import Fisher
-from fxquant.sensitivity.objective import Draws
+from fxquant.sensitivity.objective import Draws, Objective
 from passes.pipeline.contract import PassContext
 from passes.prepare.folds import FOLDED
+from passes.search.input_weights import coherence, heed_massive, input_weight
 from passes.search.insert_observers import OBSERVED, observer_nodes, observers_of
 from passes.search.owners import owners_among_ranks, settle
+from passes.search.views import Views
 
-MASSIVE_RMS = 100.0
 _NEEDED_BY = "the Hessian-guided metric"
 
 
@@ -94,6 +94,7 @@ class Calibrate:
             what is fitted to them alone is fitted to noise; with 1 all tokens of an image count alike.
         outputs: whether the Gram matrices of gradients at weights' outputs are gathered too, which CompensateWeights
             then reads.
+        views: what Gram matrices see beside the images, each view as much as an image; None: nothing.
     """
 
     gradient: bool = True
@@ -103,6 +104,7 @@ class Calibrate:
     images: int | None = None
     shrinkage: float = 0.0
     outputs: bool = False
+    views: Views | None = None
 
     requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = STATISTICS
@@ -117,6 +119,7 @@ class Calibrate:
         if self.gradient:
             context.objective.check(graph_module, _NEEDED_BY)
         context = replace(context, images_bchw=context.images[: self.images])
+        images = len(context.images)
         watched = {node: observers_of(graph_module, node) for node in planned_nodes(graph_module)}
         observers = [observer for found in watched.values() for _, observer in found]
         for observer in observers:
@@ -124,29 +127,38 @@ class Calibrate:
         grouped = {node: found for node, found in watched.items() if any(o.asks_for_channels for _, o in found)}
         if grouped:
             self._measure_channels(graph_module, context, grouped)
-        recorder = Recorder(graph_module, set(watched))
+        with_gram = {node for node, found in watched.items() if any(o.keeps_gram for _, o in found)}
+        of_images, of_views = Recorder(graph_module, set(watched)), Recorder(graph_module, with_gram)
         gathered = _Statistics(observers)
         owners = owners_among_ranks(graph_module, list(watched))
         of_observers = owners and [owner for owner, found in zip(owners, watched.values(), strict=True) for _ in found]
+        views = self.views or Views(0)
+        rounds = 1 + views.of_each(images)
         for seen, batch in context.gather(
-            "calibrating", gathered, graph_module, repr(self), in_place=True, owners=of_observers
+            "calibrating", gathered, graph_module, repr(self), in_place=True, owners=of_observers, rounds=rounds
         ):
+            is_view = seen >= images
+            shown = views.view(context.images, seen - images, context.seed).to(batch) if is_view else batch.clone()
+            recorder = of_views if is_view else of_images
+            draws = Draws(views.draws if is_view else self.draws, context.seed, seen, self.fisher)
             with torch.set_grad_enabled(self.gradient):
-                output = recorder.run(batch.clone().requires_grad_(self.gradient))
-                squares, grams = self._gradients(graph_module, output, recorder, context, seen)
+                output = recorder.run(shown.requires_grad_(self.gradient))
+                squares, grams = self._gradients(graph_module, output, recorder, context.objective, draws)
             if self.output_error and not self.gradient:
                 squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             del output
             with torch.no_grad():
-                for node, found in watched.items():
-                    _update(
-                        graph_module, node, found, recorder.inputs.pop(node), squares.pop(node, None), self.shrinkage
-                    )
+                for node in list(recorder.inputs):
+                    inputs, squared = recorder.inputs.pop(node), squares.pop(node, None)
+                    if not is_view:
+                        _update(graph_module, node, watched[node], inputs, squared)
+                    _update_grams(graph_module, node, watched[node], inputs, squared, self.shrinkage, 1 / rounds)
                     if node in grams:
-                        found[0][1].add_output_gram(grams.pop(node))
+                        watched[node][0][1].add_output_gram(grams.pop(node))
             recorder.forget()
         if of_observers is not None:
             settle(observers, of_observers)
+        context.note(views=(rounds - 1) * images)
         return len(observers)
 
     def _measure_channels(
@@ -174,20 +186,19 @@ class Calibrate:
             raise CalibrationError(f"shrinkage must be from 0 to 1; found {self}")
 
     def _gradients(
-        self, graph_module: GraphModule, output: Any, recorder: Recorder, context: PassContext, first: int
+        self, graph_module: GraphModule, output: Any, recorder: Recorder, objective: Objective, draws: Draws
     ) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
         """Of the gradient that each watched node's metric needs, the mean square over draws; and of those at weights'
         outputs the mean Gram matrices, where they are asked for. Both empty where no gradient is.
         """
         if not self.gradient:
             return {}, {}
-        outputs = context.objective.outputs(output, _NEEDED_BY)
+        outputs = objective.outputs(output, _NEEDED_BY)
         nodes = list(recorder.differentiated)
         tensors = [recorder.differentiated[node] for node in nodes]
-        draws = Draws(self.draws, context.seed, first, self.fisher)
         squares: dict[Node, Tensor] = {}
         grams: dict[Node, Tensor] = {}
-        for found in context.objective.gradients(outputs, tensors, draws):
+        for found in objective.gradients(outputs, tensors, draws):
             for node, gradient in zip(nodes, found, strict=True):
                 if gradient is not None and node in squares:
                     squares[node].addcmul_(gradient, gradient)
@@ -195,11 +206,11 @@ class Calibrate:
                     squares[node] = gradient.square()
                 module = module_of(graph_module, node) if self.outputs else None
                 if gradient is not None and module is not None and has_rows(module):
-                    gram = gram_of(gradient_rows(module, gradient)).div_(self.draws)
+                    gram = gram_of(gradient_rows(module, gradient)).div_(draws.count)
                     grams[node] = gram.add_(grams[node]) if node in grams else gram
             del found  # before the next draw's
         means = {
-            node: squares[node].div_(self.draws) if node in squares else torch.zeros_like(tensor)
+            node: squares[node].div_(draws.count) if node in squares else torch.zeros_like(tensor)
             for node, tensor in zip(nodes, tensors, strict=True)
         }
         return means, grams
@@ -240,7 +251,6 @@ def _update(
     found: list[tuple[int, Observer]],
     inputs: tuple[Tensor, ...],
     squared: Tensor | None,
-    shrinkage: float,
 ) -> None:
     """Let a node's observers see its inputs of one image.
 
@@ -250,7 +260,6 @@ def _update(
         found: its observers, each with the index of the input it sees.
         inputs: float, on all arguments of the node.
         squared: of the gradient that the node's metric needs.
-        shrinkage: see Calibrate.
     """
     module = module_of(graph_module, node)
     for index, observer in found:
@@ -264,63 +273,27 @@ def _update(
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:
             observer.update_coherence(coherence(inputs[1]))
-        if observer.keeps_gram and module is not None:
-            rows = weight_rows(module, inputs[index])
-            if rows is not None:
-                observer.update_gram(rows, None if squared is None else gradient_rows(module, squared), shrinkage)
 
 
-def input_weight(module: nn.Module | None, inputs: tuple[Tensor, ...], index: int, squared: Tensor) -> Tensor:
-    """h of the Hessian-guided metric for input `index`: what one unit of squared error there adds to it.
+def _update_grams(
+    graph_module: GraphModule,
+    node: Node,
+    found: list[tuple[int, Observer]],
+    inputs: tuple[Tensor, ...],
+    squared: Tensor | None,
+    shrinkage: float,
+    share: float,
+) -> None:
+    """Add a node's inputs of one image or view to the Gram matrices of its observers.
 
     Args:
-        module: a linear or convolution; None for a matmul; any other for a softmax or LayerNorm.
-        inputs: of the node, float.
-        index: of the input.
-        squared: mean square of dL/dO of a linear, convolution or matmul; of dL/dX of a softmax or LayerNorm.
-
-    Returns:
-        float, in the input's shape.
+        graph_module, node, found, inputs, squared: see `_update`.
+        shrinkage: see Calibrate.
+        share: how much the image counts.
     """
-    if isinstance(module, nn.Linear):
-        return squared @ module.weight.square()
-    if isinstance(module, nn.Conv2d):
-        # The transpose of a convolution with W^2 is that convolution's derivative, whatever its geometry.
-        with torch.enable_grad():
-            x = torch.zeros_like(inputs[0], requires_grad=True)
-            product = functional.conv2d(
-                x, module.weight.square(), None, module.stride, module.padding, module.dilation, module.groups
-            )
-            return torch.autograd.grad(product, x, squared)[0]
-    if module is None:
-        left, right = inputs[0], inputs[1]
-        given = squared @ right.square().mT if index == 0 else left.square().mT @ squared
-        return given.sum_to_size(inputs[index].shape)  # of one that several heads share: what all of them add
-    return squared
-
-
-def coherence(values: Tensor) -> float:
-    """What a mean error of attention probabilities costs, relative to independent errors of the same size.
-
-    values: V, float (..., keys, channels). Errors e of the K probabilities of a row meet V_k: independent ones add up
-    to sum e_k^2 |V_k|^2, a mean error to |sum_k e V_k|^2, which is K |mean V|^2 / mean |V|^2 times as much. A table
-    without a zero raises all small probabilities a little and so shifts the output by a whole mean V.
-    """
-    values = values.detach()
-    ratio = values.mean(-2).square().mean() / values.square().mean().clamp_min(1e-30)
-    return float(values.shape[-2] * ratio)
-
-
-def heed_massive(x: Tensor, weight: Tensor) -> Tensor:
-    """Weights h (shape of x) in which massive activations count at least the mean.
-
-    A few activations hundreds of times larger than the rest steer later attention; the loss is flat around them, so
-    the gradient calls them harmless, yet clipping one moves it by a hundred times the others' size. Massive: more than
-    MASSIVE_RMS times the root mean square of x.
-    """
-    limit = MASSIVE_RMS * x.square().mean().sqrt()
-    least, largest = torch.aminmax(x)
-    if bool((least >= -limit) & (largest <= limit)):  # none is, as in most tensors
-        return weight
-    massive = x.abs() > limit
-    return torch.where(massive, weight.clamp_min(float(weight.mean())), weight)
+    module = module_of(graph_module, node)
+    for index, observer in found:
+        rows = weight_rows(module, inputs[index]) if observer.keeps_gram and module is not None else None
+        if module is not None and rows is not None:
+            gradients = None if squared is None else gradient_rows(module, squared)
+            observer.update_gram(rows, gradients, shrinkage, share)

@@ -19,7 +19,6 @@ from passes.allocate.metrics import FisherTrace, NuclearNorm, TypeAwareFisher
 from passes.allocate.relevance_sensitivity import RelevanceSensitivity
 from passes.allocate.score_layers import ScoreLayers
 from passes.allocate.update_bits import UpdateBits
-from passes.correct.augment import Augment
 from passes.correct.compensate_weights import CompensateWeights
 from passes.correct.correct_weights import CorrectWeights
 from passes.correct.distil import Distil
@@ -28,6 +27,7 @@ from passes.lower.lower import Lower
 from passes.pipeline.contract import PassContext
 from passes.prepare.balance_heads import BalanceHeads
 from passes.prepare.fold_sqb import FoldSqb
+from passes.search.augment import Augment
 from passes.search.calibrate import Calibrate
 from passes.search.plan_operands import PlanOperands
 from passes.search.search_scales import SearchScales

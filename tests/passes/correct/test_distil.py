@@ -23,7 +23,6 @@ from fxquant.quantizers.uniform import UniformQuantizer
 from fxquant.runtime.simulated import QuantizedWeightModule
 from fxquant.sensitivity.divergence import kl_divergence
 from passes.allocate.allocate_bits import AllocateBits
-from passes.correct.augment import Augment
 from passes.correct.block_error import token_errors
 from passes.correct.block_pairs import BlockPairs
 from passes.correct.distil import Distil
@@ -34,6 +33,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.journal import Journal
 from passes.pipeline.pipeline import Pipeline
 from passes.recipes import mptq_vit, recipe
+from passes.search.augment import Augment
 from passes.substitute.substitute_quantizers import SubstituteQuantizers
 from tests.models import embedded_blocks, images, vit
 

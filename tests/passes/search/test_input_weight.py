@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.graph.rows import gradient_rows, weight_rows
-from passes.search.calibrate import heed_massive, input_weight
+from passes.search.input_weights import heed_massive, input_weight
 
 
 def test_massive_activations_count_at_least_the_mean() -> None:

@@ -14,7 +14,8 @@ from fxquant.quantizers.families import families_named
 from fxquant.quantizers.uniform_channels import UniformChannelsQuantizer
 from passes.pipeline.contract import PassContext
 from passes.recipes import mptq_vit
-from passes.search.calibrate import Calibrate, coherence
+from passes.search.calibrate import Calibrate
+from passes.search.input_weights import coherence
 from passes.search.insert_observers import observers_of
 from passes.search.search_scales import SearchScales
 from tests.models import images, traced, vit

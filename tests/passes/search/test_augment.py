@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxquant.data import embedded
 from fxquant.errors import CalibrationError
-from passes.correct.augment import Augment, random_colours, random_crops, random_mixtures
+from passes.search.augment import Augment, random_colours, random_crops, random_mixtures
 
 pytestmark = pytest.mark.quick
 
