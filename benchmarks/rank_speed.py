@@ -7,7 +7,7 @@
 of the rank that takes most, all that ranks tell each other included; waiting takes none. On a machine that others use
 too, the ratio of processor seconds is what the clock would show on one of one's own with a core for each rank. Results
 go under "ranks" of benchmarks/results/rank_speed_MODEL.json, beside those of other numbers of ranks; of several runs
-the least is kept, since whatever else runs on a machine only adds to it.
+the least is kept, since whatever else runs on a machine only adds to it. After a change of the passes remove the file.
 """
 
 from __future__ import annotations

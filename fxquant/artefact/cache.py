@@ -12,7 +12,7 @@ was killed go on where it was, are the first to be removed where room is needed,
 Several processes may use one folder: a file appears whole or not at all, a reader keeps what it has opened, and all
 processes remove files in the same order, so the newest file stays whoever makes room. Temporary files that killed
 processes have left go with the next write (`write_file`). Ranks that work together (`fxquant.ranks`) find what the
-first of them finds, in its folder, and it writes for all; what is dealt out to one of them, that one keeps by itself.
+first of them finds, in its folder, and it writes for all; what one alone computes or gathers, it keeps by itself.
 """
 
 from __future__ import annotations
