@@ -52,12 +52,12 @@ class Memory(Checkpoint):
 
 
 def gathered(
-    images: Tensor, checkpoint: Checkpoint, stop: int | None = None, in_place: bool = False
+    images: Tensor, checkpoint: Checkpoint, stop: int | None = None, in_place: bool = False, rounds: int = 1
 ) -> tuple[Sum, list[int]]:
     """The sum, and the first images of the batches that were gathered; only so many where the process is killed."""
     found, seen = Sum(), []
     settings = "adding", images, images.device, 2, found, checkpoint, lambda count: None
-    for first, batch in in_shards(*settings, in_place=in_place):
+    for first, batch in in_shards(*settings, in_place=in_place, rounds=rounds):
         if len(seen) == stop:
             break
         found.update(batch)
@@ -74,6 +74,19 @@ def test_a_killed_process_is_gone_on_from_to_the_same_bits(stop: int) -> None:
     memory = Memory()
     gathered(images, memory, stop)
     resumed, rest = gathered(images, memory)
+    assert rest == seen[stop:]
+    assert torch.equal(resumed.sum, whole.sum)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7, 13])
+def test_images_are_given_round_after_round_also_after_a_kill(stop: int) -> None:
+    images = torch.randn(10, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+    whole, seen = gathered(images, Memory(), rounds=3)
+    assert seen == list(range(0, 30, 2)), "indices go on"
+    assert whole.count == 30
+    memory = Memory()
+    gathered(images, memory, stop, rounds=3)
+    resumed, rest = gathered(images, memory, rounds=3)
     assert rest == seen[stop:]
     assert torch.equal(resumed.sum, whole.sum)
 

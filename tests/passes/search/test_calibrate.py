@@ -21,6 +21,7 @@ from passes.pipeline.contract import PassContext
 from passes.pipeline.gathering import in_shards
 from passes.search.calibrate import Calibrate
 from passes.search.insert_observers import observers_of
+from passes.search.views import Views
 from tests.models import VIT, images, timm_model, traced, vit
 from tests.operands import plan_and_observe
 
@@ -84,20 +85,46 @@ def test_only_the_first_images_where_asked(observed: GraphModule) -> None:
     assert_same_statistics(calibrated(observed, x, images=2), calibrated(observed, x[:2]), 1e-6)
 
 
+@pytest.mark.parametrize("views", [None, Views(each=2)], ids=["images", "views"])
 def test_an_image_added_in_place_gives_the_bits_of_one_that_is_merged(
-    observed: GraphModule, monkeypatch: pytest.MonkeyPatch
+    observed: GraphModule, monkeypatch: pytest.MonkeyPatch, views: Views | None
 ) -> None:
-    one_by_one = calibrated(observed, images(3))
+    one_by_one = calibrated(observed, images(2), views=views)
 
-    def merged(*settings: Any, in_place: bool, owners: None) -> Any:
+    def merged(*settings: Any, in_place: bool, **others: Any) -> Any:
         assert in_place or settings[0] != "calibrating"
-        return in_shards(*settings, owners=owners)
+        return in_shards(*settings, **others)
 
     monkeypatch.setattr(contract, "in_shards", merged)
-    for name, observer in calibrated(observed, images(3)).items():
+    for name, observer in calibrated(observed, images(2), views=views).items():
         other = one_by_one[name].state()
         assert observer.state().keys() == other.keys()
         assert all(torch.equal(tensor, other[part]) for part, tensor in observer.state().items()), name
+
+
+def test_views_count_as_images_in_gram_matrices_and_nowhere_else(observed: GraphModule) -> None:
+    x, views = images(3), Views(each=1)
+    plain = calibrated(observed, x, gradient=False)
+    other = calibrated(observed, torch.cat([views.view(x, index, 0) for index in range(3)]), gradient=False)
+    both = calibrated(observed, x, gradient=False, views=views)
+    assert any(observer.gram is not None for observer in both.values())
+    for name, observer in both.items():
+        assert (observer.minimum, observer.maximum, observer.images) == (
+            plain[name].minimum, plain[name].maximum, len(x)
+        )  # fmt: skip
+        if observer.families:
+            assert (observer.statistics().moments.moments == plain[name].statistics().moments.moments).all()
+        if observer.gram is not None:
+            mean = (plain[name].gram.matrix() + other[name].gram.matrix()) / 2
+            torch.testing.assert_close(observer.gram.matrix(), mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
+
+
+def test_gradients_of_views_weigh_tokens_and_outputs(observed: GraphModule) -> None:
+    found = [calibrated(observed, images(2), outputs=True, views=views) for views in (None, Views(each=3))]
+    plain, both = (observers["observer_head_0"] for observers in found)
+    assert both.token_weight_sum != plain.token_weight_sum
+    assert both.channel_weight().mean() == pytest.approx(1, rel=1e-3), "views count the same for both"
+    assert int(both.output_gram.state()["images"]) == 4 * int(plain.output_gram.state()["images"])
 
 
 def test_idempotent(observed: GraphModule) -> None:
