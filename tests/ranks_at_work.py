@@ -89,13 +89,19 @@ def _run(rank: int, count: int, place: str, result: Any, function: Callable[...,
 
 
 def compiled(recipe: str = "best", **options: Any) -> Compiled:
-    """A model of one block; "short training" is `best_thorough` with four steps, "reconstructed" learns two a block."""
-    options["recipe"] = {"short training": short_training, "reconstructed": reconstructed}.get(recipe, recipe)
+    """A model of one block; "short training" is `best_thorough` with four steps, "reconstructed" learns two a block,
+    "without views" is `best` on images alone."""
+    own = {"short training": short_training, "reconstructed": reconstructed, "without views": without_views}
+    options["recipe"] = own.get(recipe, recipe)
     return fxquant.compile(vit(depth=1), "W4A4", calibration=IMAGES, bits=(3, 4, 6), progress=False, **options)
 
 
 def short_training(*arguments: Any, **options: Any) -> Pipeline:
     return RECIPES["best_thorough"](*arguments, **options).changed(Distil, steps=4, images=4, micro_batches=4, checks=2)
+
+
+def without_views(*arguments: Any, **options: Any) -> Pipeline:
+    return RECIPES["best"](*arguments, **options).changed(Calibrate, views=None)
 
 
 def reconstructed(*arguments: Any, **options: Any) -> Pipeline:
@@ -273,14 +279,14 @@ def compiled_with_every_state_kept(rank: int, folders: list[Path], dies_at: int 
     gradients = Calibrate._gradients
 
     def counted(*arguments: Any) -> Any:
-        seen.append(arguments[-1])
-        if arguments[-1] == dies_at:
+        seen.append(arguments[-1].first)
+        if seen[-1] == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return gradients(*arguments)
 
     Calibrate._gradients = counted  # type: ignore[method-assign]
     Checkpoint.save = Eager.save  # type: ignore[method-assign]
-    return made(compiled(cache=folders[rank])), seen
+    return made(compiled("without views", cache=folders[rank])), seen
 
 
 def stay_away(rank: int) -> None:
