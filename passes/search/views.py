@@ -31,7 +31,7 @@ class Views:
         augment: what is done to the images.
     """
 
-    each: int = 7
+    each: int = 3
     together: int = 256
     draws: int = 1
     augment: Augment = Augment()
