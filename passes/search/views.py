@@ -27,13 +27,13 @@ class Views:
     Args:
         each: how many of every image, at most.
         together: how many images and views there are at most: of many images there are fewer views, or none.
-        draws: how many backward passes each view gets; another view says more than another draw.
+        draws: how many backward passes each view gets.
         augment: what is done to the images.
     """
 
     each: int = 3
     together: int = 256
-    draws: int = 1
+    draws: int = 2
     augment: Augment = Augment()
 
     def __post_init__(self) -> None:
