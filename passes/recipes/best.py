@@ -37,7 +37,12 @@ SEARCHED = 128  # images at most, for scales; the rest of a thorough run's image
 
 @checked_recipe
 def best(
-    budget: Any, *, thorough: bool = False, weight_widths: WeightWidths = "channel", **options: Unpack[Options]
+    budget: Any,
+    *,
+    thorough: bool = False,
+    weight_widths: WeightWidths = "channel",
+    views: int = Views.each,
+    **options: Unpack[Options],
 ) -> Pipeline:
     """Rotation, balanced heads, SQ-b; codebooks, row-log after softmax; MILP; GPTQ's rounding of columns and rows.
 
@@ -54,6 +59,7 @@ def best(
             On these images the result is never further from the float model than without. Give it 1,024 images; what
             it takes and adds: docs/results.md.
         weight_widths: "tensor" gives all channels of a weight one width, for runtimes that take 4 bits as INT4.
+        views: how many of each calibration image weights are rounded for too (see `Views`); 0 saves their time.
         options: see `Options`.
     """
     parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)
@@ -66,11 +72,11 @@ def best(
         narrowest=2 if fully_quantized and mean <= NARROWEST else NARROWEST,
         spared=PROBABILITIES,
     )
-    passes = _rounded(plan, allocate, weight_widths)
+    passes = _rounded(plan, allocate, weight_widths, Views(views))
     return with_options(options, _trained(passes) if thorough else passes)
 
 
-def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: WeightWidths) -> list[Pass]:
+def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: WeightWidths, views: Views) -> list[Pass]:
     """The passes of `best`."""
     return [
         AssignRoles(),
@@ -85,7 +91,7 @@ def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: Weight
         BalanceHeads(),
         FoldSqb(),
         InsertObservers(),
-        Calibrate(shrinkage=SHRINKAGE, outputs=True, views=Views()),
+        Calibrate(shrinkage=SHRINKAGE, outputs=True, views=views),
         SearchScales(
             keep_grams=True,
             negligible=NEGLIGIBLE,
@@ -112,6 +118,8 @@ def _thorough(step: Pass) -> Pass:
 
 
 @checked_recipe
-def best_thorough(budget: Any, *, weight_widths: WeightWidths = "channel", **options: Unpack[Options]) -> Pipeline:
+def best_thorough(
+    budget: Any, *, weight_widths: WeightWidths = "channel", views: int = Views.each, **options: Unpack[Options]
+) -> Pipeline:
     """`best` with `thorough=True`, by a name that the one call and the command line take."""
-    return best(budget, thorough=True, weight_widths=weight_widths, **options)
+    return best(budget, thorough=True, weight_widths=weight_widths, views=views, **options)
