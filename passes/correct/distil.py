@@ -79,13 +79,13 @@ class Distil:
     run before it.
     """
 
-    steps: int = 800
+    steps: int = 300
     images: int = 8
     micro_batches: int = 2
     weight_rate: float = 3.5e-3
     scale_rate: float = 1.5e-3
     rest_rate: float = 7.5e-4
-    features: float = 40.0
+    features: float = 5.0
     augment: Augment = Augment()
     rounding: CompensateWeights | None = None
     closed_form: CorrectWeights | None = CorrectWeights()
