@@ -9,7 +9,7 @@ is the folded one, so both speak of the same channels.
 
 Few images would soon be learned by heart. So every step sees other crops and mixtures of them
 (`passes/search/augment.py`), which the float network labels whatever they show, and the outputs of blocks, which say
-more about an image than its class probabilities, weigh most. One image in eight is held out, whole, and the state of
+more about an image than its class probabilities, count too. One image in eight is held out, whole, and the state of
 least divergence there is kept, the start included; at every check the running mean of what learns is tried too, in
 which codes that flip to and fro have settled. Where two checks have found nothing better than the start, training ends.
 
