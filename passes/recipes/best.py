@@ -77,7 +77,13 @@ def best(
 
 
 def _rounded(plan: dict[str, Any], allocate: AllocateBits, weight_widths: WeightWidths, views: Views) -> list[Pass]:
-    """The passes of `best`."""
+    """The passes of `best`.
+
+    Args:
+        plan: what is planned for operands beside what `best` always has.
+        allocate: what gives bits.
+        weight_widths, views: see `best`.
+    """
     return [
         AssignRoles(),
         PlanOperands(
@@ -121,5 +127,9 @@ def _thorough(step: Pass) -> Pass:
 def best_thorough(
     budget: Any, *, weight_widths: WeightWidths = "channel", views: int = Views.each, **options: Unpack[Options]
 ) -> Pipeline:
-    """`best` with `thorough=True`, by a name that the one call and the command line take."""
+    """`best` with `thorough=True`, by a name that the one call and the command line take.
+
+    Args:
+        budget, weight_widths, views, options: see `best`.
+    """
     return best(budget, thorough=True, weight_widths=weight_widths, views=views, **options)
