@@ -150,7 +150,7 @@ def test_output_errors_need_no_gradients() -> None:
 
 
 def test_only_a_table_without_zero_pays_for_coherent_errors() -> None:
-    for family, is_coherent in (("adalog-softmax", True), ("twin-softmax", False)):
+    for family, is_coherent in (("adalog-softmax", True), ("adalog-zero-softmax", False), ("twin-softmax", False)):
         graph_module = traced(vit(depth=1), images(2))
         plan_and_observe(graph_module, post_softmax=family)
         Calibrate(draws=1).apply(graph_module, PassContext(images()))
