@@ -124,9 +124,9 @@ def adalog_zero_gelu(statistics: Statistics, bits: int) -> Proposals:
 
 
 FAMILIES = (
-    Family("adalog-softmax", adalog_softmax, without_zero=True),
+    Family("adalog-softmax", adalog_softmax, coherent=True),
     Family("adalog-gelu", adalog_gelu),
-    Family("adalog-zero-softmax", adalog_zero_softmax),
+    Family("adalog-zero-softmax", adalog_zero_softmax, coherent=True),
     Family("adalog-zero-gelu", adalog_zero_gelu),
-    Family("log-int-softmax", log_int_softmax, without_zero=True),
+    Family("log-int-softmax", log_int_softmax, coherent=True),
 )
