@@ -5,9 +5,9 @@ M = 4n - 2, n = 2^(b-1). The base 2^(q/37) is searched, q = 37 being log2. Post-
 values are shifted by 0.17, below which GELU never falls, and the shift is subtracted again (it folds into the next
 layer's bias).
 
-The paper's table has no zero: its smallest level stands for all smaller values. The published code sets those to zero
-that round to less than it, 2^b + 1 levels in all, more than codes of b bits name. `AdaLogZeroQuantizer` has 2^b, zero
-in the place of the smallest power.
+No level of this formula is zero: the smallest stands for all smaller values. The published code sets those to zero that
+round to less than it, 2^b + 1 levels in all, more than codes of b bits name. `AdaLogZeroQuantizer` has 2^b, zero in the
+place of the smallest power.
 
 A value takes the nearest level; the published code rounds its logarithm, which is never closer.
 """

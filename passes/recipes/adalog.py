@@ -26,8 +26,8 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
 
     Scales and bases minimise the error of the layer's output, each output weighed by how much the loss cares for it;
     the published code weighs all alike, which is `.replace(Calibrate, Calibrate(gradient=False, output_error=True))`
-    and is less accurate here. Both logarithmic tables have a zero, as in that code; without one, as the paper writes
-    them, they are `.changed(PlanOperands, post_gelu="adalog-gelu", post_softmax="adalog-softmax")`.
+    and is less accurate here. Both logarithmic tables have a zero, as in that code; without one, as the formula
+    has them, they are `.changed(PlanOperands, post_gelu="adalog-gelu", post_softmax="adalog-softmax")`.
     """
     return with_options(
         options,
