@@ -5,13 +5,17 @@ M = 4n - 2, n = 2^(b-1). The base 2^(q/37) is searched, q = 37 being log2. Post-
 values are shifted by 0.17, below which GELU never falls, and the shift is subtracted again (it folds into the next
 layer's bias).
 
+No level of this formula is zero: the smallest stands for all smaller values. The published code sets those to zero that
+round to less than it, 2^b + 1 levels in all, more than codes of b bits name. `AdaLogZeroQuantizer` has 2^b, zero in the
+place of the smallest power.
+
 A value takes the nearest level; the published code rounds its logarithm, which is never closer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -48,16 +52,32 @@ class AdaLogQuantizer(LevelTableQuantizer):
 
     def relative_levels(self) -> Tensor:
         """See the module; float32 (2^bits,), ascending."""
-        return torch.from_numpy(adalog_levels(self.bits, self.base)).float()
+        return torch.from_numpy(self.table(self.bits, self.base)).float()
+
+    @staticmethod
+    def table(bits: int, base: int) -> NDArray[np.float64]:
+        """The levels for scale 1, float64 (2^bits,), ascending."""
+        return adalog_levels(bits, base)
 
     def settings(self) -> dict[str, Any]:
         """Kind, bits, base and offset."""
         return {**super().settings(), "base": self.base, "offset": self.offset}
 
     @classmethod
-    def empty(cls, **arguments: Any) -> AdaLogQuantizer:
+    def empty(cls, **arguments: Any) -> Self:
         """From bits, base and offset."""
         return cls(int(arguments["bits"]), 1.0, int(arguments["base"]), float(arguments["offset"]))
+
+
+class AdaLogZeroQuantizer(AdaLogQuantizer):
+    """Zero and the 2^bits - 1 largest of these levels, less `offset`; the arguments are those of `AdaLogQuantizer`."""
+
+    kind = "adalog-zero"
+
+    @staticmethod
+    def table(bits: int, base: int) -> NDArray[np.float64]:
+        """The levels for scale 1, float64 (2^bits,), ascending from zero."""
+        return np.concatenate([np.zeros(1), adalog_levels(bits, base)[1:]])
 
 
 def adalog_levels(bits: int, base: int) -> NDArray[np.float64]:
@@ -68,11 +88,16 @@ def adalog_levels(bits: int, base: int) -> NDArray[np.float64]:
     return np.asarray(np.exp2(-shift.astype(np.float64)) * mantissa)
 
 
-def adalog_softmax(statistics: Statistics, bits: int) -> Proposals:
+def adalog_softmax(statistics: Statistics, bits: int, kind: type[AdaLogQuantizer] = AdaLogQuantizer) -> Proposals:
     """AdaLog post-Softmax: every base, below 1 (the published scale) and below the largest value seen."""
-    relative = np.stack([adalog_levels(bits, base) for base in BASES])
+    relative = np.stack([kind.table(bits, base) for base in BASES])
     scales = np.array([statistics.largest_magnitude, 1.0])
-    return scaled(relative, scales, lambda scale, row: AdaLogQuantizer(bits, scale, BASES[row]))
+    return scaled(relative, scales, lambda scale, row: kind(bits, scale, BASES[row]))
+
+
+def adalog_zero_softmax(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-Softmax with a zero in the place of the smallest level."""
+    return adalog_softmax(statistics, bits, AdaLogZeroQuantizer)
 
 
 def log_int_softmax(statistics: Statistics, bits: int) -> Proposals:
@@ -84,17 +109,24 @@ def log_int_softmax(statistics: Statistics, bits: int) -> Proposals:
     return Proposals(levels, midpoints(levels), lambda index: AdaLogQuantizer(bits, 1.0, DENOMINATOR))
 
 
-def adalog_gelu(statistics: Statistics, bits: int) -> Proposals:
+def adalog_gelu(statistics: Statistics, bits: int, kind: type[AdaLogQuantizer] = AdaLogQuantizer) -> Proposals:
     """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths."""
     thinning = max(1, 2 ** (bits - 5))
     bases = BASES[::thinning]
-    relative = np.stack([adalog_levels(bits, base) for base in bases])
+    relative = np.stack([kind.table(bits, base) for base in bases])
     scales = (max(statistics.maximum, 0.0) + GELU_SHIFT) * np.linspace(0.02, 1.0, STEPS // min(thinning, 4))
-    return scaled(relative, scales, lambda s, row: AdaLogQuantizer(bits, s, bases[row], GELU_SHIFT), GELU_SHIFT)
+    return scaled(relative, scales, lambda s, row: kind(bits, s, bases[row], GELU_SHIFT), GELU_SHIFT)
+
+
+def adalog_zero_gelu(statistics: Statistics, bits: int) -> Proposals:
+    """AdaLog post-GELU with a level at the shift, below which nothing falls, in the place of the smallest."""
+    return adalog_gelu(statistics, bits, AdaLogZeroQuantizer)
 
 
 FAMILIES = (
-    Family("adalog-softmax", adalog_softmax, without_zero=True),
+    Family("adalog-softmax", adalog_softmax, coherent=True),
     Family("adalog-gelu", adalog_gelu),
-    Family("log-int-softmax", log_int_softmax, without_zero=True),
+    Family("adalog-zero-softmax", adalog_zero_softmax, coherent=True),
+    Family("adalog-zero-gelu", adalog_zero_gelu),
+    Family("log-int-softmax", log_int_softmax, coherent=True),
 )

@@ -77,7 +77,8 @@ class Family:
         is_uniform: whether its bytes are levels as they are, so that every integer kernel reads them.
         of_rows: whether it asks for `Statistics.row_moments`, those of values relative to the largest of their row.
         by_channel: what makes `Statistics.channel_factor` of the channels' largest magnitudes, where it asks for that.
-        without_zero: whether it has no level at zero, so that errors of small values do not average out.
+        coherent: whether errors of small values lie on one side, so that they do not average out: those of a table
+            without a zero, and of one with a zero to which most values are rounded.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Family:
     is_uniform: bool = False
     of_rows: bool = False
     by_channel: Callable[[torch.Tensor], torch.Tensor] | None = None
-    without_zero: bool = False
+    coherent: bool = False
 
 
 def midpoints(levels: Array) -> Array:

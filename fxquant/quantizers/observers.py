@@ -115,9 +115,9 @@ class Observer(nn.Module):
 
     @property
     def asks_for_coherence(self) -> bool:
-        """Whether a family has no zero, or is compared with one whose rows sum to one."""
+        """Whether errors of a family's small values are alike, or it is compared with one whose rows sum to one."""
         rules = self._rules()
-        return any(rule.without_zero for rule in rules) or {rule.of_rows for rule in rules} == {True, False}
+        return any(rule.coherent for rule in rules) or {rule.of_rows for rule in rules} == {True, False}
 
     def _rules(self) -> list[Family]:
         return [FAMILIES[family.name] for family in self.families]

@@ -26,15 +26,16 @@ def adalog(budget: Any, **options: Unpack[Options]) -> Pipeline:
 
     Scales and bases minimise the error of the layer's output, each output weighed by how much the loss cares for it;
     the published code weighs all alike, which is `.replace(Calibrate, Calibrate(gradient=False, output_error=True))`
-    and is less accurate here.
+    and is less accurate here. Both logarithmic tables have a zero, as in that code; without one, as the formula
+    has them, they are `.changed(PlanOperands, post_gelu="adalog-gelu", post_softmax="adalog-softmax")`.
     """
     return with_options(
         options,
         [
             AssignRoles(),
             PlanOperands(
-                post_gelu="adalog-gelu",
-                post_softmax="adalog-softmax",
+                post_gelu="adalog-zero-gelu",
+                post_softmax="adalog-zero-softmax",
                 other="asymmetric",
                 weight="asymmetric",
                 **norm_inputs(options, "asymmetric", "asymmetric"),

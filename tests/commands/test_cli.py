@@ -256,7 +256,7 @@ def test_signatures_and_results_files(tmp_path: Path) -> None:
         (["compile", "embedded", "W4A4", "--allocator", "x"], "no allocator is called 'x'"),
         (["compile", "embedded", "W4A4", "--override", "fc1"], "an override reads"),
         (["compile", "embedded", "W4A4", "--backend", "gpu"], "no backend is called 'gpu'"),
-        (["compile", "embedded", "W4A4", "--backend", "cpu-native", "--recipe", "adalog"], "'adalog-gelu'"),
+        (["compile", "embedded", "W4A4", "--backend", "cpu-native", "--recipe", "adalog"], "'adalog-zero-gelu'"),
         (["compile", "embedded", "W4A4, 5ms"], "needs backend='cpu-native'"),
         (["compile", "embedded", "W4A4", "--override", "nothing*=4"], "matches no layer"),
         (["compile", "embedded", "W4A4", "--out", "missing/m.fxq"], "there is no folder missing"),

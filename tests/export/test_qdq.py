@@ -12,7 +12,7 @@ from fxquant.export.openvino_model import OpenvinoModel
 from fxquant.export.qdq import QdqMatmul
 from fxquant.export.qdq_values import FORMS, Codes, quantized
 from fxquant.graph.notes import IMAGE_SHAPE
-from fxquant.quantizers.adalog import AdaLogQuantizer
+from fxquant.quantizers.adalog import AdaLogQuantizer, AdaLogZeroQuantizer
 from fxquant.quantizers.codebook import CodebookQuantizer
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
@@ -50,6 +50,7 @@ QUANTIZERS: dict[str, tuple[Quantizer, bool]] = {
     "log-sqrt2": (LogSqrt2Quantizer(4, 1.0), False),
     "adalog": (AdaLogQuantizer(4, 2.0, 20), False),
     "adalog with an offset": (AdaLogQuantizer(3, 2.0, 30, offset=0.17), False),
+    "adalog with a zero": (AdaLogZeroQuantizer(3, 2.0, 30, offset=0.17), False),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.quantizers.adalog import AdaLogQuantizer
+from fxquant.quantizers.adalog import AdaLogQuantizer, AdaLogZeroQuantizer
 from fxquant.quantizers.learned import LearnedCodes, LearnedScale, SoftRounding
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.quantizer import Quantizer
@@ -23,6 +23,7 @@ FAMILIES: list[Quantizer] = [
     ShiftedRegionsQuantizer(4, 0.02, 1, 4),
     Log2Quantizer(3, 1.5),
     AdaLogQuantizer(3, 1.5, 30, 0.17),
+    AdaLogZeroQuantizer(3, 1.5, 30, 0.17),
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.errors import ArtefactError
-from fxquant.quantizers.adalog import AdaLogQuantizer, adalog_levels
+from fxquant.quantizers.adalog import AdaLogQuantizer, AdaLogZeroQuantizer, adalog_levels
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.log2 import Log2Quantizer
 from fxquant.quantizers.log_sqrt2 import LogSqrt2Quantizer
@@ -33,6 +33,7 @@ QUANTIZERS = {
     "log-sqrt2": LogSqrt2Quantizer(4, 0.9),
     "twin-uniform": TwinUniformQuantizer(4, 0.3, 0.07, True),
     "adalog": AdaLogQuantizer(4, 0.9, 30, 0.17),
+    "adalog-zero": AdaLogZeroQuantizer(4, 0.9, 30, 0.17),
 }
 
 
@@ -91,7 +92,7 @@ def test_fused_uniform_forward_equals_codes_and_back(
     assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
 
 
-FIXED = {"adalog-gelu", "twin-uniform-gelu", "twin-uniform-softmax", "log-int-softmax"}
+FIXED = {"adalog-gelu", "adalog-zero-gelu", "twin-uniform-gelu", "twin-uniform-softmax", "log-int-softmax"}
 """Families whose scale has a floor, or is no choice."""
 
 
@@ -145,6 +146,13 @@ class TestAdaLog:
 
     def test_base_37_is_log2(self) -> None:
         assert AdaLogQuantizer(4, 1.0, 37).relative_levels().tolist() == [2.0**-k for k in range(15, -1, -1)]
+
+    @given(bits=st.integers(2, 8), base=st.integers(10, 138), offset=st.sampled_from([0, 0.17]))
+    def test_a_zero_takes_the_place_of_the_smallest_level(self, bits: int, base: int, offset: float) -> None:
+        without = AdaLogQuantizer(bits, 1.5, base, offset).levels()
+        found = AdaLogZeroQuantizer(bits, 1.5, base, offset).levels()
+        assert float(found[0]) == pytest.approx(-offset)
+        assert torch.equal(found[1:], without[1:])
 
     def test_bases_outside_the_range_are_refused(self) -> None:
         with pytest.raises(ValueError, match="from 10 to 138, not 139"):

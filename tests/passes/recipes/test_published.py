@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import fxquant
 from allocators.milp import Milp
+from fxquant.quantizers.adalog import GELU_SHIFT, AdaLogZeroQuantizer
 from fxquant.quantizers.families import FAMILIES
 from fxquant.quantizers.statistics.outlier_channels import power_of_two_factors
 from fxquant.quantizers.uniform import UniformQuantizer
@@ -39,6 +41,20 @@ def test_weights_have_one_scale_where_the_paper_has_one() -> None:
     for made in (mptq_vit, tsptq_vit):
         assert step(made("W4A4", weight_scales="channel"), SearchScales).weight_scales == "channel"
     assert step(repq_vit("W4A4"), SearchScales).weight_scales == "channel"
+
+
+def test_adalogs_tables_have_a_zero_in_files_and_where_kernels_are_asked_for(tmp_path: Path) -> None:
+    """Both after softmax and after GELU, where it stands for the shift; no kernel reads them, so they are simulated."""
+    model, calibration = vit(depth=1), images(4)
+    found = fxquant.compile(model, "W3A3", calibration=calibration, recipe="adalog", bits=(3, 8))
+    found.save(tmp_path / "adalog.fxq")
+    loaded = fxquant.load(tmp_path / "adalog.fxq")
+    with torch.inference_mode():
+        assert torch.equal(loaded(calibration), found(calibration))
+        torch.testing.assert_close(loaded.lowered("auto")(calibration), found(calibration), atol=1e-4, rtol=1e-4)
+    tables = [module for module in loaded.modules() if isinstance(module, AdaLogZeroQuantizer)]
+    assert [float(table.levels()[0]) for table in tables] == pytest.approx([0, -GELU_SHIFT])
+    assert all(len(table.levels()) == 2**3 for table in tables)
 
 
 @pytest.mark.quick

@@ -50,7 +50,7 @@ def test_families_and_widths_that_a_backend_runs() -> None:
     assert restrict_families(insert, "cuda") == onednn
     openvino = restrict_families(insert, "openvino")
     assert (openvino.post_gelu, openvino.post_softmax, openvino.other) == ("asymmetric", "asymmetric", "symmetric")
-    with pytest.raises(BackendError, match="post_gelu='adalog-gelu'"):
+    with pytest.raises(BackendError, match="post_gelu='adalog-zero-gelu'"):
         adalog(4, backend="cpu-native")
     with pytest.raises(BackendError, match="no backend is called 'gpu'"):
         best(4, backend="gpu")

@@ -150,8 +150,8 @@ def test_output_errors_need_no_gradients() -> None:
     assert moments[3].sum() == pytest.approx(tokens * per_token, rel=1e-4)
 
 
-def test_only_a_table_without_zero_pays_for_coherent_errors() -> None:
-    for family, is_coherent in (("adalog-softmax", True), ("twin-softmax", False)):
+def test_only_logarithmic_tables_pay_for_coherent_errors() -> None:
+    for family, is_coherent in (("adalog-softmax", True), ("adalog-zero-softmax", True), ("twin-softmax", False)):
         graph_module = traced(vit(depth=1), images(2))
         plan_and_observe(graph_module, post_softmax=family)
         Calibrate(draws=1).apply(graph_module, PassContext(images()))
