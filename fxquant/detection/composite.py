@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,8 @@ class Composite(nn.Module):
     lists of what the proposal network says of each map; "features", of each head's regions (B K, C, h, w); "heads",
     what each of them gives.
     """
+
+    takes_pictures: ClassVar[bool] = False  # but planes: a crop of one would have the regions of another
 
     def __init__(self, detector: Any, parts: Parts) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class Statistics:
         minimum, maximum: the smallest and the largest of all values.
         mean_image_minimum: mean over images of the image's minimum (OPT-m's x_low).
         channel_factor: float32 (channels,), powers of two, or None.
-        coherence: see `SortedMoments.errors` and `passes.search.calibrate.coherence`.
+        coherence: see `SortedMoments.errors` and `passes.search.input_weights.coherence`.
         row_moments: of the values relative to the largest of their row, each counted with its square; None where no
             family asks for them.
         row_length: how many values a row of the tensor has.

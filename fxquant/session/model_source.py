@@ -50,7 +50,8 @@ class ModelSource:
     """The traced model and its calibration images; synthesised ones are made when they are first asked for.
 
     Args:
-        model: the caller's model, which is not changed.
+        model: the caller's model, which is not changed. Where it has an attribute `takes_pictures` that is false, no
+            other images are made from the calibration images (`PassContext.pictures`).
         calibration: images (N, C, H, W), or how to make them; None makes them by the default options.
         seed: the seed of every random draw.
         batch_size: images per forward where outputs are compared.
@@ -129,6 +130,7 @@ class ModelSource:
             expected=self.model_outputs.first,
             objective=self.objective,
             sized=self.sized,
+            pictures=getattr(self._model, "takes_pictures", True),
         )
 
     @cached_property

@@ -68,7 +68,7 @@ class Distil:
             scales; and for biases and norms. They rise over the first twentieth of the steps and then fall by a cosine.
             They hold where weights have 3 bits on average; at b bits they are 2^(3-b) times as large.
         features: how much the blocks' outputs count in the loss, beside the model's output.
-        augment: what both networks see of the images.
+        augment: what both networks see of the images, where these are pictures.
         rounding: what gives the weights that training starts from; None: their nearest rounding. It needs
             `SearchScales(keep_grams=True)`.
         closed_form: what gives the weights of blocks in which these are closer on held-out images; None: of none.

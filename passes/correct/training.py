@@ -47,7 +47,7 @@ class Training:
         self, options: Distil, pairs: BlockPairs, wanted: dict[str, Tensor], train: Tensor, held: HeldOut
     ) -> None:
         self.options, self.device, self.images = options, pairs.device, pairs.context.images
-        self.objective = pairs.context.objective
+        self.objective, self.pictures = pairs.context.objective, pairs.context.pictures
         self.train, self.held = train, held
         self.quantized = pairs.quantized
         self.teacher = with_outputs(pairs.original, [block.result for block in pairs.blocks[:-1]])
@@ -173,7 +173,8 @@ class Training:
             more = self.train[torch.randperm(len(self.train), generator=self.generator)]
             self.order = torch.cat([self.order, more])
         chosen, self.order = self.order[: options.images], self.order[options.images :]
-        self._descend(options.augment(self.images[chosen].to(self.device), self.generator))
+        images = self.images[chosen].to(self.device)
+        self._descend(options.augment(images, self.generator) if self.pictures else images)
 
     def _descend(self, images: Tensor) -> None:
         """One step of the optimizer, on a batch (N, C, H, W)."""

@@ -72,6 +72,8 @@ class PassContext:
         answers: known answers of a quantized graph, which a lowered one is held against; None: made before it is
             lowered.
         sized: the model at other image sizes, for which AddSizes makes graphs.
+        pictures: whether the images are pictures, so that a crop or the mirror image of one is a picture too. Those of
+            a detector are not: its regions ride along with them.
     """
 
     images_bchw: torch.Tensor | None = None
@@ -84,6 +86,7 @@ class PassContext:
     expected: Output | None = field(default=None, compare=False, repr=False)
     answers: KnownAnswers | None = field(default=None, compare=False, repr=False)
     sized: tuple[SizedModel, ...] = field(default=(), compare=False, repr=False)
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         """Raise CalibrationError for images, a batch size and a seed that are none, OptionError for other fields."""
@@ -174,6 +177,7 @@ class PassContext:
     def signature(self, graph_module: GraphModule, *settings: Any) -> str:
         """What a result depends on: the graph, images, seed, objective, versions and settings."""
         padded = [sorted(self.padded)] if self.padded else []  # nothing else of the other sizes has a say
+        others = [] if self.pictures else ["no pictures"]
         return signature(
             graph_module,
             graph_module.code,
@@ -182,6 +186,7 @@ class PassContext:
             self.objective.key,
             code_signature(),
             *padded,
+            *others,
             *settings,
         )
 

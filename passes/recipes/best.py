@@ -59,7 +59,8 @@ def best(
             On these images the result is never further from the float model than without. Give it 1,024 images; what
             it takes and adds: docs/results.md.
         weight_widths: "tensor" gives all channels of a weight one width, for runtimes that take 4 bits as INT4.
-        views: how many of each calibration image weights are rounded for too (see `Views`); 0 saves their time.
+        views: how many further images made from each calibration image weights are rounded for too, fewer where there
+            are more than 64 images (see `Views`); 0 for images that are no pictures, and to save the time.
         options: see `Options`.
     """
     parsed, fully_quantized = Budget.parse(budget), options.get("fully_quantized", False)

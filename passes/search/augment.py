@@ -1,4 +1,4 @@
-"""Augment: other images made from images, for a float network to label and a quantized one to learn from.
+"""Augment: other images made from images, to round weights for, or for a quantized network to learn from.
 
 Crops and mirror images; mixtures of two images, blended (mixup, Zhang et al.) or with a rectangle of the one in the
 other (CutMix, Yun et al.); colours. A teacher that sees the same image labels it whatever it shows (Beyer et al.,
@@ -41,10 +41,15 @@ class Augment:
             )
 
     def __call__(self, images_bchw: Tensor, generator: torch.Generator) -> Tensor:
-        """Float (B, C, H, W) to as many others, on their device; the generator is the CPU's: all devices draw alike."""
+        """Float (B, C, H, W) to as many others, on their device; the generator is the CPU's: all devices draw alike.
+
+        No channel leaves the range that it has in these images: what a model does beyond it, nobody has asked.
+        """
         images = random_crops(images_bchw, self.crop, generator)
         images = random_colours(images, self.colour, generator) if self.colour else images
-        return random_mixtures(images, self.mixed, generator) if self.mixed else images
+        images = random_mixtures(images, self.mixed, generator) if self.mixed else images
+        least, largest = (end(images_bchw, (0, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+        return images.clamp(least, largest)
 
 
 def random_crops(images_bchw: Tensor, least: float, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,8 @@ labels (`fxquant.sensitivity.objective`). Only one image's activations are alive
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -94,7 +96,7 @@ class Calibrate:
             what is fitted to them alone is fitted to noise; with 1 all tokens of an image count alike.
         outputs: whether the Gram matrices of gradients at weights' outputs are gathered too, which CompensateWeights
             then reads.
-        views: what Gram matrices see beside the images, each view as much as an image; None: nothing.
+        views: what Gram matrices see beside the images, where these are pictures; None: nothing.
     """
 
     gradient: bool = True
@@ -133,7 +135,7 @@ class Calibrate:
         owners = owners_among_ranks(graph_module, list(watched))
         of_observers = owners and [owner for owner, found in zip(owners, watched.values(), strict=True) for _ in found]
         views = self.views or Views(0)
-        rounds = 1 + views.of_each(images)
+        rounds = 1 + (views.of_each(images) if context.pictures else 0)
         for seen, batch in context.gather(
             "calibrating", gathered, graph_module, repr(self), in_place=True, owners=of_observers, rounds=rounds
         ):
@@ -143,13 +145,16 @@ class Calibrate:
             draws = Draws(views.draws if is_view else self.draws, context.seed, seen, self.fisher)
             with torch.set_grad_enabled(self.gradient):
                 output = recorder.run(shown.requires_grad_(self.gradient))
-                squares, grams = self._gradients(graph_module, output, recorder, context.objective, draws)
+                with _naming_views(is_view):
+                    squares, grams = self._gradients(graph_module, output, recorder, context.objective, draws)
             if self.output_error and not self.gradient:
                 squares = {node: torch.ones_like(tensor) for node, tensor in recorder.differentiated.items()}
             del output
             with torch.no_grad():
                 for node in list(recorder.inputs):
                     inputs, squared = recorder.inputs.pop(node), squares.pop(node, None)
+                    with _naming_views(is_view):
+                        _check_finite(node, [inputs[index] for index, _ in watched[node]])
                     if not is_view:
                         _update(graph_module, node, watched[node], inputs, squared)
                     _update_grams(graph_module, node, watched[node], inputs, squared, self.shrinkage, 1 / rounds)
@@ -245,6 +250,29 @@ class _Statistics:
         return found
 
 
+@contextmanager
+def _naming_views(is_view: bool) -> Iterator[None]:
+    """Say of an error inside that it is about a view, where it is."""
+    try:
+        yield
+    except CalibrationError as error:
+        if not is_view:
+            raise
+        raise CalibrationError(
+            f"{error}. This was a view, an image made from calibration images by crops, other colours and mixtures: "
+            'where these are no pictures, leave views out, best(budget, views=0), "--option views=0"'
+        ) from error
+
+
+def _check_finite(node: Node, inputs: list[Tensor]) -> None:
+    """Raise CalibrationError where a node's inputs have NaN or infinite values."""
+    if not all(is_finite(tensor) for tensor in inputs):
+        raise CalibrationError(
+            f"the input of {annotation_of(node).layer} has NaN or infinite values on a calibration batch: check the "
+            "model's weights, and how the images were preprocessed"
+        )
+
+
 def _update(
     graph_module: GraphModule,
     node: Node,
@@ -263,12 +291,6 @@ def _update(
     """
     module = module_of(graph_module, node)
     for index, observer in found:
-        if not is_finite(inputs[index]):
-            layer = annotation_of(node).layer
-            raise CalibrationError(
-                f"the input of {layer} has NaN or infinite values on a calibration batch: check the model's "
-                "weights, and how the images were preprocessed"
-            )
         weight = None if squared is None else input_weight(module, inputs, index, squared)
         observer.update(inputs[index], None if weight is None else heed_massive(inputs[index], weight))
         if module is None and index == 0 and observer.asks_for_coherence:

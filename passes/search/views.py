@@ -3,7 +3,8 @@
 Weights are rounded for the tokens in Gram matrices. Those of 32 images leave much unsaid, and a network rounded
 for them alone is two to three times as far from the float one on other images as on these. The gradients that weigh
 tokens need no labels, so any image will do: crops, mirror images, other colours and mixtures of the calibration images
-(`passes.search.augment`) are further tokens, at the price of a forward and a backward pass each.
+(`passes.search.augment`) are further tokens, at the price of a forward and `draws` backward passes each. Of mixtures a
+model is less sure, so their gradients are larger, and in sums of squared gradients they outweigh the images.
 
 A view says nothing of activations' ranges: it is no image that the model is going to see.
 """
@@ -22,7 +23,7 @@ from passes.search.augment import Augment
 
 @dataclass(frozen=True)
 class Views:
-    """How many views there are, and what they show. Each counts as much as an image.
+    """How many views there are, and what they show. Sums go over images and views alike.
 
     Args:
         each: how many of every image, at most.

@@ -54,6 +54,14 @@ def test_what_is_compiled_on_a_device_is_what_the_cpu_makes() -> None:
     assert same([{name: tensor.cpu() for name, tensor in each.items()} for each in found], tiny_compiled()(pictures()))
 
 
+def test_no_other_pictures_are_made_where_regions_ride_along() -> None:
+    compiled = fxquant.compile_detector(
+        tiny_mask_rcnn(), "W8A8", calibration=pictures(), regions=REGIONS, image_sizes=[(32, 64)], bits=(4, 8)
+    )
+    (views,) = [entry.notes["views"] for entry in compiled.compiled.journal.entries if "views" in entry.notes]
+    assert views == 0
+
+
 def test_all_parts_share_one_budget() -> None:
     compiled = tiny_session().compile("W6A6", Milp())
     report = compiled.report()

@@ -7,8 +7,8 @@ Grosse, 2015): errors d (out,) cost d H d^T. Its diagonal says how much the loss
 errors make up for one another. Outputs are looked at in groups of neighbours, `GROUP` at most: all of them together
 would cost more than the backward passes.
 
-What few images say off the diagonal is mostly noise. With H_i of N images, H their mean and |.| the norm off the
-diagonal, all entries there are multiplied by
+What few images say off the diagonal is mostly noise. With H_i of N images or views of images, taken as independent, H
+their mean and |.| the norm off the diagonal, all entries there are multiplied by
 
     1 - lambda,    lambda = (mean |H_i|^2 - |H|^2) / ((N - 1) |H|^2), at least 0 and at most 1,
 

@@ -102,7 +102,7 @@ def test_an_image_added_in_place_gives_the_bits_of_one_that_is_merged(
         assert all(torch.equal(tensor, other[part]) for part, tensor in observer.state().items()), name
 
 
-def test_views_count_as_images_in_gram_matrices_and_nowhere_else(observed: GraphModule) -> None:
+def test_without_gradients_views_count_as_images_in_gram_matrices_and_nowhere_else(observed: GraphModule) -> None:
     x, views = images(3), Views(each=1)
     plain = calibrated(observed, x, gradient=False)
     other = calibrated(observed, torch.cat([views.view(x, index, 0) for index in range(3)]), gradient=False)
@@ -117,6 +117,22 @@ def test_views_count_as_images_in_gram_matrices_and_nowhere_else(observed: Graph
         if observer.gram is not None:
             mean = (plain[name].gram.matrix() + other[name].gram.matrix()) / 2
             torch.testing.assert_close(observer.gram.matrix(), mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
+
+
+def test_what_are_no_pictures_has_no_views(observed: GraphModule) -> None:
+    graph_module = copy.deepcopy(observed)
+    Calibrate(gradient=False, views=Views()).apply(graph_module, PassContext(images(2), pictures=False))
+    plain = calibrated(observed, images(2), gradient=False)
+    for name, observer in observers(graph_module).items():
+        if observer.gram is not None:
+            assert torch.equal(observer.gram.matrix(), plain[name].gram.matrix())
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_an_error_on_a_view_names_it(observed: GraphModule, gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Views, "view", lambda self, images_bchw, index, seed: images_bchw[:1] * torch.nan)
+    with pytest.raises(CalibrationError, match=r"This was a view.*views=0"):
+        calibrated(observed, images(2), gradient=gradient, views=Views())
 
 
 def test_gradients_of_views_weigh_tokens_and_outputs(observed: GraphModule) -> None:

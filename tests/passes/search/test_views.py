@@ -35,6 +35,14 @@ def test_a_view_shows_its_image_or_the_mirror_image() -> None:
         assert min(errors) < 1e-4
 
 
+def test_no_channel_of_a_view_leaves_the_range_of_the_images() -> None:
+    x, views = images(2), Views(augment=Augment(colour=0.9))
+    least, largest = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    for index in range(8):
+        shown = views.view(x, index, seed=0)
+        assert bool(((shown >= least) & (shown <= largest)).all())
+
+
 def test_one_image_alone_has_views() -> None:
     assert torch.isfinite(Views().view(images(1), 3, seed=0)).all()
 
