@@ -89,7 +89,13 @@ def adalog_levels(bits: int, base: int) -> NDArray[np.float64]:
 
 
 def adalog_softmax(statistics: Statistics, bits: int, kind: type[AdaLogQuantizer] = AdaLogQuantizer) -> Proposals:
-    """AdaLog post-Softmax: every base, below 1 (the published scale) and below the largest value seen."""
+    """AdaLog post-Softmax: every base, below 1 (the published scale) and below the largest value seen.
+
+    Args:
+        statistics: of the values.
+        bits: of the codes.
+        kind: whose tables are proposed, with a zero or without.
+    """
     relative = np.stack([kind.table(bits, base) for base in BASES])
     scales = np.array([statistics.largest_magnitude, 1.0])
     return scaled(relative, scales, lambda scale, row: kind(bits, scale, BASES[row]))
@@ -110,7 +116,11 @@ def log_int_softmax(statistics: Statistics, bits: int) -> Proposals:
 
 
 def adalog_gelu(statistics: Statistics, bits: int, kind: type[AdaLogQuantizer] = AdaLogQuantizer) -> Proposals:
-    """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths."""
+    """AdaLog post-GELU: values shifted to be positive; bases and scales jointly, fewer of both at higher widths.
+
+    Args:
+        statistics, bits, kind: see `adalog_softmax`.
+    """
     thinning = max(1, 2 ** (bits - 5))
     bases = BASES[::thinning]
     relative = np.stack([kind.table(bits, base) for base in bases])

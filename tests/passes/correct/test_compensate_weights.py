@@ -35,6 +35,7 @@ def layer() -> tuple[torch.Tensor, torch.Tensor, UniformQuantizer]:
     return weight, rows.T @ rows, UniformQuantizer(3, weight.abs().amax(1, keepdim=True) / 3)
 
 
+@pytest.mark.quick
 def test_result_lies_on_the_grid_and_costs_less(layer: tuple[torch.Tensor, torch.Tensor, UniformQuantizer]) -> None:
     weight, gram, quantizer = layer
     compensated = compensate(weight, gram, quantizer, dampening=0.01, block=16)
