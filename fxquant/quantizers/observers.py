@@ -186,10 +186,10 @@ class Observer(nn.Module):
         if squared_to is None:
             token_weight = torch.full((len(rows),), share, device=rows.device)
         else:
-            squared = squared_to.detach() * share
-            token_weight = squared.mean(1)
+            squared = squared_to.detach()
+            token_weight = squared.mean(1) * share
             token_weight = token_weight.lerp(token_weight.mean(), shrinkage)
-            total = squared.sum(0).double()
+            total = squared.sum(0).double() * share
             self.output_weight = total if self.output_weight is None else self.output_weight + total
         self.token_weight_sum += float(token_weight.double().sum())
         self.gram = self.gram or Gram(rows.shape[1], rows.dtype, rows.device)
